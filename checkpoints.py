@@ -1,0 +1,126 @@
+"""Checkpoint files: `model<iteration>` for each saved iteration, and `best` for the best one on meta-validation.
+
+A checkpoint is a TensorFlow tensor bundle, `<prefix>.index` and `<prefix>.data-00000-of-00001`: named tensors without a
+program around them, readable by `tf.train.load_checkpoint`, as the reference's are. Beside the variables of `MAML.state()`
+it holds a record, a dict that says what the numbers belong to.
+"""
+import json
+import os
+import re
+
+import tensorflow as tf
+
+from data_generator import UserError
+
+KEPT = 10
+BEST = 'best'
+_RECORD = 'record'
+_SUFFIXES = ('.data-00000-of-00001', '.index')  # in this order: a checkpoint exists when its index does
+_INDEX = re.compile(r'model(\d+)\.index$')
+
+
+def iterations(directory):
+    """The iterations of which the directory holds a checkpoint, ascending; [] where there is no such directory."""
+    files = os.listdir(directory) if os.path.isdir(directory) else []
+    return sorted(int(match[1]) for match in map(_INDEX.match, files) if match)
+
+
+def names(directory):
+    """The iterations as above, followed by BEST if the directory holds it."""
+    best = [BEST] if os.path.exists(path(directory, BEST) + '.index') else []
+    return iterations(directory) + best
+
+
+def path(directory, iteration):
+    """The prefix of an iteration's checkpoint; iteration may also be BEST."""
+    return os.path.join(directory, iteration if iteration == BEST else f'model{iteration}')
+
+
+def save(prefix, state, record):
+    """Writes a checkpoint aside and moves it into place.
+
+    Args:
+        prefix: as from `path`.
+        state: {name: tf.Variable or tensor}.
+        record: a dict that json can write.
+    """
+    tensors = {**state, _RECORD: tf.constant(json.dumps(record))}
+    directory, name = os.path.split(prefix)
+    aside = os.path.join(directory, '.saving', name)
+    os.makedirs(os.path.dirname(aside), exist_ok=True)
+    tf.raw_ops.SaveV2(prefix=aside, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
+                      tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
+    for suffix in _SUFFIXES:
+        os.replace(aside + suffix, prefix + suffix)
+    os.rmdir(os.path.dirname(aside))
+
+
+def load(prefix):
+    """Reads a checkpoint that `save` wrote.
+
+    Returns:
+        {name: numpy array} and the record.
+
+    Raises:
+        UserError: it is missing, damaged, or not one of this program's.
+    """
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
+    if _RECORD not in arrays:
+        raise UserError(f'the checkpoint {prefix} was not written by this program')
+    return arrays, json.loads(arrays.pop(_RECORD))
+
+
+def restore(prefix, state, identity):
+    """Gives variables the values of a checkpoint.
+
+    Args:
+        state: {name: tf.Variable}, which the checkpoint must match in names and shapes.
+        identity: entries that its record must have.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: as for `load`, or the checkpoint belongs to another run or network; says what differs.
+    """
+    arrays, record = load(prefix)
+    found = {**{name: record.get(name) for name in identity}, **{name: array.shape for name, array in arrays.items()}}
+    wanted = {**identity, **{name: tuple(variable.shape) for name, variable in state.items()}}
+    differences = [f'{name} is {found.get(name, "missing")} there and {wanted.get(name, "missing")} here'
+                   for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if differences:
+        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
+        raise UserError(f'the checkpoint {prefix} is of another run: {", ".join(differences[:3])}{more}')
+    for name, variable in state.items():
+        variable.assign(arrays[name])
+    return record
+
+
+def prune(directory):
+    """Deletes all but the newest checkpoints; the best one is not among those counted."""
+    for iteration in iterations(directory)[:-KEPT]:
+        for suffix in reversed(_SUFFIXES):
+            os.remove(path(directory, iteration) + suffix)
+
+
+def move_aside(directory, iteration):
+    """Moves the checkpoints after an iteration (after 0: all, and the best) into a new folder beside them.
+
+    Returns:
+        The folder, or None where there was nothing to move.
+    """
+    later = [name for name in names(directory) if (iteration == 0 if name == BEST else name > iteration)]
+    if not later:
+        return None
+    number = 1
+    while os.path.exists(folder := os.path.join(directory, f'earlier{number}')):
+        number += 1
+    os.mkdir(folder)
+    for name in later:
+        for suffix in reversed(_SUFFIXES):
+            os.replace(path(directory, name) + suffix, path(folder, name) + suffix)
+    return folder

@@ -1,0 +1,378 @@
+"""Data sources, their splits, and the tasks drawn from them.
+
+Task j of a split is a function of (seed, split, j) and of nothing else: what was drawn before, by whom, and in batches of
+which size makes no difference. So a run can be resumed at any iteration, evaluations of different models see the same
+tasks, and workers can share a meta-batch without talking. Meta-batch i of T tasks is tasks i*T to i*T + T - 1.
+
+To add a source, add an entry to SOURCES.
+"""
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+SPLITS = ('train', 'val', 'test')
+DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg')
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence that says what, where, and what to do."""
+
+
+class TaskBatch(NamedTuple):
+    """A meta-batch. Support rows serve the inner loop, query rows the meta-loss (the reference's `a` and `b`).
+
+    Rows are shot-major: each run of N rows holds every class once, in a fresh random order.
+    """
+    support_x: np.ndarray  # float32 [tasks, N*K, dim_input]
+    support_y: np.ndarray  # float32 [tasks, N*K, dim_output]  one-hot, or the regression target
+    query_x: np.ndarray    # float32 [tasks, N*Q, dim_input]
+    query_y: np.ndarray    # float32 [tasks, N*Q, dim_output]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What a task looks like. Fields are named like the flags."""
+    num_classes: int                # N, the way; without meaning in regression
+    update_batch_size: int          # K, support examples per class
+    query_shots: int                # Q, query examples per class
+    seed: int
+    baseline: Optional[str] = None  # 'oracle': regression inputs carry the task's amplitude and phase
+    data_path: Optional[str] = None  # folder of the images, where it is not the source's own
+
+
+# Sinusoid regression ------------------------------------------------------------------------------------------------
+
+class SinusoidTasks:
+    """y = amplitude * sin(x - phase) with amplitude U[0.1, 5], phase U[0, pi], x U[-5, 5] (section 5.1 of the paper).
+
+    Inputs are x, or with the oracle baseline (x, amplitude, phase).
+    """
+    AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
+
+    def __init__(self, config, split):
+        self.config = config
+        self._key = np.random.SeedSequence([config.seed, SPLITS.index(split)]).generate_state(2, np.uint64)
+        self._points = config.update_batch_size + config.query_shots
+        # Philox makes four numbers for each value of its counter; a task owns a block of counter values.
+        self._counts_per_task = -(-(2 + self._points) // 4)
+
+    def draw(self, start, count):
+        """Tasks start to start + count - 1, as a TaskBatch; classes play no part, so rows are K and Q."""
+        stream = np.random.Philox(key=self._key, counter=start * self._counts_per_task)
+        uniform = np.random.Generator(stream).random((count, 4 * self._counts_per_task, 1))
+        amplitude = _between(self.AMPLITUDES, uniform[:, 0:1])
+        phase = _between(self.PHASES, uniform[:, 1:2])
+        x = _between(self.INPUTS, uniform[:, 2:2 + self._points])
+        y = amplitude * np.sin(x - phase)
+        if self.config.baseline == 'oracle':
+            x = np.concatenate([x, np.broadcast_to(amplitude, x.shape), np.broadcast_to(phase, x.shape)], axis=-1)
+        return _split_rows(x.astype(np.float32), y.astype(np.float32), self.config.update_batch_size)
+
+
+def _between(bounds, uniform):
+    low, high = bounds
+    return low + (high - low) * uniform
+
+
+def _split_rows(x, y, support_rows):
+    return TaskBatch(x[:, :support_rows], y[:, :support_rows], x[:, support_rows:], y[:, support_rows:])
+
+
+# Image classification -----------------------------------------------------------------------------------------------
+
+class ImageClasses(NamedTuple):
+    """The images of a split, class after class."""
+    images: np.ndarray   # uint8 [images, height, width, channels]
+    names: list          # class folders, relative to the data folder
+    starts: np.ndarray   # int64 [classes]: index of a class's first image
+    counts: np.ndarray   # int64 [classes]
+
+
+class ImageTasks:
+    """N-way classification: N distinct classes labelled 0..N-1 in random order, K + Q distinct images of each.
+
+    Where the source asks for it, each class of each task is rotated by a random multiple of 90 degrees, the same one for
+    all its rows. Pixels are in [0, 1], inverted (1 - x) where the source asks for it.
+    """
+
+    def __init__(self, source, config, split):
+        self.source, self.config = source, config
+        self._split_index = SPLITS.index(split)
+        self.classes = source.load(split, config.data_path)
+        self._check(split)
+
+    def _check(self, split):
+        config, (_, names, _, counts) = self.config, self.classes
+        if config.num_classes > len(names):
+            raise UserError(f'--num_classes={config.num_classes} asks for more classes than the {len(names)} of the '
+                            f'{split} split in {self.source.path(config.data_path)}')
+        needed, fewest = config.update_batch_size + config.query_shots, int(np.argmin(counts))
+        if counts[fewest] < needed:
+            raise UserError(f'a task needs {needed} images of a class ({config.update_batch_size} support, '
+                            f'{config.query_shots} query), but {names[fewest]} in '
+                            f'{self.source.path(config.data_path)} has {counts[fewest]}; lower --update_batch_size')
+
+    def draw(self, start, count):
+        """Tasks start to start + count - 1, as a TaskBatch."""
+        way, shots = self.config.num_classes, self.config.update_batch_size + self.config.query_shots
+        x = np.empty((count, shots, way, *self.source.image_shape), np.uint8)
+        labels = np.empty((count, shots, way), np.int64)
+        for task in range(count):
+            self._draw_one(start + task, x[task], labels[task])
+        if self.source.invert:
+            np.subtract(255, x, out=x)
+        x = x.reshape(count, shots * way, -1).astype(np.float32) / np.float32(255)
+        y = np.eye(way, dtype=np.float32)[labels.reshape(count, shots * way)]
+        return _split_rows(x, y, way * self.config.update_batch_size)
+
+    def _draw_one(self, task, x, labels):
+        """Writes one task to x, uint8 [shots, way, height, width, channels], and labels, [shots, way]."""
+        (shots, way), (images, _, starts, counts) = labels.shape, self.classes
+        rng = np.random.default_rng([self.config.seed, self._split_index, task])
+        # Every shot lists the classes in an order of its own: rows in class order would give the label away by position.
+        labels[:] = rng.permuted(np.tile(np.arange(way), (shots, 1)), axis=1)
+        shot_index = np.arange(shots)
+        for label, class_index in enumerate(rng.choice(len(starts), way, replace=False)):
+            chosen = images[starts[class_index] + rng.choice(counts[class_index], shots, replace=False)]
+            if self.source.rotations:
+                chosen = np.rot90(chosen, rng.integers(4), axes=(1, 2))
+            x[shot_index, np.argmax(labels == label, axis=1)] = chosen
+
+
+# The sources --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class SinusoidSource:
+    """Regression on sine waves: nothing to prepare."""
+    loss = 'mse'
+    image_shape = head = clip = None
+    dim_hidden = (40, 40)
+    validation_updates = 5      # inner updates that validation looks at during training
+    print_interval = 1000       # iterations between console lines
+
+    def tasks(self, config, split):
+        return SinusoidTasks(config, split)
+
+    def describe(self, config):
+        return f'{config.update_batch_size}-shot sinusoid'
+
+    def dim_input(self, config):
+        return 3 if config.baseline == 'oracle' else 1
+
+    def dim_output(self, config):
+        return 1
+
+    def query_shots(self, update_batch_size, train):
+        """Query examples per task: as many as the support has."""
+        return update_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Classification of images found on disk, as `<folder>/.../<class>/<image>`."""
+    folder: str                         # below data/
+    image_shape: Tuple[int, int, int]   # height, width, channels
+    script: str                         # what prepares the folder
+    manifest: Optional[str] = None      # csv file in the folder with columns split,class; None: folders train, val, test
+    rotations: bool = False
+    invert: bool = False
+    head: str = 'flatten'               # 'mean' | 'flatten': what the conv net does before its last layer
+    clip: Optional[float] = None        # elementwise bound of the meta-gradient
+    train_query_shots: Optional[int] = None  # query examples per class in training; None: K
+    validation_updates: int = 10
+    print_interval: int = 100
+    loss = 'xent'
+    dim_hidden = (256, 128, 64, 64)     # --conv=False
+
+    def tasks(self, config, split):
+        return ImageTasks(self, config, split)
+
+    def describe(self, config):
+        return f'{config.num_classes}-way {config.update_batch_size}-shot {self.folder}'
+
+    def dim_input(self, config):
+        return math.prod(self.image_shape)
+
+    def dim_output(self, config):
+        return config.num_classes
+
+    def query_shots(self, update_batch_size, train):
+        """Query examples per class: K, unless the source trains with another number."""
+        return self.train_query_shots if train and self.train_query_shots else update_batch_size
+
+    def path(self, data_path=None):
+        return data_path or os.path.join(DATA_FOLDER, self.folder)
+
+    def _manifest_path(self, root):
+        own = os.path.join(root, self.manifest)
+        return own if os.path.exists(own) else os.path.join(DATA_FOLDER, self.folder, self.manifest)
+
+    def class_folders(self, split, data_path=None):
+        """The split's class folders relative to the data folder, sorted.
+
+        Raises:
+            UserError: there is no such folder, or no class in it.
+        """
+        root = self.path(data_path)
+        if not os.path.isdir(root):
+            raise UserError(f'there is no folder {root}; prepare the images with: python {self.script}')
+        if self.manifest:
+            names = read_manifest(self._manifest_path(root), split)
+        else:
+            names = sorted(f'{split}/{name}' for name in _subfolders(os.path.join(root, split)))
+        missing = [name for name in names if not os.path.isdir(os.path.join(root, name))]
+        if missing or not names:
+            what = f'{len(missing)} class folders, first {missing[0]},' if missing else 'class folders'
+            raise UserError(f'{what} of the {split} split are missing in {root}; prepare the images with: '
+                            f'python {self.script}')
+        return names
+
+    def load(self, split, data_path=None):
+        """The split's images, decoded once: kept in a cache beside them, and read from there from then on.
+
+        Raises:
+            UserError: missing folders, or an image that cannot be decoded or has the wrong size.
+        """
+        root = self.path(data_path)
+        files = [(name, _image_files(os.path.join(root, name))) for name in self.class_folders(split, data_path)]
+        empty = [name for name, images in files if not images]
+        if empty:
+            raise UserError(f'{len(empty)} class folders in {root} hold no image, first {empty[0]}; prepare the images '
+                            f'with: python {self.script}')
+        counts = np.array([len(images) for _, images in files])
+        paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
+        fingerprint = hashlib.sha256(repr((self.image_shape, files)).encode()).hexdigest()
+        images = cached_array(
+            os.path.join(root, '.cache', split), fingerprint, (len(paths), *self.image_shape),
+            lambda: decode_images(paths, self.image_shape, f'decoding {split} images of {self.folder}'))
+        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts)
+
+
+SOURCES = {
+    'sinusoid': SinusoidSource(),
+    'omniglot': ImageSource(
+        folder='omniglot_resized', image_shape=(28, 28, 1), script='data/omniglot_resized/resize_images.py',
+        manifest='splits.csv', rotations=True, invert=True, head='mean'),
+}
+
+
+# Images on disk -----------------------------------------------------------------------------------------------------
+
+def read_manifest(path, split):
+    """Class folders of a split, sorted, from a csv file with the columns split and class.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            return sorted(row['class'] for row in csv.DictReader(file) if row['split'] == split)
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        raise UserError(f'{path} cannot be read as a csv file with the columns split,class ({error!r})') from error
+
+
+class ImageFile(NamedTuple):
+    """An image as the folder lists it; size and time tell when a cache of it is stale."""
+    name: str
+    bytes: int
+    mtime_ns: int
+
+
+def _subfolders(folder):
+    if not os.path.isdir(folder):
+        return []
+    return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
+
+
+def _image_files(folder):
+    """The folder's images sorted by name, as [ImageFile]; other files and hidden ones are passed over."""
+    def is_image(name):
+        return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')
+
+    return sorted(ImageFile(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+                  for entry in os.scandir(folder) if is_image(entry.name))
+
+
+def decode_images(paths, image_shape, message):
+    """Decodes image files to one uint8 array [images, height, width, channels], grey for one channel, else RGB.
+
+    Raises:
+        UserError: a file is no image or has another size; names it.
+    """
+    height, width, channels = image_shape
+    array = np.empty((len(paths), height, width, channels), np.uint8)
+
+    def decode(index):
+        path = paths[index]
+        try:
+            with Image.open(path) as image:
+                size, pixels = image.size, image.convert('L' if channels == 1 else 'RGB')
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f'{path} cannot be read as an image ({error}); remove it or prepare it again') from error
+        if size != (width, height):
+            raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; prepare it again')
+        array[index] = np.asarray(pixels).reshape(image_shape)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(decode, range(len(paths))), message, total=len(paths), unit=' images', leave=False):
+            pass
+    return array
+
+
+def cached_array(path, fingerprint, shape, make):
+    """A uint8 array from <path>.npy, or from make() where that file is missing, damaged or made from something else.
+
+    Args:
+        path: the cache's path without ending; <path>.json beside it holds fingerprint and checksum.
+        fingerprint: says what the array is made from.
+        shape: what the array must have.
+        make: function that returns the array.
+
+    Returns:
+        The array; memory-mapped where it was found on disk.
+    """
+    try:
+        with open(path + '.json') as file:
+            record = json.load(file)
+        array = np.load(path + '.npy', mmap_mode='r')
+        if record == _cache_record(fingerprint, array) and array.shape == shape and array.dtype == np.uint8:
+            return array
+    except (OSError, ValueError, EOFError):
+        pass  # no cache, or one that cannot be read: make it anew
+    array = make()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _replace(path + '.npy', lambda file: np.save(file, array))
+        _replace(path + '.json', lambda file: file.write(json.dumps(_cache_record(fingerprint, array)).encode()))
+    except OSError as error:
+        print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
+    return array
+
+
+def _cache_record(fingerprint, array):
+    return {'fingerprint': fingerprint, 'crc32': zlib.crc32(np.ascontiguousarray(array))}
+
+
+def _replace(path, write):
+    """Writes a file aside and moves it into place, so that nobody ever sees half of it."""
+    descriptor, aside = tempfile.mkstemp(dir=os.path.dirname(path))
+    try:
+        with os.fdopen(descriptor, 'wb') as file:
+            write(file)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise

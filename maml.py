@@ -1,0 +1,371 @@
+"""Model-Agnostic Meta-Learning (Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400).
+
+Read from the top: the network is a function of a dict of weights (`forward`); the inner loop makes new dicts by gradient
+descent on a task's support set (`inner_loop`, equation 1 of the paper); the outer step moves the shared weights along the
+gradient of the query loss through that inner loop (`MAML.meta_gradients`, `MAML.metatrain_step`, algorithm 1).
+"""
+import dataclasses
+import functools
+import math
+import os
+import zlib
+from typing import NamedTuple, Optional, Tuple
+
+import tensorflow as tf
+
+from utils import accuracy, conv_block, dense_block, mse, xent
+
+CONV_LAYERS = (1, 2, 3, 4)
+ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the model is and how it learns. Fields are named like the flags; the others come from the data source."""
+    dim_input: int                          # numbers per row
+    dim_output: int                         # targets per row; the way N in classification
+    loss: str                               # 'mse' | 'xent'
+    update_batch_size: int                  # K, by which 'xent' divides
+    update_lr: float                        # inner step size, alpha
+    num_updates: int = 1                    # inner updates of a training step
+    meta_lr: float = 0.001                  # Adam step size of the outer loop, beta
+    norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
+    image_shape: Optional[Tuple[int, int, int]] = None  # (height, width, channels); None: fully connected net
+    dim_hidden: Tuple[int, ...] = (40, 40)  # fully connected layer sizes
+    num_filters: int = 64
+    max_pool: bool = False
+    head: str = 'mean'                      # 'mean' | 'flatten': what conv nets do before the last layer
+    stop_grad: bool = False                 # first-order approximation
+    clip: Optional[float] = None            # elementwise bound of the meta-gradient
+
+
+class Outputs(NamedTuple):
+    """What the network said about a task (with a leading axis [tasks]: about a meta-batch)."""
+    pre: tf.Tensor      # [N*K, dim_output]           support rows, before adaptation
+    post: tf.Tensor     # [updates, N*Q, dim_output]  query rows, after each recorded update
+
+
+class Metrics(NamedTuple):
+    """Losses and accuracies, one value per task; callers average. Accuracies are fractions in [0, 1]."""
+    pre_loss: tf.Tensor                         # [tasks]           support loss before adaptation
+    post_losses: tf.Tensor                      # [updates, tasks]  query loss after each recorded update
+    pre_accuracy: Optional[tf.Tensor] = None    # [tasks]           classification only
+    post_accuracies: Optional[tf.Tensor] = None  # [updates, tasks]
+
+
+# The network: a pure function of its weights ------------------------------------------------------------------------
+
+def initial_weights(config, seed):
+    """The weights that the inner loop adapts, by the reference's names, each a function of (seed, name) only.
+
+    Returns:
+        {name: float32 tensor}: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
+    """
+    def draw(name, distribution, *shape):
+        return distribution(shape, [seed, zlib.crc32(name.encode())])
+
+    weights = {}
+    if config.image_shape is None:
+        sizes = (config.dim_input, *config.dim_hidden, config.dim_output)
+        for layer, (inputs, units) in enumerate(zip(sizes, sizes[1:]), start=1):
+            weights[f'w{layer}'] = draw(f'w{layer}', _truncated_normal, inputs, units)
+            weights[f'b{layer}'] = tf.zeros([units])
+        return weights
+
+    height, width, channels = config.image_shape
+    for layer in CONV_LAYERS:
+        weights[f'conv{layer}'] = draw(f'conv{layer}', _glorot_uniform, 3, 3, channels, config.num_filters)
+        weights[f'b{layer}'] = tf.zeros([config.num_filters])
+        channels = config.num_filters
+        height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
+    if config.head == 'mean':
+        weights['w5'] = draw('w5', tf.random.stateless_normal, channels, config.dim_output)
+    else:
+        weights['w5'] = draw('w5', _glorot_uniform, height * width * channels, config.dim_output)
+    weights['b5'] = tf.zeros([config.dim_output])
+    return weights
+
+
+def _truncated_normal(shape, seed):
+    return tf.random.stateless_truncated_normal(shape, seed, stddev=0.01)
+
+
+def _glorot_uniform(shape, seed):
+    receptive_field = math.prod(shape[:-2])
+    limit = math.sqrt(6 / (receptive_field * (shape[-2] + shape[-1])))
+    return tf.random.stateless_uniform(shape, seed, -limit, limit)
+
+
+def initial_norm_params(config):
+    """Offsets (beta, 0) and, for layer norm, scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}.
+
+    Shared by all tasks: trained by the outer loop, not adapted by the inner one.
+    """
+    if config.image_shape is None:
+        scopes = {_dense_scope(layer): units for layer, units in enumerate(config.dim_hidden, start=1)}
+    else:
+        scopes = {_conv_scope(layer): config.num_filters for layer in CONV_LAYERS}
+    params = {}
+    for scope, channels in scopes.items():
+        if config.norm in ('batch_norm', 'layer_norm'):
+            params[f'{scope}/beta'] = tf.zeros([channels])
+        if config.norm == 'layer_norm':
+            params[f'{scope}/gamma'] = tf.ones([channels])
+    return params
+
+
+def _conv_scope(layer):
+    return str(layer - 1)
+
+
+def _dense_scope(layer):
+    return '0' if layer == 1 else str(layer)  # Reference behaviour: there is no scope 1.
+
+
+def forward(config, x, weights, norm_params):
+    """The network's output for a set of rows; under batch norm each row's output depends on all of them.
+
+    Args:
+        x: float [rows, dim_input]; images in [0, 1], flattened.
+        weights, norm_params: as made by `initial_weights` and `initial_norm_params`.
+
+    Returns:
+        [rows, dim_output]: predictions, or logits in classification.
+    """
+    if config.image_shape is None:
+        for layer in range(1, len(config.dim_hidden) + 1):
+            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _dense_scope(layer), norm_params)
+        layer = len(config.dim_hidden) + 1
+        return x @ weights[f'w{layer}'] + weights[f'b{layer}']
+
+    x = tf.reshape(x, [-1, *config.image_shape])
+    for layer in CONV_LAYERS:
+        x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _conv_scope(layer), norm_params,
+                       config.max_pool)
+    if config.head == 'mean':
+        x = tf.reduce_mean(x, axis=[1, 2])
+    else:
+        x = tf.reshape(x, [-1, math.prod(x.shape[1:])])
+    return x @ weights['w5'] + weights['b5']
+
+
+def loss_of(config, outputs, targets):
+    """The task loss, [..., rows, dim_output] -> [...]: see `mse` and `xent` for what is divided by what."""
+    return mse(outputs, targets) if config.loss == 'mse' else xent(outputs, targets, config.update_batch_size)
+
+
+# Learning one task --------------------------------------------------------------------------------------------------
+
+def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
+    """Adapts the weights to one task by gradient descent on its support set (equation 1 of the paper).
+
+    Args:
+        support_x, support_y: [N*K, dim_input] and [N*K, dim_output].
+        num_updates: how many gradient steps, at least 1.
+
+    Yields:
+        After each step: the support outputs *before* it, [N*K, dim_output], and the fast weights after it, a dict like
+        `weights` and differentiable with respect to it (with `stop_grad` as if the inner gradient were a constant).
+    """
+    for _ in range(num_updates):
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            outputs = forward(config, support_x, weights, norm_params)
+            loss = loss_of(config, outputs, support_y)
+        gradients = tape.gradient(loss, weights, unconnected_gradients='zero')
+        if config.stop_grad:
+            gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
+        weights = {name: weights[name] - config.update_lr * gradients[name] for name in weights}
+        yield outputs, weights
+
+
+def learn_task(config, task, weights, norm_params, num_updates, every_update):
+    """Runs the inner loop on one task and says what the network answers before and after.
+
+    Args:
+        task: a TaskBatch of one task, without the leading axis.
+        every_update: record the query outputs after each of the updates, or after the last one only.
+
+    Returns:
+        Outputs, with `updates` = num_updates or 1.
+    """
+    pre, post = None, []
+    inner_steps = inner_loop(config, task.support_x, task.support_y, weights, norm_params, num_updates)
+    for update, (support_outputs, fast_weights) in enumerate(inner_steps, start=1):
+        pre = support_outputs if update == 1 else pre
+        if every_update or update == num_updates:
+            post.append(forward(config, task.query_x, fast_weights, norm_params))
+    return Outputs(pre, tf.stack(post))
+
+
+def metrics_of(config, outputs, batch):
+    """Metrics, one value per task, from Outputs and TaskBatch with a leading axis [tasks]."""
+    post = tf.transpose(outputs.post, [1, 0, 2, 3])  # [updates, tasks, N*Q, dim_output]
+    query_y = tf.broadcast_to(batch.query_y, tf.shape(post))
+    losses = loss_of(config, outputs.pre, batch.support_y), loss_of(config, post, query_y)
+    if config.loss == 'mse':
+        return Metrics(*losses)
+    return Metrics(*losses, accuracy(outputs.pre, batch.support_y), accuracy(post, query_y))
+
+
+# Learning to learn --------------------------------------------------------------------------------------------------
+
+class Adam:
+    """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
+
+    def __init__(self, variables, learning_rate):
+        """variables: {name: tf.Variable}, updated in place."""
+        def zeros():
+            return {name: tf.Variable(tf.zeros_like(v), trainable=False) for name, v in variables.items()}
+
+        self.variables, self.learning_rate = variables, learning_rate
+        self.step, self.means, self.squares = tf.Variable(0, dtype=tf.int64, trainable=False), zeros(), zeros()
+
+    def apply(self, gradients):
+        """One update of every variable by {name: gradient}."""
+        step = tf.cast(self.step.assign_add(1), tf.float32)
+        rate = self.learning_rate * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
+        for name, variable in self.variables.items():
+            gradient, mean, square = gradients[name], self.means[name], self.squares[name]
+            mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
+            square.assign(ADAM_BETA2 * square + (1 - ADAM_BETA2) * tf.square(gradient))
+            variable.assign_sub(rate * mean / (tf.sqrt(square) + ADAM_EPSILON))
+
+    def state(self):
+        """{name: variable}: what must be saved to go on."""
+        return {'step': self.step, **{f'm/{name}': v for name, v in self.means.items()},
+                **{f'v/{name}': v for name, v in self.squares.items()}}
+
+
+class MAML:
+    """The shared weights, and what is done with them on meta-batches.
+
+    A meta-batch is a TaskBatch of arrays [tasks, rows, dim].
+
+    Attributes:
+        weights: {'conv1': tf.Variable, ...}, adapted in the inner loop; the reference's names.
+        norm_params: {'0/beta': tf.Variable, ...}, trained by the outer loop only.
+        steps_per_call: how many steps to ask of one `train_steps`: many where the call would take longer than the step.
+    """
+
+    def __init__(self, config, seed=0):
+        """Initial weights are a function of config and seed."""
+        self.config = config
+        self.weights = {name: tf.Variable(value) for name, value in initial_weights(config, seed).items()}
+        self.norm_params = {name: tf.Variable(value) for name, value in initial_norm_params(config).items()}
+        variables = {**self.weights, **self.norm_params}
+        self._adams = {phase: Adam(variables, config.meta_lr) for phase in ('metatrain', 'pretrain')}
+
+        # Dense nets are small: all tasks in one compiled graph. Convolutions fill a core each: one task per core.
+        self._wide = config.image_shape is None
+        self.steps_per_call = 100 if self._wide else 1
+        compiled = functools.partial(tf.function, jit_compile=self._wide, autograph=False)
+        self._compiled_gradients = compiled(self._gradients)
+        self._compiled_steps = compiled(self._steps)
+        self._compiled_predict = compiled(self._predict)
+
+    def state(self):
+        """{name: tf.Variable}: everything that a training run needs to go on."""
+        return {**self.weights, **self.norm_params,
+                **{f'{phase}/adam/{name}': variable
+                   for phase, adam in self._adams.items() for name, variable in adam.state().items()}}
+
+    def predict(self, batch, num_updates):
+        """Outputs for a meta-batch before adaptation and after each of num_updates inner updates.
+
+        Returns:
+            Outputs: pre [tasks, N*K, dim_output], post [tasks, num_updates, N*Q, dim_output].
+        """
+        return self._compiled_predict(batch, num_updates)
+
+    def evaluate(self, batch, num_updates):
+        """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
+        return metrics_of(self.config, self.predict(batch, num_updates), batch)
+
+    def meta_gradients(self, batch):
+        """The gradient of the query loss after the last inner update, averaged over tasks, before clipping.
+
+        Returns:
+            {name: tensor} over weights and norm_params.
+        """
+        return self._compiled_gradients('metatrain', batch)[0]
+
+    def train_steps(self, phase, batches):
+        """Updates the shared weights with meta-batches [steps, tasks, rows, dim], one after the other.
+
+        Args:
+            phase: 'metatrain': outer updates (algorithm 1 of the paper), by the gradient of the query loss after the last
+                inner update. 'pretrain': joint training, by that of the support loss before adaptation.
+
+        Returns:
+            {'pre_loss', 'post_loss'} and in classification {'pre_accuracy', 'post_accuracy'}, each [steps]: support rows
+            before adaptation and query rows after the last inner update, averaged over tasks, as they were before the step.
+        """
+        return self._compiled_steps(phase, batches)
+
+    def metatrain_step(self, batch):
+        """One outer update with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
+        return _first(self.train_steps('metatrain', _one_step(batch)))
+
+    def pretrain_step(self, batch):
+        """One update of joint training with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
+        return _first(self.train_steps('pretrain', _one_step(batch)))
+
+    def _predict(self, batch, num_updates):
+        weights, norm_params = _values(self.weights), _values(self.norm_params)
+        return self._map_tasks(
+            lambda task: learn_task(self.config, task, weights, norm_params, num_updates, every_update=True),
+            batch, Outputs(tf.float32, tf.float32))
+
+    def _gradients(self, phase, batch):
+        """Gradients of the phase's objective averaged over tasks, {name: tensor}, and the means of the metrics."""
+        weights, norm_params = _values(self.weights), _values(self.norm_params)
+
+        def task_gradients(task):
+            with tf.GradientTape() as tape:
+                tape.watch((weights, norm_params))
+                outputs = learn_task(self.config, task, weights, norm_params, self.config.num_updates,
+                                     every_update=False)
+                if phase == 'metatrain':
+                    objective = loss_of(self.config, outputs.post[-1], task.query_y)
+                else:
+                    objective = loss_of(self.config, outputs.pre, task.support_y)
+            return outputs, tape.gradient(objective, {**weights, **norm_params}, unconnected_gradients='zero')
+
+        signature = Outputs(tf.float32, tf.float32), {name: tf.float32 for name in (*weights, *norm_params)}
+        outputs, gradients = self._map_tasks(task_gradients, batch, signature)
+        metrics = metrics_of(self.config, outputs, batch)
+        means = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses[-1]}
+        if metrics.pre_accuracy is not None:
+            means.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies[-1])
+        return tf.nest.map_structure(lambda values: tf.reduce_mean(values, axis=0), (gradients, means))
+
+    def _steps(self, phase, batches):
+        def step(batch):
+            gradients, means = self._gradients(phase, batch)
+            if phase == 'metatrain' and self.config.clip is not None:
+                gradients = {name: tf.clip_by_value(gradient, -self.config.clip, self.config.clip)
+                             for name, gradient in gradients.items()}
+            self._adams[phase].apply(gradients)
+            return means
+
+        names = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
+        return tf.map_fn(step, batches, fn_output_signature=dict.fromkeys(names, tf.float32), parallel_iterations=1)
+
+    def _map_tasks(self, function, batch, signature):
+        """Applies a function of one task to every task of a meta-batch and stacks what it returns."""
+        if self._wide:
+            return tf.vectorized_map(function, batch)
+        return tf.map_fn(function, batch, fn_output_signature=signature, parallel_iterations=os.cpu_count())
+
+
+def _values(variables):
+    return {name: variable.read_value() for name, variable in variables.items()}
+
+
+def _one_step(batch):
+    return tf.nest.map_structure(lambda array: array[None], batch)
+
+
+def _first(metrics):
+    return {name: values[0] for name, values in metrics.items()}

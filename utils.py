@@ -1,0 +1,76 @@
+"""Small pure functions: network building blocks and losses."""
+import tensorflow as tf
+
+from special_grads import standardize
+
+NORMS = ('batch_norm', 'layer_norm', 'None')
+BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
+
+
+def normalize(x, norm, scope, norm_params):
+    """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
+
+    `batch_norm` takes mean and biased variance over all axes but the last and adds the offset beta; it has no scale.
+    `layer_norm` takes them over all axes but the first, then scales by gamma and adds beta.
+
+    Args:
+        x: [rows, ..., channels].
+        norm: one of NORMS; 'None' returns x.
+        scope: the layer's name in norm_params, which holds '<scope>/beta' and '<scope>/gamma', each [channels].
+
+    Returns:
+        A tensor shaped like x.
+    """
+    axes = list(range(len(x.shape)))
+    if norm == 'batch_norm':
+        return standardize(x, axes[:-1], BATCH_NORM_EPSILON) + norm_params[f'{scope}/beta']
+    if norm == 'layer_norm':
+        return (standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma']
+                + norm_params[f'{scope}/beta'])
+    return x
+
+
+def add_bias(x, bias, norm):
+    """x + bias, or x where batch normalisation follows, which subtracts whatever constant a channel had."""
+    return x if norm == 'batch_norm' else x + bias
+
+
+def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool):
+    """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
+
+    Args:
+        x: [rows, height, width, channels].
+        kernel, bias: [3, 3, channels, filters] and [filters].
+        norm, scope, norm_params: as for `normalize`.
+
+    Returns:
+        [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
+    """
+    x = tf.nn.conv2d(x, kernel, strides=1 if max_pool else 2, padding='SAME')
+    x = tf.nn.relu(normalize(add_bias(x, bias, norm), norm, scope, norm_params))
+    return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
+
+
+def dense_block(x, matrix, bias, norm, scope, norm_params):
+    """Affine map, normalisation, ReLU: [rows, inputs] -> [rows, units]."""
+    return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params))
+
+
+def mse(outputs, targets):
+    """Mean squared error over the last two axes: [..., rows, dim] -> [...]."""
+    return tf.reduce_mean(tf.square(outputs - targets), axis=(-2, -1))
+
+
+def xent(outputs, targets, shots):
+    """Softmax cross-entropy summed over the rows and divided by the number of *shots*: [..., rows, way] -> [...].
+
+    Reference behaviour: not divided by the number of rows, so that a task's loss and its gradient are N times the mean
+    ones for N-way support sets. The inner step sizes people use are tuned to that.
+    """
+    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, outputs), axis=-1) / shots
+
+
+def accuracy(outputs, targets):
+    """Fraction of rows whose largest output is the target's class: [..., rows, way] -> [...], in [0, 1]."""
+    hits = tf.equal(tf.argmax(outputs, axis=-1), tf.argmax(targets, axis=-1))
+    return tf.reduce_mean(tf.cast(hits, outputs.dtype), axis=-1)
