@@ -88,16 +88,20 @@ def restore(prefix, state, identity):
         UserError: as for `load`, or the checkpoint belongs to another run or network; says what differs.
     """
     arrays, record = load(prefix)
-    found = {**{name: record.get(name) for name in identity}, **{name: array.shape for name, array in arrays.items()}}
-    wanted = {**identity, **{name: tuple(variable.shape) for name, variable in state.items()}}
-    differences = [f'{name} is {found.get(name, "missing")} there and {wanted.get(name, "missing")} here'
-                   for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    differences = _differences({name: record.get(name) for name in identity}, identity) or _differences(
+        {name: array.shape for name, array in arrays.items()},
+        {name: tuple(variable.shape) for name, variable in state.items()})
     if differences:
         more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
         raise UserError(f'the checkpoint {prefix} is of another run: {", ".join(differences[:3])}{more}')
     for name, variable in state.items():
         variable.assign(arrays[name])
     return record
+
+
+def _differences(there, here):
+    return [f'{name} is {there.get(name, "missing")} there and {here.get(name, "missing")} here'
+            for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
 
 
 def prune(directory):

@@ -166,9 +166,6 @@ class SinusoidSource:
     def tasks(self, config, split):
         return SinusoidTasks(config, split)
 
-    def describe(self, config):
-        return f'{config.update_batch_size}-shot sinusoid'
-
     def dim_input(self, config):
         return 3 if config.baseline == 'oracle' else 1
 
@@ -199,9 +196,6 @@ class ImageSource:
 
     def tasks(self, config, split):
         return ImageTasks(self, config, split)
-
-    def describe(self, config):
-        return f'{config.num_classes}-way {config.update_batch_size}-shot {self.folder}'
 
     def dim_input(self, config):
         return math.prod(self.image_shape)
@@ -327,7 +321,8 @@ def decode_images(paths, image_shape, message):
         array[index] = np.asarray(pixels).reshape(image_shape)
 
     with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(decode, range(len(paths))), message, total=len(paths), unit=' images', leave=False):
+        for _ in tqdm(pool.map(decode, range(len(paths))), message, total=len(paths), unit=' images', leave=False,
+                      disable=None):
             pass
     return array
 

@@ -29,10 +29,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-import results
 from data_generator import SOURCES, TaskBatch, TaskConfig, UserError
+from reports import Progress, Summaries, table, write_results
 
 # TensorFlow takes seconds to import, so the modules that need it are imported by main() once the flags are checked.
 
@@ -102,6 +101,11 @@ class Run:
     def score(self):
         """What is reported: accuracies in classification, losses in regression."""
         return 'accuracy' if self.model.loss == 'xent' else 'loss'
+
+    @property
+    def description(self):
+        way = f'{self.tasks.num_classes}-way ' if self.model.loss == 'xent' else ''
+        return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
 
     @property
     def identity(self):
@@ -217,42 +221,53 @@ def train(run):
         print(f'Nothing to do: {start} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
         return
     prepare_directory(run.directory, start)
+    print(f'Training {run.description} for {run.iterations} iterations in {run.directory}')
 
     prints, window = run.source.print_interval, []
     with Progress(start, run.iterations) as progress, Summaries(run.directory, run.log) as summaries:
         for first, batches in meta_batches(tasks, run, start, model.steps_per_call):
             if run.log and due(first, SUMMARY_INTERVAL):
-                summaries.write('metatrain', model.evaluate(TaskBatch(*(array[0] for array in batches)), run.model.num_updates), first)
+                first_batch = TaskBatch(*(array[0] for array in batches))
+                summaries.write('metatrain', model.evaluate(first_batch, run.model.num_updates), first)
 
             phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
             means = model.train_steps(phase, batches)
-            window += zip(means[f'pre_{run.score}'].numpy(), means[f'post_{run.score}'].numpy())
-            steps = len(batches.support_x)
-            iteration = first + steps
-            progress.update(steps)
-            if not np.all(np.isfinite(window[-steps:])):
-                raise UserError(f'training diverged: the {run.score} is no longer finite within iterations {first} to '
-                                f'{iteration}; lower --update_lr or --meta_lr and go on from an earlier checkpoint')
+            window.append(np.stack([means[f'pre_{run.score}'], means[f'post_{run.score}']], axis=1))
+            iteration = first + len(window[-1])
+            progress.update(len(window[-1]))
+            check_finite(run, means, iteration)
 
+            validating = due(iteration, PRINTS_PER_VALIDATION * prints)
+            saving = due(iteration, SAVE_INTERVAL) or iteration == run.iterations
             if due(iteration, prints):
-                progress.say(console_line(run, phase, iteration, window))
+                progress.say(console_line(run, phase, iteration, np.concatenate(window)))
                 window = []
-            save = due(iteration, SAVE_INTERVAL) or iteration == run.iterations
-            if save or due(iteration, PRINTS_PER_VALIDATION * prints):
+            if validating or saving:
                 validation = evaluate_tasks(model, validation_tasks, VALIDATION_TASKS,
                                             max(run.model.num_updates, run.source.validation_updates))
                 summaries.write('metaval', validation, iteration)
-            if due(iteration, PRINTS_PER_VALIDATION * prints) and run.score == 'accuracy':
                 pre, post = task_scores(validation).mean(axis=0)[[0, run.model.num_updates]]
+            if validating and run.score == 'accuracy':
                 progress.say(f'Validation results: {pre:.6g}, {post:.6g}')
-            if save:
-                best = save_checkpoints(run, model, iteration, task_scores(validation)[:, run.model.num_updates].mean(), best)
+            if saving:
+                best = save_checkpoints(run, model, iteration, post, best)
     print(f'The last checkpoint is {checkpoints.path(run.directory, run.iterations)}')
 
 
-def console_line(run, phase, iteration, window):
-    """`Iteration 100: <pre>, <post>`: means over the iterations since the last such line."""
-    pre, post = np.mean(window, axis=0)
+def due(iteration, interval):
+    return iteration % interval == 0
+
+
+def check_finite(run, means, iteration):
+    """Stops a run whose losses are no longer numbers: its weights would be worthless, and must not be saved."""
+    if not np.all(np.isfinite([means['pre_loss'], means['post_loss']])):
+        raise UserError(f'training diverged: the loss is no longer a number (at iteration {iteration} or shortly before); '
+                        f'lower --update_lr or --meta_lr. Earlier checkpoints, if any, are in {run.directory}')
+
+
+def console_line(run, phase, iteration, scores):
+    """`Iteration 100: <pre>, <post>`, means of the scores [iterations, 2] since the last such line."""
+    pre, post = scores.mean(axis=0)
     if phase == 'pretrain':
         return f'Pretrain Iteration {iteration}: {pre:.6g}, {post:.6g}'
     return f'Iteration {iteration - run.pretrain_iterations}: {pre:.6g}, {post:.6g}'
@@ -277,10 +292,6 @@ def save_checkpoints(run, model, iteration, score, best):
         checkpoints.save(checkpoints.path(run.directory, name), model.state(), record)
     checkpoints.prune(run.directory)
     return best
-
-
-def due(iteration, interval):
-    return iteration % interval == 0
 
 
 def meta_batches(tasks, run, start, steps_per_call):
@@ -359,31 +370,31 @@ def evaluate(run):
     import checkpoints
     from maml import MAML
 
+    prefix = find_checkpoint(run)
     tasks = run.source.tasks(run.tasks, run.split)
     model = MAML(run.model)
-    prefix = find_checkpoint(run)
     record = checkpoints.restore(prefix, model.state(), run.identity)
     updates = max(run.model.num_updates, TEST_UPDATES)
     values = task_scores(evaluate_tasks(model, tasks, TEST_TASKS, updates))
 
     splits = {'val': 'meta-validation', 'test': 'meta-test'}
-    print(f'{run.source.describe(run.tasks)}, {splits[run.split]}, {TEST_TASKS} tasks\n'
+    print(f'{run.description}, {splits[run.split]}, {TEST_TASKS} tasks\n'
           f'{prefix} ({record["iteration"]} iterations)\n')
-    print(results.table(values, run.score))
+    print(table(values, run.score))
     output = os.path.join(run.directory, f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}')
     try:
-        results.write(output, values)
+        write_results(output, values)
     except OSError as error:
         raise UserError(f'the results cannot be written to {output}.csv and .pkl: {error.strerror}') from error
     print(f'\nWritten to {output}.csv and .pkl')
 
 
 def evaluate_tasks(model, tasks, count, num_updates):
-    """Metrics of tasks 0 to count - 1, computed in batches of a size that fits the memory; the size changes no figure."""
-    numbers_per_task = sum(array.size for array in tasks.draw(0, 1))
-    size = next(size for size in range(count, 0, -1) if count % size == 0 and (size * numbers_per_task <= 2 ** 23 or size == 1))
+    """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
+    largest = 2 ** 23 // sum(array.size for array in tasks.draw(0, 1))  # 32 MiB of float32
+    size = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(largest, 1))
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]
-    return type(parts[0])(*(None if values[0] is None else np.concatenate(values, axis=-1) for values in zip(*parts)))
+    return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1) for part in zip(*parts)))
 
 
 def task_scores(metrics):
@@ -393,55 +404,7 @@ def task_scores(metrics):
     return np.concatenate([pre[None], post]).T
 
 
-# What a user sees ---------------------------------------------------------------------------------------------------
-
-class Progress(tqdm):
-    """Iterations a second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
-
-    def __init__(self, start, total):
-        interval = 0.5 if sys.stderr.isatty() else 30
-        super().__init__(initial=start, total=total, unit=' iterations', mininterval=interval, maxinterval=interval,
-                         dynamic_ncols=True)
-
-    def display(self, msg=None, pos=None):
-        if self.fp.isatty():
-            super().display(msg, pos)
-        else:
-            print(msg or str(self), file=self.fp, flush=True)
-
-    def say(self, line):
-        """Prints a line above the bar."""
-        if self.fp.isatty():
-            self.write(line)
-        else:
-            print(line, flush=True)
-
-
-class Summaries:
-    """TensorBoard summaries under the reference's tags; with enabled=False a thing that writes nothing."""
-
-    def __init__(self, directory, enabled):
-        import tensorflow as tf
-        self._tf = tf
-        self._writer = tf.summary.create_file_writer(directory) if enabled else tf.summary.create_noop_writer()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._writer.close()
-
-    def write(self, prefix, metrics, iteration):
-        """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on."""
-        with self._writer.as_default(step=iteration):
-            for what, pre, post in (('loss', metrics.pre_loss, metrics.post_losses),
-                                    ('accuracy', metrics.pre_accuracy, metrics.post_accuracies)):
-                if pre is None:
-                    continue
-                self._tf.summary.scalar(f'{prefix}_Pre-update {what}', np.mean(pre))
-                for update, values in enumerate(np.mean(post, axis=1), start=1):
-                    self._tf.summary.scalar(f'{prefix}_Post-update {what}, step {update}', values)
-
+# The program --------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def quiet():
@@ -488,3 +451,5 @@ if __name__ == '__main__':
         main(sys.argv)
     except (UserError, flags.Error) as error:
         sys.exit(f'main.py: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)

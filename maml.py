@@ -258,7 +258,7 @@ class MAML:
 
         # Dense nets are small: all tasks in one compiled graph. Convolutions fill a core each: one task per core.
         self._wide = config.image_shape is None
-        self.steps_per_call = 100 if self._wide else 1
+        self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         compiled = functools.partial(tf.function, jit_compile=self._wide, autograph=False)
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
@@ -283,12 +283,16 @@ class MAML:
         return metrics_of(self.config, self.predict(batch, num_updates), batch)
 
     def meta_gradients(self, batch):
-        """The gradient of the query loss after the last inner update, averaged over tasks, before clipping.
+        """The exact gradient of the query loss after the last inner update, averaged over tasks, before clipping.
 
         Returns:
             {name: tensor} over weights and norm_params.
         """
         return self._compiled_gradients('metatrain', batch)[0]
+
+    def pretrain_gradients(self, batch):
+        """The gradient of the support loss before adaptation, averaged over tasks. Returns as above."""
+        return self._compiled_gradients('pretrain', batch)[0]
 
     def train_steps(self, phase, batches):
         """Updates the shared weights with meta-batches [steps, tasks, rows, dim], one after the other.

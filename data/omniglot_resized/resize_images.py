@@ -104,7 +104,7 @@ def main():
         for folder in {os.path.dirname(name) for name in drawings}:
             os.makedirs(os.path.join(destination, folder), exist_ok=True)
         with ThreadPoolExecutor() as pool:
-            for _ in tqdm(pool.map(work, sorted(drawings)), total=len(drawings), unit=' images'):
+            for _ in tqdm(pool.map(work, sorted(drawings)), total=len(drawings), unit=' images', disable=None):
                 pass
     except OSError as error:
         sys.exit(f'writing to {destination} failed: {error}')
