@@ -221,17 +221,19 @@ class ImageSource:
             UserError: there is no such folder, or no class in it.
         """
         root = self.path(data_path)
+        prepare = f'prepare the images with: python {self.script}'
         if not os.path.isdir(root):
-            raise UserError(f'there is no folder {root}; prepare the images with: python {self.script}')
+            raise UserError(f'there is no folder {root}; {prepare}')
         if self.manifest:
             names = read_manifest(self._manifest_path(root), split)
         else:
             names = sorted(f'{split}/{name}' for name in _subfolders(os.path.join(root, split)))
+        if not names:
+            raise UserError(f'the {split} split in {root} has no classes; {prepare}')
         missing = [name for name in names if not os.path.isdir(os.path.join(root, name))]
-        if missing or not names:
-            what = f'{len(missing)} class folders, first {missing[0]},' if missing else 'class folders'
-            raise UserError(f'{what} of the {split} split are missing in {root}; prepare the images with: '
-                            f'python {self.script}')
+        if missing:
+            raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {root}, '
+                            f'first {missing[0]}; {prepare}')
         return names
 
     def load(self, split, data_path=None):
@@ -269,13 +271,18 @@ def read_manifest(path, split):
     """Class folders of a split, sorted, from a csv file with the columns split and class.
 
     Raises:
-        UserError: the file cannot be read or lacks a column.
+        UserError: the file cannot be read, or a line is not as it should be.
     """
     try:
         with open(path, newline='', encoding='utf-8') as file:
-            return sorted(row['class'] for row in csv.DictReader(file) if row['split'] == split)
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise UserError(f'{path} cannot be read as a csv file with the columns split,class ({error!r})') from error
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    for number, row in enumerate(rows, start=2):
+        if row.get('split') not in SPLITS or not row.get('class') or '..' in row['class'].split('/'):
+            raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
+                            f'{", ".join(SPLITS)} and class a folder below the data')
+    return sorted(row['class'] for row in rows if row['split'] == split)
 
 
 class ImageFile(NamedTuple):

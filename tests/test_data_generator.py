@@ -1,0 +1,260 @@
+"""Tasks: what they contain, that they depend on (seed, split, number) only, and the cache of decoded images."""
+import dataclasses
+import os
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_generator
+from conftest import write_image_tree
+from data_generator import SOURCES, TaskConfig, UserError, read_manifest
+
+OMNIGLOT = SOURCES['omniglot']
+
+
+def task_config(**changes):
+    return dataclasses.replace(
+        TaskConfig(num_classes=5, update_batch_size=2, query_shots=3, seed=7), **changes)
+
+
+@pytest.fixture
+def tasks(request, small_omniglot):
+    """Tasks of every kind."""
+    def make(split='train', **changes):
+        images = SOURCES[request.param].image_shape is not None
+        config = task_config(data_path=str(small_omniglot) if images else None, **changes)
+        return SOURCES[request.param].tasks(config, split)
+    return make
+
+
+every_source = pytest.mark.parametrize('tasks', SOURCES, indirect=True)
+
+
+def equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+@every_source
+def test_a_task_does_not_depend_on_what_was_drawn_before_or_with_it(tasks):
+    whole = tasks().draw(0, 12)
+    again = tasks()
+    again.draw(100, 3)
+    for start, count in ((7, 5), (0, 1), (3, 4)):
+        assert equal(again.draw(start, count), [array[start:start + count] for array in whole])
+
+
+@every_source
+def test_tasks_differ_between_numbers_splits_and_seeds(tasks):
+    first, second = tasks().draw(0, 1), tasks().draw(1, 1)
+    assert not equal(first, second)
+    assert not equal(first, tasks('val').draw(0, 1))
+    assert not equal(first, tasks(seed=8).draw(0, 1))
+
+
+@every_source
+def test_shapes_and_types(tasks):
+    images = hasattr(tasks(), 'classes')
+    way, dim_input, dim_output = (5, 784, 5) if images else (1, 1, 1)
+    batch = tasks().draw(0, 4)
+    assert [array.shape for array in batch] == [(4, 2 * way, dim_input), (4, 2 * way, dim_output),
+                                                (4, 3 * way, dim_input), (4, 3 * way, dim_output)]
+    assert all(array.dtype == np.float32 for array in batch)
+
+
+# Sinusoid
+
+def test_sinusoid_is_a_sine_of_the_stated_ranges():
+    config = task_config(update_batch_size=10, query_shots=10, baseline='oracle')
+    batch = SOURCES['sinusoid'].tasks(config, 'train').draw(0, 4000)
+    x, amplitude, phase = np.moveaxis(np.concatenate([batch.support_x, batch.query_x], axis=1), -1, 0)
+    y = np.concatenate([batch.support_y, batch.query_y], axis=1)[..., 0]
+    np.testing.assert_allclose(y, amplitude * np.sin(x - phase), atol=1e-5)
+    for values, low, high in ((x, -5, 5), (amplitude, 0.1, 5), (phase, 0, np.pi)):
+        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.01 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.02 * (high - low)
+    assert (np.ptp(amplitude, axis=1) == 0).all() and (np.ptp(phase, axis=1) == 0).all()
+    correlations = np.corrcoef([x[:, 0], x[:, 1], amplitude[:, 0], phase[:, 0]])
+    assert np.abs(correlations - np.eye(4)).max() < 0.06
+
+
+def test_the_oracle_sees_the_same_tasks():
+    plain, oracle = (SOURCES['sinusoid'].tasks(task_config(baseline=baseline), 'test').draw(0, 3)
+                     for baseline in (None, 'oracle'))
+    assert np.array_equal(plain.support_y, oracle.support_y)
+    assert np.array_equal(plain.query_x[..., 0], oracle.query_x[..., 0])
+
+
+# Images
+
+@pytest.fixture
+def omniglot_tasks(small_omniglot):
+    return lambda split='train', **changes: OMNIGLOT.tasks(task_config(data_path=str(small_omniglot), **changes), split)
+
+
+def labels_of(one_hot):
+    assert set(np.unique(one_hot)) == {0, 1} and (one_hot.sum(axis=-1) == 1).all()
+    return one_hot.argmax(axis=-1)
+
+
+def test_each_run_of_n_rows_holds_every_class_once_in_a_fresh_order(omniglot_tasks):
+    batch = omniglot_tasks().draw(0, 200)
+    labels = labels_of(np.concatenate([batch.support_y, batch.query_y], axis=1)).reshape(-1, 5)
+    assert (np.sort(labels, axis=1) == np.arange(5)).all()
+    # Each label stands equally often in each place: 1000 runs, 200 expected, standard deviation 12.6.
+    counts = np.array([(labels == label).sum(axis=0) for label in range(5)])
+    assert np.abs(counts - 200).max() < 60
+
+
+def test_images_of_a_task_are_distinct_and_of_the_right_class(small_omniglot, omniglot_tasks):
+    """Found again on disk, after undoing inversion and trying the four rotations."""
+    names = read_manifest(small_omniglot / 'splits.csv', 'train')
+    on_disk = {}
+    for name in names:
+        for number in range(6):
+            pixels = np.asarray(Image.open(small_omniglot / name / f'{number:02d}.png')) > 127
+            for turns in range(4):
+                on_disk[np.rot90(pixels, turns).tobytes()] = name, number, turns
+    batch = omniglot_tasks().draw(0, 30)
+    turns_seen = set()
+    for task in range(30):
+        rows = np.concatenate([batch.support_x[task], batch.query_x[task]])
+        assert set(np.unique(rows)) == {0, 1}
+        labels = labels_of(np.concatenate([batch.support_y[task], batch.query_y[task]]))
+        found = [on_disk[(row.reshape(28, 28) < 0.5).tobytes()] for row in rows]
+        assert len({(name, number) for name, number, _ in found}) == 25
+        of_label = [{(name, turns) for (name, _, turns), other in zip(found, labels) if other == label}
+                    for label in range(5)]
+        assert all(len(kinds) == 1 for kinds in of_label)  # one class, one rotation
+        assert len({kinds.pop()[0] for kinds in [set(kinds) for kinds in of_label]}) == 5
+        turns_seen |= {turns for _, _, turns in found}
+    assert turns_seen == {0, 1, 2, 3}
+
+
+def test_ink_is_one(tmp_path):
+    write_image_tree(tmp_path, {'train': 5, 'val': 5, 'test': 5}, images=2, size=(28, 28))
+    for path in tmp_path.glob('alphabet/*/*.png'):
+        Image.new('L', (28, 28), 255).save(path)  # blank paper
+    batch = OMNIGLOT.tasks(task_config(update_batch_size=1, query_shots=1, data_path=str(tmp_path)), 'train').draw(0, 1)
+    assert not batch.support_x.any()
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(num_classes=25), ['--num_classes=25', '24', 'train']),
+    (dict(update_batch_size=4), ['7 images', 'alphabet/train', 'has 6', '--update_batch_size']),
+])
+def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
+    with pytest.raises(UserError) as error:
+        omniglot_tasks(**changes)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_the_shipped_split():
+    """1100/100/423 of the 1623 characters: the sorted list, shuffled with seed 1."""
+    path = os.path.join(data_generator.DATA_FOLDER, OMNIGLOT.folder, OMNIGLOT.manifest)
+    splits = [read_manifest(path, split) for split in data_generator.SPLITS]
+    assert [len(names) for names in splits] == [1100, 100, 423]
+    characters = sorted(sum(splits, []))
+    assert len(set(characters)) == 1623 and len({name.split('/')[0] for name in characters}) == 50
+    random.Random(1).shuffle(characters)
+    assert [sorted(characters[:1100]), sorted(characters[1100:1200]), sorted(characters[1200:])] == splits
+
+
+# The cache
+
+@pytest.fixture
+def own_omniglot(tmp_path):
+    write_image_tree(tmp_path, {'train': 5, 'val': 5, 'test': 5}, images=5, size=(28, 28))
+    return tmp_path
+
+
+def decoded(root):
+    return np.array(OMNIGLOT.load('train', str(root)).images)
+
+
+def cache_files(root):
+    return [root / '.cache' / name for name in ('train.npy', 'train.json')]
+
+
+def test_images_are_decoded_once(own_omniglot, monkeypatch):
+    first = decoded(own_omniglot)
+    monkeypatch.setattr(data_generator, 'decode_images', None)  # would fail if called
+    assert np.array_equal(decoded(own_omniglot), first)
+
+
+@pytest.mark.parametrize('file', [0, 1])
+@pytest.mark.parametrize('damage', ['delete', 'empty', 'truncate', 'flip'])
+def test_a_damaged_cache_is_rebuilt(own_omniglot, file, damage):
+    expected = decoded(own_omniglot)
+    path = cache_files(own_omniglot)[file]
+    content = path.read_bytes()
+    if damage == 'delete':
+        path.unlink()
+    else:
+        flipped = bytearray(content)
+        flipped[-10] ^= 1
+        path.write_bytes({'empty': b'', 'truncate': content[:len(content) // 2], 'flip': bytes(flipped)}[damage])
+    assert np.array_equal(decoded(own_omniglot), expected)
+    assert path.read_bytes() == content
+
+
+def test_a_stale_cache_is_rebuilt(own_omniglot):
+    decoded(own_omniglot)
+    changed = own_omniglot / 'alphabet' / 'train00' / '00.png'
+    Image.new('L', (28, 28), 77).save(changed)
+    assert (decoded(own_omniglot)[0] == 77).all()
+    (own_omniglot / 'alphabet' / 'train00' / '01.png').unlink()
+    assert len(decoded(own_omniglot)) == 24
+
+
+def test_without_a_place_for_the_cache_the_images_are_decoded_all_the_same(own_omniglot, capsys):
+    (own_omniglot / '.cache').write_text('a file where the folder should be')
+    assert len(decoded(own_omniglot)) == 25
+    assert 'could not be kept' in capsys.readouterr().err
+
+
+# Bad folders
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match='there is no folder .*nowhere; .*resize_images.py'):
+        OMNIGLOT.load('train', str(tmp_path / 'nowhere'))
+
+
+def test_missing_and_empty_classes(own_omniglot):
+    folder = own_omniglot / 'alphabet' / 'train03'
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match='hold no image, first alphabet/train03'):
+        decoded(own_omniglot)
+    folder.rmdir()
+    with pytest.raises(UserError, match='1 of the 5 class folders of the train split are missing in .*, first alphabet/train03'):
+        decoded(own_omniglot)
+
+
+@pytest.mark.parametrize('content', [b'', b'not an image', b'\x89PNG\r\n\x1a\n' + b'\0' * 30])
+def test_a_file_that_is_no_image(own_omniglot, content):
+    path = own_omniglot / 'alphabet' / 'train02' / '03.png'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='train02/03.png cannot be read as an image'):
+        decoded(own_omniglot)
+
+
+def test_an_image_of_another_size(own_omniglot):
+    Image.new('L', (105, 105)).save(own_omniglot / 'alphabet' / 'train02' / '03.png')
+    with pytest.raises(UserError, match='train02/03.png is 105x105 pixels, not 28x28'):
+        decoded(own_omniglot)
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'the train split in .* has no classes'),
+    (b'split,class\n', 'the train split in .* has no classes'),
+    (b'a,b\n1,2\n', 'line 2 of the manifest .*splits.csv'),
+    (b'split,class\ntrain,a\ntrain\n', 'line 3 of the manifest'),
+    (b'split,class\ntrain,../a\n', 'line 2 of the manifest'),
+    (b'\xff\xfe\x00', 'the manifest .*splits.csv cannot be read'),
+])
+def test_a_manifest_that_is_none(own_omniglot, content, message):
+    (own_omniglot / 'splits.csv').write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        decoded(own_omniglot)

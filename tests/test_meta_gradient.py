@@ -1,0 +1,172 @@
+"""The meta-gradient is the derivative of what is trained: by hand on a tiny problem, by finite differences elsewhere."""
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from data_generator import TaskBatch
+from maml import MAML, Adam, ModelConfig, forward, initial_norm_params, initial_weights, inner_loop, learn_task, loss_of
+
+IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
+             image_shape=(8, 8, 1), num_filters=4)
+DENSE = dict(dim_input=2, dim_output=1, loss='mse', update_batch_size=4, update_lr=0.05, num_updates=2,
+             dim_hidden=(5, 4))
+NETS = {
+    'strided': IMAGE,
+    'strided, flattened': dict(IMAGE, head='flatten'),
+    'max pool': dict(IMAGE, image_shape=(16, 16, 1), dim_input=256, max_pool=True),
+    'dense': DENSE,
+    'dense, classifying': dict(DENSE, dim_output=3, loss='xent', update_batch_size=2),
+}
+
+
+def problem(config, seed=0):
+    """Random weights and one random task, in float64."""
+    rng = np.random.default_rng(seed)
+    draw = lambda value: tf.constant(np.asarray(value) + 0.7 * rng.normal(size=np.shape(value)))
+    weights = {name: draw(value) for name, value in initial_weights(config, seed).items()}
+    norm_params = {name: draw(value) for name, value in initial_norm_params(config).items()}
+    rows = config.update_batch_size * (config.dim_output if config.loss == 'xent' else 1)
+    x = lambda: tf.constant(rng.random((rows, config.dim_input)))
+    if config.loss == 'xent':
+        y = lambda: tf.constant(np.eye(config.dim_output)[rng.permutation(rows) % config.dim_output])
+    else:
+        y = lambda: tf.constant(rng.normal(size=(rows, config.dim_output)))
+    return weights, norm_params, TaskBatch(x(), y(), x(), y())
+
+
+def objective(config, task, weights, norm_params):
+    outputs = learn_task(config, task, weights, norm_params, config.num_updates, every_update=False)
+    return loss_of(config, outputs.post[-1], task.query_y)
+
+
+def gradient(config, task, parameters):
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        loss = objective(config, task, *parameters)
+    return tape.gradient(loss, parameters, unconnected_gradients='zero')
+
+
+def inner(left, right):
+    return sum(float(tf.reduce_sum(a * b)) for a, b in zip(tf.nest.flatten(left), tf.nest.flatten(right)))
+
+
+@pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm', 'None'])
+@pytest.mark.parametrize('net', NETS)
+def test_finite_differences(net, norm):
+    """Along random directions, central differences in float64 agree to 1e-6."""
+    config = ModelConfig(norm=norm, **NETS[net])
+    *parameters, task = problem(config)
+    exact = gradient(config, task, parameters)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        direction = tf.nest.map_structure(lambda value: tf.constant(rng.normal(size=value.shape)), parameters)
+        at = lambda size: float(objective(config, task, *tf.nest.map_structure(
+            lambda value, along: value + size * along, parameters, direction)))
+        step = 1e-6
+        difference = (at(step) - at(-step)) / (2 * step)
+        assert abs(difference - inner(exact, direction)) < 1e-6 * max(1, abs(difference))
+
+
+@pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm', 'None'])
+@pytest.mark.parametrize('net', NETS)
+def test_first_order_differs_from_second_order(net, norm):
+    config = ModelConfig(norm=norm, **NETS[net])
+    *parameters, task = problem(config)
+    exact, first_order = (gradient(dataclasses.replace(config, stop_grad=stop), task, parameters)
+                          for stop in (False, True))
+    difference = tf.nest.map_structure(lambda a, b: a - b, exact, first_order)
+    assert inner(difference, difference) > 1e-6 * inner(exact, exact)
+
+
+def test_one_weight_by_hand():
+    """f(x) = w x + b with one point each: (w x - y)^2, one inner step, worked out on paper."""
+    config = ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=1, update_lr=0.1, norm='None',
+                         dim_hidden=())
+    w, b, x, y, query_x, query_y = 1.5, 0.5, 2.0, 1.0, -1.0, 3.0
+    column = lambda value: tf.constant([[value]], tf.float64)
+    task = TaskBatch(column(x), column(y), column(query_x), column(query_y))
+    weights = {'w1': column(w), 'b1': tf.constant([b], tf.float64)}
+
+    error = w * x + b - y                                     # 2.5
+    fast_w, fast_b = w - 0.2 * error * x, b - 0.2 * error     # gradient step: d(error^2) = 2 error (x, 1)
+    query_error = fast_w * query_x + fast_b - query_y
+    # d fast_w = (1 - 0.2 x^2) dw - 0.2 x db;  d fast_b = -0.2 x dw + (1 - 0.2) db
+    by_w = 2 * query_error * ((1 - 0.2 * x * x) * query_x - 0.2 * x)
+    by_b = 2 * query_error * (-0.2 * x * query_x + 0.8)
+
+    (support_outputs, fast), = inner_loop(config, task.support_x, task.support_y, weights, {}, 1)
+    np.testing.assert_allclose([support_outputs[0, 0], fast['w1'][0, 0], fast['b1'][0]], [w * x + b, fast_w, fast_b])
+    gradients, _ = gradient(config, task, (weights, {}))
+    np.testing.assert_allclose([gradients['w1'][0, 0], gradients['b1'][0]], [by_w, by_b])
+
+    first_order, _ = gradient(dataclasses.replace(config, stop_grad=True), task, (weights, {}))
+    np.testing.assert_allclose([first_order['w1'][0, 0], first_order['b1'][0]], [2 * query_error * query_x, 2 * query_error])
+
+
+def test_classification_loss_is_summed_and_divided_by_the_shots():
+    config = ModelConfig(dim_input=1, dim_output=4, loss='xent', update_batch_size=2, update_lr=0.1)
+    rows = tf.zeros([12, 4]), tf.one_hot(np.arange(12) % 4, 4)
+    np.testing.assert_allclose(loss_of(config, *rows), 12 * np.log(4) / 2, rtol=1e-6)
+
+
+def test_meta_gradient_is_clipped_elementwise():
+    """Adam does not see the scale of a gradient, so look at its first moment: 0.1 times the clipped gradient."""
+    config = ModelConfig(norm='None', **dict(DENSE, update_lr=0.001))
+    *_, task = problem(config)
+    batch = TaskBatch(*(100 * tf.cast(array, tf.float32)[None] for array in task))
+    free, clipped = MAML(config), MAML(dataclasses.replace(config, clip=0.5))
+    gradients = free.meta_gradients(batch)
+    assert max(float(tf.reduce_max(tf.abs(value))) for value in gradients.values()) > 0.5
+    clipped.metatrain_step(batch)
+    for name, value in gradients.items():
+        moment = clipped.state()[f'metatrain/adam/m/{name}']
+        np.testing.assert_allclose(moment, 0.1 * np.clip(value, -0.5, 0.5), rtol=1e-4, atol=1e-7)
+
+
+def test_adam_against_its_formula():
+    """Two steps worked out with the bias corrections of the paper (Kingma & Ba, algorithm 1)."""
+    variable, gradients = tf.Variable([1.0]), [0.5, -2.0]
+    adam = Adam({'w': variable}, learning_rate=0.1)
+    value, mean, square = 1.0, 0.0, 0.0
+    for step, g in enumerate(gradients, start=1):
+        adam.apply({'w': tf.constant([g])})
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
+        value -= 0.1 * (mean / (1 - 0.9 ** step)) / np.sqrt(square / (1 - 0.999 ** step))
+        np.testing.assert_allclose(variable, [value], rtol=1e-5)
+
+
+def test_steps_in_one_call_equal_single_steps():
+    config = ModelConfig(norm='None', **DENSE)
+    batches = [problem(config, seed)[2] for seed in range(6)]
+    stacked = TaskBatch(*(np.stack([np.asarray(field, np.float32) for field in fields]).reshape(3, 2, *fields[0].shape)
+                          for fields in zip(*batches)))
+    one, many = MAML(config), MAML(config)
+    for phase, step in (('pretrain', one.pretrain_step), ('metatrain', one.metatrain_step)):
+        losses = [step(TaskBatch(*(field[i] for field in stacked)))['post_loss'] for i in range(3)]
+        np.testing.assert_allclose(many.train_steps(phase, stacked)['post_loss'], losses, rtol=1e-6)
+    for name, variable in one.state().items():
+        np.testing.assert_allclose(many.state()[name], variable, rtol=1e-5, atol=1e-8, err_msg=name)
+
+
+def test_initial_weights_depend_on_seed_and_follow_the_stated_distributions():
+    config = ModelConfig(dim_input=784, dim_output=5, loss='xent', update_batch_size=1, update_lr=0.4,
+                         image_shape=(28, 28, 1))
+    weights, again, other = (initial_weights(config, seed) for seed in (3, 3, 4))
+    assert all(np.array_equal(weights[name], again[name]) for name in weights)
+    assert not np.array_equal(weights['conv2'], other['conv2'])
+    limit = np.sqrt(6 / (9 * 128))
+    assert 0.99 * limit < np.max(np.abs(weights['conv2'])) < limit
+    assert 0.8 < np.std(weights['w5']) < 1.2
+    dense = initial_weights(dataclasses.replace(config, image_shape=None, dim_hidden=(256, 128, 64, 64)), 3)
+    assert np.max(np.abs(dense['w1'])) < 0.0201 and 0.008 < np.std(dense['w1']) < 0.01
+    assert not any(np.any(weights[name]) for name in weights if name.startswith('b'))
+
+
+@pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm', 'None'])
+def test_output_shapes(norm):
+    for net in NETS.values():
+        config = ModelConfig(norm=norm, **net)
+        outputs = forward(config, tf.zeros([7, config.dim_input]), initial_weights(config, 0), initial_norm_params(config))
+        assert outputs.shape == (7, config.dim_output)
