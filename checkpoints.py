@@ -67,7 +67,7 @@ def load(prefix):
     try:
         reader = tf.train.load_checkpoint(prefix)
         arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         raise UserError(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
     if _RECORD not in arrays:
         raise UserError(f'the checkpoint {prefix} was not written by this program')

@@ -1,0 +1,298 @@
+"""main.py as users run it: training, resuming, evaluating, and refusing what makes no sense."""
+import csv
+import glob
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import main
+from conftest import error_of, run_main, run_ok
+from data_generator import SOURCES
+
+# A short run of every source, on tiny data. A source without an entry fails test_every_source_has_a_run.
+RUNS = {
+    'sinusoid': ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4'],
+    'omniglot': ['--datasource=omniglot', '--update_batch_size=1', '--update_lr=0.4', '--num_filters=4',
+                 '--meta_batch_size=4', '--num_classes=5'],
+}
+
+
+@pytest.fixture
+def arguments(request, small_omniglot, tmp_path):
+    """Flags of a source's run, with a log directory of its own."""
+    data = {'omniglot': small_omniglot}.get(request.param)
+    return RUNS[request.param] + [f'--logdir={tmp_path}'] + ([f'--data_path={data}'] if data else [])
+
+
+def every_source(function):
+    return pytest.mark.parametrize('arguments', RUNS, indirect=True)(function)
+
+
+def of(source):
+    return pytest.mark.parametrize('arguments', [source], indirect=True)
+
+
+def test_every_source_has_a_run():
+    assert RUNS.keys() == SOURCES.keys()
+
+
+def experiment(tmp_path):
+    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
+    return directory
+
+
+def variables(prefix):
+    return {name: tf.train.load_variable(str(prefix), name) for name, _ in tf.train.list_variables(str(prefix))}
+
+
+def iteration_lines(output):
+    return re.findall(r'^(?:Pretrain )?Iteration (\d+): ([-\d.e]+), ([-\d.e]+)$', output, re.M)
+
+
+@every_source
+def test_train_resume_evaluate(arguments, tmp_path):
+    """An interrupted and resumed run ends with the very numbers of an uninterrupted one."""
+    whole = run_ok(*arguments, '--metatrain_iterations=1050')
+    directory = experiment(tmp_path)
+    assert {path.name for path in directory.glob('*.index')} == {'model1000.index', 'model1050.index', 'best.index'}
+    numbers = variables(directory / 'model1050')
+
+    other = [flag for flag in arguments if '--logdir' not in flag] + [f'--logdir={tmp_path / "resumed"}']
+    run_ok(*other, '--metatrain_iterations=1000')
+    resumed = run_ok(*other, '--metatrain_iterations=1050')
+    assert 'Going on from' in resumed and 'model1000' in resumed
+    again = variables(experiment(tmp_path / 'resumed') / 'model1050')
+    assert numbers.keys() == again.keys() and {'record', 'metatrain/adam/step', 'pretrain/adam/step'} <= numbers.keys()
+    for name in numbers:
+        np.testing.assert_array_equal(numbers[name], again[name], err_msg=name)
+    assert 'Nothing to do' in run_ok(*other, '--metatrain_iterations=1050')
+
+    # The reference's console lines.
+    shown = iteration_lines(whole)
+    interval = 1000 if 'sinusoid' in arguments[0] else 100
+    assert [int(line[0]) for line in shown] == list(range(interval, 1051, interval))
+    validated = re.findall(r'^Validation results: [\d.]+, [\d.]+$', whole, re.M)
+    assert len(validated) == (0 if 'sinusoid' in arguments[0] else 2)
+
+    # Evaluation: a table, csv and pickle.
+    output = run_ok(*arguments, '--metatrain_iterations=1050', '--train=False', '--test_set=True')
+    assert 'meta-test, 600 tasks' in output and 'model1050 (1050 iterations)' in output
+    shot, rate = (10, 0.001) if 'sinusoid' in arguments[0] else (1, 0.4)
+    name = directory / f'test_ubs{shot}_stepsize{rate}'
+    with open(f'{name}.pkl', 'rb') as file:
+        values = pickle.load(file)['mses']
+    assert values.shape == (600, 11)
+    with open(f'{name}.csv', newline='') as file:
+        header, *rows = csv.reader(file)
+    assert header == [f'update{j}' for j in range(11)]
+    mean, std, ci95 = np.array(rows, float)
+    np.testing.assert_allclose(mean, values.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ci95, 1.96 * std / np.sqrt(600), rtol=1e-6)
+    table = re.findall(r'^ +(\d+) +([\d.]+) ± ([\d.]+)', output, re.M)
+    scale = 1 if 'sinusoid' in arguments[0] else 100
+    np.testing.assert_allclose([float(row[1]) for row in table], scale * mean, atol=0.0051)
+    assert [int(row[0]) for row in table] == list(range(11))
+
+
+@of('omniglot')
+def test_learning_shows(arguments, tmp_path):
+    """Chance before adaptation, much more after it."""
+    run_ok(*arguments, '--metatrain_iterations=400', '--log=False')
+    run_ok(*arguments, '--train=False', '--test_set=True')
+    with open(glob.glob(f'{tmp_path}/*/*.pkl')[0], 'rb') as file:
+        values = pickle.load(file)['mses']
+    # 600 tasks of 5 rows: the standard error of chance is 0.4 / sqrt(3000) = 0.0073.
+    assert abs(values[:, 0].mean() - 0.2) < 0.03
+    assert values[:, 1].mean() > 0.5
+    assert not glob.glob(f'{tmp_path}/*/events*')
+
+
+@of('sinusoid')
+def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
+    run_ok(*arguments, '--metatrain_iterations=12000')
+    directory = experiment(tmp_path)
+    kept = sorted(int(path.stem[5:]) for path in directory.glob('model*.index'))
+    assert kept == list(range(3000, 12001, 1000))
+    evaluate = [*arguments, '--train=False']
+    assert 'model12000 (12000 iterations)' in run_ok(*evaluate)
+    assert 'model5000 (5000 iterations)' in run_ok(*evaluate, '--test_iter=5000')
+    assert re.search(r'/best \(\d+000 iterations\)', run_ok(*evaluate, '--test_best'))
+    error = error_of(*evaluate, '--test_iter=1000')
+    assert 'no checkpoint model1000 in' in error and 'there are model3000, model4000,' in error and 'best' in error
+
+    # Going back: the later checkpoints are kept aside, and the run comes to the same end.
+    end = variables(directory / 'model12000')
+    output = run_ok(*arguments, '--metatrain_iterations=12000', '--test_iter=11000')
+    assert 'Earlier checkpoints were moved to' in output
+    for name, value in variables(directory / 'model12000').items():
+        np.testing.assert_array_equal(value, end[name], err_msg=name)
+    assert 'moved' in run_ok(*arguments, '--metatrain_iterations=100', '--resume=False')
+    assert [path.name for path in directory.glob('model*.index')] == ['model100.index']
+
+    assert 'model100 is of another run: seed is 0 there and 5 here' in error_of(*arguments, '--seed=5')
+    (directory / 'model100.index').write_bytes(b'')
+    assert 'model100 cannot be read' in error_of(*evaluate)
+
+
+@of('sinusoid')
+def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_path):
+    pretrain = ['--pretrain_iterations=1000', '--metatrain_iterations=0']
+    output = run_ok(*arguments, *pretrain)
+    assert output.count('Pretrain Iteration 1000: ') == 1
+    run_ok(*arguments, *pretrain, '--baseline=oracle')
+    run_ok(*arguments, '--metatrain_iterations=100')
+    both = run_ok(*arguments, '--pretrain_iterations=1000', '--metatrain_iterations=2000', '--stop_grad')
+    assert [line[0] for line in iteration_lines(both)] == ['1000', '1000', '2000']
+    base = 'cls_5.mbs_4.ubs_10.numstep1.updatelr0.001'
+    assert {path.name for path in tmp_path.iterdir()} == {
+        base + 'nonormpretrain', base + 'oraclenonorm', base + 'nonorm', base + 'stopgradnonorm'}
+    # Pre-training leaves Adam's other state alone, and the oracle's input is three wide.
+    state = variables(tmp_path / (base + 'oraclenonorm') / 'model1000')
+    assert state['w1'].shape == (3, 40) and state['pretrain/adam/step'] == 1000 and state['metatrain/adam/step'] == 0
+    # The oracle is trained jointly even when it is asked for as meta-training.
+    assert 'Nothing to do' in run_ok(*arguments, '--metatrain_iterations=1000', '--baseline=oracle')
+    # A checkpoint knows its regime.
+    os.rename(tmp_path / (base + 'nonormpretrain'), tmp_path / (base + 'stopgradnonormpretrain'))
+    for path in (tmp_path / (base + 'nonorm')).glob('model*'):
+        path.unlink()
+    for path in (tmp_path / (base + 'stopgradnonormpretrain')).glob('model*'):
+        path.rename(tmp_path / (base + 'nonorm') / path.name)
+    assert 'regime is pretrain there and metatrain here' in error_of(*arguments, '--train=False')
+
+
+@of('sinusoid')
+def test_summaries(arguments, tmp_path):
+    run_ok(*arguments, '--metatrain_iterations=1000', '--num_updates=2')
+    events, = glob.glob(f'{tmp_path}/*/events*')
+    seen = {}
+    for event in tf.compat.v1.train.summary_iterator(events):
+        for value in event.summary.value:
+            seen.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+    assert seen.keys() == {'metatrain_Pre-update loss', 'metatrain_Post-update loss, step 1',
+                           'metatrain_Post-update loss, step 2', 'metaval_Pre-update loss',
+                           *(f'metaval_Post-update loss, step {step}' for step in range(1, 6))}
+    assert list(seen['metatrain_Pre-update loss']) == list(range(0, 1000, 100))
+    assert list(seen['metaval_Pre-update loss']) == [1000]
+
+
+@of('omniglot')
+@pytest.mark.parametrize('flags, name', [
+    (['--conv=False'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4batchnorm'),
+    (['--max_pool', '--norm=layer_norm'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm'),
+    (['--num_classes=20', '--num_updates=2', '--stop_grad=True', '--norm=None', '--update_lr=0.1'],
+     'cls_20.mbs_4.ubs_1.numstep2.updatelr0.1hidden4stopgradnonorm'),
+])
+def test_networks(arguments, flags, name, tmp_path):
+    run_ok(*arguments, *flags, '--metatrain_iterations=2')
+    assert experiment(tmp_path).name == name
+    # Evaluated with another shot and step size than trained with; the results say which.
+    output = run_ok(*arguments, *flags, '--train=False', '--update_batch_size=2', '--update_lr=0.05',
+                    '--train_update_batch_size=1', f'--train_update_lr={0.1 if "cls_20" in name else 0.4}')
+    assert '2-shot omniglot, meta-validation' in output
+    assert (experiment(tmp_path) / 'test_ubs2_stepsize0.05.csv').exists()
+
+
+@of('sinusoid')
+def test_the_seed_fixes_everything_and_nothing_else_does(arguments, tmp_path):
+    def weights(name, *flags):
+        logdir = tmp_path / name
+        run_ok(*arguments, '--metatrain_iterations=100', f'--logdir={logdir}', *flags)
+        return variables(experiment(logdir) / 'model100')
+
+    one, same, other = weights('one'), weights('same', '--log=False'), weights('other', '--seed=1')
+    assert all(np.array_equal(one[name], same[name]) for name in one)
+    assert not np.array_equal(one['w2'], other['w2'])
+
+
+@of('sinusoid')
+def test_divergence_stops_the_run(arguments):
+    assert 'training diverged' in error_of(*arguments, '--update_lr=1e30', '--metatrain_iterations=200')
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--nonsense=1'], ['nonsense']),
+    (['--updatelr=1'], ['Did you mean', 'update_lr']),
+    (['train'], ["'train' is not a flag"]),
+    (['--max_pool', 'True'], ["'True' is not a flag", '--name=value']),
+    (['--datasource=imagenet'], ['--datasource=imagenet', 'omniglot']),
+    (['--norm=group_norm'], ['--norm=group_norm', 'batch_norm']),
+    (['--baseline=maml'], ['--baseline=maml', 'oracle']),
+    (['--datasource=omniglot', '--baseline=oracle'], ['oracle', 'omniglot']),
+    (['--data_path=/tmp'], ['--data_path', 'sinusoid']),
+    (['--num_updates=0'], ['--num_updates=0']),
+    (['--num_updates=1.5'], ['--num_updates=1.5']),
+    (['--update_lr=-0.1'], ['--update_lr=-0.1']),
+    (['--update_lr=nan'], ['--update_lr', 'finite']),
+    (['--meta_lr=-1'], ['--meta_lr=-1']),
+    (['--meta_lr=inf'], ['--meta_lr', 'finite']),
+    (['--meta_batch_size=0'], ['--meta_batch_size=0']),
+    (['--update_batch_size=0'], ['--update_batch_size=0']),
+    (['--num_classes=0'], ['--num_classes=0']),
+    (['--datasource=omniglot', '--num_classes=1'], ['--num_classes=1', 'at least 2']),
+    (['--num_filters=0'], ['--num_filters=0']),
+    (['--metatrain_iterations=-5'], ['--metatrain_iterations=-5']),
+    (['--metatrain_iterations=0'], ['nothing to train']),
+    (['--train_update_batch_size=0'], ['--train_update_batch_size']),
+    (['--train_update_lr=-3'], ['--train_update_lr']),
+    (['--seed=-1'], ['--seed=-1']),
+    (['--test_iter=-2'], ['--test_iter=-2']),
+    (['--train=False', '--test_best', '--test_iter=3'], ['--test_best', '--test_iter']),
+    (['--test_best'], ['--test_best', '--train=False']),
+    (['--train=perhaps'], ['--train=perhaps']),
+])
+def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
+    error = error_of(f'--logdir={tmp_path}', *flags)
+    assert all(word in error for word in words), error
+    assert not any(tmp_path.iterdir())
+
+
+@of('omniglot')
+@pytest.mark.parametrize('flags, words', [
+    (['--num_classes=22'], ['--num_classes=22', 'val', '21']),
+    (['--update_batch_size=4'], ['8 images', 'has 6']),
+    (['--data_path=/nowhere'], ['there is no folder /nowhere', 'resize_images.py']),
+    (['--train=False'], ['there is no checkpoint in', 'holds nothing', 'Train first']),
+])
+def test_data_and_checkpoints_that_are_not_there(arguments, flags, words):
+    error = error_of(*arguments, '--metatrain_iterations=10', *flags)
+    assert all(word in error for word in words), error
+
+
+def test_unwritable_logdir(tmp_path):
+    (tmp_path / 'file').touch()
+    error = error_of(f'--logdir={tmp_path}/file', '--metatrain_iterations=10')
+    assert 'cannot be written to' in error and '--logdir' in error
+
+
+def test_help_explains_every_flag():
+    output = run_ok('--help')
+    assert 'Usage:' in output
+    for flag in main.FLAGS.get_key_flags_for_module('main'):
+        assert re.search(rf'--(\[no\])?{flag.name}[: ]', output), flag.name
+        assert flag.help
+
+
+def test_console_is_free_of_noise(tmp_path):
+    process = run_main(f'--logdir={tmp_path}', '--metatrain_iterations=1000', '--norm=None')
+    assert process.returncode == 0
+    assert [line for line in process.stderr.splitlines() if line and 'iterations/s]' not in line] == []
+    assert re.search(r'1000/1000 \[.*iterations/s\]', process.stderr)
+    assert [line.split(' ')[0] for line in process.stdout.splitlines()] == ['Training', 'Iteration', 'The']
+
+
+def test_batched_evaluation_changes_no_figure(small_omniglot):
+    """Evaluating 12 tasks at once, or one at a time."""
+    from maml import MAML
+    values = main.FLAGS
+    values.unparse_flags()
+    values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
+    run = main.config_from_flags(values)
+    tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
+    at_once = main.task_scores(main.evaluate_tasks(model, tasks, 12, 3))
+    one_by_one = np.concatenate([main.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
+    np.testing.assert_array_equal(at_once, one_by_one)
