@@ -1,0 +1,23 @@
+# make demo: trains and evaluates a short 10-shot sinusoid and prints the table. make test: runs the tests.
+# Both work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --norm=None --update_batch_size=10
+
+.PHONY: demo test clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python main.py $(DEMO)
+	$(VENV)/bin/python main.py $(DEMO) --train=False --test_set=True
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -r tests/requirements.txt
+	$(VENV)/bin/python -m pytest tests
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) logs/demo
