@@ -1,0 +1,39 @@
+"""The README's commands: the same as main.py's own, and working as printed, on a few iterations."""
+import os
+import re
+import shlex
+
+import pytest
+
+import main
+from conftest import ROOT, run_ok
+
+with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
+    README = file.read()
+COMMANDS = re.findall(r'^python (main\.py .*)$', README, re.M)
+TRAINING = [command for command in COMMANDS if '--train=False' not in command]
+
+
+def test_usage_text_and_readme_agree():
+    assert [line.strip()[len('python '):] for line in main.__doc__.splitlines() if 'python main.py --' in line] == TRAINING
+
+
+def test_evaluation_commands_are_training_commands_with_two_flags():
+    for command in set(COMMANDS) - set(TRAINING):
+        assert command.removesuffix(' --train=False --test_set=True') in TRAINING
+
+
+def test_flags_in_the_readme_exist():
+    for name in re.findall(r'`--(\w+)', README):
+        assert name in main.FLAGS, name
+
+
+@pytest.mark.parametrize('command', TRAINING)
+def test_training_commands_run(command, small_omniglot, tmp_path):
+    """Two iterations of whichever phase the command asks for, then its evaluation."""
+    flags = [re.sub(r'^(--\w+_iterations)=[1-9]\d*$', r'\1=2', flag) for flag in shlex.split(command)[1:]
+             if not flag.startswith('--logdir')] + [f'--logdir={tmp_path}']
+    if any(flag == '--datasource=omniglot' for flag in flags):
+        flags.append(f'--data_path={small_omniglot}')
+    assert 'The last checkpoint is' in run_ok(*flags)
+    assert '600 tasks' in run_ok(*flags, '--train=False', '--test_set=True')
