@@ -408,7 +408,7 @@ def task_scores(metrics):
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps what TensorFlow's C++ says while it is imported from the console, unless the import fails."""
+    """Keeps what C++ code writes to the standard error from the console, unless the block fails."""
     sys.stderr.flush()
     console = os.dup(2)
     with tempfile.TemporaryFile() as hidden:
@@ -425,12 +425,19 @@ def quiet():
 
 
 def import_tensorflow():
-    """Imports TensorFlow set up for one task per core: kernels single-threaded, as many at a time as there are cores."""
+    """Imports TensorFlow set up for one task per core: kernels single-threaded, as many at a time as there are cores.
+
+    Its notices (on processor features, on GPUs that are not there, on XLA) are silenced. They come while it is imported, while
+    it looks for devices and when XLA first compiles, and before its log levels are obeyed, so all that is done at once here.
+    With TF_CPP_MIN_LOG_LEVEL set in the environment, nothing is silenced but what that asks for.
+    """
+    silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    with quiet():
+    with quiet() if silent else contextlib.nullcontext():
         import tensorflow as tf
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+        tf.function(tf.identity, jit_compile=True)(0.0)
 
 
 def main(argv):
