@@ -391,7 +391,8 @@ def evaluate(run):
 
 def evaluate_tasks(model, tasks, count, num_updates):
     """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
-    largest = 2 ** 23 // sum(array.size for array in tasks.draw(0, 1))  # 32 MiB of float32
+    numbers_per_task = sum(array.size for array in tasks.draw(0, 1)) + sum(math.prod(v.shape) for v in model.weights.values())
+    largest = 2 ** 23 // numbers_per_task  # 32 MiB of float32
     size = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(largest, 1))
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1) for part in zip(*parts)))

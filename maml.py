@@ -41,14 +41,14 @@ class ModelConfig:
 
 class Outputs(NamedTuple):
     """What the network said about a task (with a leading axis [tasks]: about a meta-batch)."""
-    pre: tf.Tensor      # [N*K, dim_output]           support rows, before adaptation
-    post: tf.Tensor     # [updates, N*Q, dim_output]  query rows, after each recorded update
+    pre: tf.Tensor      # [N*K, dim_output]  support rows, before adaptation
+    post: tf.Tensor     # [N*Q, dim_output]  query rows, after adaptation; from `predict` [updates, tasks, N*Q, dim_output]
 
 
 class Metrics(NamedTuple):
     """Losses and accuracies, one value per task; callers average. Accuracies are fractions in [0, 1]."""
     pre_loss: tf.Tensor                         # [tasks]           support loss before adaptation
-    post_losses: tf.Tensor                      # [updates, tasks]  query loss after each recorded update
+    post_losses: tf.Tensor                      # [updates, tasks]  query loss after each update
     pre_accuracy: Optional[tf.Tensor] = None    # [tasks]           classification only
     post_accuracies: Optional[tf.Tensor] = None  # [updates, tasks]
 
@@ -179,33 +179,28 @@ def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
         yield outputs, weights
 
 
-def learn_task(config, task, weights, norm_params, num_updates, every_update):
+def learn_task(config, task, weights, norm_params, num_updates):
     """Runs the inner loop on one task and says what the network answers before and after.
 
     Args:
         task: a TaskBatch of one task, without the leading axis.
-        every_update: record the query outputs after each of the updates, or after the last one only.
+        weights: where the inner loop starts from.
 
     Returns:
-        Outputs, with `updates` = num_updates or 1.
+        Outputs, and the fast weights.
     """
-    pre, post = None, []
-    inner_steps = inner_loop(config, task.support_x, task.support_y, weights, norm_params, num_updates)
-    for update, (support_outputs, fast_weights) in enumerate(inner_steps, start=1):
-        pre = support_outputs if update == 1 else pre
-        if every_update or update == num_updates:
-            post.append(forward(config, task.query_x, fast_weights, norm_params))
-    return Outputs(pre, tf.stack(post))
+    inner_steps = list(inner_loop(config, task.support_x, task.support_y, weights, norm_params, num_updates))
+    (pre, _), (_, fast_weights) = inner_steps[0], inner_steps[-1]
+    return Outputs(pre, forward(config, task.query_x, fast_weights, norm_params)), fast_weights
 
 
 def metrics_of(config, outputs, batch):
-    """Metrics, one value per task, from Outputs and TaskBatch with a leading axis [tasks]."""
-    post = tf.transpose(outputs.post, [1, 0, 2, 3])  # [updates, tasks, N*Q, dim_output]
-    query_y = tf.broadcast_to(batch.query_y, tf.shape(post))
-    losses = loss_of(config, outputs.pre, batch.support_y), loss_of(config, post, query_y)
+    """Metrics from Outputs of a meta-batch; without an axis [updates] where the outputs have none."""
+    query_y = tf.broadcast_to(batch.query_y, tf.shape(outputs.post))
+    losses = loss_of(config, outputs.pre, batch.support_y), loss_of(config, outputs.post, query_y)
     if config.loss == 'mse':
         return Metrics(*losses)
-    return Metrics(*losses, accuracy(outputs.pre, batch.support_y), accuracy(post, query_y))
+    return Metrics(*losses, accuracy(outputs.pre, batch.support_y), accuracy(outputs.post, query_y))
 
 
 # Learning to learn --------------------------------------------------------------------------------------------------
@@ -262,7 +257,7 @@ class MAML:
         compiled = functools.partial(tf.function, jit_compile=self._wide, autograph=False)
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
-        self._compiled_predict = compiled(self._predict)
+        self._compiled_adapt = compiled(self._adapt)
 
     def state(self):
         """{name: tf.Variable}: everything that a training run needs to go on."""
@@ -274,9 +269,16 @@ class MAML:
         """Outputs for a meta-batch before adaptation and after each of num_updates inner updates.
 
         Returns:
-            Outputs: pre [tasks, N*K, dim_output], post [tasks, num_updates, N*Q, dim_output].
+            Outputs: pre [tasks, N*K, dim_output], post [num_updates, tasks, N*Q, dim_output].
         """
-        return self._compiled_predict(batch, num_updates)
+        batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
+        tasks = len(batch.support_x)
+        fast_weights = {name: tf.repeat(weights[None], tasks, axis=0) for name, weights in self.weights.items()}
+        updates = []
+        for _ in range(num_updates):
+            outputs, fast_weights = self._compiled_adapt(batch, fast_weights)
+            updates.append(outputs)
+        return Outputs(updates[0].pre, tf.stack([outputs.post for outputs in updates]))
 
     def evaluate(self, batch, num_updates):
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
@@ -315,11 +317,12 @@ class MAML:
         """One update of joint training with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
         return _first(self.train_steps('pretrain', _one_step(batch)))
 
-    def _predict(self, batch, num_updates):
-        weights, norm_params = _values(self.weights), _values(self.norm_params)
+    def _adapt(self, batch, fast_weights):
+        """One inner update of each task from weights of its own: Outputs, and the weights after it, all [tasks, ...]."""
+        norm_params = _values(self.norm_params)
         return self._map_tasks(
-            lambda task: learn_task(self.config, task, weights, norm_params, num_updates, every_update=True),
-            batch, Outputs(tf.float32, tf.float32))
+            lambda task_and_weights: learn_task(self.config, *task_and_weights, norm_params, num_updates=1),
+            (batch, fast_weights), (Outputs(tf.float32, tf.float32), dict.fromkeys(fast_weights, tf.float32)))
 
     def _gradients(self, phase, batch):
         """Gradients of the phase's objective averaged over tasks, {name: tensor}, and the means of the metrics."""
@@ -328,20 +331,19 @@ class MAML:
         def task_gradients(task):
             with tf.GradientTape() as tape:
                 tape.watch((weights, norm_params))
-                outputs = learn_task(self.config, task, weights, norm_params, self.config.num_updates,
-                                     every_update=False)
+                outputs, _ = learn_task(self.config, task, weights, norm_params, self.config.num_updates)
                 if phase == 'metatrain':
-                    objective = loss_of(self.config, outputs.post[-1], task.query_y)
+                    objective = loss_of(self.config, outputs.post, task.query_y)
                 else:
                     objective = loss_of(self.config, outputs.pre, task.support_y)
             return outputs, tape.gradient(objective, {**weights, **norm_params}, unconnected_gradients='zero')
 
-        signature = Outputs(tf.float32, tf.float32), {name: tf.float32 for name in (*weights, *norm_params)}
+        signature = Outputs(tf.float32, tf.float32), dict.fromkeys((*weights, *norm_params), tf.float32)
         outputs, gradients = self._map_tasks(task_gradients, batch, signature)
         metrics = metrics_of(self.config, outputs, batch)
-        means = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses[-1]}
+        means = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses}
         if metrics.pre_accuracy is not None:
-            means.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies[-1])
+            means.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies)
         return tf.nest.map_structure(lambda values: tf.reduce_mean(values, axis=0), (gradients, means))
 
     def _steps(self, phase, batches):

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import main
-from conftest import error_of, run_main, run_ok
+from conftest import error_of, run_ok, run_process
 from data_generator import SOURCES
 
 # A short run of every source, on tiny data. A source without an entry fails test_every_source_has_a_run.
@@ -56,6 +56,7 @@ def iteration_lines(output):
 @every_source
 def test_train_resume_evaluate(arguments, tmp_path):
     """An interrupted and resumed run ends with the very numbers of an uninterrupted one."""
+    arguments = [*arguments, '--meta_batch_size=2']
     whole = run_ok(*arguments, '--metatrain_iterations=1050')
     directory = experiment(tmp_path)
     assert {path.name for path in directory.glob('*.index')} == {'model1000.index', 'model1050.index', 'best.index'}
@@ -263,6 +264,14 @@ def test_data_and_checkpoints_that_are_not_there(arguments, flags, words):
     assert all(word in error for word in words), error
 
 
+@pytest.mark.parametrize('flags', [['--nonsense=1'], ['--num_updates=0'], ['--test_best'], ['--train=False']])
+def test_refusal(flags, tmp_path):
+    """A refusal is one line on the standard error, and exit status 1."""
+    process = run_process(f'--logdir={tmp_path}', *flags)
+    assert process.returncode == 1 and process.stdout == ''
+    assert process.stderr.startswith('main.py: ') and process.stderr.count('\n') == 1
+
+
 def test_unwritable_logdir(tmp_path):
     (tmp_path / 'file').touch()
     error = error_of(f'--logdir={tmp_path}/file', '--metatrain_iterations=10')
@@ -270,7 +279,7 @@ def test_unwritable_logdir(tmp_path):
 
 
 def test_help_explains_every_flag():
-    output = run_ok('--help')
+    output = run_process('--help').stdout
     assert 'Usage:' in output
     for flag in main.FLAGS.get_key_flags_for_module('main'):
         assert re.search(rf'--(\[no\])?{flag.name}[: ]', output), flag.name
@@ -278,7 +287,7 @@ def test_help_explains_every_flag():
 
 
 def test_console_is_free_of_noise(tmp_path):
-    process = run_main(f'--logdir={tmp_path}', '--metatrain_iterations=1000', '--norm=None')
+    process = run_process(f'--logdir={tmp_path}', '--metatrain_iterations=1000', '--norm=None')
     assert process.returncode == 0
     assert [line for line in process.stderr.splitlines() if line and 'iterations/s]' not in line] == []
     assert re.search(r'1000/1000 \[.*iterations/s\]', process.stderr)

@@ -37,8 +37,8 @@ def problem(config, seed=0):
 
 
 def objective(config, task, weights, norm_params):
-    outputs = learn_task(config, task, weights, norm_params, config.num_updates, every_update=False)
-    return loss_of(config, outputs.post[-1], task.query_y)
+    outputs, _ = learn_task(config, task, weights, norm_params, config.num_updates)
+    return loss_of(config, outputs.post, task.query_y)
 
 
 def gradient(config, task, parameters):

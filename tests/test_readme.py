@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 import main
-from conftest import ROOT, run_ok
+from conftest import ROOT, run_process
 
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
     README = file.read()
@@ -35,5 +35,6 @@ def test_training_commands_run(command, small_omniglot, tmp_path):
              if not flag.startswith('--logdir')] + [f'--logdir={tmp_path}']
     if any(flag == '--datasource=omniglot' for flag in flags):
         flags.append(f'--data_path={small_omniglot}')
-    assert 'The last checkpoint is' in run_ok(*flags)
-    assert '600 tasks' in run_ok(*flags, '--train=False', '--test_set=True')
+    for more, words in ([], 'The last checkpoint is'), (['--train=False', '--test_set=True'], 'meta-test, 600 tasks'):
+        process = run_process(*flags, *more)
+        assert process.returncode == 0 and words in process.stdout, process.stderr
