@@ -64,14 +64,18 @@ def load(prefix):
     Raises:
         UserError: it is missing, damaged, or not one of this program's.
     """
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
+    arrays = _read(prefix)
     if _RECORD not in arrays:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
     return arrays, json.loads(arrays.pop(_RECORD))
+
+
+def _read(prefix):
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
 
 
 def restore(prefix, state, identity):
@@ -97,6 +101,52 @@ def restore(prefix, state, identity):
     for name, variable in state.items():
         variable.assign(arrays[name])
     return record
+
+
+def load_weights(prefix, variables):
+    """Gives a model's weights and norm parameters the values of a checkpoint, of this program's or of the reference's.
+
+    Args:
+        prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
+        variables: {name: tf.Variable}, weights in the order in which the reference made them.
+
+    Raises:
+        UserError: there is no such checkpoint, it cannot be read, or names or shapes differ; lists the differences.
+    """
+    if not os.path.exists(prefix + '.index'):
+        folder = os.path.dirname(prefix) or '.'
+        others = sorted(name[:-len('.index')] for name in os.listdir(folder) if name.endswith('.index')) if os.path.isdir(
+            folder) else []
+        raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); '
+                        + (f'{folder} holds {", ".join(others)}' if others else f'{folder} holds no checkpoint'))
+    arrays = _read(prefix)
+    if _RECORD in arrays:
+        found = {name: array for name, array in arrays.items() if name != _RECORD and '/adam/' not in name}
+    else:
+        ours = {theirs: name for name, theirs in reference_names(variables).items()}
+        found = {ours.get(name, name): array for name, array in arrays.items()
+                 if name.startswith('model/') and 'Adam' not in name}
+    differences = _differences({name: array.shape for name, array in found.items()},
+                               {name: tuple(variable.shape) for name, variable in variables.items()})
+    if differences:
+        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: {", ".join(differences)}')
+    for name, variable in variables.items():
+        variable.assign(found[name])
+
+
+def reference_names(names):
+    """{our name: the reference's}, for names of weights in the order of `maml.initial_weights`, and of norm parameters.
+
+    The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
+    """
+    convolutional, numbered, result = 'conv1' in names, 0, {}
+    for name in names:
+        if '/' in name or convolutional and (name.startswith('conv') or name in ('w5', 'b5')):
+            result[name] = f'model/{name}'
+        else:
+            result[name] = f'model/Variable_{numbered}' if numbered else 'model/Variable'
+            numbered += 1
+    return result
 
 
 def _differences(there, here):

@@ -6,25 +6,29 @@ tasks, and workers can share a meta-batch without talking. Meta-batch i of T tas
 
 To add a source, add an entry to SOURCES.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import sys
-import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = ('train', 'val', 'test')
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg')
+PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
+# A manifest lists the classes of each split; the partial one is what a preparation with --allow_missing leaves.
+PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+CHUNK_BYTES = 2 ** 24  # of decoded images, on their way to the cache
 
 
 class UserError(Exception):
@@ -179,20 +183,24 @@ class SinusoidSource:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Classification of images found on disk, as `<folder>/.../<class>/<image>`."""
-    folder: str                         # below data/
-    image_shape: Tuple[int, int, int]   # height, width, channels
-    script: str                         # what prepares the folder
-    manifest: Optional[str] = None      # csv file in the folder with columns split,class; None: folders train, val, test
+    """Classification of images found on disk.
+
+    Their folder holds either folders train, val and test of class folders, or a manifest of class folders (a csv file with
+    the columns split,class), or, where `shares` are given, class folders to be split by them.
+    """
+    image_shape: Tuple[int, int, int]        # height, width, channels
+    folder: Optional[str] = None             # below data/; None: only --data_path says
+    script: Optional[str] = None             # what prepares the folder; None: the user's own images, of any size and format
     rotations: bool = False
     invert: bool = False
-    head: str = 'flatten'               # 'mean' | 'flatten': what the conv net does before its last layer
-    clip: Optional[float] = None        # elementwise bound of the meta-gradient
+    head: str = 'flatten'                    # 'mean' | 'flatten': what the conv net does before its last layer
+    clip: Optional[float] = None             # elementwise bound of the meta-gradient
     train_query_shots: Optional[int] = None  # query examples per class in training; None: K
     validation_updates: int = 10
+    shares: Optional[Tuple[int, int, int]] = None  # proportions of train, val and test in number of classes
     print_interval: int = 100
     loss = 'xent'
-    dim_hidden = (256, 128, 64, 64)     # --conv=False
+    dim_hidden = (256, 128, 64, 64)          # --conv=False
 
     def tasks(self, config, split):
         return ImageTasks(self, config, split)
@@ -210,9 +218,10 @@ class ImageSource:
     def path(self, data_path=None):
         return data_path or os.path.join(DATA_FOLDER, self.folder)
 
-    def _manifest_path(self, root):
-        own = os.path.join(root, self.manifest)
-        return own if os.path.exists(own) else os.path.join(DATA_FOLDER, self.folder, self.manifest)
+    @property
+    def remedy(self):
+        return (f'prepare the images with: python {self.script}' if self.script else
+                'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
 
     def class_folders(self, split, data_path=None):
         """The split's class folders relative to the data folder, sorted.
@@ -221,20 +230,31 @@ class ImageSource:
             UserError: there is no such folder, or no class in it.
         """
         root = self.path(data_path)
-        prepare = f'prepare the images with: python {self.script}'
         if not os.path.isdir(root):
-            raise UserError(f'there is no folder {root}; {prepare}')
-        if self.manifest:
-            names = read_manifest(self._manifest_path(root), split)
+            raise UserError(f'there is no folder {root}; {self.remedy}')
+        manifest = self._manifest(root)
+        if manifest:
+            names = read_manifest(manifest, split)
         else:
             names = sorted(f'{split}/{name}' for name in _subfolders(os.path.join(root, split)))
         if not names:
-            raise UserError(f'the {split} split in {root} has no classes; {prepare}')
+            raise UserError(f'the {split} split in {root} has no classes; {self.remedy}')
         missing = [name for name in names if not os.path.isdir(os.path.join(root, name))]
         if missing:
             raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {root}, '
-                            f'first {missing[0]}; {prepare}')
+                            f'first {missing[0]}; {self.remedy}')
         return names
+
+    def _manifest(self, root):
+        """The path of the manifest that splits the classes in root, or None where folders do."""
+        candidates = [os.path.join(root, PARTIAL_MANIFEST), os.path.join(root, MANIFEST)]
+        if self.folder:
+            candidates.append(os.path.join(DATA_FOLDER, self.folder, MANIFEST))
+        found = next(filter(os.path.exists, candidates), None)
+        if found or not self.shares or any(os.path.isdir(os.path.join(root, split)) for split in SPLITS):
+            return found
+        write_manifest(os.path.join(root, MANIFEST), split_classes(_subfolders(root), self.shares, root))
+        return os.path.join(root, MANIFEST)
 
     def load(self, split, data_path=None):
         """The split's images, decoded once: kept in a cache beside them, and read from there from then on.
@@ -242,26 +262,31 @@ class ImageSource:
         Raises:
             UserError: missing folders, or an image that cannot be decoded or has the wrong size.
         """
-        root = self.path(data_path)
-        files = [(name, _image_files(os.path.join(root, name))) for name in self.class_folders(split, data_path)]
+        root, own = self.path(data_path), self.script is None
+        suffixes = set(Image.registered_extensions()) if own else PREPARED_SUFFIXES
+        files = [(name, _image_files(os.path.join(root, name), suffixes)) for name in self.class_folders(split, data_path)]
         empty = [name for name, images in files if not images]
         if empty:
-            raise UserError(f'{len(empty)} class folders in {root} hold no image, first {empty[0]}; prepare the images '
-                            f'with: python {self.script}')
+            raise UserError(f'{len(empty)} class folders in {root} hold no image, first {empty[0]}; {self.remedy}')
         counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
-        fingerprint = hashlib.sha256(repr((self.image_shape, files)).encode()).hexdigest()
+        fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
         images = cached_array(
-            os.path.join(root, '.cache', split), fingerprint, (len(paths), *self.image_shape),
-            lambda: decode_images(paths, self.image_shape, f'decoding {split} images of {self.folder}'))
+            os.path.join(root, '.cache', f'{split}_{"x".join(map(str, self.image_shape))}'), fingerprint,
+            (len(paths), *self.image_shape), lambda: decode_images(paths, self.image_shape, own, f'decoding {split} images'))
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts)
 
 
 SOURCES = {
     'sinusoid': SinusoidSource(),
-    'omniglot': ImageSource(
-        folder='omniglot_resized', image_shape=(28, 28, 1), script='data/omniglot_resized/resize_images.py',
-        manifest='splits.csv', rotations=True, invert=True, head='mean'),
+    'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
+                            invert=True, head='mean'),
+    'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,
+                                train_query_shots=15, validation_updates=1),
+    'cifarfs': ImageSource((32, 32, 3), 'cifarfs', 'data/cifarfs/proc_images.py', clip=10.0, train_query_shots=15),
+    'fc100': ImageSource((32, 32, 3), 'fc100', 'data/fc100/proc_images.py', clip=10.0, train_query_shots=15),
+    # The user's own images; flags change the shape, the rotations and the shares.
+    'folder': ImageSource((84, 84, 3), clip=10.0, shares=(64, 16, 20)),
 }
 
 
@@ -285,6 +310,39 @@ def read_manifest(path, split):
     return sorted(row['class'] for row in rows if row['split'] == split)
 
 
+def split_classes(names, shares, root):
+    """Splits classes in an order that depends on their names only: [(split, class)].
+
+    Args:
+        names: class folders.
+        shares: proportions of train, val and test; each gets at least one class.
+        root: what to call the folder in an error.
+
+    Raises:
+        UserError: there are fewer classes than splits.
+    """
+    if len(names) < len(SPLITS):
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; it must '
+                        'hold folders train, val and test, each with one folder of images per class, or just the latter')
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
+    held_out = [max(1, len(names) * share // sum(shares)) for share in shares[1:]]
+    bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
+    return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
+
+
+def write_manifest(path, rows):
+    """Writes [(split, class)] where `read_manifest` will find it, and says so."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
+    try:
+        _replace(path, lambda file: file.write(text.getvalue().encode()))
+    except (OSError, UnicodeEncodeError) as error:
+        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort the '
+                        'class folders into folders train, val and test yourself') from error
+    counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+    print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
+
+
 class ImageFile(NamedTuple):
     """An image as the folder lists it; size and time tell when a cache of it is stale."""
     name: str
@@ -298,40 +356,50 @@ def _subfolders(folder):
     return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
 
 
-def _image_files(folder):
+def _image_files(folder, suffixes):
     """The folder's images sorted by name, as [ImageFile]; other files and hidden ones are passed over."""
     def is_image(name):
-        return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')
+        return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
 
     return sorted(ImageFile(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-                  for entry in os.scandir(folder) if is_image(entry.name))
+                  for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
 
 
-def decode_images(paths, image_shape, message):
-    """Decodes image files to one uint8 array [images, height, width, channels], grey for one channel, else RGB.
+def decode_images(paths, image_shape, resize, message):
+    """Decodes image files, grey for one channel, else RGB; some at a time, on all cores.
+
+    Args:
+        resize: resize images (upright, by a Lanczos filter, not keeping the aspect) instead of refusing other sizes.
+        message: what the progress bar says.
+
+    Yields:
+        uint8 arrays [some, height, width, channels].
 
     Raises:
         UserError: a file is no image or has another size; names it.
     """
     height, width, channels = image_shape
-    array = np.empty((len(paths), height, width, channels), np.uint8)
 
-    def decode(index):
-        path = paths[index]
+    def decode(path):
         try:
             with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image) if resize else image
                 size, pixels = image.size, image.convert('L' if channels == 1 else 'RGB')
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f'{path} cannot be read as an image ({error}); remove it or prepare it again') from error
         if size != (width, height):
-            raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; prepare it again')
-        array[index] = np.asarray(pixels).reshape(image_shape)
+            if not resize:
+                raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; prepare it again')
+            pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(pixels).reshape(image_shape)
 
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(decode, range(len(paths))), message, total=len(paths), unit=' images', leave=False,
-                      disable=None):
-            pass
-    return array
+    some = max(1, CHUNK_BYTES // math.prod(image_shape))
+    with ThreadPoolExecutor() as pool, tqdm(desc=message, total=len(paths), unit=' images', leave=False,
+                                            disable=None) as progress:
+        for start in range(0, len(paths), some):
+            chunk = list(pool.map(decode, paths[start:start + some]))
+            progress.update(len(chunk))
+            yield np.stack(chunk)
 
 
 def cached_array(path, fingerprint, shape, make):
@@ -341,40 +409,60 @@ def cached_array(path, fingerprint, shape, make):
         path: the cache's path without ending; <path>.json beside it holds fingerprint and checksum.
         fingerprint: says what the array is made from.
         shape: what the array must have.
-        make: function that returns the array.
+        make: function that yields the array, some of its first axis at a time.
 
     Returns:
-        The array; memory-mapped where it was found on disk.
+        The array, memory-mapped; in memory only where the cache cannot be written.
     """
-    try:
-        with open(path + '.json') as file:
-            record = json.load(file)
-        array = np.load(path + '.npy', mmap_mode='r')
-        if record == _cache_record(fingerprint, array) and array.shape == shape and array.dtype == np.uint8:
-            return array
-    except (OSError, ValueError, EOFError):
-        pass  # no cache, or one that cannot be read: make it anew
-    array = make()
+    array = _read_cache(path, fingerprint, shape)
+    if array is not None:
+        return array
+
+    def write(file):
+        checksum = 0
+        np.lib.format.write_array_header_1_0(file, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
+        for part in make():
+            checksum = zlib.crc32(part, checksum)
+            file.write(part)
+        return checksum
+
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _replace(path + '.npy', lambda file: np.save(file, array))
-        _replace(path + '.json', lambda file: file.write(json.dumps(_cache_record(fingerprint, array)).encode()))
+        record = {'fingerprint': fingerprint, 'crc32': _replace(path + '.npy', write)}
+        _replace(path + '.json', lambda file: file.write(json.dumps(record).encode()))
+        return np.load(path + '.npy', mmap_mode='r')
     except OSError as error:
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
-    return array
+        return np.concatenate(list(make()))
 
 
-def _cache_record(fingerprint, array):
-    return {'fingerprint': fingerprint, 'crc32': zlib.crc32(np.ascontiguousarray(array))}
+def _read_cache(path, fingerprint, shape):
+    """The array, or None. Reads the file for its checksum piece by piece, so that it does not fill the memory."""
+    try:
+        with open(path + '.json', encoding='utf-8') as file:
+            record = json.load(file)
+        array = np.load(path + '.npy', mmap_mode='r')
+        if array.shape != shape or array.dtype != np.uint8 or record.get('fingerprint') != fingerprint:
+            return None
+        checksum = 0
+        with open(path + '.npy', 'rb') as file:
+            file.seek(array.offset)
+            while part := file.read(CHUNK_BYTES):
+                checksum = zlib.crc32(part, checksum)
+        return array if checksum == record.get('crc32') else None
+    except (OSError, ValueError, EOFError, AttributeError):
+        return None
 
 
 def _replace(path, write):
-    """Writes a file aside and moves it into place, so that nobody ever sees half of it."""
-    descriptor, aside = tempfile.mkstemp(dir=os.path.dirname(path))
+    """Writes a file aside and moves it into place, so that nobody ever sees half of it; returns what write returns."""
+    aside = f'{path}.{os.getpid()}.part'
     try:
-        with os.fdopen(descriptor, 'wb') as file:
-            write(file)
+        with open(aside, 'wb') as file:
+            result = write(file)
         os.replace(aside, path)
+        return result
     except BaseException:
-        os.unlink(aside)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
         raise

@@ -15,17 +15,30 @@ Usage:
   20-way, 1-shot Omniglot:
     python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=0.1 --num_updates=5 --logdir=logs/omniglot20way/
 
+  5-way, 1-shot and 5-shot MiniImagenet:
+    python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet1shot/ --num_filters=32 --max_pool=True
+    python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet5shot/ --num_filters=32 --max_pool=True
+
+  5-way, 1-shot CIFAR-FS and FC100:
+    python main.py --datasource=cifarfs --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/cifarfs1shot/ --num_filters=32 --max_pool=True
+    python main.py --datasource=fc100 --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/fc1001shot/ --num_filters=32 --max_pool=True
+
+  5-way, 1-shot on your own images:
+    python main.py --datasource=folder --data_path=my_images --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/my_images/ --num_filters=32 --max_pool=True
+
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
-  Omniglot must be prepared first: see README.md.
+  All but the sinusoid's data must be prepared first: see README.md.
 """
 import collections
 import contextlib
 import dataclasses
 import math
 import os
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import Optional
 
 import numpy as np
 from absl import flags
@@ -45,7 +58,17 @@ flags.DEFINE_enum('datasource', 'sinusoid', list(SOURCES), 'where tasks come fro
 flags.DEFINE_integer('num_classes', 5, 'way N: classes per task (without meaning for sinusoid)', lower_bound=1)
 flags.DEFINE_string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly "
                     'instead of meta-training (sinusoid only)')
-flags.DEFINE_string('data_path', None, 'folder of the prepared images, if not the one under data/')
+flags.DEFINE_string('data_path', None, "folder of the images, if not the one under data/; for --datasource=folder your own, "
+                    'with folders train, val and test, each with one folder of images per class, or just the latter')
+flags.DEFINE_integer('image_size', 84, 'pixels to which your own images are resized, in height and width '
+                     '(--datasource=folder)', lower_bound=1)
+flags.DEFINE_enum('image_channels', '3', ['1', '3'], '1: your own images are made grey; 3: RGB (--datasource=folder)')
+flags.DEFINE_bool('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
+                  '(--datasource=folder)')
+flags.DEFINE_string('split', '64/16/20', 'proportions by which class folders are split into train/val/test, where they are '
+                    'not yet; the result is written to splits.csv among them (--datasource=folder)')
+flags.DEFINE_integer('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size',
+                     lower_bound=-1)
 flags.DEFINE_integer('seed', 0, 'fixes everything random: the initial weights and the tasks of every iteration',
                      lower_bound=0, upper_bound=2 ** 31 - 1)
 # Training
@@ -68,6 +91,8 @@ flags.DEFINE_bool('log', True, 'write summaries for TensorBoard')
 flags.DEFINE_string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
 flags.DEFINE_bool('resume', True, 'go on from the newest checkpoint, if there is one')
 flags.DEFINE_bool('train', True, 'train; False: evaluate')
+flags.DEFINE_string('load_from', None, "prefix of a checkpoint, of this program's or of the reference's, whose weights are "
+                    'evaluated, or from which training starts if there is nothing to resume')
 flags.DEFINE_integer('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', lower_bound=-1)
 flags.DEFINE_bool('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
 flags.DEFINE_bool('test_set', False, 'evaluate on meta-test; False: on meta-validation')
@@ -91,6 +116,7 @@ class Run:
     log: bool
     train: bool
     checkpoint: object          # what to load: an iteration, checkpoints.BEST, or None for the newest
+    load_from: Optional[str]    # prefix of a checkpoint elsewhere
     split: str                  # what to evaluate: 'val' | 'test'
 
     @property
@@ -124,12 +150,23 @@ def check_flags(values):
         if condition:
             raise UserError(message)
 
-    images = SOURCES[values.datasource].image_shape is not None
+    source = SOURCES[values.datasource]
+    images = source.image_shape is not None
     refuse(values.baseline not in (None, 'None', 'oracle'), f"--baseline={values.baseline}: the only baseline is 'oracle'")
     refuse(values.baseline == 'oracle' and images,
            f'--baseline=oracle needs the amplitude and phase of a sinusoid, which {values.datasource} does not have')
     refuse(values.data_path is not None and not images,
            f'--data_path is a folder of images, but {values.datasource} has no data on disk')
+    own = images and source.folder is None
+    refuse(own and values.data_path is None,
+           f'--datasource={values.datasource} needs --data_path, the folder of your images')
+    for name in ('image_size', 'image_channels', 'rotations', 'split'):
+        refuse(not own and values[name].present, f'--{name} is for --datasource=folder')
+    refuse(not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', values.split),
+           f'--split={values.split} must be three whole numbers like 64/16/20')
+    refuse(own and values.max_pool and values.conv and values.image_size < 16,
+           f'--image_size={values.image_size}: four times 2x2 pooling needs at least 16')
+    refuse(values.test_query == 0, '--test_query must be at least 1')
     refuse(images and values.num_classes < 2, f'--num_classes={values.num_classes}: a task needs at least 2 classes')
     for name in ('meta_lr', 'update_lr', 'train_update_lr'):
         refuse(not math.isfinite(getattr(values, name)), f'--{name} must be a finite number')
@@ -138,7 +175,25 @@ def check_flags(values):
     refuse(values.train and values.pretrain_iterations + values.metatrain_iterations == 0,
            'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0')
     refuse(values.test_best and values.train, '--test_best is for evaluation: add --train=False')
-    refuse(values.test_best and values.test_iter != -1, '--test_best and --test_iter name two checkpoints: give one')
+    checkpoints = [name for name in ('test_best', 'test_iter', 'load_from') if values[name].present]
+    refuse(len(checkpoints) > 1, f'--{" and --".join(checkpoints)} name different checkpoints: give one')
+
+
+def data_from_flags(values):
+    """Turns flags into the source, an entry of SOURCES, and a TaskConfig."""
+    source = SOURCES[values.datasource]
+    if source.image_shape and source.folder is None:
+        source = dataclasses.replace(
+            source, image_shape=(values.image_size, values.image_size, int(values.image_channels)),
+            rotations=values.rotations, shares=tuple(map(int, values.split.split('/'))))
+    asked = -1 if values.train else values.test_query
+    return source, TaskConfig(
+        num_classes=values.num_classes,
+        update_batch_size=values.update_batch_size,
+        query_shots=source.query_shots(values.update_batch_size, values.train) if asked == -1 else asked,
+        seed=values.seed,
+        baseline='oracle' if values.baseline == 'oracle' else None,
+        data_path=values.data_path)
 
 
 def config_from_flags(values):
@@ -146,17 +201,11 @@ def config_from_flags(values):
     from checkpoints import BEST
     from maml import ModelConfig
 
-    source, oracle = SOURCES[values.datasource], values.baseline == 'oracle'
-    # Reference behaviour: the oracle is trained jointly, also for the iterations asked for as meta-training.
-    pretrain_iterations = values.pretrain_iterations + values.metatrain_iterations * oracle
-    metatrain_iterations = values.metatrain_iterations * (not oracle)
-    tasks = TaskConfig(
-        num_classes=values.num_classes,
-        update_batch_size=values.update_batch_size,
-        query_shots=source.query_shots(values.update_batch_size, values.train),
-        seed=values.seed,
-        baseline='oracle' if oracle else None,
-        data_path=values.data_path)
+    source, tasks = data_from_flags(values)
+    pretrain_iterations, metatrain_iterations = values.pretrain_iterations, values.metatrain_iterations
+    if tasks.baseline == 'oracle':
+        # Reference behaviour: the oracle is trained jointly, also for the iterations asked for as meta-training.
+        pretrain_iterations, metatrain_iterations = pretrain_iterations + metatrain_iterations, 0
     model = ModelConfig(
         dim_input=source.dim_input(tasks),
         dim_output=source.dim_output(tasks),
@@ -180,6 +229,7 @@ def config_from_flags(values):
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         meta_batch_size=values.meta_batch_size, resume=values.resume, log=values.log, train=values.train,
         checkpoint=BEST if values.test_best else None if values.test_iter == -1 else values.test_iter,
+        load_from=values.load_from,
         split='test' if values.test_set else 'val')
 
 
@@ -201,15 +251,14 @@ def experiment_name(values, pretrain_only):
 
 # Training -----------------------------------------------------------------------------------------------------------
 
-def train(run):
+def train(run, data):
     """Trains from fresh weights, or from where a checkpoint left off, to the last iteration.
 
-    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations.
+    data holds the tasks of the splits train and val. Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations.
     """
     import checkpoints
     from maml import MAML
 
-    tasks, validation_tasks = run.source.tasks(run.tasks, 'train'), run.source.tasks(run.tasks, 'val')
     model = MAML(run.model, run.tasks.seed)
     start, best = 0, None
     if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
@@ -217,6 +266,9 @@ def train(run):
         record = checkpoints.restore(prefix, model.state(), run.identity)
         start, best = record['iteration'], record['best']
         print(f'Going on from {prefix}')
+    elif run.load_from:
+        checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params})
+        print(f'Starting from the weights of {run.load_from}')
     if start >= run.iterations:
         print(f'Nothing to do: {start} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
         return
@@ -225,7 +277,7 @@ def train(run):
 
     prints, window = run.source.print_interval, []
     with Progress(start, run.iterations) as progress, Summaries(run.directory, run.log) as summaries:
-        for first, batches in meta_batches(tasks, run, start, model.steps_per_call):
+        for first, batches in meta_batches(data['train'], run, start, model.steps_per_call):
             if run.log and due(first, SUMMARY_INTERVAL):
                 first_batch = TaskBatch(*(array[0] for array in batches))
                 summaries.write('metatrain', model.evaluate(first_batch, run.model.num_updates), first)
@@ -243,7 +295,7 @@ def train(run):
                 progress.say(console_line(run, phase, iteration, np.concatenate(window)))
                 window = []
             if validating or saving:
-                validation = evaluate_tasks(model, validation_tasks, VALIDATION_TASKS,
+                validation = evaluate_tasks(model, data['val'], VALIDATION_TASKS,
                                             max(run.model.num_updates, run.source.validation_updates))
                 summaries.write('metaval', validation, iteration)
                 pre, post = task_scores(validation).mean(axis=0)[[0, run.model.num_updates]]
@@ -365,24 +417,30 @@ def find_checkpoint(run):
 
 # Evaluation ---------------------------------------------------------------------------------------------------------
 
-def evaluate(run):
-    """Evaluates a checkpoint on 600 tasks; prints a table and writes the reference's csv and pickle files beside it."""
+def evaluate(run, data):
+    """Evaluates a checkpoint on 600 tasks; prints a table and writes the reference's csv and pickle files."""
     import checkpoints
     from maml import MAML
 
-    prefix = find_checkpoint(run)
-    tasks = run.source.tasks(run.tasks, run.split)
     model = MAML(run.model)
-    record = checkpoints.restore(prefix, model.state(), run.identity)
+    output = os.path.join(run.directory, f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}')
+    if run.tasks.query_shots != run.source.query_shots(run.model.update_batch_size, train=False):
+        output += f'_query{run.tasks.query_shots}'
+    if run.load_from:
+        prefix, trained = run.load_from, 'weights of another run'
+        checkpoints.load_weights(prefix, {**model.weights, **model.norm_params})
+        output += f'_{os.path.basename(prefix)}'
+    else:
+        prefix = find_checkpoint(run)
+        trained = f'{checkpoints.restore(prefix, model.state(), run.identity)["iteration"]} iterations'
     updates = max(run.model.num_updates, TEST_UPDATES)
-    values = task_scores(evaluate_tasks(model, tasks, TEST_TASKS, updates))
+    values = task_scores(evaluate_tasks(model, data[run.split], TEST_TASKS, updates))
 
     splits = {'val': 'meta-validation', 'test': 'meta-test'}
-    print(f'{run.description}, {splits[run.split]}, {TEST_TASKS} tasks\n'
-          f'{prefix} ({record["iteration"]} iterations)\n')
+    print(f'{run.description}, {splits[run.split]}, {TEST_TASKS} tasks\n{prefix} ({trained})\n')
     print(table(values, run.score))
-    output = os.path.join(run.directory, f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}')
     try:
+        os.makedirs(run.directory, exist_ok=True)
         write_results(output, values)
     except OSError as error:
         raise UserError(f'the results cannot be written to {output}.csv and .pkl: {error.strerror}') from error
@@ -449,9 +507,13 @@ def main(argv):
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
     check_flags(FLAGS)
+    # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
+    source, tasks = data_from_flags(FLAGS)
+    splits = ['train', 'val'] if FLAGS.train else ['test' if FLAGS.test_set else 'val']
+    data = {split: source.tasks(tasks, split) for split in splits}
     import_tensorflow()
     run = config_from_flags(FLAGS)
-    (train if run.train else evaluate)(run)
+    (train if run.train else evaluate)(run, data)
 
 
 if __name__ == '__main__':

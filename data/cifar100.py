@@ -1,0 +1,89 @@
+"""Reads CIFAR-100 (Krizhevsky, 2009), of which CIFAR-FS and FC100 are two splits, and prepares either."""
+import os
+import sys
+
+import numpy as np
+from preparation import MEGABYTE, Class, Picture, arguments, encode_png, is_plain_name, load_pickle, prepare, \
+    read_classes, read_tar_members
+
+ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
+SIZE = (32, 32)
+IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
+
+
+def read_parts(source):
+    """The three pickles, from the archive or its unpacked folder.
+
+    Args:
+        source: the folder that holds cifar-100-python.tar.gz or cifar-100-python, or either of them itself.
+
+    Returns:
+        {'train' | 'test' | 'meta': (where, dict)}
+    """
+    archive, folder = os.path.join(source, ARCHIVE), os.path.join(source, FOLDER)
+    if os.path.isfile(source):
+        archive = source
+    elif os.path.exists(os.path.join(source, 'meta')):
+        folder = source
+    if os.path.isdir(folder):
+        contents, where = {}, folder
+        for name in PARTS:
+            if os.path.isfile(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), 'rb') as file:
+                    contents[name] = file.read()
+    elif os.path.exists(archive):
+        contents, where = read_tar_members(archive, PARTS, limit=512 * MEGABYTE), archive
+    else:
+        sys.exit(f'{source} holds neither {ARCHIVE} nor a folder {FOLDER}; download the python version of CIFAR-100 '
+                 'there, or name its folder with --source')
+    for name in PARTS:
+        if name not in contents:
+            sys.exit(f'{where} has no file {name}; download CIFAR-100 again')
+    return {name: (f'{name} in {where}', load_pickle(contents[name], f'{name} in {where}')) for name in PARTS}
+
+
+def read_images(source):
+    """Every image of both parts.
+
+    Returns:
+        [(class, file name, uint8 [32, 32, 3])], the names being the archive's, unique within a class.
+    """
+    parts = read_parts(source)
+    where, meta = parts.pop('meta')
+    labels = [_text(name) for name in _field(meta, 'fine_label_names', where)]
+    images = []
+    for where, part in parts.values():
+        data = np.asarray(_field(part, 'data', where))
+        numbers, names = _field(part, 'fine_labels', where), _field(part, 'filenames', where)
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
+            sys.exit(f'{where} holds data of shape {list(data.shape)} and type {data.dtype} instead of rows of 3072 bytes; '
+                     'download CIFAR-100 again')
+        if not len(data) == len(numbers) == len(names) or not set(numbers) <= set(range(len(labels))):
+            sys.exit(f'the labels or names in {where} do not fit its {len(data)} images; download CIFAR-100 again')
+        pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        images += [(labels[number], _text(name), image) for number, name, image in zip(numbers, names, pixels)]
+    hostile = [name for label, name, _ in images if not is_plain_name(name) or not is_plain_name(label)]
+    if hostile:
+        sys.exit(f'{source} names an image {hostile[0]!r}, which cannot be the name of a file; download CIFAR-100 again')
+    return images
+
+
+def _field(part, name, where):
+    if name not in part:
+        sys.exit(f'{where} has no entry {name}; download CIFAR-100 again')
+    return part[name]
+
+
+def _text(name):
+    return name.decode('latin1') if isinstance(name, bytes) else str(name)
+
+
+def main(description, here):
+    """Writes <destination>/{train,val,test}/<class>/*.png by the list of classes in the script's folder."""
+    args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
+    split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
+    pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
+                        lambda image=image: encode_png(np.ascontiguousarray(image)))
+                for label, name, image in read_images(args.source)]
+    classes = {f'{split}/{label}': Class(split, IMAGES_PER_CLASS) for label, split in split_of.items()}
+    prepare(pictures, classes, SIZE, args)

@@ -1,0 +1,20 @@
+"""Prepares CIFAR-FS from CIFAR-100, 600 images of each class.
+
+CIFAR-FS (Bertinetto et al., arXiv:1805.08136): the 100 fine classes split 64 / 16 / 20.
+
+Put cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html), or its unpacked folder, into data/cifar100/, and run
+
+    python data/cifarfs/proc_images.py
+
+It writes data/cifarfs/{train,val,test}/<class>/*.png. It may be interrupted and run again. The classes of each split are in
+data/cifarfs/classes.csv.
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import cifar100  # noqa: E402
+
+if __name__ == '__main__':
+    cifar100.main(__doc__, HERE)

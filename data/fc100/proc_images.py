@@ -1,0 +1,20 @@
+"""Prepares FC100 from CIFAR-100, 600 images of each class.
+
+FC100 (Oreshkin et al., TADAM, arXiv:1805.10123): 60 / 20 / 20 classes, no superclass in two splits.
+
+Put cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html), or its unpacked folder, into data/cifar100/, and run
+
+    python data/fc100/proc_images.py
+
+It writes data/fc100/{train,val,test}/<class>/*.png. It may be interrupted and run again. The classes of each split are in
+data/fc100/classes.csv.
+"""
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import cifar100  # noqa: E402
+
+if __name__ == '__main__':
+    cifar100.main(__doc__, HERE)

@@ -1,0 +1,329 @@
+"""What the preparation scripts share: reading downloads without trusting them, and writing class folders.
+
+A script lists its pictures, each with a function that makes the content of its file, and says how many of each class there
+should be; `prepare` writes those that are not there yet, checks the counts and prints a summary.
+"""
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import pickle
+import sys
+import tarfile
+import threading
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Callable, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+MEGABYTE = 2 ** 20
+LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
+# What reading a damaged or hostile picture raises.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
+PARTIAL_MANIFEST = 'splits.partial.csv'
+
+
+class Picture(NamedTuple):
+    """A file to be written."""
+    name: str                     # '<class folder>/<file>' below the destination, with forward slashes
+    encode: Callable[[], bytes]   # makes the file's content; raises one of DAMAGE
+
+
+class Class(NamedTuple):
+    """What there should be in a class folder."""
+    split: str    # 'train' | 'val' | 'test'
+    images: int
+
+
+def arguments(description, source, destination):
+    """A parser with the options of every preparation script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
+    parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
+    parser.add_argument('--allow_missing', action='store_true', help='go on with what is there')
+    parser.add_argument('--force', action='store_true', help='make again what an earlier run has made')
+    return parser
+
+
+def prepare(pictures, classes, size, args, recipe='', inputs=(), describe=None):
+    """Writes pictures, checks them against the known counts, and prints a summary.
+
+    A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
+    not done again. Each file is written aside and moved into place.
+
+    Args:
+        pictures: list of Picture.
+        classes: {class folder: Class}.
+        size: (width, height) of every picture, for the summary.
+        args: as parsed by `arguments`.
+        recipe: what the content depends on besides the source.
+        inputs: folders of originals, into which nothing may be written.
+        describe: function of {class folder: images written} that returns the summary's last words.
+
+    Raises:
+        SystemExit: with one sentence for each thing that is not as it should be.
+    """
+    destination = os.path.realpath(args.destination)
+    for folder in map(os.path.realpath, inputs):
+        if os.path.commonpath([folder, destination]) == folder:
+            sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
+    try:
+        start_recipe(destination, recipe, args.force, pictures)
+        for folder in sorted({os.path.dirname(picture.name) for picture in pictures}):
+            os.makedirs(os.path.join(destination, folder), exist_ok=True)
+        damaged = write_all(pictures, destination)
+        counts = count_classes(pictures, damaged)
+        complaints = check(counts, classes, damaged, destination)
+        print(summary(counts, classes, destination, size))
+        print((describe or describe_classes)(counts), 'in', destination)
+        write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
+    except OSError as error:
+        sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
+                 'this again: it goes on where it stopped')
+    except KeyboardInterrupt:
+        print('Interrupted. Run this again: it goes on where it stopped.', file=sys.stderr)
+        sys.exit(130)
+    if complaints:
+        text = 'Not as it should be:\n' + '\n'.join('  ' + line for line in complaints)
+        if not args.allow_missing:
+            sys.exit(text + '\nMend the source and run this again, or go on with what is there by --allow_missing.')
+        print(text + '\nGoing on with what is there (--allow_missing).', file=sys.stderr)
+
+
+def start_recipe(destination, recipe, force, pictures):
+    """Notes down the recipe, having removed the pictures that another one made (or any, by force)."""
+    path = os.path.join(destination, '.recipe.json')
+    os.makedirs(destination, exist_ok=True)
+    try:
+        with open(path, encoding='utf-8') as file:
+            same = json.load(file) == recipe
+    except FileNotFoundError:
+        same = True
+    except ValueError:
+        same = False
+    if force or not same:
+        for picture in pictures:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(destination, picture.name))
+    write_file(path, json.dumps(recipe).encode())
+
+
+def write_all(pictures, destination):
+    """Writes pictures on all cores; returns [(name, error)] of those that cannot be made, sorted."""
+    def work(picture):
+        path = os.path.join(destination, picture.name)
+        if os.path.exists(path) and os.path.getsize(path):
+            return None
+        try:
+            content = picture.encode()
+        except DAMAGE as error:
+            return picture.name, error
+        write_file(path, content)
+        return None
+
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        futures = [pool.submit(work, picture) for picture in pictures]
+        finished = tqdm(as_completed(futures), total=len(futures), unit=' images', disable=None)
+        damaged = [future.result() for future in finished if future.result()]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return sorted(damaged, key=lambda pair: pair[0])
+
+
+def write_file(path, content):
+    """Writes a file aside and moves it into place, so that nobody ever sees half of it."""
+    try:
+        with open(path + '.part', 'wb') as file:
+            file.write(content)
+        os.replace(path + '.part', path)
+    except BaseException:
+        if os.path.exists(path + '.part'):
+            os.remove(path + '.part')
+        raise
+
+
+def count_classes(pictures, damaged):
+    """{class folder: number of pictures that could be made}."""
+    bad, counts = {name for name, _ in damaged}, {}
+    for picture in pictures:
+        folder = os.path.dirname(picture.name)
+        counts[folder] = counts.get(folder, 0) + (picture.name not in bad)
+    return {folder: count for folder, count in counts.items() if count}
+
+
+def check(counts, classes, damaged, destination):
+    """Sentences on what is not as it should be; [] if all is well."""
+    complaints = []
+    if damaged:
+        name, error = damaged[0]
+        complaints.append(f'{len(damaged)} images cannot be decoded, first {name} ({error})')
+    missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
+    if missing:
+        complaints.append(f'{len(missing)} of {len(classes)} classes are missing, first {missing[0]}')
+    if unknown:
+        complaints.append(f'{len(unknown)} classes are not known, first {unknown[0]}')
+    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
+    if wrong:
+        complaints.append(f'{len(wrong)} classes have another number of images than they should, first {wrong[0]} with '
+                          f'{counts[wrong[0]]} instead of {classes[wrong[0]].images}')
+    # A class folder of another preparation would be taken for a class of this one.
+    parents = {os.path.dirname(name) for name in classes}
+    strangers = sorted(
+        f'{parent}/{entry.name}' for parent in parents if os.path.isdir(os.path.join(destination, parent))
+        for entry in os.scandir(os.path.join(destination, parent))
+        if entry.is_dir() and f'{parent}/{entry.name}' not in classes.keys() | counts.keys())
+    if strangers:
+        complaints.append(f'{destination} holds {len(strangers)} further class folders, first {strangers[0]}; remove them')
+    return complaints
+
+
+def summary(counts, classes, destination, size):
+    """Text: classes, images, and their size in each split."""
+    lines = [f'{"split":8}{"classes":>8}{"images":>9}{"pixels":>9}{"megabytes":>11}']
+    for split in ('train', 'val', 'test'):
+        folders = [name for name in counts if name in classes and classes[name].split == split]
+        size_on_disk = sum(entry.stat().st_size for name in folders for entry in os.scandir(os.path.join(destination, name)))
+        lines.append(f'{split:8}{len(folders):8,}{sum(counts[name] for name in folders):9,}'
+                     f'{"x".join(map(str, size)):>9}{size_on_disk / 1e6:11.1f}')
+    return '\n'.join(lines)
+
+
+def describe_classes(counts):
+    return f'{len(counts):,} classes / {sum(counts.values()):,} images'
+
+
+def write_partial_manifest(counts, classes, destination, needed):
+    """Where a manifest names the classes and some are missing, writes one that names those that are there.
+
+    Class folders below train, val and test need none.
+    """
+    path = os.path.join(destination, PARTIAL_MANIFEST)
+    if needed and any(not name.startswith(known.split + '/') for name, known in classes.items()):
+        rows = sorted((known.split, name) for name, known in classes.items() if name in counts)
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
+        write_file(path, text.getvalue().encode())
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+# Reading downloads --------------------------------------------------------------------------------------------------
+
+def read_classes(path):
+    """Rows of a csv file that ships with the scripts, as dicts."""
+    with open(path, newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+def is_plain_name(name):
+    """Whether a name from a download may become the name of a file or folder: one component, not hidden, printable."""
+    return bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:') and len(name) < 200
+
+
+def encode_png(image):
+    """The content of a PNG file of an image, or of a uint8 array [height, width, 3]."""
+    content = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(content, 'PNG')
+    return content.getvalue()
+
+
+class Zip:
+    """A zip file whose members are read one by one and never unpacked, so that they cannot escape anywhere."""
+
+    def __init__(self, path):
+        """Raises SystemExit where it is missing or damaged."""
+        try:
+            self._file = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            sys.exit(f'{path} is damaged ({error}); download it again')
+        self._lock = threading.Lock()
+
+    def names(self):
+        return [name for name in self._file.namelist() if not name.endswith('/') and not name.startswith('__MACOSX/')]
+
+    def read(self, name):
+        """A member's content; raises one of DAMAGE."""
+        if self._file.getinfo(name).file_size > LARGEST_PICTURE:
+            raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
+        try:
+            with self._lock, self._file.open(name) as file:
+                content = file.read(LARGEST_PICTURE + 1)
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
+            raise ValueError(str(error)) from error
+        return content
+
+
+def read_tar_members(path, names, limit):
+    """Reads members of a tar file, found by their last component, into memory; nothing is unpacked.
+
+    Returns:
+        {name: bytes} of those that are there.
+
+    Raises:
+        SystemExit: the file is missing or damaged, or a member is larger than the limit in bytes.
+    """
+    found = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.rsplit('/', 1)[-1]
+                if not member.isreg() or name not in names or name in found:
+                    continue
+                if member.size > limit:
+                    sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
+                             'download it again')
+                found[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        sys.exit(f'{path} is damaged ({error}); download it again')
+    return found
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numbers, texts, lists, dicts and numpy arrays, and calls nothing else that a pickle names."""
+    _NUMPY = [f'numpy.{core}.{module}' for core in ('core', '_core') for module in ('multiarray', 'numeric')]
+
+    def find_class(self, module, name):
+        if (module, name) == ('numpy', 'ndarray'):
+            return np.ndarray
+        if (module, name) == ('numpy', 'dtype'):
+            return np.dtype
+        if name == '_reconstruct' and module in self._NUMPY:
+            return _empty_array
+        if name == '_frombuffer' and module in self._NUMPY:
+            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
+        if (module, name) == ('_codecs', 'encode'):
+            return lambda text, encoding: text.encode('latin1')
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which data do not need')
+
+
+def _empty_array(kind, shape, dtype):
+    return np.ndarray.__new__(np.ndarray, shape, dtype)
+
+
+def load_pickle(content, path):
+    """Reads a pickle of plain data, as Python 2 or 3 wrote it, without being able to run code.
+
+    Args:
+        content: bytes.
+        path: what to call it in messages.
+
+    Returns:
+        The object, with the keys of its outermost dict as text.
+
+    Raises:
+        SystemExit: it is damaged, asks for anything but plain data, or is no dict.
+    """
+    try:
+        data = _ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
+    except Exception as error:  # damaged pickles raise about anything
+        sys.exit(f'{path} cannot be read as a pickle of plain data ({error or type(error).__name__}); download it again')
+    if not isinstance(data, dict):
+        sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
+    return {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in data.items()}
