@@ -3,8 +3,10 @@ import os
 import sys
 
 import numpy as np
-from preparation import MEGABYTE, Class, Picture, arguments, encode_png, is_plain_name, load_pickle, prepare, \
-    read_classes, read_tar_members
+from PIL import Image
+
+from preparation import MEGABYTE, Class, Picture, arguments, encode, is_plain_name, load_pickle, prepare, read_classes, \
+    read_tar_members
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
 SIZE = (32, 32)
@@ -83,7 +85,7 @@ def main(description, here):
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
     split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
-                        lambda image=image: encode_png(np.ascontiguousarray(image)))
+                        lambda image=image: encode(Image.fromarray(image)))
                 for label, name, image in read_images(args.source)]
     classes = {f'{split}/{label}': Class(split, IMAGES_PER_CLASS) for label, split in split_of.items()}
     prepare(pictures, classes, SIZE, args)

@@ -51,7 +51,7 @@ def arguments(description, source, destination):
     return parser
 
 
-def prepare(pictures, classes, size, args, recipe='', inputs=(), describe=None):
+def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), describe=None):
     """Writes pictures, checks them against the known counts, and prints a summary.
 
     A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
@@ -64,6 +64,7 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), describe=None):
         args: as parsed by `arguments`.
         recipe: what the content depends on besides the source.
         inputs: folders of originals, into which nothing may be written.
+        absent: names of images that the source should hold and does not.
         describe: function of {class folder: images written} that returns the summary's last words.
 
     Raises:
@@ -79,7 +80,7 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), describe=None):
             os.makedirs(os.path.join(destination, folder), exist_ok=True)
         damaged = write_all(pictures, destination)
         counts = count_classes(pictures, damaged)
-        complaints = check(counts, classes, damaged, destination)
+        complaints = check(counts, classes, damaged, absent, destination)
         print(summary(counts, classes, destination, size))
         print((describe or describe_classes)(counts), 'in', destination)
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
@@ -158,12 +159,14 @@ def count_classes(pictures, damaged):
     return {folder: count for folder, count in counts.items() if count}
 
 
-def check(counts, classes, damaged, destination):
+def check(counts, classes, damaged, absent, destination):
     """Sentences on what is not as it should be; [] if all is well."""
     complaints = []
     if damaged:
         name, error = damaged[0]
         complaints.append(f'{len(damaged)} images cannot be decoded, first {name} ({error})')
+    if absent:
+        complaints.append(f'{len(absent)} images are missing, first {absent[0]}')
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
     if missing:
         complaints.append(f'{len(missing)} of {len(classes)} classes are missing, first {missing[0]}')
@@ -227,10 +230,10 @@ def is_plain_name(name):
     return bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:') and len(name) < 200
 
 
-def encode_png(image):
-    """The content of a PNG file of an image, or of a uint8 array [height, width, 3]."""
+def encode(image, image_format='PNG'):
+    """The content of an image file; JPEG at quality 95."""
     content = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(content, 'PNG')
+    image.save(content, image_format, quality=95)
     return content.getvalue()
 
 

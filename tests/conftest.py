@@ -49,28 +49,49 @@ def error_of(*arguments):
     return sentence
 
 
-def write_image_tree(root, splits, images, size, seed=0):
-    """Writes <root>/alphabet/<class>/<number>.png for classes of the splits, and the manifest <root>/splits.csv.
+def write_image_tree(root, classes, images, size, seed=0):
+    """Writes <root>/<class>/<number>.png for each class.
 
-    A class is a fixed random pattern; its images are that pattern with some pixels flipped, so that it can be learnt.
+    A class is a fixed random pattern of one or three channels; its images are that pattern with some values flipped, so that
+    it can be learnt.
+
+    Args:
+        classes: class folders.
+        images: how many of each.
+        size: (height, width) or (height, width, 3).
     """
     rng = np.random.default_rng(seed)
-    rows = ['split,class']
-    for split, classes in splits.items():
-        for number in range(classes):
-            name = f'alphabet/{split}{number:02d}'
-            os.makedirs(root / name)
-            pattern = rng.random(size) < 0.5
-            for image in range(images):
-                noisy = pattern ^ (rng.random(size) < 0.05)
-                Image.fromarray((255 * noisy).astype(np.uint8)).save(root / name / f'{image:02d}.png')
-            rows.append(f'{split},{name}')
-    (root / 'splits.csv').write_text('\n'.join(rows) + '\n')
+    for name in classes:
+        os.makedirs(root / name)
+        pattern = rng.random(size) < 0.5
+        for image in range(images):
+            noisy = pattern ^ (rng.random(size) < 0.05)
+            Image.fromarray((255 * noisy).astype(np.uint8)).save(root / name / f'{image:02d}.png')
+
+
+def write_manifest(root, names):
+    (root / 'splits.csv').write_text('split,class\n' + ''.join(f'{name.split("/")[1][:-2]},{name}\n' for name in names))
+
+
+def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
+    counts = {'train': train, 'val': val, 'test': test}
+    return [pattern.format(split=split, number=number) for split in counts for number in range(counts[split])]
 
 
 @pytest.fixture(scope='session')
-def small_omniglot(tmp_path_factory):
+def small_data(tmp_path_factory):
+    """{source: a small folder of images such as it wants}."""
+    root = tmp_path_factory.mktemp('data')
+    names = class_names(24, 21, 22, 'alphabet/{split}{number:02d}')
+    write_image_tree(root / 'omniglot', names, images=6, size=(28, 28))
+    write_manifest(root / 'omniglot', names)
+    for source, size in ('miniimagenet', (84, 84, 3)), ('cifarfs', (32, 32, 3)), ('fc100', (32, 32, 3)):
+        write_image_tree(root / source, class_names(6, 5, 5), images=16, size=size)
+    write_image_tree(root / 'folder', [f'class {number}' for number in range(17)], images=4, size=(40, 30, 3))
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope='session')
+def small_omniglot(small_data):
     """A folder like data/omniglot_resized with 24 + 21 + 22 classes of 6 images each."""
-    root = tmp_path_factory.mktemp('omniglot')
-    write_image_tree(root, {'train': 24, 'val': 21, 'test': 22}, images=6, size=(28, 28))
-    return root
+    return small_data['omniglot']

@@ -29,12 +29,13 @@ def test_flags_in_the_readme_exist():
 
 
 @pytest.mark.parametrize('command', TRAINING)
-def test_training_commands_run(command, small_omniglot, tmp_path):
+def test_training_commands_run(command, small_data, tmp_path):
     """Two iterations of whichever phase the command asks for, then its evaluation."""
     flags = [re.sub(r'^(--\w+_iterations)=[1-9]\d*$', r'\1=2', flag) for flag in shlex.split(command)[1:]
              if not flag.startswith('--logdir')] + [f'--logdir={tmp_path}']
-    if any(flag == '--datasource=omniglot' for flag in flags):
-        flags.append(f'--data_path={small_omniglot}')
+    source = flags[0].removeprefix('--datasource=')
+    if source in small_data:
+        flags.append(f'--data_path={small_data[source]}')
     for more, words in ([], 'The last checkpoint is'), (['--train=False', '--test_set=True'], 'meta-test, 600 tasks'):
         process = run_process(*flags, *more)
         assert process.returncode == 0 and words in process.stdout, process.stderr

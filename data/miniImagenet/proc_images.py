@@ -11,7 +11,7 @@ and run, there or anywhere,
     python data/miniImagenet/proc_images.py
 
 It writes data/miniImagenet/{train,val,test}/<label>/, 84x84 pixels. Images of that size are copied byte for byte, others
-are resized with a Lanczos filter and kept as PNG. It may be interrupted and run again. The classes of each split are in
+are resized with a Lanczos filter (JPEG at quality 95). It may be interrupted and run again. The classes of each split are in
 data/miniImagenet/classes.csv.
 """
 import collections
@@ -26,7 +26,7 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from preparation import Class, Picture, Zip, arguments, encode_png, is_plain_name, load_pickle, prepare, \
+from preparation import Class, Picture, Zip, arguments, encode, is_plain_name, load_pickle, prepare, \
     read_classes  # noqa: E402
 
 SPLITS = ('train', 'val', 'test')
@@ -37,27 +37,39 @@ CLASS = re.compile(r'n\d{8}')
 
 
 def from_images(source):
-    """(pictures, expected images of each class) from images.zip or images/, by the csv files or else by names."""
+    """Pictures from images.zip or images/, by the csv files or else by names.
+
+    Returns:
+        [Picture], {(split, class): images that there should be}, names of images that are not there.
+    """
     files = find_images(source)
-    listed = {split: os.path.join(source, split + '.csv') for split in SPLITS}
-    missing = [path for path in listed.values() if not os.path.exists(path)]
+    lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
+    missing = [path for path in lists.values() if not os.path.exists(path)]
     if missing:
         print(f'{missing[0]} is not there: classes are told by the names of images and folders')
-        rows = rows_from_names(files)
-        expected = dict.fromkeys(class_list(), IMAGES_PER_CLASS)
+        rows, expected = rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
     else:
-        rows = [(split, *row) for split, path in listed.items() for row in read_rows(path)]
+        rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
         check_rows(rows)
         expected = collections.Counter((split, label) for split, _, label in rows)
-        absent = [name for _, name, _ in rows if name not in files]
-        if len(absent) == len(rows):
-            sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is in its images')
-    pictures = [picture(f'{split}/{label}', name, files[name]) for split, name, label in rows if name in files]
-    return pictures, expected
+        few = {key: count for key, count in expected.items() if count != IMAGES_PER_CLASS}
+        if few:
+            (split, label), count = min(few.items())
+            print(f'The csv files list {count} images of {split}/{label}; the whole of MiniImagenet has {IMAGES_PER_CLASS}')
+    index, pictures, absent = by_last_components(files), [], []
+    for split, name, label in rows:
+        path = locate(index, name, label)
+        if path is None:
+            absent.append(name)
+        else:
+            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read())))
+    if not pictures:
+        sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is among its images')
+    return pictures, expected, absent
 
 
 def find_images(source):
-    """{path within images.zip or images/, and its last component: function that returns the file's content}."""
+    """{path within images.zip or images/: function that returns the file's content}."""
     folder, archive = os.path.join(source, 'images'), os.path.join(source, 'images.zip')
     if os.path.isdir(folder):
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
@@ -71,7 +83,25 @@ def find_images(source):
     readers = {name: read for name, read in sorted(readers.items()) if IMAGE.search(name)}
     if not readers:
         sys.exit(f'there are no images in {folder if os.path.isdir(folder) else archive}')
-    return readers | {name.rsplit('/', 1)[-1]: read for name, read in readers.items()}
+    return readers
+
+
+def by_last_components(paths):
+    """{end of a path: paths that end so}, for ends of one and of two components and for whole paths."""
+    index = collections.defaultdict(list)
+    for path in paths:
+        components = path.split('/')
+        for end in {'/'.join(components[-count:]) for count in (1, 2, len(components))}:
+            index[end].append(path)
+    return index
+
+
+def locate(index, name, label):
+    """The path of an image that a csv file calls `name`: it is there under that name, or in a folder of its class."""
+    matches = index.get(f'{label}/{os.path.basename(name)}') or index.get(name) or [None]
+    if len(matches) > 1:
+        sys.exit(f'the images hold {name} more than once: {matches[0]} and {matches[1]}; remove one')
+    return matches[0]
 
 
 def class_list():
@@ -81,17 +111,16 @@ def class_list():
 
 def rows_from_names(files):
     """[(split, path, label)]: a class is told by an image's folder, or else by the beginning of its name."""
-    split_of = {label: split for split, label in class_list()}
-    rows = {}
-    for path in sorted(files, key=lambda path: -path.count('/')):  # paths before their last components
+    split_of, rows = {label: split for split, label in class_list()}, []
+    for path in files:
         *folders, name = path.split('/')
         label = folders[-1] if folders and folders[-1] in split_of else (CLASS.match(name) or [None])[0]
         if label in split_of:
-            rows.setdefault(name, (split_of[label], path, label))
+            rows.append((split_of[label], path, label))
     if not rows:
         sys.exit('neither the names of the images nor their folders tell their classes (like n01532829); '
                  'put train.csv, val.csv and test.csv beside them')
-    return sorted(rows.values())
+    return sorted(rows)
 
 
 def read_rows(path):
@@ -129,20 +158,17 @@ def read_file(path):
         return file.read()
 
 
-def picture(folder, name, read):
-    """The Picture of an image file; named .png where it must be resized, which is known once it is read."""
-    return Picture(f'{folder}/{os.path.basename(name)}', lambda: fit(read()))
-
-
 def fit(content):
-    """An image file's content, if it is 84x84 and can be decoded; else that of a PNG of it at that size."""
+    """An image file's content if it is 84x84 and can be decoded; resized, else."""
     with Image.open(io.BytesIO(content)) as image:
         image.load()
-        return content if image.size == SIZE else encode_png(image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS))
+        if image.size == SIZE:
+            return content
+        return encode(image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS), image.format)
 
 
 def from_pickles(source):
-    """(pictures, expected images of each class) from the three cached pickles."""
+    """Pictures from the three cached pickles; returns as `from_images`."""
     pictures = []
     for split in SPLITS:
         path = os.path.join(source, f'mini-imagenet-cache-{split}.pkl')
@@ -156,19 +182,19 @@ def from_pickles(source):
             label = label.decode() if isinstance(label, bytes) else str(label)
             if not is_plain_name(label) or not all(0 <= index < len(images) for index in indices):
                 sys.exit(f'the class {label!r} in {path} has a name or indices that cannot be; download it again')
-            pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png', lambda image=images[index]: encode_png(image))
+            pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png', lambda image=images[index]: encode(Image.fromarray(image)))
                          for number, index in enumerate(indices)]
-    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS)
+    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
 
 
 def main():
     args = arguments(__doc__, HERE, HERE).parse_args()
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
     has_pickles = any(os.path.exists(os.path.join(args.source, f'mini-imagenet-cache-{split}.pkl')) for split in SPLITS)
-    pictures, expected = (from_pickles if has_pickles and not has_images else from_images)(args.source)
+    pictures, expected, absent = (from_pickles if has_pickles and not has_images else from_images)(args.source)
     classes = {f'{split}/{label}': Class(split, expected.get((split, label), IMAGES_PER_CLASS))
                for split, label in class_list()}
-    prepare(pictures, classes, SIZE, args, inputs=[os.path.join(args.source, 'images')])
+    prepare(pictures, classes, SIZE, args, inputs=[os.path.join(args.source, 'images')], absent=absent)
 
 
 if __name__ == '__main__':

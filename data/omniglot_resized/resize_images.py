@@ -20,7 +20,7 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from preparation import Class, Picture, Zip, arguments, encode_png, prepare, read_classes  # noqa: E402
+from preparation import Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)
@@ -61,7 +61,7 @@ def read_file(path):
 def resize(original, antialias):
     """The content of a drawing's small PNG file, from that of the original."""
     with Image.open(io.BytesIO(original)) as image:
-        return encode_png(image.convert('L' if antialias else '1').resize(SIZE, Image.Resampling.LANCZOS))
+        return encode(image.convert('L' if antialias else '1').resize(SIZE, Image.Resampling.LANCZOS))
 
 
 def describe(counts):
