@@ -1,5 +1,6 @@
 """Tasks: what they contain, that they depend on (seed, split, number) only, and the cache of decoded images."""
 import dataclasses
+import math
 import os
 import random
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 import data_generator
-from conftest import write_image_tree
+from conftest import class_names, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig, UserError, read_manifest
 
 OMNIGLOT = SOURCES['omniglot']
@@ -20,11 +21,12 @@ def task_config(**changes):
 
 
 @pytest.fixture
-def tasks(request, small_omniglot):
+def tasks(request, small_data):
     """Tasks of every kind."""
     def make(split='train', **changes):
-        images = SOURCES[request.param].image_shape is not None
-        config = task_config(data_path=str(small_omniglot) if images else None, **changes)
+        data = small_data.get(request.param)
+        few = {'num_classes': 2, 'query_shots': 2} if request.param == 'folder' else {}  # it has few classes and images
+        config = task_config(**{'data_path': data and str(data), **few, **changes})
         return SOURCES[request.param].tasks(config, split)
     return make
 
@@ -55,12 +57,14 @@ def test_tasks_differ_between_numbers_splits_and_seeds(tasks):
 
 @every_source
 def test_shapes_and_types(tasks):
-    images = hasattr(tasks(), 'classes')
-    way, dim_input, dim_output = (5, 784, 5) if images else (1, 1, 1)
+    config, source = tasks().config, getattr(tasks(), 'source', SOURCES['sinusoid'])
+    way, dim_input = (config.num_classes, math.prod(source.image_shape)) if source.image_shape else (1, 1)
+    support_rows, query_rows, dim_output = 2 * way, config.query_shots * way, source.dim_output(config)
     batch = tasks().draw(0, 4)
-    assert [array.shape for array in batch] == [(4, 2 * way, dim_input), (4, 2 * way, dim_output),
-                                                (4, 3 * way, dim_input), (4, 3 * way, dim_output)]
+    assert [array.shape for array in batch] == [(4, support_rows, dim_input), (4, support_rows, dim_output),
+                                                (4, query_rows, dim_input), (4, query_rows, dim_output)]
     assert all(array.dtype == np.float32 for array in batch)
+    assert not source.image_shape or 0 <= batch.support_x.min() < batch.support_x.max() <= 1
 
 
 # Sinusoid
@@ -91,6 +95,12 @@ def test_the_oracle_sees_the_same_tasks():
 @pytest.fixture
 def omniglot_tasks(small_omniglot):
     return lambda split='train', **changes: OMNIGLOT.tasks(task_config(data_path=str(small_omniglot), **changes), split)
+
+
+def write_small_omniglot(root, images):
+    names = class_names(5, 5, 5, 'alphabet/{split}{number:02d}')
+    write_image_tree(root, names, images, size=(28, 28))
+    write_manifest(root, names)
 
 
 def labels_of(one_hot):
@@ -133,7 +143,7 @@ def test_images_of_a_task_are_distinct_and_of_the_right_class(small_omniglot, om
 
 
 def test_ink_is_one(tmp_path):
-    write_image_tree(tmp_path, {'train': 5, 'val': 5, 'test': 5}, images=2, size=(28, 28))
+    write_small_omniglot(tmp_path, images=2)
     for path in tmp_path.glob('alphabet/*/*.png'):
         Image.new('L', (28, 28), 255).save(path)  # blank paper
     batch = OMNIGLOT.tasks(task_config(update_batch_size=1, query_shots=1, data_path=str(tmp_path)), 'train').draw(0, 1)
@@ -152,7 +162,7 @@ def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
 
 def test_the_shipped_split():
     """1100/100/423 of the 1623 characters: the sorted list, shuffled with seed 1."""
-    path = os.path.join(data_generator.DATA_FOLDER, OMNIGLOT.folder, OMNIGLOT.manifest)
+    path = os.path.join(data_generator.DATA_FOLDER, OMNIGLOT.folder, 'splits.csv')
     splits = [read_manifest(path, split) for split in data_generator.SPLITS]
     assert [len(names) for names in splits] == [1100, 100, 423]
     characters = sorted(sum(splits, []))
@@ -165,7 +175,7 @@ def test_the_shipped_split():
 
 @pytest.fixture
 def own_omniglot(tmp_path):
-    write_image_tree(tmp_path, {'train': 5, 'val': 5, 'test': 5}, images=5, size=(28, 28))
+    write_small_omniglot(tmp_path, images=5)
     return tmp_path
 
 
@@ -174,7 +184,7 @@ def decoded(root):
 
 
 def cache_files(root):
-    return [root / '.cache' / name for name in ('train.npy', 'train.json')]
+    return [root / '.cache' / name for name in ('train_28x28x1.npy', 'train_28x28x1.json')]
 
 
 def test_images_are_decoded_once(own_omniglot, monkeypatch):
@@ -258,3 +268,79 @@ def test_a_manifest_that_is_none(own_omniglot, content, message):
     (own_omniglot / 'splits.csv').write_bytes(content)
     with pytest.raises(UserError, match=message):
         decoded(own_omniglot)
+
+
+# Your own images
+
+FOLDER = SOURCES['folder']
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """Class folders with awkward names, not split yet."""
+    names = ['plain', 'two words', 'Ünï cødé', "quote's, comma", 'a', 'b', 'c', 'd', 'e', 'f']
+    write_image_tree(tmp_path, names, images=3, size=(12, 20, 3))
+    (tmp_path / 'notes.txt').write_text('no class')
+    (tmp_path / 'plain' / 'notes.txt').write_text('no image')
+    (tmp_path / '.hidden').mkdir()
+    return tmp_path
+
+
+def test_class_folders_are_split_once_and_written_down(own_images, capsys):
+    splits = {split: FOLDER.class_folders(split, str(own_images)) for split in data_generator.SPLITS}
+    assert [len(names) for names in splits.values()] == [7, 1, 2]
+    assert sorted(sum(splits.values(), [])) == sorted(path.name for path in own_images.iterdir() if path.is_dir()
+                                                      and not path.name.startswith('.'))
+    said = capsys.readouterr().out
+    assert 'Split the classes into 7 / 1 / 2' in said and said.count('Split') == 1
+    # A class that comes later does not change the split of the others; nor do other shares.
+    write_image_tree(own_images, ['later'], images=3, size=(12, 20, 3))
+    other = dataclasses.replace(FOLDER, shares=(1, 1, 1))
+    assert {split: other.class_folders(split, str(own_images)) for split in data_generator.SPLITS} == splits
+
+
+def test_the_split_depends_on_the_names_alone(own_images, tmp_path_factory):
+    names = [path.name for path in own_images.iterdir() if path.is_dir()]
+    split = data_generator.split_classes(names, (64, 16, 20), 'here')
+    assert data_generator.split_classes(names[::-1], (64, 16, 20), 'elsewhere') == split
+    with pytest.raises(UserError, match='there holds 2 class folders'):
+        data_generator.split_classes(['a', 'b'], (64, 16, 20), 'there')
+
+
+def test_folders_named_train_val_and_test_need_no_split(tmp_path):
+    write_image_tree(tmp_path, class_names(2, 1, 1), images=2, size=(8, 8))
+    assert FOLDER.class_folders('train', str(tmp_path)) == ['train/train00', 'train/train01']
+    assert not (tmp_path / 'splits.csv').exists()
+    os.rename(tmp_path / 'val', tmp_path / 'validation')
+    with pytest.raises(UserError, match='the val split in .* has no classes; it must hold folders train, val and test'):
+        FOLDER.class_folders('val', str(tmp_path))
+
+
+def test_own_images_of_any_format_and_size_are_resized(tmp_path):
+    write_image_tree(tmp_path, class_names(1, 1, 1), images=1, size=(8, 8))
+    folder = tmp_path / 'train' / 'train00'
+    pictures = {'b.jpg': ('RGB', (300, 20)), 'c.gif': ('L', (7, 9)), 'd.bmp': ('RGB', (10, 10)), 'e.TIFF': ('1', (64, 64)),
+                'f.webp': ('RGBA', (5, 50))}
+    for name, (mode, size) in pictures.items():
+        Image.new(mode, size, 1 if mode == '1' else 'white').save(folder / name)
+    grey = dataclasses.replace(FOLDER, image_shape=(10, 10, 1))
+    for source in FOLDER, grey:
+        images = source.load('train', str(tmp_path)).images
+        assert images.shape == (6, *source.image_shape)
+        assert (images[1:] == 255).all()
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    write_image_tree(tmp_path, class_names(1, 1, 1), images=1, size=(8, 8))
+    image = Image.new('RGB', (84, 84))
+    image.paste('white', (0, 0, 84, 42))  # upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    image.save(tmp_path / 'train' / 'train00' / '00.png', exif=exif)
+    upright = FOLDER.load('train', str(tmp_path)).images[0]
+    assert (upright[:, 43:] == 255).all() and (upright[:, :41] == 0).all()
+
+
+def test_decoded_images_are_memory_mapped(small_data):
+    for _ in range(2):
+        assert isinstance(SOURCES['cifarfs'].load('train', str(small_data['cifarfs'])).images, np.memmap)

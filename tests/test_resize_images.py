@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from data_generator import SOURCES
 
 SCRIPT = os.path.join(ROOT, 'data', 'omniglot_resized', 'resize_images.py')
 DRAWINGS = {'images_background': ['Latin/character01/0001_01.png', 'Latin/character02/0002_20.png'],
@@ -58,7 +59,8 @@ def originals(source):
 
 
 def tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
+            if path.is_file() and path.name != '.recipe.json'}
 
 
 def test_images(source, tmp_path):
@@ -76,9 +78,10 @@ def test_images(source, tmp_path):
     # It is not the whole of Omniglot, and says so.
     assert '2 alphabets / 3 characters / 3 images' in process.stdout
     assert process.returncode == 1 and 'Traceback' not in process.stderr
-    assert '50 alphabets / 1623 characters / 32,460 images' in process.stderr
-    assert '1621 characters are missing, first Alphabet_of_the_Magi/character01' in process.stderr
-    assert '1 characters are not known, first Mayan_(old)/character01' in process.stderr
+    assert '1621 of 1623 classes are missing, first Alphabet_of_the_Magi/character01' in process.stderr
+    assert '1 classes are not known, first Mayan_(old)/character01' in process.stderr
+    assert '2 classes have another number of images than they should, first Latin/character01 with 1 instead of 20' in (
+        process.stderr)
 
     run('--source', source, '--destination', destination)
     assert tree(destination) == written
@@ -87,13 +90,23 @@ def test_images(source, tmp_path):
     assert image.mode == 'L' and len(np.unique(image)) > 50
 
 
+def test_what_is_there_can_be_used(source, tmp_path):
+    """With --allow_missing a manifest of the characters there are is written, and taken back by a run without."""
+    arguments = ['--source', source, '--destination', tmp_path / 'small']
+    assert run(*arguments, '--allow_missing').returncode == 0
+    manifest = tmp_path / 'small' / 'splits.partial.csv'
+    names = SOURCES['omniglot'].class_folders('train', str(tmp_path / 'small'))
+    assert names == ['Latin/character01', 'Latin/character02'] and manifest.exists()
+    assert run(*arguments).returncode == 1 and not manifest.exists()
+
+
 def test_a_damaged_drawing_is_named_and_the_others_are_made(source, tmp_path):
     if not (source / 'images_background').is_dir():
         pytest.skip('folders only')
     (source / 'images_background' / 'Latin/character02/0002_20.png').write_bytes(b'not an image')
     process = run('--source', source, '--destination', tmp_path / 'small')
     assert process.returncode == 1 and 'Traceback' not in process.stderr
-    assert 'Latin/character02/0002_20.png cannot be decoded' in process.stderr
+    assert '1 images cannot be decoded, first Latin/character02/0002_20.png' in process.stderr
     assert sorted(tree(tmp_path / 'small')) == ['Latin/character01/0001_01.png', 'Mayan_(old)/character01/1000_01.png']
 
 
