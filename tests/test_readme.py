@@ -1,5 +1,6 @@
 """The README's commands: the same as main.py's own, and working as printed, on a few iterations."""
 import os
+import pathlib
 import re
 import shlex
 
@@ -20,12 +21,13 @@ def test_usage_text_and_readme_agree():
 
 def test_evaluation_commands_are_training_commands_with_two_flags():
     for command in set(COMMANDS) - set(TRAINING):
-        assert command.removesuffix(' --train=False --test_set=True') in TRAINING
+        assert '--load_from' in command or command.removesuffix(' --train=False --test_set=True') in TRAINING
 
 
 def test_flags_in_the_readme_exist():
-    for name in re.findall(r'`--(\w+)', README):
-        assert name in main.FLAGS, name
+    scripts = ''.join(path.read_text() for path in pathlib.Path(ROOT, 'data').glob('**/*.py'))
+    for name in re.findall(r'--([a-z]\w+)', README):
+        assert name in main.FLAGS or f"'--{name}'" in scripts, name
 
 
 @pytest.mark.parametrize('command', TRAINING)
