@@ -196,12 +196,11 @@ def data_from_flags(values):
         data_path=values.data_path)
 
 
-def config_from_flags(values):
-    """Turns flags into a Run."""
+def config_from_flags(values, source, tasks):
+    """Turns flags into a Run on the data that `data_from_flags` made of them."""
     from checkpoints import BEST
     from maml import ModelConfig
 
-    source, tasks = data_from_flags(values)
     pretrain_iterations, metatrain_iterations = values.pretrain_iterations, values.metatrain_iterations
     if tasks.baseline == 'oracle':
         # Reference behaviour: the oracle is trained jointly, also for the iterations asked for as meta-training.
@@ -254,7 +253,10 @@ def experiment_name(values, pretrain_only):
 def train(run, data):
     """Trains from fresh weights, or from where a checkpoint left off, to the last iteration.
 
-    data holds the tasks of the splits train and val. Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations.
+    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations.
+
+    Args:
+        data: {split: tasks}, for train and val.
     """
     import checkpoints
     from maml import MAML
@@ -418,7 +420,7 @@ def find_checkpoint(run):
 # Evaluation ---------------------------------------------------------------------------------------------------------
 
 def evaluate(run, data):
-    """Evaluates a checkpoint on 600 tasks; prints a table and writes the reference's csv and pickle files."""
+    """Evaluates a checkpoint on 600 tasks of data[run.split]; prints a table, writes the reference's csv and pickle files."""
     import checkpoints
     from maml import MAML
 
@@ -512,7 +514,7 @@ def main(argv):
     splits = ['train', 'val'] if FLAGS.train else ['test' if FLAGS.test_set else 'val']
     data = {split: source.tasks(tasks, split) for split in splits}
     import_tensorflow()
-    run = config_from_flags(FLAGS)
+    run = config_from_flags(FLAGS, source, tasks)
     (train if run.train else evaluate)(run, data)
 
 

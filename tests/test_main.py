@@ -378,7 +378,7 @@ def test_batched_evaluation_changes_no_figure(small_omniglot):
     values = main.FLAGS
     values.unparse_flags()
     values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
-    run = main.config_from_flags(values)
+    run = main.config_from_flags(values, *main.data_from_flags(values))
     tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
     at_once = main.task_scores(main.evaluate_tasks(model, tasks, 12, 3))
     one_by_one = np.concatenate([main.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
