@@ -1,0 +1,105 @@
+"""Times a meta-training step of standard workloads against the arithmetic floor of this machine, and against peers.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --workloads omniglot5 mini1 --rounds 7 --peer 'torch=/venv/bin/python torch_peer.py {} loop'
+
+In each round every contender runs every workload once, in a process of its own, one after the other; the GEMM rate that
+sets the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands for
+the workload, whose last output line ends in '<number> s a step'. Nothing else should run meanwhile.
+"""
+import argparse
+import json
+import re
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+
+STARTED = time.perf_counter()
+
+import numpy as np  # noqa: E402
+from workloads import WORKLOADS  # noqa: E402
+
+
+def gemm_rate(n=2048, repeats=9):
+    """FLOP/s of the fastest of some float32 matrix products of size n, by numpy on all cores."""
+    a = np.random.default_rng(0).random((n, n), np.float32)
+
+    def seconds():
+        start = time.perf_counter()
+        a @ a
+        return time.perf_counter() - start
+    return 2 * n ** 3 / min(seconds() for _ in range(1 + repeats))
+
+
+def measure(name, steps):
+    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
+    import main
+    main.import_tensorflow()
+    from maml import MAML
+    model, batch = MAML(WORKLOADS[name].model_config()), WORKLOADS[name].batch()
+
+    def step():
+        start = time.perf_counter()
+        {key: float(value) for key, value in model.metatrain_step(batch).items()}
+        return time.perf_counter() - start
+
+    step()
+    first = time.perf_counter() - STARTED
+    seconds = statistics.median(step() for _ in range(steps))
+    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure_in_process(name, steps):
+    command = [sys.executable, __file__, '--measure', name, '--steps', str(steps)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def measure_peer(command, name):
+    """Seconds of a step, or None where the peer fails."""
+    process = subprocess.run(shlex.split(command.replace('{}', name)), capture_output=True, text=True)
+    found = re.search(r'([\d.]+) s a step\s*$', process.stdout)
+    return float(found[1]) if found else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--steps', type=int, default=10, help='steps timed in each process')
+    parser.add_argument('--peer', action='append', default=[], metavar='NAME=COMMAND')
+    parser.add_argument('--measure', choices=list(WORKLOADS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.steps)))
+        return
+
+    peers = dict(peer.split('=', 1) for peer in args.peer)
+    rates, ours = [], {name: [] for name in args.workloads}
+    theirs = {(peer, name): [] for peer in peers for name in args.workloads}
+    for _ in range(args.rounds):
+        for name in args.workloads:
+            rates.append(gemm_rate())
+            ours[name].append(measure_in_process(name, args.steps))
+            for peer, command in peers.items():
+                theirs[peer, name].append(measure_peer(command, name))
+
+    rate = statistics.median(rates)
+    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds a step')
+    print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
+          + ''.join(f'{peer:>12}' for peer in peers))
+    for name in args.workloads:
+        median = {key: statistics.median(run[key] for run in ours[name]) for key in ours[name][0]}
+        floor = WORKLOADS[name].flops() / rate
+        row = (f'{name:12}{floor:8.3f}{median["seconds"]:8.3f}{floor / median["seconds"]:10.0%}'
+               f'{WORKLOADS[name].meta_batch_size / median["seconds"]:9.0f}{median["megabytes"]:7.0f}{median["first"]:12.1f}')
+        for peer in peers:
+            times = [seconds for seconds in theirs[peer, name] if seconds is not None]
+            row += f'{statistics.median(times):8.3f}{statistics.median(times) / median["seconds"]:3.1f}x' if times else f'{"-":>12}'
+        print(row, flush=True)
+
+
+if __name__ == '__main__':
+    main()

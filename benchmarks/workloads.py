@@ -1,0 +1,66 @@
+"""Standard meta-training steps, what they cost in arithmetic, and this program's model on a fixed random batch of each."""
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Second order, batch normalisation, Adam; the flags' names where they have one."""
+    num_classes: int
+    update_batch_size: int
+    query_shots: int
+    num_updates: int
+    update_lr: float
+    image_shape: tuple
+    num_filters: int
+    max_pool: bool
+    meta_batch_size: int
+
+    def model_config(self):
+        from maml import ModelConfig
+        return ModelConfig(
+            dim_input=int(np.prod(self.image_shape)), dim_output=self.num_classes, loss='xent',
+            update_batch_size=self.update_batch_size, update_lr=self.update_lr, num_updates=self.num_updates,
+            image_shape=self.image_shape, num_filters=self.num_filters, max_pool=self.max_pool,
+            head='flatten' if self.max_pool else 'mean', clip=10.0 if self.max_pool else None)
+
+    def batch(self):
+        """A TaskBatch of noise; classes in turn."""
+        from data_generator import TaskBatch
+        rng = np.random.default_rng(0)
+
+        def rows(shots):
+            x = rng.random((self.meta_batch_size, shots * self.num_classes, int(np.prod(self.image_shape))), np.float32)
+            labels = np.tile(np.eye(self.num_classes, dtype=np.float32), (self.meta_batch_size, shots, 1))
+            return x, labels
+        return TaskBatch(*rows(self.update_batch_size), *rows(self.query_shots))
+
+    def flops(self):
+        """Floating-point operations of the convolutions of one exact meta-gradient, by reverse over reverse.
+
+        A query row needs each product forward and for two gradients, of the input and of the kernel; a support row, in every
+        inner update, those three and the two gradients of each. The first layer's input has no gradient.
+        """
+        (side, _, channels), multiply_adds = self.image_shape, 0
+        query_rows = self.num_classes * self.query_shots
+        support_rows = self.num_classes * self.update_batch_size * self.num_updates
+        for layer in range(4):
+            out = side if self.max_pool else -(-side // 2)
+            product = out * out * 9 * channels * self.num_filters
+            multiply_adds += query_rows * product * (2 if layer == 0 else 3)
+            multiply_adds += support_rows * product * (4 if layer == 0 else 9)
+            channels, side = self.num_filters, out // 2 if self.max_pool else out
+        return 2 * multiply_adds * self.meta_batch_size
+
+
+WORKLOADS = {
+    'omniglot5': Workload(5, 1, 1, 1, 0.4, (28, 28, 1), 64, False, 32),
+    'mini1': Workload(5, 1, 15, 5, 0.01, (84, 84, 3), 32, True, 4),
+    'omniglot20': Workload(20, 1, 1, 5, 0.1, (28, 28, 1), 64, False, 16),
+    'cifarfs1': Workload(5, 1, 15, 5, 0.01, (32, 32, 3), 32, True, 4),
+}
