@@ -78,6 +78,13 @@ def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
     return [pattern.format(split=split, number=number) for split in counts for number in range(counts[split])]
 
 
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Validation and evaluation look at fewer tasks than they do for users."""
+    monkeypatch.setattr(main, 'VALIDATION_TASKS', 10)
+    monkeypatch.setattr(main, 'TEST_TASKS', 40)
+
+
 @pytest.fixture(scope='session')
 def small_data(tmp_path_factory):
     """{source: a small folder of images such as it wants}."""
@@ -86,8 +93,8 @@ def small_data(tmp_path_factory):
     write_image_tree(root / 'omniglot', names, images=6, size=(28, 28))
     write_manifest(root / 'omniglot', names)
     for source, size in ('miniimagenet', (84, 84, 3)), ('cifarfs', (32, 32, 3)), ('fc100', (32, 32, 3)):
-        write_image_tree(root / source, class_names(6, 5, 5), images=16, size=size)
-    write_image_tree(root / 'folder', [f'class {number}' for number in range(17)], images=4, size=(40, 30, 3))
+        write_image_tree(root / source, class_names(6, 5, 5), images=20, size=size)
+    write_image_tree(root / 'folder', [f'class {number}' for number in range(32)], images=4, size=(40, 30, 3))
     return {path.name: path for path in root.iterdir()}
 
 
