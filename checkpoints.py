@@ -114,7 +114,7 @@ def load_weights(prefix, variables):
         UserError: there is no such checkpoint, it cannot be read, or names or shapes differ; lists the differences.
     """
     if not os.path.exists(prefix + '.index'):
-        folder = os.path.dirname(prefix) or '.'
+        folder = os.path.abspath(os.path.dirname(prefix))
         others = sorted(name[:-len('.index')] for name in os.listdir(folder) if name.endswith('.index')) if os.path.isdir(
             folder) else []
         raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); '

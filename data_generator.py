@@ -28,6 +28,7 @@ DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # A manifest lists the classes of each split; the partial one is what a preparation with --allow_missing leaves.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+PREPARATION_RECORD = '.prepared.json'  # says whether a preparation came to its end
 CHUNK_BYTES = 2 ** 24  # of decoded images, on their way to the cache
 
 
@@ -122,12 +123,12 @@ class ImageTasks:
         config, (_, names, _, counts) = self.config, self.classes
         if config.num_classes > len(names):
             raise UserError(f'--num_classes={config.num_classes} asks for more classes than the {len(names)} of the '
-                            f'{split} split in {self.source.path(config.data_path)}')
+                            f'{split} split in {self.source.path(config.data_path)}; lower it, or change the split')
         needed, fewest = config.update_batch_size + config.query_shots, int(np.argmin(counts))
         if counts[fewest] < needed:
             raise UserError(f'a task needs {needed} images of a class ({config.update_batch_size} support, '
                             f'{config.query_shots} query), but {names[fewest]} in '
-                            f'{self.source.path(config.data_path)} has {counts[fewest]}; lower --update_batch_size')
+                            f'{self.source.path(config.data_path)} has {counts[fewest]}; ask for fewer, or remove the class')
 
     def draw(self, start, count):
         """Tasks start to start + count - 1, as a TaskBatch."""
@@ -223,6 +224,10 @@ class ImageSource:
         return (f'prepare the images with: python {self.script}' if self.script else
                 'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
 
+    @property
+    def _mend(self):
+        return f'run python {self.script} --force' if self.script else 'remove it'
+
     def class_folders(self, split, data_path=None):
         """The split's class folders relative to the data folder, sorted.
 
@@ -232,13 +237,17 @@ class ImageSource:
         root = self.path(data_path)
         if not os.path.isdir(root):
             raise UserError(f'there is no folder {root}; {self.remedy}')
+        if not _preparation_complete(root):
+            raise UserError(f'the preparation of {root} was interrupted or found something missing; run it again: '
+                            f'python {self.script} (with --allow_missing to go on with what is there)')
         manifest = self._manifest(root)
         if manifest:
             names = read_manifest(manifest, split)
         else:
             names = sorted(f'{split}/{name}' for name in _subfolders(os.path.join(root, split)))
         if not names:
-            raise UserError(f'the {split} split in {root} has no classes; {self.remedy}')
+            where = f'the manifest {manifest}' if manifest else root
+            raise UserError(f'the {split} split in {where} has no classes; {self.remedy}')
         missing = [name for name in names if not os.path.isdir(os.path.join(root, name))]
         if missing:
             raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {root}, '
@@ -273,7 +282,7 @@ class ImageSource:
         fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
         images = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, self.image_shape))}'), fingerprint,
-            (len(paths), *self.image_shape), lambda: decode_images(paths, self.image_shape, own, f'decoding {split} images'))
+            (len(paths), *self.image_shape), lambda: decode_images(paths, self.image_shape, own, self._mend, f'decoding {split} images'))
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts)
 
 
@@ -299,11 +308,16 @@ def read_manifest(path, split):
         UserError: the file cannot be read, or a line is not as it should be.
     """
     try:
-        with open(path, newline='', encoding='utf-8') as file:
+        with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    split_of = {}
     for number, row in enumerate(rows, start=2):
+        if {'split', 'class'} - row.keys():
+            raise UserError(f'the first line of the manifest {path} must be split,class')
+        if split_of.setdefault(row['class'], number) != number:
+            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {split_of[row["class"]]} and {number}')
         if row.get('split') not in SPLITS or not row.get('class') or '..' in row['class'].split('/'):
             raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
                             f'{", ".join(SPLITS)} and class a folder below the data')
@@ -326,6 +340,8 @@ def split_classes(names, shares, root):
                         'hold folders train, val and test, each with one folder of images per class, or just the latter')
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     held_out = [max(1, len(names) * share // sum(shares)) for share in shares[1:]]
+    if sum(held_out) >= len(names):
+        raise UserError(f'--split={"/".join(map(str, shares))} leaves no class of the {len(names)} in {root} for training')
     bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
     return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
 
@@ -350,6 +366,17 @@ class ImageFile(NamedTuple):
     mtime_ns: int
 
 
+def _preparation_complete(root):
+    """Whether a preparation script says that it came to its end, or none has left word."""
+    try:
+        with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
+            return bool(json.load(file)['complete'])
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _subfolders(folder):
     if not os.path.isdir(folder):
         return []
@@ -365,11 +392,12 @@ def _image_files(folder, suffixes):
                   for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
 
 
-def decode_images(paths, image_shape, resize, message):
+def decode_images(paths, image_shape, resize, mend, message):
     """Decodes image files, grey for one channel, else RGB; some at a time, on all cores.
 
     Args:
         resize: resize images (upright, by a Lanczos filter, not keeping the aspect) instead of refusing other sizes.
+        mend: what to do about a bad image, for an error.
         message: what the progress bar says.
 
     Yields:
@@ -384,12 +412,12 @@ def decode_images(paths, image_shape, resize, message):
         try:
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image) if resize else image
-                size, pixels = image.size, image.convert('L' if channels == 1 else 'RGB')
+                size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f'{path} cannot be read as an image ({error}); remove it or prepare it again') from error
+            raise UserError(f'{path} cannot be read as an image ({error}); {mend}') from error
         if size != (width, height):
             if not resize:
-                raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; prepare it again')
+                raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; {mend}')
             pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
         return np.asarray(pixels).reshape(image_shape)
 
@@ -400,6 +428,15 @@ def decode_images(paths, image_shape, resize, message):
             chunk = list(pool.map(decode, paths[start:start + some]))
             progress.update(len(chunk))
             yield np.stack(chunk)
+
+
+def _eight_bits(image):
+    """Grey images of 16 bits, which Pillow would clip, scaled to 8; raises ValueError for floating-point ones."""
+    if image.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers, of unknown range')
+    if image.mode.startswith('I'):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image
 
 
 def cached_array(path, fingerprint, shape, make):

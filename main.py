@@ -158,12 +158,12 @@ def check_flags(values):
     refuse(values.data_path is not None and not images,
            f'--data_path is a folder of images, but {values.datasource} has no data on disk')
     own = images and source.folder is None
-    refuse(own and values.data_path is None,
+    refuse(own and not values.data_path,
            f'--datasource={values.datasource} needs --data_path, the folder of your images')
     for name in ('image_size', 'image_channels', 'rotations', 'split'):
         refuse(not own and values[name].present, f'--{name} is for --datasource=folder')
     refuse(not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', values.split),
-           f'--split={values.split} must be three whole numbers like 64/16/20')
+           f'--split={values.split} must be three positive whole numbers like 64/16/20')
     refuse(own and values.max_pool and values.conv and values.image_size < 16,
            f'--image_size={values.image_size}: four times 2x2 pooling needs at least 16')
     refuse(values.test_query == 0, '--test_query must be at least 1')
@@ -523,5 +523,8 @@ if __name__ == '__main__':
         main(sys.argv)
     except (UserError, flags.Error) as error:
         sys.exit(f'main.py: {error}')
+    except MemoryError as error:
+        sys.exit(f'main.py: there is not enough memory for what the flags ask for ({error})')
     except KeyboardInterrupt:
+        print('Interrupted. The same command goes on from the newest checkpoint.', file=sys.stderr)
         sys.exit(130)

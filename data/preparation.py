@@ -27,6 +27,7 @@ LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the mem
 # What reading a damaged or hostile picture raises.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 PARTIAL_MANIFEST = 'splits.partial.csv'
+RECORD = '.prepared.json'
 
 
 class Picture(NamedTuple):
@@ -75,12 +76,13 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), desc
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
-        start_recipe(destination, recipe, args.force, pictures)
+        start(destination, recipe, args.force, pictures)
         for folder in sorted({os.path.dirname(picture.name) for picture in pictures}):
             os.makedirs(os.path.join(destination, folder), exist_ok=True)
         damaged = write_all(pictures, destination)
         counts = count_classes(pictures, damaged)
-        complaints = check(counts, classes, damaged, absent, destination)
+        complaints = check(pictures, counts, classes, damaged, absent, destination)
+        write_record(destination, recipe, complete=not complaints or args.allow_missing)
         print(summary(counts, classes, destination, size))
         print((describe or describe_classes)(counts), 'in', destination)
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
@@ -97,22 +99,26 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), desc
         print(text + '\nGoing on with what is there (--allow_missing).', file=sys.stderr)
 
 
-def start_recipe(destination, recipe, force, pictures):
-    """Notes down the recipe, having removed the pictures that another one made (or any, by force)."""
-    path = os.path.join(destination, '.recipe.json')
+def start(destination, recipe, force, pictures):
+    """Notes down that a preparation is going on, having removed the pictures of another recipe (or any, by force)."""
     os.makedirs(destination, exist_ok=True)
     try:
-        with open(path, encoding='utf-8') as file:
-            same = json.load(file) == recipe
+        with open(os.path.join(destination, RECORD), encoding='utf-8') as file:
+            same = json.load(file).get('recipe') == recipe
     except FileNotFoundError:
         same = True
-    except ValueError:
+    except (ValueError, AttributeError):
         same = False
     if force or not same:
         for picture in pictures:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(destination, picture.name))
-    write_file(path, json.dumps(recipe).encode())
+    write_record(destination, recipe, complete=False)
+
+
+def write_record(destination, recipe, complete):
+    """Writes what the program reads before it uses the images: whether all that should be there is."""
+    write_file(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
 
 
 def write_all(pictures, destination):
@@ -159,7 +165,7 @@ def count_classes(pictures, damaged):
     return {folder: count for folder, count in counts.items() if count}
 
 
-def check(counts, classes, damaged, absent, destination):
+def check(pictures, counts, classes, damaged, absent, destination):
     """Sentences on what is not as it should be; [] if all is well."""
     complaints = []
     if damaged:
@@ -176,7 +182,12 @@ def check(counts, classes, damaged, absent, destination):
     if wrong:
         complaints.append(f'{len(wrong)} classes have another number of images than they should, first {wrong[0]} with '
                           f'{counts[wrong[0]]} instead of {classes[wrong[0]].images}')
-    # A class folder of another preparation would be taken for a class of this one.
+    # What another preparation left would be taken for images and classes of this one.
+    ours = {picture.name for picture in pictures}
+    others = [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
+              if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith('.part')]
+    if others:
+        complaints.append(f'{destination} holds {len(others)} further files in its class folders, first {others[0]}; remove them')
     parents = {os.path.dirname(name) for name in classes}
     strangers = sorted(
         f'{parent}/{entry.name}' for parent in parents if os.path.isdir(os.path.join(destination, parent))

@@ -152,7 +152,7 @@ def test_ink_is_one(tmp_path):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(num_classes=25), ['--num_classes=25', '24', 'train']),
-    (dict(update_batch_size=4), ['7 images', 'alphabet/train', 'has 6', '--update_batch_size']),
+    (dict(update_batch_size=4), ['7 images', 'alphabet/train', 'has 6', 'ask for fewer']),
 ])
 def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
     with pytest.raises(UserError) as error:
@@ -257,11 +257,12 @@ def test_an_image_of_another_size(own_omniglot):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'the train split in .* has no classes'),
+    (b'', 'the train split in the manifest .*splits.csv has no classes'),
     (b'split,class\n', 'the train split in .* has no classes'),
-    (b'a,b\n1,2\n', 'line 2 of the manifest .*splits.csv'),
+    (b'a,b\n1,2\n', 'the first line of the manifest .*splits.csv must be split,class'),
     (b'split,class\ntrain,a\ntrain\n', 'line 3 of the manifest'),
     (b'split,class\ntrain,../a\n', 'line 2 of the manifest'),
+    (b'split,class\ntrain,a\nval,a\n', 'lists a twice, in lines 2 and 3'),
     (b'\xff\xfe\x00', 'the manifest .*splits.csv cannot be read'),
 ])
 def test_a_manifest_that_is_none(own_omniglot, content, message):
@@ -344,3 +345,26 @@ def test_photographs_are_turned_upright(tmp_path):
 def test_decoded_images_are_memory_mapped(small_data):
     for _ in range(2):
         assert isinstance(SOURCES['cifarfs'].load('train', str(small_data['cifarfs'])).images, np.memmap)
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    write_image_tree(tmp_path, class_names(1, 1, 1), images=1, size=(8, 8))
+    ramp = np.linspace(0, 65535, 84 * 84).astype(np.uint16).reshape(84, 84)
+    Image.fromarray(ramp).save(tmp_path / 'train' / 'train00' / '00.png')
+    np.testing.assert_allclose(FOLDER.load('train', str(tmp_path)).images[0, ..., 0], ramp / 257, atol=1)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / 'train' / 'train00' / '01.tiff')
+    with pytest.raises(UserError, match='01.tiff cannot be read as an image .*floating-point'):
+        FOLDER.load('train', str(tmp_path))
+
+
+def test_a_split_without_classes_to_train_on_is_refused_and_not_written(own_images):
+    with pytest.raises(UserError, match='--split=1/1/100 leaves no class of the 10'):
+        dataclasses.replace(FOLDER, shares=(1, 1, 100)).class_folders('train', str(own_images))
+    assert not (own_images / 'splits.csv').exists()
+
+
+def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):
+    for content in b'{"recipe": "", "complete": false}', b'', b'[]':
+        (tmp_path / '.prepared.json').write_bytes(content)
+        with pytest.raises(UserError, match='was interrupted or found something missing; run it again: python data/cifarfs'):
+            SOURCES['cifarfs'].class_folders('train', str(tmp_path))

@@ -2,6 +2,7 @@
 import csv
 import errno
 import io
+import json
 import os
 import pickle
 import signal
@@ -276,6 +277,19 @@ def test_class_folders_of_another_preparation_are_noticed(mini, tmp_path):
     (tmp_path / 'prepared' / 'train' / 'stranger').mkdir(parents=True)
     process, _ = mini()
     assert 'holds 1 further class folders, first train/stranger; remove them' in process.stderr
+
+
+def test_images_of_another_preparation_are_noticed(mini, tmp_path):
+    mini('--allow_missing')
+    (tmp_path / 'prepared' / EXPECTED[0]).with_suffix('.png').write_bytes(picture(0, image_format='PNG'))
+    process, _ = mini()
+    assert f'holds 1 further files in its class folders, first {EXPECTED[0][:-4]}.png; remove them' in process.stderr
+
+
+def test_the_program_is_told_whether_all_is_there(mini, tmp_path):
+    for flags, complete in ([], False), (['--allow_missing'], True):
+        mini(*flags)
+        assert json.loads((tmp_path / 'prepared' / '.prepared.json').read_text())['complete'] == complete
 
 
 # CIFAR-100 and its two splits

@@ -60,7 +60,7 @@ def originals(source):
 
 def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file() and path.name != '.recipe.json'}
+            if path.is_file() and path.name != '.prepared.json'}
 
 
 def test_images(source, tmp_path):
