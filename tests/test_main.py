@@ -307,7 +307,7 @@ def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
     with open(directory / 'test_ubs1_stepsize0.01_query3.pkl', 'rb') as file:
         hits = pickle.load(file)['mses'][:, 1] * 15
     np.testing.assert_allclose(hits, np.round(hits), atol=1e-4)  # of 15 rows
-    assert 'a task needs 18 images of a class (1 support, 17 query)' in error_of(*arguments, '--train=False', '--test_query=17')
+    assert 'a task needs 21 images of a class (1 support, 20 query)' in error_of(*arguments, '--train=False', '--test_query=20')
 
 
 @of('cifarfs')
