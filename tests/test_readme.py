@@ -11,7 +11,7 @@ from conftest import ROOT, run_ok, run_process
 
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
     README = file.read()
-COMMANDS = re.findall(r'^python (main\.py .*)$', README, re.M)
+COMMANDS = re.findall(r'^python (main\.py --datasource=.*)$', README, re.M)
 TRAINING = [command for command in COMMANDS if '--train=False' not in command]
 
 
