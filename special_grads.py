@@ -2,9 +2,16 @@
 
 MAML differentiates through a gradient, so every operation of the network is differentiated twice. `tf.nn.moments`, and
 with it the Keras normalisation layers, stops the gradient at the mean inside the variance: harmless for the first
-derivative, where that term vanishes, and wrong by some percent for the second. The functions below are written in plain
-arithmetic, whose derivatives of any order are exact.
+derivative, where that term vanishes, and wrong by some percent for the second. The functions below are exact in both.
+
+A convolution's output is the largest tensor of a network, and automatic differentiation walks over it some forty times per
+inner update. `batch_standardize` states both derivatives in closed form instead, in a few walks, each of them one compiled
+loop.
 """
+import functools
+import math
+
+import numpy as np
 import tensorflow as tf
 
 
@@ -19,16 +26,143 @@ def standardize(x, axes, epsilon):
     Returns:
         A tensor shaped like x.
     """
-    centred = x - _mean(x, axes)
-    return centred * tf.math.rsqrt(_mean(tf.square(centred), axes) + epsilon)
+    size = _size(x, axes)
+    centred = x - _sum(x, axes) / size
+    return centred * tf.math.rsqrt(_sum(tf.square(centred), axes) / size + epsilon)
 
 
-def _mean(x, axes):
-    """Mean over axes with those axes kept; one axis at a time, because TensorFlow sums them all in one long float32 chain.
+def batch_standardize(z, epsilon, pool=False):
+    """`standardize` over all axes but the last, of images, then 2x2 max pooling if asked; differentiable exactly twice.
+
+    With u = (z - mean) * scale, scale = (variance + epsilon)^(-1/2), and m() the mean over all positions of a channel, the
+    Jacobian J of u is symmetric, and so is what its derivative does with an upstream gradient g and a direction w:
+
+        J g = scale * (g - m(g) - u m(g u))
+        d(w . J g)/dz = -scale * (m(g u) J w + m(w u) J g + m(w J g) u)
+
+    Scaling up is increasing, so the largest of a window is known before: pooling S first picks from z, and standardises only
+    the quarter that is left. Its gradient spreads g to the places it was picked from; sums over them are sums over g.
+
+    Args:
+        z: float [rows, height, width, channels].
+        epsilon: added to the (biased) variance before the square root.
+        pool: keep the largest of each 2x2 window (the first of equals), without the last row or column of odd sizes.
+
+    Returns:
+        A tensor shaped like z, or [rows, height // 2, width // 2, channels].
+
+    Raises:
+        LookupError: on the third derivative.
+    """
+    @tf.custom_gradient
+    def forward(z):
+        axes = [0, 1, 2]
+        m = lambda x: _sum(x, axes) / _size(z, axes)
+        mean = m(z)
+        scale = tf.math.rsqrt(m(tf.math.squared_difference(z, mean)) + epsilon)
+        winner = _winner(z) if pool else None
+        u = _shift_and_scale(z, mean, scale, winner)
+
+        @tf.custom_gradient
+        def backward(z, g):
+            m_g, m_gu = m(g), m(g * u)
+
+            def backward_again(w):
+                m_w, m_wu = m(w), m(w * (z - mean)) * scale
+                picked = _pick(w, winner)
+                m_wg = m(picked * g)
+                dg = scale * (picked - m_w - u * m_wu)
+                dz = _second(z, mean, scale, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
+                return _last_derivative(dz), _last_derivative(dg)
+
+            return _first(z, mean, scale, winner, g, m_g, m_gu), backward_again
+
+        return u, functools.partial(backward, z)
+
+    return forward(z)
+
+
+def _fused(function):
+    """One loop over the large tensors instead of one per operation."""
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+@_fused
+def _shift_and_scale(z, mean, scale, winner):
+    return (_pick(z, winner) - mean) * scale
+
+
+@_fused
+def _first(z, mean, scale, winner, g, m_g, m_gu):
+    """J g."""
+    return scale * (_spread(g, winner, z) - m_g - (z - mean) * scale * m_gu)
+
+
+@_fused
+def _second(z, mean, scale, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
+    """d(w . J g)/dz, with J w, J g and m(w J g) written out."""
+    u_factor = m_wg - m_w * m_g - 3 * m_wu * m_gu
+    return -tf.square(scale) * (m_gu * (w - m_w) + m_wu * (_spread(g, winner, z) - m_g) + u_factor * (z - mean) * scale)
+
+
+@_fused
+def _winner(z):
+    """Which corner of each 2x2 window, counted row by row from 0, is the (first) largest: int8 [rows, h // 2, w // 2, channels]."""
+    corners = _corners(z)
+    largest = functools.reduce(tf.maximum, corners)
+    winner = tf.fill(largest.shape, tf.constant(3, tf.int8))
+    for corner in (2, 1, 0):
+        winner = tf.where(corners[corner] == largest, tf.constant(corner, tf.int8), winner)
+    return winner
+
+
+@_fused
+def _pick(x, winner):
+    """x at the winning corners; x if there was no pooling."""
+    if winner is None:
+        return x
+    corners = _corners(x)
+    picked = corners[3]
+    for corner in (2, 1, 0):
+        picked = tf.where(winner == corner, corners[corner], picked)
+    return picked
+
+
+def _spread(g, winner, z):
+    """The transpose of _pick: g at the winning corners of a tensor shaped like z, 0 elsewhere; g if there was no pooling."""
+    if winner is None:
+        return g
+    rows, height, width, channels = z.shape
+    corner = np.arange(4, dtype=np.int8).reshape(1, 1, 2, 1, 2, 1)
+    spread = tf.where(winner[:, :, None, :, None] == corner, g[:, :, None, :, None], tf.zeros([], g.dtype))
+    spread = tf.reshape(spread, [rows, height // 2 * 2, width // 2 * 2, channels])
+    return tf.pad(spread, [[0, 0], [0, height % 2], [0, width % 2], [0, 0]])
+
+
+def _corners(x):
+    """The corners of the 2x2 windows, row by row: four tensors [rows, height // 2, width // 2, channels]."""
+    rows, height, width, channels = x.shape
+    windows = tf.reshape(x[:, :height // 2 * 2, :width // 2 * 2], [rows, height // 2, 2, width // 2, 2, channels])
+    return [windows[:, :, i, :, j] for i in (0, 1) for j in (0, 1)]
+
+
+@tf.custom_gradient
+def _last_derivative(x):
+    def gradient(_):
+        raise LookupError('batch_standardize has no third derivative')
+    return x, gradient
+
+
+def _size(x, axes):
+    return math.prod(x.shape[axis] for axis in axes)
+
+
+def _sum(x, axes):
+    """Sum over axes with those axes kept; one axis at a time, because TensorFlow sums them all in one long float32 chain.
 
     Over the 35,280 positions of a first miniImagenet layer that chain is wrong in the fifth digit; in a few meta-updates
     Adam makes a thousandth of it.
     """
     for axis in reversed(axes):
-        x = tf.reduce_mean(x, axis, keepdims=True)
+        x = tf.reduce_sum(x, axis, keepdims=True)
     return x

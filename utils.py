@@ -1,7 +1,7 @@
 """Small pure functions: network building blocks and losses."""
 import tensorflow as tf
 
-from special_grads import standardize
+from special_grads import batch_standardize, standardize
 
 NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
@@ -47,7 +47,9 @@ def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool):
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
     x = tf.nn.conv2d(x, kernel, strides=1 if max_pool else 2, padding='SAME')
-    x = tf.nn.relu(normalize(add_bias(x, bias, norm), norm, scope, norm_params))
+    if norm == 'batch_norm':  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
+        return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
+    x = tf.nn.relu(normalize(x + bias, norm, scope, norm_params))
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
