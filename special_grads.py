@@ -14,6 +14,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
+LARGE = 2 ** 16  # numbers in a tensor; to launch a compiled loop takes about as long as some loops over so many
+
 
 def standardize(x, axes, epsilon):
     """Shifts and scales x to mean 0 and (nearly) variance 1 over `axes`, exactly differentiable any number of times.
@@ -69,13 +71,13 @@ def batch_standardize(z, epsilon, pool=False):
 
             def backward_again(w):
                 m_w, m_wu = m(w), m(w * (z - mean)) * scale
-                picked = _pick(w, winner)
+                picked = w if winner is None else _fused_pick(w, winner)
                 m_wg = m(picked * g)
                 dg = scale * (picked - m_w - u * m_wu)
-                dz = _second(z, mean, scale, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
+                dz = _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
                 return _last_derivative(dz), _last_derivative(dg)
 
-            return _first(z, mean, scale, winner, g, m_g, m_gu), backward_again
+            return _first(z, mean, scale, u, winner, g, m_g, m_gu), backward_again
 
         return u, functools.partial(backward, z)
 
@@ -83,8 +85,13 @@ def batch_standardize(z, epsilon, pool=False):
 
 
 def _fused(function):
-    """One loop over the large tensors instead of one per operation."""
-    return tf.function(function, jit_compile=True, autograph=False)
+    """Compiles into one loop what else is a loop for each operation, if the first argument is large enough to gain by it."""
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+
+    @functools.wraps(function)
+    def call(x, *args):
+        return (compiled if math.prod(x.shape) > LARGE else function)(x, *args)
+    return call
 
 
 @_fused
@@ -93,16 +100,22 @@ def _shift_and_scale(z, mean, scale, winner):
 
 
 @_fused
-def _first(z, mean, scale, winner, g, m_g, m_gu):
+def _first(z, mean, scale, u, winner, g, m_g, m_gu):
     """J g."""
-    return scale * (_spread(g, winner, z) - m_g - (z - mean) * scale * m_gu)
+    return scale * (_spread(g, winner, z) - m_g - _unpooled(u, z, mean, scale, winner) * m_gu)
 
 
 @_fused
-def _second(z, mean, scale, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
+def _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
     """d(w . J g)/dz, with J w, J g and m(w J g) written out."""
-    u_factor = m_wg - m_w * m_g - 3 * m_wu * m_gu
-    return -tf.square(scale) * (m_gu * (w - m_w) + m_wu * (_spread(g, winner, z) - m_g) + u_factor * (z - mean) * scale)
+    u, g = _unpooled(u, z, mean, scale, winner), _spread(g, winner, z)
+    factors = [-tf.square(scale) * factor for factor in (m_gu, m_wu, m_wg - m_w * m_g - 3 * m_wu * m_gu)]
+    return factors[0] * (w - m_w) + factors[1] * (g - m_g) + factors[2] * u
+
+
+def _unpooled(u, z, mean, scale, winner):
+    """u before pooling: made again, for that takes less time than to fetch it from memory; u if there was no pooling."""
+    return u if winner is None else (z - mean) * scale
 
 
 @_fused
@@ -116,7 +129,6 @@ def _winner(z):
     return winner
 
 
-@_fused
 def _pick(x, winner):
     """x at the winning corners; x if there was no pooling."""
     if winner is None:
@@ -126,6 +138,9 @@ def _pick(x, winner):
     for corner in (2, 1, 0):
         picked = tf.where(winner == corner, corners[corner], picked)
     return picked
+
+
+_fused_pick = _fused(_pick)
 
 
 def _spread(g, winner, z):
@@ -166,3 +181,65 @@ def _sum(x, axes):
     for axis in reversed(axes):
         x = tf.reduce_sum(x, axis, keepdims=True)
     return x
+
+
+def patches(x, size, stride):
+    """The windows that a convolution with SAME padding sees, so that a matrix product with its kernel is that convolution.
+
+    TensorFlow's convolutions rearrange the kernel for every call. For few images of few pixels that takes longer than the
+    product, above all for the gradient of the kernel.
+
+    Args:
+        x: [rows, height, width, channels].
+        size, stride: of the windows, in both directions.
+
+    Returns:
+        [rows, ceil(height / stride), ceil(width / stride), size * size * channels]; zeros where a window overlaps the border.
+        Linear in x, and differentiable any number of times.
+    """
+    rows, height, width, channels = x.shape
+    pixels, windows, shape = _window_tables(height, width, size, stride)
+
+    @tf.custom_gradient
+    def gather(x):
+        return tf.gather(_with_zero(x), pixels, axis=1), scatter
+
+    @tf.custom_gradient
+    def scatter(y):
+        return _gather_sum(y, windows), gather
+
+    y = gather(tf.reshape(x, [rows, height * width, channels]))
+    return tf.reshape(y, [rows, *shape, size * size * channels])
+
+
+@functools.lru_cache(maxsize=None)
+def _window_tables(height, width, size, stride):
+    """Which pixel each place of each window shows, and in which places each pixel is shown.
+
+    Returns:
+        pixels: int32 [windows * size * size], numbers of pixels; height * width stands for the border.
+        windows: int32 [height * width, n], numbers of places in `pixels`; its length stands for nothing.
+        (windows down, windows across).
+    """
+    def places(pixels):
+        count = -(-pixels // stride)
+        before = max((count - 1) * stride + size - pixels, 0) // 2
+        place = np.arange(count)[:, None] * stride + np.arange(size) - before
+        return np.where((place >= 0) & (place < pixels), place, -1)
+
+    down, across = places(height)[:, None, :, None], places(width)[None, :, None, :]
+    pixels = np.where((down >= 0) & (across >= 0), down * width + across, height * width).ravel()
+    shown = [np.flatnonzero(pixels == pixel) for pixel in range(height * width)]
+    windows = np.full([height * width, max(map(len, shown))], len(pixels))
+    for row, found in zip(windows, shown):
+        row[:len(found)] = found
+    return pixels.astype(np.int32), windows.astype(np.int32), (len(down), across.shape[1])
+
+
+def _with_zero(x):
+    return tf.concat([x, tf.zeros_like(x[:, :1])], axis=1)
+
+
+@_fused
+def _gather_sum(y, table):
+    return tf.reduce_sum(tf.gather(_with_zero(y), table, axis=1), axis=2)

@@ -1,7 +1,7 @@
 """Small pure functions: network building blocks and losses."""
 import tensorflow as tf
 
-from special_grads import batch_standardize, standardize
+from special_grads import batch_standardize, patches, standardize
 
 NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
@@ -35,6 +35,17 @@ def add_bias(x, bias, norm):
     return x if norm == 'batch_norm' else x + bias
 
 
+def conv2d(x, kernel, stride):
+    """Convolution with SAME padding: [rows, height, width, channels] -> [rows, ceil(height / stride), ..., filters]."""
+    if stride == 1:
+        return tf.nn.conv2d(x, kernel, stride, 'SAME')
+    size, _, channels, filters = kernel.shape
+    x = patches(x, size, stride)
+    rows, height, width, inputs = x.shape
+    x = tf.reshape(x, [rows * height * width, inputs]) @ tf.reshape(kernel, [inputs, filters])
+    return tf.reshape(x, [rows, height, width, filters])
+
+
 def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool):
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
@@ -46,7 +57,7 @@ def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool):
     Returns:
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
-    x = tf.nn.conv2d(x, kernel, strides=1 if max_pool else 2, padding='SAME')
+    x = conv2d(x, kernel, stride=1 if max_pool else 2)
     if norm == 'batch_norm':  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
         return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
     x = tf.nn.relu(normalize(x + bias, norm, scope, norm_params))
