@@ -14,8 +14,6 @@ import math
 import numpy as np
 import tensorflow as tf
 
-LARGE = 2 ** 16  # numbers in a tensor; to launch a compiled loop takes about as long as some loops over so many
-
 
 def standardize(x, axes, epsilon):
     """Shifts and scales x to mean 0 and (nearly) variance 1 over `axes`, exactly differentiable any number of times.
@@ -56,56 +54,52 @@ def batch_standardize(z, epsilon, pool=False):
     Raises:
         LookupError: on the third derivative.
     """
+    # Without pooling the images are small, and to launch a compiled loop takes longer than some loops over them.
+    fused = _one_loop if pool else lambda function: function
+
     @tf.custom_gradient
     def forward(z):
         axes = [0, 1, 2]
         m = lambda x: _sum(x, axes) / _size(z, axes)
         mean = m(z)
         scale = tf.math.rsqrt(m(tf.math.squared_difference(z, mean)) + epsilon)
-        winner = _winner(z) if pool else None
-        u = _shift_and_scale(z, mean, scale, winner)
+        winner = fused(_winner)(z) if pool else None
+        u = fused(_shift_and_scale)(z, mean, scale, winner)
 
         @tf.custom_gradient
         def backward(z, g):
             m_g, m_gu = m(g), m(g * u)
 
             def backward_again(w):
-                m_w, m_wu = m(w), m(_times_u(w, z, mean, scale, u, winner))
-                picked = w if winner is None else _fused_pick(w, winner)
+                m_w, m_wu = m(w), m(fused(_times_u)(w, z, mean, scale, u, winner))
+                picked = fused(_pick)(w, winner)
                 m_wg = m(picked * g)
                 dg = scale * (picked - m_w - u * m_wu)
-                dz = _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
+                dz = fused(_second)(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
                 return _last_derivative(dz), _last_derivative(dg)
 
-            return _first(z, mean, scale, u, winner, g, m_g, m_gu), backward_again
+            return fused(_first)(z, mean, scale, u, winner, g, m_g, m_gu), backward_again
 
         return u, functools.partial(backward, z)
 
     return forward(z)
 
 
-def _fused(function):
-    """Compiles into one loop what else is a loop for each operation, if the first argument is large enough to gain by it."""
-    compiled = tf.function(function, jit_compile=True, autograph=False)
-
-    @functools.wraps(function)
-    def call(x, *args):
-        return (compiled if math.prod(x.shape) > LARGE else function)(x, *args)
-    return call
+@functools.lru_cache(maxsize=None)
+def _one_loop(function):
+    """Compiles what else is a loop over the images for each operation."""
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
-@_fused
 def _shift_and_scale(z, mean, scale, winner):
     return (_pick(z, winner) - mean) * scale
 
 
-@_fused
 def _first(z, mean, scale, u, winner, g, m_g, m_gu):
     """J g."""
     return scale * (_spread(g, winner, z) - m_g - _unpooled(u, z, mean, scale, winner) * m_gu)
 
 
-@_fused
 def _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
     """d(w . J g)/dz, with J w, J g and m(w J g) written out."""
     u, g = _unpooled(u, z, mean, scale, winner), _spread(g, winner, z)
@@ -113,7 +107,6 @@ def _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
     return factors[0] * (w - m_w) + factors[1] * (g - m_g) + factors[2] * u
 
 
-@_fused
 def _times_u(w, z, mean, scale, u, winner):
     return w * _unpooled(u, z, mean, scale, winner)
 
@@ -123,7 +116,6 @@ def _unpooled(u, z, mean, scale, winner):
     return u if winner is None else (z - mean) * scale
 
 
-@_fused
 def _winner(z):
     """Which corner of each 2x2 window, counted row by row from 0, is the (first) largest: int8 [rows, h // 2, w // 2, channels]."""
     corners = _corners(z)
@@ -143,9 +135,6 @@ def _pick(x, winner):
     for corner in (2, 1, 0):
         picked = tf.where(winner == corner, corners[corner], picked)
     return picked
-
-
-_fused_pick = _fused(_pick)
 
 
 def _spread(g, winner, z):
@@ -211,7 +200,7 @@ def patches(x, size, stride):
 
     @tf.custom_gradient
     def scatter(y):
-        return _gather_sum(y, windows), gather
+        return _one_loop(_gather_sum)(y, windows), gather
 
     y = gather(tf.reshape(x, [rows, height * width, channels]))
     return tf.reshape(y, [rows, *shape, size * size * channels])
@@ -245,6 +234,5 @@ def _with_zero(x):
     return tf.concat([x, tf.zeros_like(x[:, :1])], axis=1)
 
 
-@_fused
 def _gather_sum(y, table):
     return tf.reduce_sum(tf.gather(_with_zero(y), table, axis=1), axis=2)
