@@ -62,18 +62,18 @@ def batch_standardize(z, epsilon, pool=False):
         axes = [0, 1, 2]
         m = lambda x: _sum(x, axes) / _size(z, axes)
         mean = m(z)
-        scale = tf.math.rsqrt(m(tf.math.squared_difference(z, mean)) + epsilon)
+        scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
         winner = fused(_winner)(z) if pool else None
         u = fused(_shift_and_scale)(z, mean, scale, winner)
 
         @tf.custom_gradient
         def backward(z, g):
-            m_g, m_gu = m(g), m(g * u)
+            m_g, m_gu = m(g), m(fused(_row_sum_of_products)(g, u))
 
             def backward_again(w):
-                m_w, m_wu = m(w), m(fused(_times_u)(w, z, mean, scale, u, winner))
+                m_w, m_wu = m(w), m(fused(_row_sum_with_u)(w, z, mean, scale, u, winner))
                 picked = fused(_pick)(w, winner)
-                m_wg = m(picked * g)
+                m_wg = m(fused(_row_sum_of_products)(picked, g))
                 dg = scale * (picked - m_w - u * m_wu)
                 dz = fused(_second)(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
                 return _last_derivative(dz), _last_derivative(dg)
@@ -107,8 +107,16 @@ def _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
     return factors[0] * (w - m_w) + factors[1] * (g - m_g) + factors[2] * u
 
 
-def _times_u(w, z, mean, scale, u, winner):
-    return w * _unpooled(u, z, mean, scale, winner)
+def _row_sum_of_squares(z, mean):
+    return tf.reduce_sum(tf.math.squared_difference(z, mean), axis=0, keepdims=True)
+
+
+def _row_sum_of_products(x, y):
+    return tf.reduce_sum(x * y, axis=0, keepdims=True)
+
+
+def _row_sum_with_u(w, z, mean, scale, u, winner):
+    return _row_sum_of_products(w, _unpooled(u, z, mean, scale, winner))
 
 
 def _unpooled(u, z, mean, scale, winner):
