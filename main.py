@@ -86,6 +86,11 @@ flags.DEFINE_integer('num_filters', 64, 'filters of each convolution (the paper 
 flags.DEFINE_bool('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64')
 flags.DEFINE_bool('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2')
 flags.DEFINE_bool('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant')
+# Computing: these change the numbers by rounding only
+flags.DEFINE_enum('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, at once as many as there are cores; "
+                  "'wide': all tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks")
+flags.DEFINE_integer('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of '
+                     '--meta_batch_size; 0: all', lower_bound=0)
 # Logging, saving, evaluating
 flags.DEFINE_bool('log', True, 'write summaries for TensorBoard')
 flags.DEFINE_string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
@@ -166,6 +171,8 @@ def check_flags(values):
            f'--split={values.split} must be three positive whole numbers like 64/16/20')
     refuse(own and values.max_pool and values.conv and values.image_size < 16,
            f'--image_size={values.image_size}: four times 2x2 pooling needs at least 16')
+    refuse(values.task_chunk and values.meta_batch_size % values.task_chunk,
+           f'--task_chunk={values.task_chunk} must divide --meta_batch_size={values.meta_batch_size}')
     refuse(values.test_query == 0, '--test_query must be at least 1')
     refuse(images and values.num_classes < 2, f'--num_classes={values.num_classes}: a task needs at least 2 classes')
     for name in ('meta_lr', 'update_lr', 'train_update_lr'):
@@ -220,7 +227,9 @@ def config_from_flags(values, source, tasks):
         max_pool=values.max_pool,
         head=source.head,
         stop_grad=values.stop_grad,
-        clip=source.clip)
+        clip=source.clip,
+        engine=values.engine,
+        task_chunk=values.task_chunk or None)
     name = experiment_name(values, pretrain_only=pretrain_iterations > 0 and metatrain_iterations == 0)
     return Run(
         datasource=values.datasource, source=source, tasks=tasks, model=model,
@@ -453,7 +462,8 @@ def evaluate_tasks(model, tasks, count, num_updates):
     """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
     numbers_per_task = sum(array.size for array in tasks.draw(0, 1)) + sum(math.prod(v.shape) for v in model.weights.values())
     largest = 2 ** 23 // numbers_per_task  # 32 MiB of float32
-    size = max(size for size in range(1, count + 1) if count % size == 0 and size <= max(largest, 1))
+    largest = min(max(largest, 1), model.config.task_chunk or count)
+    size = max(size for size in range(1, largest + 1) if count % size == 0)
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1) for part in zip(*parts)))
 

@@ -37,6 +37,9 @@ class ModelConfig:
     head: str = 'mean'                      # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     clip: Optional[float] = None            # elementwise bound of the meta-gradient
+    # How it is computed; changes no number but by rounding.
+    engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
+    task_chunk: Optional[int] = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
 
 
 class Outputs(NamedTuple):
@@ -141,7 +144,7 @@ def forward(config, x, weights, norm_params):
     x = tf.reshape(x, [-1, *config.image_shape])
     for layer in CONV_LAYERS:
         x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _conv_scope(layer), norm_params,
-                       config.max_pool)
+                       config.max_pool, by_product=config.engine == 'wide')
     if config.head == 'mean':
         x = tf.reduce_mean(x, axis=[1, 2])
     else:
@@ -244,17 +247,17 @@ class MAML:
     """
 
     def __init__(self, config, seed=0):
-        """Initial weights are a function of config and seed."""
-        self.config = config
+        """Initial weights are a function of config and seed. The attribute `config` has `engine` resolved."""
+        self.config = config = dataclasses.replace(config, engine=_engine(config))
         self.weights = {name: tf.Variable(value) for name, value in initial_weights(config, seed).items()}
         self.norm_params = {name: tf.Variable(value) for name, value in initial_norm_params(config).items()}
         variables = {**self.weights, **self.norm_params}
         self._adams = {phase: Adam(variables, config.meta_lr) for phase in ('metatrain', 'pretrain')}
 
-        # Dense nets are small: all tasks in one compiled graph. Convolutions fill a core each: one task per core.
-        self._wide = config.image_shape is None
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
-        compiled = functools.partial(tf.function, jit_compile=self._wide, autograph=False)
+        # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
+        xla = config.engine == 'wide' and (config.image_shape is None or _has_gpu())
+        compiled = functools.partial(tf.function, jit_compile=xla, autograph=False)
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
         self._compiled_adapt = compiled(self._adapt)
@@ -338,13 +341,29 @@ class MAML:
                     objective = loss_of(self.config, outputs.pre, task.support_y)
             return outputs, tape.gradient(objective, {**weights, **norm_params}, unconnected_gradients='zero')
 
-        signature = Outputs(tf.float32, tf.float32), dict.fromkeys((*weights, *norm_params), tf.float32)
-        outputs, gradients = self._map_tasks(task_gradients, batch, signature)
-        metrics = metrics_of(self.config, outputs, batch)
-        means = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses}
-        if metrics.pre_accuracy is not None:
-            means.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies)
-        return tf.nest.map_structure(lambda values: tf.reduce_mean(values, axis=0), (gradients, means))
+        def sums(batch):
+            signature = Outputs(tf.float32, tf.float32), dict.fromkeys((*weights, *norm_params), tf.float32)
+            outputs, gradients = self._map_tasks(task_gradients, batch, signature)
+            metrics = metrics_of(self.config, outputs, batch)
+            scores = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses}
+            if metrics.pre_accuracy is not None:
+                scores.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies)
+            return tf.nest.map_structure(lambda values: tf.reduce_sum(values, axis=0), (gradients, scores))
+
+        tasks = batch.support_x.shape[0]
+        chunk = self.config.task_chunk or tasks
+        if chunk == tasks:
+            totals = sums(batch)
+        else:
+            chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
+            zeros = ({name: tf.zeros_like(value) for name, value in {**weights, **norm_params}.items()},
+                     dict.fromkeys(self._scores(), 0.))
+            totals = tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
+                              parallel_iterations=1)
+        return tf.nest.map_structure(lambda total: total / tasks, totals)
+
+    def _scores(self):
+        return ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
 
     def _steps(self, phase, batches):
         def step(batch):
@@ -355,14 +374,24 @@ class MAML:
             self._adams[phase].apply(gradients)
             return means
 
-        names = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
-        return tf.map_fn(step, batches, fn_output_signature=dict.fromkeys(names, tf.float32), parallel_iterations=1)
+        return tf.map_fn(step, batches, fn_output_signature=dict.fromkeys(self._scores(), tf.float32), parallel_iterations=1)
 
     def _map_tasks(self, function, batch, signature):
         """Applies a function of one task to every task of a meta-batch and stacks what it returns."""
-        if self._wide:
+        if self.config.engine == 'wide':
             return tf.vectorized_map(function, batch)
         return tf.map_fn(function, batch, fn_output_signature=signature, parallel_iterations=os.cpu_count())
+
+
+def _engine(config):
+    """Dense nets are small, and GPUs are wide: all tasks in one graph. Convolutions fill a CPU core each: one task per core."""
+    if config.engine != 'auto':
+        return config.engine
+    return 'wide' if config.image_shape is None or _has_gpu() else 'tasks'
+
+
+def _has_gpu():
+    return bool(tf.config.list_physical_devices('GPU'))
 
 
 def _values(variables):

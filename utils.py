@@ -35,9 +35,13 @@ def add_bias(x, bias, norm):
     return x if norm == 'batch_norm' else x + bias
 
 
-def conv2d(x, kernel, stride):
-    """Convolution with SAME padding: [rows, height, width, channels] -> [rows, ceil(height / stride), ..., filters]."""
-    if stride == 1:
+def conv2d(x, kernel, stride, by_product=False):
+    """Convolution with SAME padding: [rows, height, width, channels] -> [rows, ceil(height / stride), ..., filters].
+
+    by_product: as a matrix product whatever the stride, so that `tf.vectorized_map` can make one product of many tasks',
+        each with a kernel of its own. With stride 1 the windows take nine times the memory of the images.
+    """
+    if stride == 1 and not by_product:
         return tf.nn.conv2d(x, kernel, stride, 'SAME')
     size, _, channels, filters = kernel.shape
     x = patches(x, size, stride)
@@ -46,18 +50,19 @@ def conv2d(x, kernel, stride):
     return tf.reshape(x, [rows, height, width, filters])
 
 
-def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool):
+def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool, by_product=False):
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
     Args:
         x: [rows, height, width, channels].
         kernel, bias: [3, 3, channels, filters] and [filters].
         norm, scope, norm_params: as for `normalize`.
+        by_product: as for `conv2d`.
 
     Returns:
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
-    x = conv2d(x, kernel, stride=1 if max_pool else 2)
+    x = conv2d(x, kernel, 1 if max_pool else 2, by_product)
     if norm == 'batch_norm':  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
         return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
     x = tf.nn.relu(normalize(x + bias, norm, scope, norm_params))

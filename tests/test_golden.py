@@ -1,4 +1,5 @@
 """The public surface of maml.py against what the reference computes (tests/golden/README.md)."""
+import dataclasses
 import glob
 import json
 import os
@@ -139,3 +140,24 @@ def test_five_meta_updates(golden):
                 if name not in idle:
                     assert relative([variables[name]], [expected]) < 1e-4, (step, name)
     np.testing.assert_allclose(objective, golden.arrays['trajectory'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['sinusoid_10shot_first_order', 'omniglot_5way1shot', 'miniimagenet_5way1shot'])
+def test_engines(name):
+    """One task at a time, all in one graph, and either in chunks: the same numbers to 1e-5."""
+    golden = Golden(FIXTURES[name])
+    config, results = golden.config, []
+    for engine, task_chunk in ('tasks', None), ('tasks', 2), ('wide', None), ('wide', 1):
+        golden.config = dataclasses.replace(config, engine=engine, task_chunk=task_chunk)
+        model = golden.model()
+        assert model.config.engine == engine
+        gradients, outputs = model.meta_gradients(golden.batch), model.predict(golden.batch, 1)
+        assert relative(gradients.values(), [golden.parameters('metagrad')[key] for key in gradients]) < 1e-4
+        results.append([*gradients.values(), *outputs])
+    for other in results[1:]:
+        assert relative(other, results[0]) < 1e-5
+
+
+def test_engine_is_chosen_by_the_network():
+    assert MAML(Golden(FIXTURES['sinusoid_10shot']).config).config.engine == 'wide'
+    assert MAML(Golden(FIXTURES['omniglot_5way1shot']).config).config.engine == 'tasks'
