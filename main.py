@@ -461,7 +461,7 @@ def evaluate(run, data):
 def evaluate_tasks(model, tasks, count, num_updates):
     """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
     numbers_per_task = sum(array.size for array in tasks.draw(0, 1)) + sum(math.prod(v.shape) for v in model.weights.values())
-    largest = 2 ** 23 // numbers_per_task  # 32 MiB of float32
+    largest = 2 ** 25 // numbers_per_task  # 128 MiB of float32
     largest = min(max(largest, 1), model.config.task_chunk or count)
     size = max(size for size in range(1, largest + 1) if count % size == 0)
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]
@@ -506,6 +506,8 @@ def import_tensorflow():
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     with quiet() if silent else contextlib.nullcontext():
         import tensorflow as tf
+        if silent:
+            tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is what they are for.
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
         tf.function(tf.identity, jit_compile=True)(0.0)

@@ -178,7 +178,7 @@ def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
         gradients = tape.gradient(loss, weights, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
-        weights = {name: weights[name] - config.update_lr * gradients[name] for name in weights}
+        weights = {name: weights[name] + -config.update_lr * gradients[name] for name in weights}
         yield outputs, weights
 
 

@@ -4,9 +4,9 @@ MAML differentiates through a gradient, so every operation of the network is dif
 with it the Keras normalisation layers, stops the gradient at the mean inside the variance: harmless for the first
 derivative, where that term vanishes, and wrong by some percent for the second. The functions below are exact in both.
 
-A convolution's output is the largest tensor of a network, and automatic differentiation walks over it some forty times per
-inner update. `batch_standardize` states both derivatives in closed form instead, in a few walks, each of them one compiled
-loop.
+A convolution's output is the largest tensor of a network, and every operation on it, derived twice, walks over it several
+times. `batch_standardize` states both derivatives in closed form instead: a few walks, each one compiled loop where images are
+large. `patches` makes convolutions of small images matrix products.
 """
 import functools
 import math
@@ -63,11 +63,11 @@ def batch_standardize(z, epsilon, pool=False):
         m = lambda x: _sum(x, axes) / _size(z, axes)
         mean = m(z)
         scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
-        winner = fused(_winner)(z) if pool else None
-        u = fused(_shift_and_scale)(z, mean, scale, winner)
+        u = fused(_shift_and_scale)(z, mean, scale, pool)
 
         @tf.custom_gradient
         def backward(z, g):
+            winner = fused(_winner)(z) if pool else None
             m_g, m_gu = m(g), m(fused(_row_sum_of_products)(g, u))
 
             def backward_again(w):
@@ -91,8 +91,8 @@ def _one_loop(function):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def _shift_and_scale(z, mean, scale, winner):
-    return (_pick(z, winner) - mean) * scale
+def _shift_and_scale(z, mean, scale, pool):
+    return ((_largest(z) if pool else z) - mean) * scale
 
 
 def _first(z, mean, scale, u, winner, g, m_g, m_gu):
@@ -126,12 +126,15 @@ def _unpooled(u, z, mean, scale, winner):
 
 def _winner(z):
     """Which corner of each 2x2 window, counted row by row from 0, is the (first) largest: int8 [rows, h // 2, w // 2, channels]."""
-    corners = _corners(z)
-    largest = functools.reduce(tf.maximum, corners)
+    corners, largest = _corners(z), _largest(z)
     winner = tf.fill(largest.shape, tf.constant(3, tf.int8))
     for corner in (2, 1, 0):
         winner = tf.where(corners[corner] == largest, tf.constant(corner, tf.int8), winner)
     return winner
+
+
+def _largest(z):
+    return functools.reduce(tf.maximum, _corners(z))
 
 
 def _pick(x, winner):

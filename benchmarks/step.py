@@ -89,7 +89,7 @@ def main():
     rate = statistics.median(rates)
     print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds a step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
-          + ''.join(f'{peer:>12}' for peer in peers))
+          + ''.join(f'{peer:>15}' for peer in peers))
     for name in args.workloads:
         median = {key: statistics.median(run[key] for run in ours[name]) for key in ours[name][0]}
         floor = WORKLOADS[name].flops() / rate
@@ -97,7 +97,7 @@ def main():
                f'{WORKLOADS[name].meta_batch_size / median["seconds"]:9.0f}{median["megabytes"]:7.0f}{median["first"]:12.1f}')
         for peer in peers:
             times = [seconds for seconds in theirs[peer, name] if seconds is not None]
-            row += f'{statistics.median(times):8.3f}{statistics.median(times) / median["seconds"]:3.1f}x' if times else f'{"-":>12}'
+            row += f'{statistics.median(times):9.3f} {statistics.median(times) / median["seconds"]:4.1f}x' if times else f'{"-":>15}'
         print(row, flush=True)
 
 

@@ -221,6 +221,21 @@ def test_the_seed_fixes_everything_and_nothing_else_does(arguments, tmp_path):
     assert not np.array_equal(one['w2'], other['w2'])
 
 
+@of('omniglot')
+def test_engines_train_alike(arguments, tmp_path, few_tasks):
+    """Whole runs of each engine, in chunks too, see the same gradients to rounding, and can be evaluated by the other."""
+    results = []
+    for engine, chunk in ('tasks', 0), ('tasks', 1), ('wide', 1):
+        flags = [*arguments, f'--logdir={tmp_path / engine}{chunk}', '--metatrain_iterations=1', f'--engine={engine}',
+                 f'--task_chunk={chunk}']
+        run_ok(*flags)
+        results.append(variables(experiment(tmp_path / f'{engine}{chunk}') / 'model1'))
+    for other in results[1:]:
+        for name in (f'metatrain/adam/m/{weights}' for weights in ('conv1', 'conv4', 'w5', '0/beta')):
+            np.testing.assert_allclose(other[name], results[0][name], atol=1e-5 * np.max(np.abs(results[0][name])))
+    assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', '--engine=tasks', '--task_chunk=0')
+
+
 @of('sinusoid')
 def test_divergence_stops_the_run(arguments):
     assert 'training diverged' in error_of(*arguments, '--update_lr=1e30', '--metatrain_iterations=200')
@@ -264,6 +279,9 @@ def test_divergence_stops_the_run(arguments):
     (['--datasource=folder', '--data_path=.', '--image_size=15', '--max_pool'], ['--image_size=15', '16']),
     (['--datasource=folder', '--data_path=.', '--image_channels=4'], ['--image_channels=4']),
     (['--train=perhaps'], ['--train=perhaps']),
+    (['--engine=fast'], ['--engine=fast', 'wide']),
+    (['--task_chunk=2'], ['--task_chunk=2', '--meta_batch_size=25']),
+    (['--task_chunk=-1'], ['--task_chunk=-1']),
 ])
 def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
     error = error_of(f'--logdir={tmp_path}', *flags)

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from data_generator import TaskBatch
 from maml import MAML, Adam, ModelConfig, forward, initial_norm_params, initial_weights, inner_loop, learn_task, loss_of
+from special_grads import batch_standardize, standardize
+from utils import conv2d
 
 IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
              image_shape=(8, 8, 1), num_filters=4)
@@ -170,3 +172,66 @@ def test_output_shapes(norm):
         config = ModelConfig(norm=norm, **net)
         outputs = forward(config, tf.zeros([7, config.dim_input]), initial_weights(config, 0), initial_norm_params(config))
         assert outputs.shape == (7, config.dim_output)
+
+
+def twice(function, x, first, second):
+    """A function's value, its gradient along `first`, and the gradient of that along `second`, with respect to x and first."""
+    with tf.GradientTape() as outer:
+        outer.watch((x, first))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        gradient = tape.gradient(y, x, first)
+    return [y, gradient, *outer.gradient(gradient, (x, first), second)]
+
+
+@pytest.mark.parametrize('shape', [(3, 4, 6, 2), (2, 5, 7, 3)])
+@pytest.mark.parametrize('pool', [False, True])
+def test_batch_standardize_is_the_plain_formula(pool, shape):
+    """Value and both derivatives, as automatic differentiation finds them; odd sizes too."""
+    rng = np.random.default_rng(0)
+    x, direction = tf.constant(3 + rng.normal(size=shape)), tf.constant(rng.normal(size=shape))
+    upstream = tf.constant(rng.normal(size=(shape[0], shape[1] // 2, shape[2] // 2, shape[3]) if pool else shape))
+
+    def plain(x):
+        x = standardize(x, [0, 1, 2], 1e-3)
+        return tf.nn.max_pool2d(x, 2, 2, 'VALID') if pool else x
+    for ours, expected in zip(twice(lambda x: batch_standardize(x, 1e-3, pool), x, upstream, direction),
+                              twice(plain, x, upstream, direction)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_of_equal_corners_one_is_taken():
+    """The gradient of a window's largest goes to one corner, though all are equal."""
+    x = tf.concat([tf.ones([1, 2, 2, 1]), tf.zeros([1, 2, 2, 1])], axis=0)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = batch_standardize(x, 1e-3, pool=True)
+    gradient = tape.gradient(y, x, tf.constant([1., 0.], shape=[2, 1, 1, 1])).numpy().ravel()
+    assert len(set(gradient[1:4])) == 1 and gradient[0] > gradient[1] + 0.5
+
+
+def test_third_derivatives_are_refused():
+    x = tf.ones([2, 4, 4, 1], tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        *_, second, _ = twice(lambda x: batch_standardize(x, 1e-3), x, x, x)
+    with pytest.raises(LookupError, match='third derivative'):
+        tape.gradient(second, x)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [4, 7])
+def test_convolution_by_product(size, stride):
+    """The same as TensorFlow's, and so are the derivatives with respect to images and kernel."""
+    rng = np.random.default_rng(0)
+    x, kernel = tf.constant(rng.normal(size=(2, size, size + 1, 3))), tf.constant(rng.normal(size=(3, 3, 3, 5)))
+    results = []
+    for function in conv2d, lambda x, kernel, stride, **_: tf.nn.conv2d(x, kernel, stride, 'SAME'):
+        with tf.GradientTape() as tape:
+            tape.watch((x, kernel))
+            y = function(x, kernel, stride, by_product=True)
+            loss = tf.reduce_sum(tf.sin(y))
+        results.append([y, *tape.gradient(loss, (x, kernel))])
+    for ours, expected in zip(*results):
+        np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
