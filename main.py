@@ -461,7 +461,7 @@ def evaluate(run, data):
 def evaluate_tasks(model, tasks, count, num_updates):
     """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
     numbers_per_task = sum(array.size for array in tasks.draw(0, 1)) + sum(math.prod(v.shape) for v in model.weights.values())
-    largest = 2 ** 25 // numbers_per_task  # 128 MiB of float32
+    largest = 2 ** 24 // numbers_per_task  # 64 MiB of float32
     largest = min(max(largest, 1), model.config.task_chunk or count)
     size = max(size for size in range(1, largest + 1) if count % size == 0)
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]

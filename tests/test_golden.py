@@ -144,16 +144,16 @@ def test_five_meta_updates(golden):
 
 @pytest.mark.parametrize('name', ['sinusoid_10shot_first_order', 'omniglot_5way1shot', 'miniimagenet_5way1shot'])
 def test_engines(name):
-    """One task at a time, all in one graph, and either in chunks: the same numbers to 1e-5."""
+    """One task per core, the same in chunks, and all in one graph: the same gradients to 1e-5."""
     golden = Golden(FIXTURES[name])
     config, results = golden.config, []
-    for engine, task_chunk in ('tasks', None), ('tasks', 2), ('wide', None), ('wide', 1):
+    for engine, task_chunk in ('tasks', None), ('tasks', 1), ('wide', None):
         golden.config = dataclasses.replace(config, engine=engine, task_chunk=task_chunk)
         model = golden.model()
         assert model.config.engine == engine
-        gradients, outputs = model.meta_gradients(golden.batch), model.predict(golden.batch, 1)
+        gradients = model.meta_gradients(golden.batch)
         assert relative(gradients.values(), [golden.parameters('metagrad')[key] for key in gradients]) < 1e-4
-        results.append([*gradients.values(), *outputs])
+        results.append(gradients.values())
     for other in results[1:]:
         assert relative(other, results[0]) < 1e-5
 
