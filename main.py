@@ -461,8 +461,7 @@ def evaluate(run, data):
 def evaluate_tasks(model, tasks, count, num_updates):
     """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
     numbers_per_task = sum(array.size for array in tasks.draw(0, 1)) + sum(math.prod(v.shape) for v in model.weights.values())
-    largest = 2 ** 24 // numbers_per_task  # 64 MiB of float32
-    largest = min(max(largest, 1), model.config.task_chunk or count)
+    largest = min(max(2 ** 24 // numbers_per_task, 1), model.config.task_chunk or count)  # 64 MiB of float32
     size = max(size for size in range(1, largest + 1) if count % size == 0)
     parts = [model.evaluate(tasks.draw(start, size), num_updates) for start in range(0, count, size)]
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1) for part in zip(*parts)))
@@ -513,11 +512,16 @@ def import_tensorflow():
         tf.function(tf.identity, jit_compile=True)(0.0)
 
 
-def main(argv):
+def run_from_command_line(argv):
+    """The Run that a command line asks for and {split: tasks} of its data; None where that is help, which is printed.
+
+    Raises:
+        UserError, flags.Error: the flags or the data are not as they should be.
+    """
     rest = FLAGS(argv)[1:]
     if FLAGS.help:
         print(__doc__ + '\nFlags:\n' + FLAGS.main_module_help())
-        return
+        return None
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
     check_flags(FLAGS)
@@ -526,8 +530,14 @@ def main(argv):
     splits = ['train', 'val'] if FLAGS.train else ['test' if FLAGS.test_set else 'val']
     data = {split: source.tasks(tasks, split) for split in splits}
     import_tensorflow()
-    run = config_from_flags(FLAGS, source, tasks)
-    (train if run.train else evaluate)(run, data)
+    return config_from_flags(FLAGS, source, tasks), data
+
+
+def main(argv):
+    asked = run_from_command_line(argv)
+    if asked:
+        run, data = asked
+        (train if run.train else evaluate)(run, data)
 
 
 if __name__ == '__main__':

@@ -178,7 +178,7 @@ def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
         gradients = tape.gradient(loss, weights, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
-        weights = {name: weights[name] + -config.update_lr * gradients[name] for name in weights}
+        weights = {name: weights[name] - config.update_lr * gradients[name] for name in weights}
         yield outputs, weights
 
 
@@ -345,9 +345,7 @@ class MAML:
             signature = Outputs(tf.float32, tf.float32), dict.fromkeys((*weights, *norm_params), tf.float32)
             outputs, gradients = self._map_tasks(task_gradients, batch, signature)
             metrics = metrics_of(self.config, outputs, batch)
-            scores = {'pre_loss': metrics.pre_loss, 'post_loss': metrics.post_losses}
-            if metrics.pre_accuracy is not None:
-                scores.update(pre_accuracy=metrics.pre_accuracy, post_accuracy=metrics.post_accuracies)
+            scores = dict(zip(self._scores(), metrics))
             return tf.nest.map_structure(lambda values: tf.reduce_sum(values, axis=0), (gradients, scores))
 
         tasks = batch.support_x.shape[0]
@@ -363,6 +361,7 @@ class MAML:
         return tf.nest.map_structure(lambda total: total / tasks, totals)
 
     def _scores(self):
+        """The names under which training reports the fields of Metrics, in their order."""
         return ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
 
     def _steps(self, phase, batches):

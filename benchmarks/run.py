@@ -38,15 +38,10 @@ WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluatio
 def measure_pipeline(name, seconds=20):
     """{'fresh', 'kept': seconds a step, 'waiting': share of the fresh steps' time}, each over about `seconds`."""
     import main
-    from absl import flags
-    flags.FLAGS([sys.argv[0], *TRAINING[name].split(), '--metatrain_iterations=1000000000'])
-    source, tasks = main.data_from_flags(flags.FLAGS)
-    data = source.tasks(tasks, 'train')
-    main.import_tensorflow()
+    run, data = main.run_from_command_line(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000'])
     from maml import MAML
-    run = main.config_from_flags(flags.FLAGS, source, tasks)
     model = MAML(run.model)
-    batches = main.meta_batches(data, run, 0, model.steps_per_call)
+    batches = main.meta_batches(data['train'], run, 0, model.steps_per_call)
 
     def take(draw):
         """Seconds of a call that draws and trains, and how many of them it waited for the draw."""

@@ -8,9 +8,8 @@ round after round. Nothing else should run meanwhile. --plot needs matplotlib.
 import argparse
 import dataclasses
 import statistics
-import time
 
-from workloads import WORKLOADS
+from workloads import WORKLOADS, seconds_of_step
 
 SWEEPS = {
     'meta_batch_size': (2, 4, 8, 16, 32),
@@ -25,14 +24,9 @@ def seconds_a_step(workloads, rounds):
     from maml import MAML
     contenders = [(MAML(workload.model_config()), workload.batch()) for workload in workloads]
 
-    def step(model, batch):
-        start = time.perf_counter()
-        {key: float(value) for key, value in model.metatrain_step(batch).items()}
-        return time.perf_counter() - start
-
     for model, batch in contenders:
-        step(model, batch)
-    times = [[step(model, batch) for model, batch in contenders] for _ in range(rounds)]
+        seconds_of_step(model, batch)
+    times = [[seconds_of_step(model, batch) for model, batch in contenders] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*times)]
 
 

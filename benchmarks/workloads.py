@@ -1,6 +1,7 @@
 """Standard meta-training steps, what they cost in arithmetic, and this program's model on a fixed random batch of each."""
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,3 +65,10 @@ WORKLOADS = {
     'omniglot20': Workload(20, 1, 1, 5, 0.1, (28, 28, 1), 64, False, 16),
     'cifarfs1': Workload(5, 1, 15, 5, 0.01, (32, 32, 3), 32, True, 4),
 }
+
+
+def seconds_of_step(model, batch):
+    """How long one meta-training step takes, its metrics fetched."""
+    start = time.perf_counter()
+    {key: float(value) for key, value in model.metatrain_step(batch).items()}
+    return time.perf_counter() - start
