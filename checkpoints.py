@@ -1,13 +1,20 @@
-"""Checkpoint files: `model<iteration>` for each saved iteration, and `best` for the best one on meta-validation.
+"""Checkpoint files: `model<iteration>` for each saved iteration.
 
 A checkpoint is a TensorFlow tensor bundle, `<prefix>.index` and `<prefix>.data-00000-of-00001`: named tensors without a
 program around them, readable by `tf.train.load_checkpoint`, as the reference's are. Beside the variables of `MAML.state()`
-it holds a record, a dict that says what the numbers belong to.
+it holds a record, a dict that says what the numbers belong to. Both files are written aside and moved into place, and no
+checkpoint is ever overwritten by another; the bundle's checksums tell whether it is whole.
 """
+import contextlib
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
+from typing import NamedTuple
 
+import filelock
 import tensorflow as tf
 
 from data_generator import UserError
@@ -15,59 +22,188 @@ from data_generator import UserError
 KEPT = 10
 BEST = 'best'
 _RECORD = 'record'
-_SUFFIXES = ('.data-00000-of-00001', '.index')  # in this order: a checkpoint exists when its index does
-_INDEX = re.compile(r'model(\d+)\.index$')
+_SUFFIXES = ('.data-00000-of-00001', '.index')  # in this order: once the index is in place, all is
+_FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
+_ASIDE = '.saving'
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read."""
+
+
+class Checkpoint(NamedTuple):
+    """What `load` read."""
+    prefix: str
+    arrays: dict    # {name: numpy array}
+    record: dict
+
+
+@contextlib.contextmanager
+def exclusive(directory):
+    """Makes the directory and, while entered, keeps other training processes out of it. The lock dies with the process.
+
+    Raises:
+        UserError: another process trains there, or it cannot be written to.
+    """
+    lock = filelock.FileLock(os.path.join(directory, '.lock'))
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with contextlib.suppress(NotImplementedError):  # on file systems that know no locks
+            lock.acquire(timeout=0)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        _finish_saving(directory)
+    except filelock.Timeout as error:
+        raise UserError(f'another process is training in {directory}; wait for its end, stop it, or choose another '
+                        '--logdir') from error
+    except OSError as error:
+        raise UserError(f'the experiment directory {directory} cannot be written to: {error.strerror}; choose another '
+                        '--logdir') from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def iterations(directory):
-    """The iterations of which the directory holds a checkpoint, ascending; [] where there is no such directory."""
+    """The iterations of which the directory holds a checkpoint, or part of one, ascending; [] where there is no directory."""
     files = os.listdir(directory) if os.path.isdir(directory) else []
-    return sorted(int(match[1]) for match in map(_INDEX.match, files) if match)
-
-
-def names(directory):
-    """The iterations as above, followed by BEST if the directory holds it."""
-    best = [BEST] if os.path.exists(path(directory, BEST) + '.index') else []
-    return iterations(directory) + best
+    return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
 
 
 def path(directory, iteration):
-    """The prefix of an iteration's checkpoint; iteration may also be BEST."""
-    return os.path.join(directory, iteration if iteration == BEST else f'model{iteration}')
+    """The prefix of an iteration's checkpoint."""
+    return os.path.join(directory, f'model{iteration}')
 
 
 def save(prefix, state, record):
-    """Writes a checkpoint aside and moves it into place.
+    """Writes a checkpoint aside and moves it into place; once that is done, it outlives a power cut.
 
     Args:
         prefix: as from `path`.
         state: {name: tf.Variable or tensor}.
         record: a dict that json can write.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
     """
     tensors = {**state, _RECORD: tf.constant(json.dumps(record))}
     directory, name = os.path.split(prefix)
-    aside = os.path.join(directory, '.saving', name)
-    os.makedirs(os.path.dirname(aside), exist_ok=True)
-    tf.raw_ops.SaveV2(prefix=aside, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
-                      tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
-    for suffix in _SUFFIXES:
-        os.replace(aside + suffix, prefix + suffix)
-    os.rmdir(os.path.dirname(aside))
+    folder = os.path.join(directory, _ASIDE)
+    aside = os.path.join(folder, name)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tf.raw_ops.SaveV2(prefix=aside, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
+                          tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
+        for suffix in _SUFFIXES:
+            _to_disk(aside + suffix)
+        for suffix in _SUFFIXES:
+            os.replace(aside + suffix, prefix + suffix)
+        _to_disk(directory)
+    except tf.errors.OpError as error:
+        raise OSError(error.message.splitlines()[0]) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_disk(path):
+    """Waits until a file or folder is on the disk itself (folders: where the system can)."""
+    if os.path.isdir(path) and os.name == 'nt':
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finish_saving(directory):
+    """Moves into place what a process that was killed had moved half of; removes what it had not finished to write."""
+    aside = os.path.join(directory, _ASIDE)
+    for name in os.listdir(aside) if os.path.isdir(aside) else []:
+        match = _FILE.match(name)
+        if match and match[2] == '.index' and not os.path.exists(path(aside, match[1]) + _SUFFIXES[0]):
+            os.replace(os.path.join(aside, name), os.path.join(directory, name))
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(prefix):
     """Reads a checkpoint that `save` wrote.
 
-    Returns:
-        {name: numpy array} and the record.
-
     Raises:
-        UserError: it is missing, damaged, or not one of this program's.
+        Damaged: it is missing or cannot be read.
+        UserError: it is not one of this program's.
     """
     arrays = _read(prefix)
     if _RECORD not in arrays:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
-    return arrays, json.loads(arrays.pop(_RECORD))
+    return Checkpoint(prefix, arrays, _decode(prefix, arrays.pop(_RECORD)))
+
+
+def newest(directory):
+    """The newest checkpoint that can be read, as by `load`, or None if there is none; what is damaged is reported.
+
+    Raises:
+        Damaged: there are some, and none can be read.
+        UserError: as for `load`.
+    """
+    saved, error = iterations(directory), None
+    for iteration in reversed(saved):
+        try:
+            return load(path(directory, iteration))
+        except Damaged as damage:
+            error = damage
+            print(f'main.py: {damage}; trying the one before', file=sys.stderr)
+    if error:
+        raise Damaged(f'no checkpoint in {directory} can be read; to start anew, add --resume=False') from error
+    return None
+
+
+def find(directory, wanted):
+    """The checkpoint that was asked for.
+
+    Args:
+        wanted: an iteration, None for the newest, or BEST for the one that the newest says did best on meta-validation.
+
+    Raises:
+        UserError: as for `newest`, or it is not there; says where it was looked for and what is there.
+    """
+    what = 'checkpoint'
+    if wanted is None or wanted == BEST:
+        checkpoint = newest(directory)
+        if checkpoint and wanted is None:
+            return checkpoint
+        wanted = checkpoint and checkpoint.record['best'] and checkpoint.record['best']['iteration']
+        what = 'checkpoint that was validated' if checkpoint else 'checkpoint'
+    saved = iterations(directory)
+    if wanted in saved:
+        return load(path(directory, wanted))
+    if wanted is not None:
+        what = f'checkpoint model{wanted}'
+    if saved:
+        there = 'there are ' + ', '.join(f'model{iteration}' for iteration in saved)
+    else:
+        logdir = os.path.dirname(directory)
+        others = sorted(os.listdir(logdir)) if os.path.isdir(logdir) else []
+        there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
+    raise UserError(f'there is no {what} in {directory}; {there}. Train first, or give the flags of the training run')
+
+
+def check_flags(prefix, there, wanted, remedy):
+    """Refuses a checkpoint that was made with other flags than those wanted.
+
+    Args:
+        there: {flag: value} from its record; flags that it does not know are not compared.
+        wanted: {flag: value}.
+        remedy: what to do, for the error.
+
+    Raises:
+        UserError: spells out the differences.
+    """
+    names = [name for name in wanted if name in there and there[name] != wanted[name]]
+    if names:
+        made, here = (', '.join(f'--{name}={values[name]}' for name in names) for values in (there, wanted))
+        raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {here}; {remedy}')
 
 
 def _read(prefix):
@@ -75,32 +211,26 @@ def _read(prefix):
         reader = tf.train.load_checkpoint(prefix)
         return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
+        raise Damaged(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
 
 
-def restore(prefix, state, identity):
+def _decode(prefix, record):
+    try:
+        return dict(json.loads(record))
+    except (TypeError, ValueError) as error:
+        raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program') from error
+
+
+def restore(checkpoint, state):
     """Gives variables the values of a checkpoint.
 
     Args:
         state: {name: tf.Variable}, which the checkpoint must match in names and shapes.
-        identity: entries that its record must have.
-
-    Returns:
-        The record.
 
     Raises:
-        UserError: as for `load`, or the checkpoint belongs to another run or network; says what differs.
+        UserError: it does not; says what differs.
     """
-    arrays, record = load(prefix)
-    differences = _differences({name: record.get(name) for name in identity}, identity) or _differences(
-        {name: array.shape for name, array in arrays.items()},
-        {name: tuple(variable.shape) for name, variable in state.items()})
-    if differences:
-        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
-        raise UserError(f'the checkpoint {prefix} is of another run: {", ".join(differences[:3])}{more}')
-    for name, variable in state.items():
-        variable.assign(arrays[name])
-    return record
+    _assign(checkpoint.prefix, checkpoint.arrays, state)
 
 
 def load_weights(prefix, variables):
@@ -109,6 +239,9 @@ def load_weights(prefix, variables):
     Args:
         prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
+
+    Returns:
+        The record of a checkpoint of this program's, else {}.
 
     Raises:
         UserError: there is no such checkpoint, it cannot be read, or names or shapes differ; lists the differences.
@@ -121,17 +254,27 @@ def load_weights(prefix, variables):
                         + (f'{folder} holds {", ".join(others)}' if others else f'{folder} holds no checkpoint'))
     arrays = _read(prefix)
     if _RECORD in arrays:
-        found = {name: array for name, array in arrays.items() if name != _RECORD and '/adam/' not in name}
+        record = _decode(prefix, arrays.pop(_RECORD))
+        found = {name: array for name, array in arrays.items() if '/adam/' not in name}
     else:
-        ours = {theirs: name for name, theirs in reference_names(variables).items()}
+        record, ours = {}, {theirs: name for name, theirs in reference_names(variables).items()}
         found = {ours.get(name, name): array for name, array in arrays.items()
                  if name.startswith('model/') and 'Adam' not in name}
-    differences = _differences({name: array.shape for name, array in found.items()},
-                               {name: tuple(variable.shape) for name, variable in variables.items()})
+    _assign(prefix, found, variables)
+    return record
+
+
+def _assign(prefix, arrays, variables):
+    there = {name: f'{array.dtype.name}{list(array.shape)}' for name, array in arrays.items()}
+    here = {name: f'{variable.dtype.name}{list(variable.shape)}' for name, variable in variables.items()}
+    differences = [f'{name} is {there.get(name, "missing")} there and {here.get(name, "missing")} here'
+                   for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if differences:
-        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: {", ".join(differences)}')
+        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
+        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: '
+                        f'{", ".join(differences[:3])}{more}')
     for name, variable in variables.items():
-        variable.assign(found[name])
+        variable.assign(arrays[name])
 
 
 def reference_names(names):
@@ -149,25 +292,22 @@ def reference_names(names):
     return result
 
 
-def _differences(there, here):
-    return [f'{name} is {there.get(name, "missing")} there and {here.get(name, "missing")} here'
-            for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-
-
-def prune(directory):
-    """Deletes all but the newest checkpoints; the best one is not among those counted."""
+def prune(directory, best):
+    """Deletes all but the newest checkpoints and that of the iteration `best`."""
     for iteration in iterations(directory)[:-KEPT]:
-        for suffix in reversed(_SUFFIXES):
-            os.remove(path(directory, iteration) + suffix)
+        if iteration != best:
+            for suffix in reversed(_SUFFIXES):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path(directory, iteration) + suffix)
 
 
 def move_aside(directory, iteration):
-    """Moves the checkpoints after an iteration (after 0: all, and the best) into a new folder beside them.
+    """Moves the checkpoints after an iteration into a new folder beside them.
 
     Returns:
         The folder, or None where there was nothing to move.
     """
-    later = [name for name in names(directory) if (iteration == 0 if name == BEST else name > iteration)]
+    later = [name for name in iterations(directory) if name > iteration]
     if not later:
         return None
     number = 1
@@ -176,5 +316,6 @@ def move_aside(directory, iteration):
     os.mkdir(folder)
     for name in later:
         for suffix in reversed(_SUFFIXES):
-            os.replace(path(directory, name) + suffix, path(folder, name) + suffix)
+            with contextlib.suppress(FileNotFoundError):  # of a damaged one
+                os.replace(path(directory, name) + suffix, path(folder, name) + suffix)
     return folder

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional, Tuple
@@ -30,6 +31,10 @@ PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation came to its end
 CHUNK_BYTES = 2 ** 24  # of decoded images, on their way to the cache
+
+# Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
+warnings.simplefilter('error', Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', 'Palette images with Transparency')
 
 
 class UserError(Exception):
@@ -272,7 +277,8 @@ class ImageSource:
             UserError: missing folders, or an image that cannot be decoded or has the wrong size.
         """
         root, own = self.path(data_path), self.script is None
-        suffixes = set(Image.registered_extensions()) if own else PREPARED_SUFFIXES
+        suffixes = ({suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
+                    if own else PREPARED_SUFFIXES)
         files = [(name, _image_files(os.path.join(root, name), suffixes)) for name in self.class_folders(split, data_path)]
         empty = [name for name, images in files if not images]
         if empty:
@@ -282,7 +288,8 @@ class ImageSource:
         fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
         images = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, self.image_shape))}'), fingerprint,
-            (len(paths), *self.image_shape), lambda: decode_images(paths, self.image_shape, own, self._mend, f'decoding {split} images'))
+            (len(paths), *self.image_shape),
+            lambda: decode_images(paths, self.image_shape, own, self._mend, f'decoding {split} images'))
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts)
 
 
@@ -317,11 +324,17 @@ def read_manifest(path, split):
         if {'split', 'class'} - row.keys():
             raise UserError(f'the first line of the manifest {path} must be split,class')
         if split_of.setdefault(row['class'], number) != number:
-            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {split_of[row["class"]]} and {number}')
-        if row.get('split') not in SPLITS or not row.get('class') or '..' in row['class'].split('/'):
+            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {split_of[row["class"]]} and '
+                            f'{number}')
+        if row.get('split') not in SPLITS or not _is_below(row.get('class')):
             raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
                             f'{", ".join(SPLITS)} and class a folder below the data')
     return sorted(row['class'] for row in rows if row['split'] == split)
+
+
+def _is_below(name):
+    """Whether a name is that of a folder below the one in which it is looked up, and plainly so."""
+    return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
 
 
 def split_classes(names, shares, root):
@@ -351,10 +364,10 @@ def write_manifest(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
     try:
-        _replace(path, lambda file: file.write(text.getvalue().encode()))
+        write_aside(path, lambda file: file.write(text.getvalue().encode()))
     except (OSError, UnicodeEncodeError) as error:
-        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort the '
-                        'class folders into folders train, val and test yourself') from error
+        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
+                        'the class folders into folders train, val and test yourself') from error
     counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
     print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
 
@@ -413,7 +426,8 @@ def decode_images(paths, image_shape, resize, mend, message):
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image) if resize else image
                 size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
+                Image.DecompressionBombWarning) as error:
             raise UserError(f'{path} cannot be read as an image ({error}); {mend}') from error
         if size != (width, height):
             if not resize:
@@ -465,8 +479,8 @@ def cached_array(path, fingerprint, shape, make):
 
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        record = {'fingerprint': fingerprint, 'crc32': _replace(path + '.npy', write)}
-        _replace(path + '.json', lambda file: file.write(json.dumps(record).encode()))
+        record = {'fingerprint': fingerprint, 'crc32': write_aside(path + '.npy', write)}
+        write_aside(path + '.json', lambda file: file.write(json.dumps(record).encode()))
         return np.load(path + '.npy', mmap_mode='r')
     except OSError as error:
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
@@ -491,7 +505,7 @@ def _read_cache(path, fingerprint, shape):
         return None
 
 
-def _replace(path, write):
+def write_aside(path, write):
     """Writes a file aside and moves it into place, so that nobody ever sees half of it; returns what write returns."""
     aside = f'{path}.{os.getpid()}.part'
     try:

@@ -309,6 +309,7 @@ class MAML:
         Returns:
             {'pre_loss', 'post_loss'} and in classification {'pre_accuracy', 'post_accuracy'}, each [steps]: support rows
             before adaptation and query rows after the last inner update, averaged over tasks, as they were before the step.
+            {'finite'}, bool [steps]: whether losses and gradients were numbers; a step where they were not changes nothing.
         """
         return self._compiled_steps(phase, batches)
 
@@ -367,13 +368,15 @@ class MAML:
     def _steps(self, phase, batches):
         def step(batch):
             gradients, means = self._gradients(phase, batch)
+            finite = _all_finite((gradients, means))  # before clipping, which makes a number of infinity
             if phase == 'metatrain' and self.config.clip is not None:
                 gradients = {name: tf.clip_by_value(gradient, -self.config.clip, self.config.clip)
                              for name, gradient in gradients.items()}
-            self._adams[phase].apply(gradients)
-            return means
+            tf.cond(finite, lambda: self._adams[phase].apply(gradients), lambda: None)
+            return {**means, 'finite': finite}
 
-        return tf.map_fn(step, batches, fn_output_signature=dict.fromkeys(self._scores(), tf.float32), parallel_iterations=1)
+        signature = {**dict.fromkeys(self._scores(), tf.float32), 'finite': tf.bool}
+        return tf.map_fn(step, batches, fn_output_signature=signature, parallel_iterations=1)
 
     def _map_tasks(self, function, batch, signature):
         """Applies a function of one task to every task of a meta-batch and stacks what it returns."""
@@ -383,7 +386,7 @@ class MAML:
 
 
 def _engine(config):
-    """Dense nets are small, and GPUs are wide: all tasks in one graph. Convolutions fill a CPU core each: one task per core."""
+    """Dense nets are small, and GPUs are wide: all tasks in one graph. Convolutions fill a CPU core: one task per core."""
     if config.engine != 'auto':
         return config.engine
     return 'wide' if config.image_shape is None or _has_gpu() else 'tasks'
@@ -391,6 +394,11 @@ def _engine(config):
 
 def _has_gpu():
     return bool(tf.config.list_physical_devices('GPU'))
+
+
+def _all_finite(tensors):
+    """Whether every number of a structure of tensors is one."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(tensors)])
 
 
 def _values(variables):

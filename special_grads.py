@@ -5,8 +5,8 @@ with it the Keras normalisation layers, stops the gradient at the mean inside th
 derivative, where that term vanishes, and wrong by some percent for the second. The functions below are exact in both.
 
 A convolution's output is the largest tensor of a network, and every operation on it, derived twice, walks over it several
-times. `batch_standardize` states both derivatives in closed form instead: a few walks, each one compiled loop where images are
-large. `patches` makes convolutions of small images matrix products.
+times. `batch_standardize` states both derivatives in closed form instead: a few walks, each one compiled loop where images
+are large. `patches` makes convolutions of small images matrix products.
 """
 import functools
 import math
@@ -60,7 +60,10 @@ def batch_standardize(z, epsilon, pool=False):
     @tf.custom_gradient
     def forward(z):
         axes = [0, 1, 2]
-        m = lambda x: _sum(x, axes) / _size(z, axes)
+
+        def m(x):
+            return _sum(x, axes) / _size(z, axes)
+
         mean = m(z)
         scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
         u = fused(_shift_and_scale)(z, mean, scale, pool)
@@ -125,7 +128,7 @@ def _unpooled(u, z, mean, scale, winner):
 
 
 def _winner(z):
-    """Which corner of each 2x2 window, counted row by row from 0, is the (first) largest: int8 [rows, h // 2, w // 2, channels]."""
+    """Which corner of each 2x2 window, from 0 row by row, is the (first) largest: int8 [rows, h // 2, w // 2, channels]."""
     corners, largest = _corners(z), _largest(z)
     winner = tf.fill(largest.shape, tf.constant(3, tf.int8))
     for corner in (2, 1, 0):
@@ -199,8 +202,8 @@ def patches(x, size, stride):
         size, stride: of the windows, in both directions.
 
     Returns:
-        [rows, ceil(height / stride), ceil(width / stride), size * size * channels]; zeros where a window overlaps the border.
-        Linear in x, and differentiable any number of times.
+        [rows, ceil(height / stride), ceil(width / stride), size * size * channels]; zeros where a window overlaps the
+        border. Linear in x, and differentiable any number of times.
     """
     rows, height, width, channels = x.shape
     pixels, windows, shape = _window_tables(height, width, size, stride)

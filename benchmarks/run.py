@@ -40,8 +40,9 @@ def measure_pipeline(name, seconds=20):
     import main
     run, data = main.run_from_command_line(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000'])
     from maml import MAML
+    from training import meta_batches
     model = MAML(run.model)
-    batches = main.meta_batches(data['train'], run, 0, model.steps_per_call)
+    batches = meta_batches(data['train'], run, 0, model.steps_per_call)
 
     def take(draw):
         """Seconds of a call that draws and trains, and how many of them it waited for the draw."""

@@ -92,7 +92,8 @@ def main():
                f'{WORKLOADS[name].meta_batch_size / median["seconds"]:9.0f}{median["megabytes"]:7.0f}{median["first"]:12.1f}')
         for peer in peers:
             times = [seconds for seconds in theirs[peer, name] if seconds is not None]
-            row += f'{statistics.median(times):9.3f} {statistics.median(times) / median["seconds"]:4.1f}x' if times else f'{"-":>15}'
+            peer_median = statistics.median(times) if times else None
+            row += f'{peer_median:9.3f} {peer_median / median["seconds"]:4.1f}x' if times else f'{"-":>15}'
         print(row, flush=True)
 
 

@@ -13,6 +13,7 @@ import pickle
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
-# What reading a damaged or hostile picture raises.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
+# What reading a damaged or hostile picture raises. Of large ones Pillow would only warn, at half the size that it refuses.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
+          Image.DecompressionBombWarning)
+warnings.simplefilter('error', Image.DecompressionBombWarning)
 PARTIAL_MANIFEST = 'splits.partial.csv'
 RECORD = '.prepared.json'
 

@@ -17,6 +17,8 @@ import main  # noqa: E402
 from data_generator import UserError  # noqa: E402
 
 main.import_tensorflow()
+import evaluation  # noqa: E402
+import training  # noqa: E402
 
 
 def run_process(*arguments, cwd=ROOT):
@@ -81,8 +83,8 @@ def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
 @pytest.fixture
 def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
-    monkeypatch.setattr(main, 'VALIDATION_TASKS', 10)
-    monkeypatch.setattr(main, 'TEST_TASKS', 40)
+    monkeypatch.setattr(training, 'VALIDATION_TASKS', 10)
+    monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
 
 
 @pytest.fixture(scope='session')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import evaluation
 import main
 from conftest import error_of, run_ok, run_process
 from data_generator import SOURCES
@@ -71,7 +72,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     whole = run_ok(*arguments, f'--metatrain_iterations={last}')
     directory = experiment(tmp_path)
     saved = {f'model{iteration}.index' for iteration in ([first, last] if first == 1000 else [last])}
-    assert {path.name for path in directory.glob('*.index')} == saved | {'best.index'}
+    assert {path.name for path in directory.glob('*.index')} == saved
     numbers = variables(directory / f'model{last}')
 
     other = [flag for flag in arguments if '--logdir' not in flag] + [f'--logdir={tmp_path / "resumed"}']
@@ -93,7 +94,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
 
     # Evaluation: a table, csv and pickle.
     output = run_ok(*arguments, '--train=False', '--test_set=True')
-    assert f'meta-test, {main.TEST_TASKS} tasks' in output and f'model{last} ({last} iterations)' in output
+    assert f'meta-test, {evaluation.TEST_TASKS} tasks' in output and f'model{last} ({last} iterations)' in output
     path, = directory.glob('test_ubs*_stepsize*.csv')
     with open(path.with_suffix('.pkl'), 'rb') as file:
         values = pickle.load(file)['mses']
@@ -133,9 +134,9 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     evaluate = [*arguments, '--train=False']
     assert 'model12000 (12000 iterations)' in run_ok(*evaluate)
     assert 'model5000 (5000 iterations)' in run_ok(*evaluate, '--test_iter=5000')
-    assert re.search(r'/best \(\d+000 iterations\)', run_ok(*evaluate, '--test_best'))
+    assert re.search(r'/model\d+000 \(\d+000 iterations\)', run_ok(*evaluate, '--test_best'))
     error = error_of(*evaluate, '--test_iter=1000')
-    assert 'no checkpoint model1000 in' in error and 'there are model3000, model4000,' in error and 'best' in error
+    assert 'no checkpoint model1000 in' in error and 'there are model3000, model4000,' in error
 
     # Going back: the later checkpoints are kept aside, and the run comes to the same end.
     end = variables(directory / 'model12000')
@@ -146,9 +147,8 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     assert 'moved' in run_ok(*arguments, '--metatrain_iterations=100', '--resume=False')
     assert [path.name for path in directory.glob('model*.index')] == ['model100.index']
 
-    assert 'model100 is of another run: seed is 0 there and 5 here' in error_of(*arguments, '--seed=5')
     (directory / 'model100.index').write_bytes(b'')
-    assert 'model100 cannot be read' in error_of(*evaluate)
+    assert 'model100 cannot be read' in error_of(*evaluate, '--test_iter=100')
 
 
 @of('sinusoid')
@@ -174,7 +174,7 @@ def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_
         path.unlink()
     for path in (tmp_path / (base + 'stopgradnonormpretrain')).glob('model*'):
         path.rename(tmp_path / (base + 'nonorm') / path.name)
-    assert 'regime is pretrain there and metatrain here' in error_of(*arguments, '--train=False')
+    assert 'comes from pretraining, and the flags describe metatraining' in error_of(*arguments, '--train=False')
 
 
 @of('sinusoid')
@@ -236,11 +236,6 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', '--engine=tasks', '--task_chunk=0')
 
 
-@of('sinusoid')
-def test_divergence_stops_the_run(arguments):
-    assert 'training diverged' in error_of(*arguments, '--update_lr=1e30', '--metatrain_iterations=200')
-
-
 @pytest.mark.parametrize('flags, words', [
     (['--nonsense=1'], ['nonsense']),
     (['--updatelr=1'], ['Did you mean', 'update_lr']),
@@ -282,6 +277,8 @@ def test_divergence_stops_the_run(arguments):
     (['--engine=fast'], ['--engine=fast', 'wide']),
     (['--task_chunk=2'], ['--task_chunk=2', '--meta_batch_size=25']),
     (['--task_chunk=-1'], ['--task_chunk=-1']),
+    (['--save_interval=0'], ['--save_interval=0']),
+    (['--logdir='], ['--logdir']),
 ])
 def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
     error = error_of(f'--logdir={tmp_path}', *flags)
@@ -363,9 +360,9 @@ def test_load_from(arguments, tmp_path, few_tasks):
     assert 'Going on from' in run_ok(*elsewhere, '--metatrain_iterations=3')
 
     error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--num_classes=3')
-    assert 'b5 is (5,) there and (3,) here, w5 is (16, 5) there and (16, 3) here' in error
+    assert 'b5 is float32[5] there and float32[3] here, w5 is float32[16, 5] there and float32[16, 3] here' in error
     error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--norm=None')
-    assert '0/beta is (4,) there and missing here' in error
+    assert '0/beta is float32[4] there and missing here' in error
     error = error_of(*arguments, '--train=False', f'--load_from={tmp_path}/model60')
     assert f'there is no checkpoint {tmp_path}/model60' in error and 'holds model59' in error
     (tmp_path / 'model59.index').write_bytes(b'not a checkpoint')
@@ -402,6 +399,6 @@ def test_batched_evaluation_changes_no_figure(small_omniglot):
     values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
     run = main.config_from_flags(values, *main.data_from_flags(values))
     tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
-    at_once = main.task_scores(main.evaluate_tasks(model, tasks, 12, 3))
-    one_by_one = np.concatenate([main.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
+    at_once = evaluation.task_scores(evaluation.evaluate_tasks(model, tasks, 12, 3))
+    one_by_one = np.concatenate([evaluation.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
     np.testing.assert_array_equal(at_once, one_by_one)

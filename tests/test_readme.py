@@ -25,7 +25,8 @@ def test_evaluation_commands_are_training_commands_with_two_flags():
 
 
 def test_flags_in_the_readme_exist():
-    scripts = ''.join(path.read_text() for folder in ('data', 'benchmarks') for path in pathlib.Path(ROOT, folder).glob('**/*.py'))
+    folders = [pathlib.Path(ROOT, folder) for folder in ('data', 'benchmarks')]
+    scripts = ''.join(path.read_text() for folder in folders for path in folder.glob('**/*.py'))
     for name in re.findall(r'--([a-z]\w+)', README):
         assert name in main.FLAGS or f"'--{name}'" in scripts, name
 

@@ -182,7 +182,8 @@ def from_pickles(source):
             label = label.decode() if isinstance(label, bytes) else str(label)
             if not is_plain_name(label) or not all(0 <= index < len(images) for index in indices):
                 sys.exit(f'the class {label!r} in {path} has a name or indices that cannot be; download it again')
-            pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png', lambda image=images[index]: encode(Image.fromarray(image)))
+            pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png',
+                                 lambda image=images[index]: encode(Image.fromarray(image)))
                          for number, index in enumerate(indices)]
     return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
 

@@ -1,0 +1,42 @@
+"""Watches the memory and the open files of a long sinusoid run.
+
+    python benchmarks/growth.py
+
+Prints resident memory and the number of open files after 5,000 and then every 20,000 of 100,000 iterations. Linux only.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ITERATIONS, FIRST, EVERY = 100_000, 5_000, 20_000
+
+
+def footprint(process):
+    """(resident megabytes, open files) of a running process."""
+    with open(f'/proc/{process.pid}/status') as file:
+        kilobytes = int(re.search(r'^VmRSS:\s+(\d+) kB', file.read(), re.M)[1])
+    return kilobytes / 1024, len(os.listdir(f'/proc/{process.pid}/fd'))
+
+
+def main():
+    with tempfile.TemporaryDirectory() as logdir:
+        # Some iterations more than are watched, for the process to be still there.
+        command = [sys.executable, os.path.join(ROOT, 'main.py'), '--datasource=sinusoid', '--norm=None',
+                   '--update_batch_size=10', f'--metatrain_iterations={ITERATIONS + FIRST}', f'--logdir={logdir}']
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+        first = None
+        for line in process.stdout:
+            iteration = int((re.match(r'Iteration (\d+):', line) or [0, 0])[1])
+            if iteration == FIRST or iteration and iteration % EVERY == 0:
+                megabytes, files = footprint(process)
+                first = first or megabytes
+                print(f'{iteration:7} iterations: {megabytes:6.1f} MB ({megabytes / first - 1:+.1%}), {files} open files',
+                      flush=True)
+        sys.exit(process.wait())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,157 @@
+"""Kills training runs at random moments, starts them again, and compares their ends with that of an undisturbed run.
+
+    python benchmarks/interruptions.py --kills 50
+
+Half of the kills go to a sinusoid run, half to one on images (small ones made up for the purpose). Each is SIGKILL or SIGTERM, by
+lot, at a moment between the start of the process and a while after its first iterations. A run that comes to its end is compared
+with the undisturbed one, bit for bit: variables, record, console lines, summaries, evaluation. Ends with status 1 if anything
+differs.
+"""
+import argparse
+import glob
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS = {
+    'sinusoid': (['--datasource=sinusoid', '--norm=None', '--update_batch_size=10', '--save_interval=500'], 12_000),
+    'images': (['--datasource=folder', '--image_size=28', '--image_channels=1', '--num_filters=8', '--num_classes=3',
+                '--update_batch_size=1', '--meta_batch_size=4', '--update_lr=0.4', '--save_interval=30'], 700),
+}
+
+
+def write_images(folder, classes=20, images=4, seed=0):
+    """Class folders of noisy random patterns."""
+    rng = np.random.default_rng(seed)
+    for number in range(classes):
+        os.makedirs(os.path.join(folder, f'class{number:02d}'))
+        pattern = rng.random((28, 28)) < 0.5
+        for image in range(images):
+            pixels = 255 * (pattern ^ (rng.random((28, 28)) < 0.05)).astype(np.uint8)
+            Image.fromarray(pixels).save(os.path.join(folder, f'class{number:02d}', f'{image}.png'))
+
+
+def start(arguments):
+    """A process of main.py and the file that it writes what it prints to."""
+    printed = tempfile.TemporaryFile('w+')
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], stdout=printed,
+                               stderr=subprocess.STDOUT, cwd=ROOT)
+    return process, printed
+
+
+def finish(process, printed):
+    """Exit status and output of a process, once it has ended."""
+    status = process.wait(timeout=600)
+    printed.seek(0)
+    return status, printed.read()
+
+
+def results(logdir, output, iterations, arguments):
+    """All that a run comes to, as one dict of comparable values."""
+    import tensorflow as tf
+    directory, = glob.glob(os.path.join(logdir, 'cls_*'))
+    reader = tf.train.load_checkpoint(os.path.join(directory, f'model{iterations}'))
+    found = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    found['console'] = dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M))
+    found['summaries'] = {}
+    for path in sorted(glob.glob(os.path.join(directory, 'events*'))):
+        try:
+            for event in tf.compat.v1.train.summary_iterator(path):
+                for value in event.summary.value:
+                    found['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
+        except tf.errors.DataLossError:
+            pass  # what a killed process was about to write
+    status, output = finish(*start([*arguments, '--train=False']))
+    if status:
+        raise SystemExit(f'the evaluation failed: {output}')
+    with open(glob.glob(os.path.join(directory, 'test_*.pkl'))[0], 'rb') as file:
+        found['evaluation'] = pickle.load(file)['mses']
+    return found
+
+
+def differences(one, other):
+    """The names of entries that are not the same, bit for bit."""
+    def same(a, b):
+        return a == b if isinstance(a, (dict, bytes)) else np.array_equal(a, b)
+    return [name for name in one.keys() | other.keys()
+            if name not in one or name not in other or not same(one[name], other[name])]
+
+
+def torture(arguments, iterations, kills, folder, rng, longest=12.0):
+    """Yields a line of text for each kill and each comparison.
+
+    Args:
+        folder: for the log directories.
+        longest: seconds from the start of a process after which it is killed at the latest.
+
+    Raises:
+        SystemExit: a run ends otherwise than the undisturbed one, or a process not as it should.
+    """
+    def command(logdir):
+        return [*arguments, f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
+
+    undisturbed = os.path.join(folder, 'undisturbed')
+    status, output = finish(*start(command(undisturbed)))
+    if status:
+        raise SystemExit(f'the undisturbed run failed: {output}')
+    wanted = results(undisturbed, output, iterations, command(undisturbed))
+
+    killed, round_number, output = 0, 0, ''
+    logdir = os.path.join(folder, 'killed0')
+    while killed < kills or output:
+        process, printed = start(command(logdir))
+        seconds = rng.uniform(0, longest) if killed < kills else 600
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            process.send_signal(number)
+            status, text = finish(process, printed)
+            killed, output = killed + 1, output + text
+            if status not in (-number, 128 + number):
+                raise SystemExit(f'{number.name} after {seconds:.1f} s: status {status}\n{text}')
+            saved = [int(name) for name in re.findall(r'model(\d+)\.index', ' '.join(glob.glob(f'{logdir}/*/*.index')))]
+            yield f'{number.name} after {seconds:4.1f} s: status {status}, newest checkpoint {max(saved, default="none")}'
+            continue
+        status, text = finish(process, printed)
+        if status:
+            raise SystemExit(f'status {status}: {text}')
+        differing = differences(wanted, results(logdir, output + text, iterations, command(logdir)))
+        if differing:
+            raise SystemExit(f'differs from the undisturbed run after {killed} kills: {", ".join(map(str, differing))}')
+        yield f'came to its end, the same as that of the undisturbed run ({killed} kills so far)'
+        round_number, output = round_number + 1, ''
+        logdir = os.path.join(folder, f'killed{round_number}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=50)
+    parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
+    args = parser.parse_args()
+    sys.path.insert(0, ROOT)
+    import main as program
+    program.import_tensorflow()
+    started, rng = time.monotonic(), random.Random(args.seed)
+    for name, (arguments, iterations) in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            if name == 'images':
+                write_images(os.path.join(folder, 'data'))
+                arguments = [*arguments, f'--data_path={folder}/data']
+            for line in torture(arguments, iterations, args.kills // len(RUNS), folder, rng):
+                print(f'{name}: {line}', flush=True)
+    print(f'{args.kills} kills, all runs the same as undisturbed ones; {time.monotonic() - started:.0f} s')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,211 @@
+"""Interrupted runs lose nothing, runs that diverge or cannot save say so, and other flags than before are refused."""
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import checkpoints
+import main
+import training
+from conftest import ROOT, error_of, run_ok, run_process
+from maml import MAML, ModelConfig
+
+sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
+import interruptions  # noqa: E402
+
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+
+
+def directory_of(logdir):
+    directory, = (path for path in logdir.iterdir() if path.is_dir())
+    return directory
+
+
+def saved(logdir):
+    return checkpoints.iterations(str(directory_of(logdir)))
+
+
+# Interruption
+
+def test_killed_runs_end_like_undisturbed_ones(tmp_path):
+    """The script that the README tells of, on few kills; its figures there are of many."""
+    arguments, iterations = interruptions.RUNS['sinusoid']
+    lines = list(interruptions.torture(arguments, iterations, 3, str(tmp_path), random.Random(0)))
+    assert len([line for line in lines if line.startswith('SIG')]) == 3
+    assert 'the same as that of the undisturbed run (3 kills' in lines[-1]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signals(number, tmp_path):
+    """The iteration in hand is finished and saved, the exit status is the customary one, and the run can go on."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--log=False']
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *flags, '--metatrain_iterations=10000000'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith('Iteration 1000:'):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and 'Traceback' not in errors
+    iteration, = re.findall(rf'Stopped by {number.name} after iteration (\d+); the newest checkpoint is .*/model\1\. '
+                            'The same command goes on from there', errors)
+    assert int(iteration) == saved(tmp_path)[-1] and int(iteration) % 100 == 0
+    assert f'model{iteration}' in run_ok(*flags, f'--metatrain_iterations={int(iteration) + 100}')
+
+
+def test_the_second_signal_ends_at_once():
+    with training.Interruption() as interruption:
+        assert interruption.signal is None
+        os.kill(os.getpid(), signal.SIGINT)
+        while interruption.signal is None:
+            time.sleep(0.01)
+        assert interruption.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signals_that_are_ignored_stay_so(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with training.Interruption():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_console_means_survive(tmp_path, monkeypatch):
+    """A line's mean covers the iterations before an interruption as well."""
+    lines = {}
+    for name, ends in ('whole', [1000]), ('parts', [300, 700, 1000]):
+        for end in ends:
+            output = run_ok(*SINUSOID, f'--logdir={tmp_path / name}', f'--metatrain_iterations={end}')
+        lines[name] = re.findall('^Iteration 1000: .*$', output, re.M)
+    assert lines['whole'] == lines['parts'] and len(lines['whole']) == 1
+
+
+def test_save_interval(tmp_path):
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=900', '--save_interval=250')
+    assert saved(tmp_path) == [250, 500, 750, 900]
+
+
+# Flags that contradict a checkpoint
+
+def test_contradictions_are_spelt_out(tmp_path):
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
+    on = [*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200']
+    error = error_of(*on, '--meta_lr=0.01', '--seed=3')
+    assert 'model100 was made with --seed=0, --meta_lr=0.001, and not with --seed=3, --meta_lr=0.01; give the flags' in error
+    assert '--resume=False' in error
+    assert 'made with --pretrain_iterations=0, and not with --pretrain_iterations=50' in error_of(*on, '--pretrain_iterations=50')
+    os.rename(tmp_path, f'{tmp_path}_moved')
+    output = run_ok(*on, f'--logdir={tmp_path}_moved', '--save_interval=50', '--log=False', '--num_filters=64')
+    assert 'Going on from' in output
+
+
+def test_another_network_is_refused(small_data, tmp_path, few_tasks):
+    """Also where all weights have the same shapes."""
+    flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2',
+             f'--data_path={small_data["omniglot"]}', f'--logdir={tmp_path}']
+    run_ok(*flags, '--metatrain_iterations=2', '--max_pool')
+    prefix = str(directory_of(tmp_path) / 'model2')
+    for train in '--train=True', '--train=False':
+        error = error_of(*flags, train, '--metatrain_iterations=4', f'--load_from={prefix}.index')
+        assert f'{prefix} was made with --max_pool=True, and not with --max_pool=False' in error
+
+
+# Numbers that go wrong
+
+def test_divergence_stops_the_run(tmp_path):
+    error = error_of(*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=200')
+    assert re.search(r'diverged: in iteration 1 the loss is [\d.]+ before and (inf|nan) after', error)
+    assert 'nothing was saved yet' in error and '--update_lr' in error and '--skip_nonfinite' in error
+    assert saved(tmp_path) == []
+
+
+def test_skipping(tmp_path):
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=1000', '--skip_nonfinite')
+    assert 'Iteration 1000: nan, nan\nIterations passed over so far, without a finite loss and gradient: 1000' in output
+    checkpoint = checkpoints.newest(str(directory_of(tmp_path)))
+    assert checkpoint.record['skipped'] == 1000 and checkpoint.arrays['metatrain/adam/step'] == 0
+
+
+@pytest.mark.parametrize('image_shape', [None, (8, 8, 1)])
+def test_a_step_that_is_not_finite_changes_nothing(image_shape):
+    config = ModelConfig(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, image_shape=image_shape,
+                         num_filters=4, dim_hidden=(5,), clip=1.0)
+    rng = np.random.default_rng(0)
+    from data_generator import TaskBatch
+    batches = TaskBatch(*(rng.random((3, 2, 6, columns), np.float32) for columns in (64, 3, 64, 3)))
+    batches.query_x[1, 0, 0, 0] = np.nan
+    with_it, without = MAML(config), MAML(config)
+    assert with_it.train_steps('metatrain', batches)['finite'].numpy().tolist() == [True, False, True]
+    without.train_steps('metatrain', TaskBatch(*(array[::2] for array in batches)))
+    for name, variable in with_it.state().items():
+        np.testing.assert_array_equal(variable, without.state()[name], err_msg=name)
+
+
+def test_infinite_weights_are_not_saved(tmp_path):
+    model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
+    model.weights['w2'].assign(tf.fill([40, 40], np.inf))
+    run = types.SimpleNamespace(directory=str(tmp_path))
+    with pytest.raises(main.UserError, match='after iteration 7 w2 holds what is not a number; nothing was saved yet'):
+        training.Saver(run, model, 0, print).save(training.Position(iteration=7))
+    assert not any(tmp_path.iterdir())
+
+
+# Saving that fails
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """It is said, training goes on, and saving is tried again until it works, also after the last iteration."""
+    save, attempts = checkpoints.save, []
+
+    def sometimes(prefix, state, record):
+        attempts.append(record['iteration'])
+        if len(attempts) <= 3:
+            raise OSError(28, 'No space left on device')
+        save(prefix, state, record)
+
+    monkeypatch.setattr(checkpoints, 'save', sometimes)
+    monkeypatch.setattr(training, 'RETRY_SECONDS', 0.01)
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200', '--save_interval=100')
+    assert output.count('No space left on device') == 3 and 'Training goes on' in output
+    assert attempts == [100, 200, 200, 200] and saved(tmp_path) == [200]
+    assert 'Saving works again' in output and checkpoints.newest(str(directory_of(tmp_path))).record['best']['iteration'] == 200
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """The system's own limit on the size of files stands in for it; the summaries fail as well."""
+    limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); ' \
+            'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    process = subprocess.Popen([sys.executable, '-c', limit, os.path.join(ROOT, 'main.py'), *SINUSOID, f'--logdir={tmp_path}',
+                                '--metatrain_iterations=20000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    while not (lines and lines[-1].startswith('Iteration 3000:')):
+        lines.append(process.stdout.readline())
+        assert process.poll() is None and lines[-1], ''.join(lines)
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+    output = ''.join(lines) + rest
+    assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in output, output
+    assert re.search(r'Saving .*model1000 failed', output) and 'the newest checkpoint is none' in output
+    assert saved(tmp_path) == [] and not (directory_of(tmp_path) / '.saving').exists()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
+    with checkpoints.exclusive(str(directory_of(tmp_path))):
+        process = run_process(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200')
+        assert process.returncode == 1 and 'another process is training in' in process.stderr
+        assert 'meta-validation' in run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+
+
+def test_output_that_nobody_reads():
+    process = subprocess.run(f'{sys.executable} {ROOT}/main.py --help | head -1', shell=True, capture_output=True, text=True)
+    assert process.stderr == '' and process.stdout.startswith('Model-Agnostic')

@@ -1,0 +1,279 @@
+"""The training loop: meta-batches in; console lines, summaries and checkpoints out; nothing lost when it is interrupted."""
+import collections
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Optional
+
+import numpy as np
+
+import checkpoints
+from data_generator import TaskBatch, UserError
+from evaluation import evaluate_tasks, task_scores
+from maml import MAML
+from reports import Progress, Summaries
+
+SUMMARY_INTERVAL = 100
+PRINTS_PER_VALIDATION = 5
+VALIDATION_TASKS = 100
+RETRY_SECONDS = 30  # between attempts to save where saving fails
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands. With the model's variables, all that it needs to go on as if it had never been interrupted."""
+    iteration: int = 0              # iterations that are done
+    best: Optional[dict] = None     # {'iteration', 'score'} of the checkpoint that did best on meta-validation
+    unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
+    skipped: int = 0                # iterations that changed nothing, their losses or gradients not being numbers
+
+
+def train(run, data):
+    """Trains from fresh weights, or from where a checkpoint left off, to the last iteration.
+
+    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT or SIGTERM ends
+    the run after the iteration in hand, with a checkpoint.
+
+    Args:
+        run: a main.Run.
+        data: {split: tasks}, for train and val.
+
+    Raises:
+        UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
+        SystemExit: with 128 + the signal's number, after an interruption.
+    """
+    with checkpoints.exclusive(run.directory):
+        model = MAML(run.model, run.tasks.seed)
+        position = start(run, model)
+        if position.iteration >= run.iterations:
+            print(f'Nothing to do: {position.iteration} of {run.iterations} iterations are trained. '
+                  'To evaluate, add --train=False.')
+            return
+        moved = checkpoints.move_aside(run.directory, position.iteration)
+        if moved:
+            print(f'Later checkpoints were moved to {moved}')
+        print(f'Training {run.description} for {run.iterations} iterations in {run.directory}')
+        with Interruption() as interruption, Progress(position.iteration, run.iterations) as progress, \
+                Summaries(run.directory, run.log, position.iteration, progress.say) as summaries:
+            saver = Saver(run, model, position.iteration, progress.say)
+            loop(run, data, model, position, interruption, progress, summaries, saver)
+        newest = checkpoints.path(run.directory, saver.iteration) if saver.iteration else 'none'
+        if interruption.signal and saver.iteration < run.iterations:
+            again = 'The same command' + (' without --resume=False' if not run.resume else '')
+            print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; the newest '
+                  f'checkpoint is {newest}. {again} goes on from there.', file=sys.stderr)
+            sys.exit(128 + interruption.signal)
+        print(f'The last checkpoint is {newest}')
+
+
+def start(run, model):
+    """Restores a checkpoint, or loads the weights to start from, if there are any; returns the Position."""
+    if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
+        checkpoint = checkpoints.find(run.directory, run.checkpoint)
+        iteration = checkpoint.record['iteration']
+        pretrained = {'pretrain_iterations': min(iteration, run.pretrain_iterations)}
+        there = {**checkpoint.record['flags'],
+                 'pretrain_iterations': min(iteration, checkpoint.record['pretrain_iterations'])}
+        checkpoints.check_flags(checkpoint.prefix, there, {**run.flags, **pretrained},
+                                'give the flags of its training, or start anew by --resume=False or in another --logdir')
+        checkpoints.restore(checkpoint, model.state())
+        print(f'Going on from {checkpoint.prefix}')
+        return Position(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(Position)})
+    if run.load_from:
+        record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params})
+        checkpoints.check_flags(run.load_from, record.get('flags', {}), run.network_flags, 'give the same')
+        print(f'Starting from the weights of {run.load_from}')
+    return Position()
+
+
+def loop(run, data, model, position, interruption, progress, summaries, saver):
+    """Trains from `position` on, which moves along, to the end or until interrupted, and saves what was reached."""
+    prints = run.source.print_interval
+    # Steps are made some at a time, as many as fall between savings.
+    steps_per_call = math.gcd(model.steps_per_call, run.save_interval)
+    for first, batches in meta_batches(data['train'], run, position.iteration, steps_per_call):
+        if run.log and due(first, SUMMARY_INTERVAL):
+            first_batch = TaskBatch(*(array[0] for array in batches))
+            summaries.write('metatrain', model.evaluate(first_batch, run.model.num_updates), first)
+
+        phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
+        means = {name: values.numpy() for name, values in model.train_steps(phase, batches).items()}
+        check_finite(run, means, first)
+        iteration = position.iteration = first + len(means['finite'])
+        position.skipped += int(np.sum(~means['finite']))
+        scores = np.stack([means[f'pre_{run.score}'], means[f'post_{run.score}']], axis=1)
+        position.unprinted += scores[means['finite']].tolist()
+        progress.update(iteration - first)
+
+        if due(iteration, prints):
+            progress.say(console_line(run, phase, position))
+            position.unprinted = []
+        validating = due(iteration, PRINTS_PER_VALIDATION * prints)
+        saving, best = due(iteration, run.save_interval) or iteration == run.iterations, position.best
+        if validating or saving:
+            validation = evaluate_tasks(model, data['val'], VALIDATION_TASKS,
+                                        max(run.model.num_updates, run.source.validation_updates))
+            summaries.write('metaval', validation, iteration)
+            pre, post = task_scores(validation).mean(axis=0)[[0, run.model.num_updates]]
+        if validating and run.score == 'accuracy':
+            progress.say(f'Validation results: {pre:.6g}, {post:.6g}')
+        if saving:
+            best = better(run, best, {'iteration': iteration, 'score': float(post)})
+        if saver.wanted(saving) or interruption.signal:
+            summaries.flush()  # so that what a checkpoint has seen is in the summaries, whatever comes after
+            if saver.save(dataclasses.replace(position, best=best)):
+                position.best = best
+        if interruption.signal:
+            return
+    while saver.iteration < position.iteration and not interruption.signal:
+        time.sleep(1)
+        if saver.wanted(True):
+            saver.save(dataclasses.replace(position, best=best))
+
+
+def due(iteration, interval):
+    return iteration % interval == 0
+
+
+def check_finite(run, means, first):
+    """Stops a run at a loss or gradient that is no number, unless --skip_nonfinite is given.
+
+    Args:
+        means: what steps `first`, first + 1 and so on returned.
+
+    Raises:
+        UserError: says where and what, which checkpoint is the last, and what may help.
+    """
+    if run.skip_nonfinite or np.all(means['finite']):
+        return
+    step = int(np.argmin(means['finite']))
+    pre, post = means['pre_loss'][step], means['post_loss'][step]
+    what = 'the gradient is not' if math.isfinite(pre + post) else 'these are not all'
+    raise diverged(run, f'in iteration {first + step + 1} the loss is {pre:.6g} before and {post:.6g} after the inner '
+                   f'updates, and {what} numbers')
+
+
+def diverged(run, what):
+    saved = checkpoints.iterations(run.directory)
+    newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
+    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr, or pass over such iterations by '
+                     '--skip_nonfinite')
+
+
+def console_line(run, phase, position):
+    """`Iteration 100: <pre>, <post>`, means of the scores [iterations, 2] since the last such line."""
+    scores = np.array(position.unprinted, np.float32).reshape(-1, 2)
+    pre, post = scores.mean(axis=0) if len(scores) else (math.nan, math.nan)
+    line = (f'Pretrain Iteration {position.iteration}' if phase == 'pretrain' else
+            f'Iteration {position.iteration - run.pretrain_iterations}') + f': {pre:.6g}, {post:.6g}'
+    return line + (f'\nIterations passed over so far, without a finite loss and gradient: {position.skipped}'
+                   if position.skipped else '')
+
+
+def better(run, best, candidate):
+    """The better one of two {'iteration', 'score'} by accuracy (more is better) or loss (less is); the first may be None."""
+    sign = 1 if run.score == 'accuracy' else -1
+    return best if best and not sign * candidate['score'] > sign * best['score'] else candidate
+
+
+def meta_batches(tasks, run, start, steps_per_call):
+    """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
+
+    Steps end where a multiple of steps_per_call, the end of pre-training, or the end of the run is reached.
+    """
+    def blocks():
+        first = start
+        while first < run.iterations:
+            phase_end = run.pretrain_iterations if first < run.pretrain_iterations else run.iterations
+            end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
+            yield first, end - first
+            first = end
+
+    def draw(block):
+        first, steps = block
+        batch = tasks.draw(first * run.meta_batch_size, steps * run.meta_batch_size)
+        return first, TaskBatch(*(array.reshape(steps, run.meta_batch_size, *array.shape[1:]) for array in batch))
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = collections.deque()
+        for block in blocks():
+            ahead.append(pool.submit(draw, block))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        yield ahead.popleft().result()
+
+
+class Saver:
+    """Saves a run's checkpoints. Where that fails (a full disk, say) it says so, and wants to be asked again a while later.
+
+    Attributes:
+        iteration: of the newest checkpoint; 0: there is none.
+    """
+
+    def __init__(self, run, model, iteration, say):
+        self.iteration, self._run, self._model, self._say = iteration, run, model, say
+        self._failed_at = None
+
+    def wanted(self, saving):
+        """Whether to save now, where it would be time to (`saving`) or not."""
+        return saving if self._failed_at is None else time.monotonic() - self._failed_at > RETRY_SECONDS
+
+    def save(self, position):
+        """Saves the model and where the run stands; returns whether that worked.
+
+        Raises:
+            UserError: weights are no numbers.
+        """
+        run, state = self._run, self._model.state()
+        broken = [name for name, variable in state.items() if not np.all(np.isfinite(variable.numpy()))]
+        if broken:
+            raise diverged(run, f'after iteration {position.iteration} {broken[0]} holds what is not a number')
+        if position.iteration == self.iteration:
+            return True
+        prefix = checkpoints.path(run.directory, position.iteration)
+        record = {**dataclasses.asdict(position), 'flags': run.flags, 'regime': run.regime,
+                  'pretrain_iterations': run.pretrain_iterations}
+        try:
+            checkpoints.save(prefix, state, record)
+            checkpoints.prune(run.directory, position.best and position.best['iteration'])
+        except OSError as error:
+            self._failed_at = time.monotonic()
+            self._say(f'Saving {prefix} failed ({error}). Training goes on; the next attempt is in {RETRY_SECONDS} s')
+            return False
+        if self._failed_at is not None:
+            self._say(f'Saving works again: {prefix}')
+        self.iteration, self._failed_at = position.iteration, None
+        return True
+
+
+class Interruption:
+    """While entered, the first SIGINT or SIGTERM is noted down in `signal`, and the second ends the process at once.
+
+    Signals that are ignored stay so (those of a process in the background of a script, say).
+    """
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handle(self._note)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, handler):
+        for number, before in self._before.items():
+            if before != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        self._handle(signal.SIG_DFL)
+        os.write(2, b'\nFinishing the iteration in hand and saving it; a second signal ends the program at once.\n')
