@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -r tests/requirements.txt
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 tests
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -61,11 +61,12 @@ def train(run, data):
                 Summaries(run.directory, run.log, position.iteration, progress.say) as summaries:
             saver = Saver(run, model, position.iteration, progress.say)
             loop(run, data, model, position, interruption, progress, summaries, saver)
-        newest = checkpoints.path(run.directory, saver.iteration) if saver.iteration else 'none'
+        newest = checkpoints.path(run.directory, saver.iteration)
         if interruption.signal and saver.iteration < run.iterations:
-            again = 'The same command' + (' without --resume=False' if not run.resume else '')
-            print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; the newest '
-                  f'checkpoint is {newest}. {again} goes on from there.', file=sys.stderr)
+            command = 'The same command' if run.resume else 'The same command without --resume=False'
+            further = f'the newest checkpoint is {newest}. {command} goes on from there' if saver.iteration else 'nothing is saved'
+            print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; {further}.',
+                  file=sys.stderr)
             sys.exit(128 + interruption.signal)
         print(f'The last checkpoint is {newest}')
 

@@ -141,7 +141,7 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     # Going back: the later checkpoints are kept aside, and the run comes to the same end.
     end = variables(directory / 'model12000')
     output = run_ok(*arguments, '--metatrain_iterations=12000', '--test_iter=11000')
-    assert 'Earlier checkpoints were moved to' in output
+    assert 'Later checkpoints were moved to' in output
     for name, value in variables(directory / 'model12000').items():
         np.testing.assert_array_equal(value, end[name], err_msg=name)
     assert 'moved' in run_ok(*arguments, '--metatrain_iterations=100', '--resume=False')

@@ -1,11 +1,11 @@
 """Interrupted runs lose nothing, runs that diverge or cannot save say so, and other flags than before are refused."""
+import contextlib
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
@@ -33,6 +33,27 @@ def saved(logdir):
     return checkpoints.iterations(str(directory_of(logdir)))
 
 
+@contextlib.contextmanager
+def running(*command):
+    """A process and what it writes to either output; killed at the end, if it is still there."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in the background
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_until(process, beginning):
+    """What a process writes up to and with a line of that beginning."""
+    lines = []
+    while not (lines and lines[-1].startswith(beginning)):
+        lines.append(process.stdout.readline())
+        assert lines[-1], ''.join(lines)
+    return ''.join(lines)
+
+
 # Interruption
 
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
@@ -47,37 +68,38 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path):
 def test_signals(number, tmp_path):
     """The iteration in hand is finished and saved, the exit status is the customary one, and the run can go on."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--log=False']
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *flags, '--metatrain_iterations=10000000'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith('Iteration 1000:'):
-        assert process.poll() is None
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and 'Traceback' not in errors
+    with running(os.path.join(ROOT, 'main.py'), *flags, '--metatrain_iterations=10000000') as process:
+        read_until(process, 'Iteration 1000:')
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and 'Traceback' not in output
     iteration, = re.findall(rf'Stopped by {number.name} after iteration (\d+); the newest checkpoint is .*/model\1\. '
-                            'The same command goes on from there', errors)
+                            'The same command goes on from there', output)
     assert int(iteration) == saved(tmp_path)[-1] and int(iteration) % 100 == 0
     assert f'model{iteration}' in run_ok(*flags, f'--metatrain_iterations={int(iteration) + 100}')
 
 
-def test_the_second_signal_ends_at_once():
+@pytest.fixture
+def sigint():
+    """Restores how this process takes SIGINT; runs in the background begin with ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_ends_at_once(sigint):
     with training.Interruption() as interruption:
         assert interruption.signal is None
-        os.kill(os.getpid(), signal.SIGINT)
-        while interruption.signal is None:
-            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
         assert interruption.signal == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_signals_that_are_ignored_stay_so(monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with training.Interruption():
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_signals_that_are_ignored_stay_so(sigint):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with training.Interruption():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_console_means_survive(tmp_path, monkeypatch):
@@ -184,17 +206,13 @@ def test_a_disk_that_is_really_full(tmp_path):
     """The system's own limit on the size of files stands in for it; the summaries fail as well."""
     limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); ' \
             'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
-    process = subprocess.Popen([sys.executable, '-c', limit, os.path.join(ROOT, 'main.py'), *SINUSOID, f'--logdir={tmp_path}',
-                                '--metatrain_iterations=20000'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
-    while not (lines and lines[-1].startswith('Iteration 3000:')):
-        lines.append(process.stdout.readline())
-        assert process.poll() is None and lines[-1], ''.join(lines)
-    process.terminate()
-    rest, _ = process.communicate(timeout=60)
-    output = ''.join(lines) + rest
+    with running('-c', limit, os.path.join(ROOT, 'main.py'), *SINUSOID, f'--logdir={tmp_path}',
+                 '--metatrain_iterations=1000000') as process:
+        output = read_until(process, 'Iteration 3000:')
+        process.terminate()
+        output += process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in output, output
-    assert re.search(r'Saving .*model1000 failed', output) and 'the newest checkpoint is none' in output
+    assert re.search(r'Saving .*model1000 failed', output) and 'nothing is saved' in output
     assert saved(tmp_path) == [] and not (directory_of(tmp_path) / '.saving').exists()
 
 
