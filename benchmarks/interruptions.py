@@ -107,31 +107,30 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
     wanted = results(undisturbed, output, iterations, command(undisturbed))
 
     killed, round_number, output = 0, 0, ''
-    logdir = os.path.join(folder, 'killed0')
     while killed < kills or output:
+        logdir = os.path.join(folder, f'killed{round_number}')
         process, printed = start(command(logdir))
         seconds = rng.uniform(0, longest) if killed < kills else 600
         try:
             process.wait(timeout=seconds)
+            number = None
         except subprocess.TimeoutExpired:
-            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            number, killed = rng.choice([signal.SIGKILL, signal.SIGTERM]), killed + 1
             process.send_signal(number)
-            status, text = finish(process, printed)
-            killed, output = killed + 1, output + text
-            if status not in (-number, 128 + number):
-                raise SystemExit(f'{number.name} after {seconds:.1f} s: status {status}\n{text}')
+        status, text = finish(process, printed)
+        output += text
+        if number:
             saved = [int(name) for name in re.findall(r'model(\d+)\.index', ' '.join(glob.glob(f'{logdir}/*/*.index')))]
             yield f'{number.name} after {seconds:4.1f} s: status {status}, newest checkpoint {max(saved, default="none")}'
+        if number and status in (-number, 128 + number):
             continue
-        status, text = finish(process, printed)
         if status:
             raise SystemExit(f'status {status}: {text}')
-        differing = differences(wanted, results(logdir, output + text, iterations, command(logdir)))
+        differing = differences(wanted, results(logdir, output, iterations, command(logdir)))
         if differing:
             raise SystemExit(f'differs from the undisturbed run after {killed} kills: {", ".join(map(str, differing))}')
         yield f'came to its end, the same as that of the undisturbed run ({killed} kills so far)'
         round_number, output = round_number + 1, ''
-        logdir = os.path.join(folder, f'killed{round_number}')
 
 
 def main():
