@@ -6,6 +6,7 @@ it holds a record, a dict that says what the numbers belong to. Both files are w
 checkpoint is ever overwritten by another; the bundle's checksums tell whether it is whole.
 """
 import contextlib
+import glob
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from data_generator import UserError
 KEPT = 10
 BEST = 'best'
 _RECORD = 'record'
+_ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'data'  # of the record
 _SUFFIXES = ('.data-00000-of-00001', '.index')  # in this order: once the index is in place, all is
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _ASIDE = '.saving'
@@ -97,9 +99,15 @@ def save(prefix, state, record):
                           tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
         for suffix in _SUFFIXES:
             _to_disk(aside + suffix)
-        for suffix in _SUFFIXES:
-            os.replace(aside + suffix, prefix + suffix)
-        _to_disk(directory)
+        data, index = (prefix + suffix for suffix in _SUFFIXES)
+        os.replace(aside + _SUFFIXES[0], data)
+        try:
+            os.replace(aside + _SUFFIXES[1], index)
+        except OSError:
+            os.remove(data)
+            raise
+        with contextlib.suppress(OSError):  # not every system can do so with folders
+            _to_disk(directory)
     except tf.errors.OpError as error:
         raise OSError(error.message.splitlines()[0]) from error
     finally:
@@ -107,9 +115,7 @@ def save(prefix, state, record):
 
 
 def _to_disk(path):
-    """Waits until a file or folder is on the disk itself (folders: where the system can)."""
-    if os.path.isdir(path) and os.name == 'nt':
-        return
+    """Waits until a file or folder is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,7 +128,8 @@ def _finish_saving(directory):
     aside = os.path.join(directory, _ASIDE)
     for name in os.listdir(aside) if os.path.isdir(aside) else []:
         match = _FILE.match(name)
-        if match and match[2] == '.index' and not os.path.exists(path(aside, match[1]) + _SUFFIXES[0]):
+        if match and match[2] == '.index' and not os.path.exists(path(aside, match[1]) + _SUFFIXES[0]) and os.path.exists(
+                path(directory, match[1]) + _SUFFIXES[0]):
             os.replace(os.path.join(aside, name), os.path.join(directory, name))
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -137,7 +144,11 @@ def load(prefix):
     arrays = _read(prefix)
     if _RECORD not in arrays:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
-    return Checkpoint(prefix, arrays, _decode(prefix, arrays.pop(_RECORD)))
+    record = _decode(prefix, arrays.pop(_RECORD))
+    if not set(_ENTRIES) <= record.keys():
+        raise UserError(f'the checkpoint {prefix} was written by an earlier version of this program: its weights can be used by '
+                        '--load_from, but training cannot go on from it')
+    return Checkpoint(prefix, arrays, record)
 
 
 def newest(directory):
@@ -302,18 +313,21 @@ def prune(directory, best):
 
 
 def move_aside(directory, iteration):
-    """Moves the checkpoints after an iteration into a new folder beside them.
+    """Moves the checkpoints after an iteration into a new folder beside them; after 0 the summaries of earlier runs, too.
 
     Returns:
         The folder, or None where there was nothing to move.
     """
     later = [name for name in iterations(directory) if name > iteration]
-    if not later:
+    summaries = [] if iteration else glob.glob(os.path.join(glob.escape(directory), 'events.out.tfevents.*'))
+    if not later and not summaries:
         return None
     number = 1
     while os.path.exists(folder := os.path.join(directory, f'earlier{number}')):
         number += 1
     os.mkdir(folder)
+    for name in summaries:
+        os.replace(name, os.path.join(folder, os.path.basename(name)))
     for name in later:
         for suffix in reversed(_SUFFIXES):
             with contextlib.suppress(FileNotFoundError):  # of a damaged one

@@ -9,12 +9,14 @@ To add a source, add an entry to SOURCES.
 import contextlib
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import sys
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,7 @@ PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation came to its end
 CHUNK_BYTES = 2 ** 24  # of decoded images, on their way to the cache
+STALE_SECONDS = 3600   # after which nobody is writing a file any more that has not grown
 
 # Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -76,20 +79,36 @@ class SinusoidTasks:
         self.config = config
         self._key = np.random.SeedSequence([config.seed, SPLITS.index(split)]).generate_state(2, np.uint64)
         self._points = config.update_batch_size + config.query_shots
+        self.fingerprint = None  # there are no data but what the seed says
         # Philox makes four numbers for each value of its counter; a task owns a block of counter values.
         self._counts_per_task = -(-(2 + self._points) // 4)
 
     def draw(self, start, count):
         """Tasks start to start + count - 1, as a TaskBatch; classes play no part, so rows are K and Q."""
+        amplitude, phase, x = self._uniform(start, count)
+        return _split_rows(*self._examples(amplitude, phase, x), self.config.update_batch_size)
+
+    def parameters(self, start, count):
+        """Amplitude and phase of these tasks, each [count, 1, 1]."""
+        return self._uniform(start, count)[:2]
+
+    def grid(self, start, count, points=200):
+        """These tasks' inputs and targets at equal distances over the whole range: [count, points, dim] each."""
+        x = np.broadcast_to(np.linspace(*self.INPUTS, points)[:, None], (count, points, 1))
+        return self._examples(*self.parameters(start, count), x)
+
+    def _uniform(self, start, count):
+        """Amplitudes [count, 1, 1], phases likewise, and inputs [count, points, 1] of these tasks."""
         stream = np.random.Philox(key=self._key, counter=start * self._counts_per_task)
         uniform = np.random.Generator(stream).random((count, 4 * self._counts_per_task, 1))
-        amplitude = _between(self.AMPLITUDES, uniform[:, 0:1])
-        phase = _between(self.PHASES, uniform[:, 1:2])
-        x = _between(self.INPUTS, uniform[:, 2:2 + self._points])
+        return (_between(self.AMPLITUDES, uniform[:, 0:1]), _between(self.PHASES, uniform[:, 1:2]),
+                _between(self.INPUTS, uniform[:, 2:2 + self._points]))
+
+    def _examples(self, amplitude, phase, x):
         y = amplitude * np.sin(x - phase)
         if self.config.baseline == 'oracle':
             x = np.concatenate([x, np.broadcast_to(amplitude, x.shape), np.broadcast_to(phase, x.shape)], axis=-1)
-        return _split_rows(x.astype(np.float32), y.astype(np.float32), self.config.update_batch_size)
+        return x.astype(np.float32), y.astype(np.float32)
 
 
 def _between(bounds, uniform):
@@ -109,6 +128,7 @@ class ImageClasses(NamedTuple):
     names: list          # class folders, relative to the data folder
     starts: np.ndarray   # int64 [classes]: index of a class's first image
     counts: np.ndarray   # int64 [classes]
+    checksum: int        # of the images
 
 
 class ImageTasks:
@@ -123,9 +143,11 @@ class ImageTasks:
         self._split_index = SPLITS.index(split)
         self.classes = source.load(split, config.data_path)
         self._check(split)
+        # Tells other data from these.
+        self.fingerprint = zlib.crc32(repr((self.classes.names, self.classes.counts.tolist(), self.classes.checksum)).encode())
 
     def _check(self, split):
-        config, (_, names, _, counts) = self.config, self.classes
+        config, names, counts = self.config, self.classes.names, self.classes.counts
         if config.num_classes > len(names):
             raise UserError(f'--num_classes={config.num_classes} asks for more classes than the {len(names)} of the '
                             f'{split} split in {self.source.path(config.data_path)}; lower it, or change the split')
@@ -148,14 +170,24 @@ class ImageTasks:
         y = np.eye(way, dtype=np.float32)[labels.reshape(count, shots * way)]
         return _split_rows(x, y, way * self.config.update_batch_size)
 
-    def _draw_one(self, task, x, labels):
-        """Writes one task to x, uint8 [shots, way, height, width, channels], and labels, [shots, way]."""
-        (shots, way), (images, _, starts, counts) = labels.shape, self.classes
+    def class_names(self, task):
+        """The class folders of a task, in the order of its labels."""
+        return [self.classes.names[index] for index in self._choose(task)[2]]
+
+    def _choose(self, task):
+        """What a task is drawn from: a random generator, labels [shots, way], and the classes that they stand for [way]."""
+        way, shots = self.config.num_classes, self.config.update_batch_size + self.config.query_shots
         rng = np.random.default_rng([self.config.seed, self._split_index, task])
         # Every shot lists the classes in an order of its own: rows in class order would give the label away by position.
-        labels[:] = rng.permuted(np.tile(np.arange(way), (shots, 1)), axis=1)
-        shot_index = np.arange(shots)
-        for label, class_index in enumerate(rng.choice(len(starts), way, replace=False)):
+        labels = rng.permuted(np.tile(np.arange(way), (shots, 1)), axis=1)
+        return rng, labels, rng.choice(len(self.classes.names), way, replace=False)
+
+    def _draw_one(self, task, x, labels):
+        """Writes one task to x, uint8 [shots, way, height, width, channels], and labels, [shots, way]."""
+        images, _, starts, counts, _ = self.classes
+        rng, labels[:], chosen_classes = self._choose(task)
+        shots, shot_index = len(labels), np.arange(len(labels))
+        for label, class_index in enumerate(chosen_classes):
             chosen = images[starts[class_index] + rng.choice(counts[class_index], shots, replace=False)]
             if self.source.rotations:
                 chosen = np.rot90(chosen, rng.integers(4), axes=(1, 2))
@@ -286,11 +318,11 @@ class ImageSource:
         counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
         fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
-        images = cached_array(
+        images, checksum = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, self.image_shape))}'), fingerprint,
             (len(paths), *self.image_shape),
             lambda: decode_images(paths, self.image_shape, own, self._mend, f'decoding {split} images'))
-        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts)
+        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
 
 
 SOURCES = {
@@ -386,7 +418,7 @@ def _preparation_complete(root):
             return bool(json.load(file)['complete'])
     except FileNotFoundError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -426,8 +458,9 @@ def decode_images(paths, image_shape, resize, mend, message):
             with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image) if resize else image
                 size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
-                Image.DecompressionBombWarning) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged images make Pillow raise about anything
             raise UserError(f'{path} cannot be read as an image ({error}); {mend}') from error
         if size != (width, height):
             if not resize:
@@ -463,11 +496,11 @@ def cached_array(path, fingerprint, shape, make):
         make: function that yields the array, some of its first axis at a time.
 
     Returns:
-        The array, memory-mapped; in memory only where the cache cannot be written.
+        The array, memory-mapped (in memory only where the cache cannot be written), and its checksum.
     """
-    array = _read_cache(path, fingerprint, shape)
-    if array is not None:
-        return array
+    found = _read_cache(path, fingerprint, shape)
+    if found:
+        return found
 
     def write(file):
         checksum = 0
@@ -481,14 +514,15 @@ def cached_array(path, fingerprint, shape, make):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         record = {'fingerprint': fingerprint, 'crc32': write_aside(path + '.npy', write)}
         write_aside(path + '.json', lambda file: file.write(json.dumps(record).encode()))
-        return np.load(path + '.npy', mmap_mode='r')
+        return np.load(path + '.npy', mmap_mode='r'), record['crc32']
     except OSError as error:
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
-        return np.concatenate(list(make()))
+        array = np.concatenate(list(make()))
+        return array, zlib.crc32(array)
 
 
 def _read_cache(path, fingerprint, shape):
-    """The array, or None. Reads the file for its checksum piece by piece, so that it does not fill the memory."""
+    """The array and its checksum, or None. Reads the file for its checksum piece by piece, not to fill the memory."""
     try:
         with open(path + '.json', encoding='utf-8') as file:
             record = json.load(file)
@@ -500,13 +534,17 @@ def _read_cache(path, fingerprint, shape):
             file.seek(array.offset)
             while part := file.read(CHUNK_BYTES):
                 checksum = zlib.crc32(part, checksum)
-        return array if checksum == record.get('crc32') else None
-    except (OSError, ValueError, EOFError, AttributeError):
+        return (array, checksum) if checksum == record.get('crc32') else None
+    except Exception:  # damaged files make numpy raise about anything, and a cache that cannot be read is made again
         return None
 
 
 def write_aside(path, write):
     """Writes a file aside and moves it into place, so that nobody ever sees half of it; returns what write returns."""
+    for left in glob.glob(f'{glob.escape(path)}.*.part'):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(left) > STALE_SECONDS:
+                os.unlink(left)
     aside = f'{path}.{os.getpid()}.part'
     try:
         with open(aside, 'wb') as file:

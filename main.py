@@ -107,11 +107,16 @@ flags.DEFINE_string('load_from', None, "prefix of a checkpoint, of this program'
                     'evaluated, or from which training starts if there is nothing to resume')
 define_number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', at_least=-1)
 flags.DEFINE_bool('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
+flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files')
+define_number('num_test_tasks', 600, 'tasks of an evaluation', at_least=1)
+flags.DEFINE_string('compare', None, 'instead of training or evaluating: a run\'s folder, or a folder of such, to show side by '
+                    'side with others named after it, as far as they were evaluated on the same tasks')
 flags.DEFINE_bool('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 define_number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size',
               at_least=-1)
 flags.DEFINE_float('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
 flags.DEFINE_bool('help', False, 'print this text', short_name='h')
+FLAG_NAMES = sorted(set(FLAGS) - {'h', 'help', 'flagfile', 'undefok'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,9 @@ class Run:
     checkpoint: object          # what to load: an iteration, 'best', or None for the newest
     load_from: Optional[str]    # prefix of a checkpoint elsewhere
     split: str                  # what to evaluate: 'val' | 'test'
+    num_test_tasks: int
+    plot: bool                  # draw what was found
+    all_flags: dict             # {flag: value}
     flags: dict                 # {flag: value} of those that determine what is learnt
     network_flags: dict         # of these, those that say which network it is
 
@@ -168,6 +176,14 @@ def check_flags(values):
     source = SOURCES[values.datasource]
     images = source.image_shape is not None
     refuse(not values.logdir, '--logdir must name a folder')
+    for name in ('logdir', 'data_path', 'load_from'):
+        try:
+            (values[name].value or '').encode()
+        except UnicodeEncodeError:
+            refuse(True, f'--{name} holds bytes that are not UTF-8 text; rename the folder')
+    refuse(values.meta_batch_size * values.update_batch_size > 10 ** 9,
+           f'--meta_batch_size={values.meta_batch_size} times --update_batch_size={values.update_batch_size} is more examples '
+           'than memories hold')
     refuse(values.baseline not in (None, 'None', 'oracle'), f"--baseline={values.baseline}: the only baseline is 'oracle'")
     refuse(values.baseline == 'oracle' and images,
            f'--baseline=oracle needs the amplitude and phase of a sinusoid, which {values.datasource} does not have')
@@ -194,6 +210,8 @@ def check_flags(values):
            'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0')
     refuse(values.test_best and values.train, '--test_best is for evaluation: add --train=False')
     checkpoints = [name for name in ('test_best', 'test_iter', 'load_from') if values[name].present]
+    refuse(values.train and not values.resume and values.test_iter != -1,
+           '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one')
     refuse(len(checkpoints) > 1, f'--{" and --".join(checkpoints)} name different checkpoints: give one')
 
 
@@ -251,6 +269,8 @@ def config_from_flags(values, source, tasks):
         checkpoint=BEST if values.test_best else None if values.test_iter == -1 else values.test_iter,
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
         split='test' if values.test_set else 'val',
+        num_test_tasks=values.num_test_tasks, plot=values.plot,
+        all_flags={name: values[name].value for name in FLAG_NAMES},
         flags={**network_flags(values, source), **{name: values[name].value for name in TRAINING_FLAGS}},
         network_flags=network_flags(values, source))
 
@@ -262,7 +282,8 @@ def network_flags(values, source):
         names += ['image_size', 'image_channels']
     if source.image_shape and values.conv:
         names += ['num_filters', 'max_pool']
-    return {name: values[name].value for name in names}
+    named = {name: values[name].value for name in names}
+    return {**named, 'baseline': 'oracle' if values.baseline == 'oracle' else None} if 'baseline' in named else named
 
 
 def experiment_name(values, pretrain_only):
@@ -320,7 +341,7 @@ def import_tensorflow():
 
 
 def run_from_command_line(argv):
-    """The Run that a command line asks for and {split: tasks} of its data; None where that is help, which is printed.
+    """The Run that a command line asks for and {split: tasks} of its data; None where that is help or a comparison.
 
     Raises:
         UserError, flags.Error: the flags or the data are not as they should be.
@@ -328,6 +349,10 @@ def run_from_command_line(argv):
     rest = FLAGS(argv)[1:]
     if FLAGS.help:
         print(__doc__ + '\nFlags:\n' + FLAGS.main_module_help())
+        return None
+    if FLAGS.compare is not None:
+        import results
+        print(results.compare([FLAGS.compare, *rest], FLAGS.plot))
         return None
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
@@ -376,3 +401,5 @@ if __name__ == '__main__':
     except BrokenPipeError:  # what reads our output has gone, as `head` does; Python must not try to write the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # of SIGPIPE
+    except OSError as error:
+        sys.exit(f'main.py: {error}')

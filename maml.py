@@ -368,7 +368,8 @@ class MAML:
     def _steps(self, phase, batches):
         def step(batch):
             gradients, means = self._gradients(phase, batch)
-            finite = _all_finite((gradients, means))  # before clipping, which makes a number of infinity
+            # Before clipping, which makes a number of infinity; and of squares, which Adam keeps.
+            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), means))
             if phase == 'metatrain' and self.config.clip is not None:
                 gradients = {name: tf.clip_by_value(gradient, -self.config.clip, self.config.clip)
                              for name, gradient in gradients.items()}

@@ -1,13 +1,11 @@
-"""What a user sees: progress and summaries while training; a table, a csv and a pickle file of an evaluation."""
-import csv
-import io
-import pickle
+"""What a user sees of a training run: progress on the console, and summaries in TensorBoard."""
+import contextlib
+import math
+import os
 import sys
 
 import numpy as np
 from tqdm import tqdm
-
-from data_generator import write_aside
 
 
 class Progress(tqdm):
@@ -19,17 +17,49 @@ class Progress(tqdm):
                          dynamic_ncols=True)
 
     def display(self, msg=None, pos=None):
-        if self.fp.isatty():
-            super().display(msg, pos)
-        else:
-            print(msg or str(self), file=self.fp, flush=True)
+        with contextlib.suppress(OSError):  # of a terminal that is gone, or a log file on a full disk: training is worth more
+            if self.fp.isatty():
+                super().display(msg, pos)
+            else:
+                print(msg or str(self), file=self.fp, flush=True)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def show(self, pre, post, tasks_per_iteration):
+        """Shows the latest scores before and after adaptation, and tasks a second, behind the bar."""
+        rate = self.format_dict['rate']
+        speed = f'{rate * tasks_per_iteration:.0f} tasks/s, ' if rate else ''
+        self.set_postfix_str(f'{speed}{pre:.3g} before, {post:.3g} after adaptation', refresh=False)
 
     def say(self, line):
-        """Prints a line above the bar."""
-        if self.fp.isatty():
-            self.write(line)
-        else:
-            print(line, flush=True)
+        """Prints a line above the bar, if that is possible."""
+        with contextlib.suppress(OSError):
+            if self.fp.isatty():
+                self.write(line)
+            else:
+                print(line, flush=True)
+
+
+def summary(run, data, model):
+    """Text: what is about to be trained, on what, where and how."""
+    import tensorflow as tf
+
+    config, weights = model.config, {**model.weights, **model.norm_params}
+    images = [f'{split}: {len(tasks.classes.names):,} classes, {tasks.classes.counts.sum():,} images'
+              for split, tasks in data.items() if run.source.image_shape]
+    if config.image_shape:
+        net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
+    else:
+        net = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
+    lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
+             *(['  data     ' + '; '.join(images)] if images else []),
+             f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in weights.values()):,} parameters',
+             f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}']
+    return '\n'.join(lines)
 
 
 class Summaries:
@@ -45,10 +75,15 @@ class Summaries:
         import tensorflow as tf  # here, so that the checks that precede training do not wait for it
 
         self._tf, self._say = tf, say
-        self._writer = tf.summary.create_file_writer(directory) if enabled else tf.summary.create_noop_writer()
-        if enabled and start:
+        self._writer = tf.summary.create_noop_writer()
+        if enabled:
+            self._attempt(lambda: self._open(directory, start))
+
+    def _open(self, directory, start):
+        tf, self._writer = self._tf, self._tf.summary.create_file_writer(directory)
+        if start:
             restart = tf.compat.v1.Event(step=start + 1, session_log=tf.compat.v1.SessionLog(status='START'))
-            self._attempt(lambda: tf.raw_ops.ImportEvent(writer=self._writer._resource, event=restart.SerializeToString()))
+            tf.raw_ops.ImportEvent(writer=self._writer._resource, event=restart.SerializeToString())
 
     def __enter__(self):
         return self
@@ -81,41 +116,3 @@ class Summaries:
             if self._say:
                 self._say(f'Summaries for TensorBoard cannot be written ({str(error).splitlines()[0]}). Training goes on')
             self._say = None
-
-
-def statistics(values):
-    """Mean, standard deviation and half-width of the 95% interval of the mean over tasks.
-
-    Args:
-        values: [tasks, columns].
-
-    Returns:
-        Three arrays [columns]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
-    """
-    with np.errstate(invalid='ignore', over='ignore'):  # of tasks on which adaptation diverged
-        std = values.std(axis=0)
-        return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
-
-
-def table(values, score):
-    """Text: for each number of updates the mean and its 95% interval; score is 'accuracy' (in percent) or 'loss'."""
-    mean, _, ci95 = statistics(values)
-    scale, digits, title = (100, 2, 'accuracy in %') if score == 'accuracy' else (1, 4, 'mean squared error')
-    lines = [f'  updates  {title}, with its 95% interval']
-    for updates, (centre, half) in enumerate(zip(mean * scale, ci95 * scale)):
-        note = '   support rows, before adaptation' if updates == 0 else ''
-        lines.append(f'  {updates:7d}  {centre:8.{digits}f} ± {half:.{digits}f}{note}')
-    diverged = np.sum(~np.isfinite(values).all(axis=1))
-    if diverged:
-        lines.append(f'Adaptation diverged on {diverged} of {len(values)} tasks: lower --update_lr')
-    return '\n'.join(lines)
-
-
-def write_results(prefix, values):
-    """Writes <prefix>.csv (header update0,update1,..., rows mean, std, ci95) and <prefix>.pkl ({'mses': values})."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
-    writer.writerows(statistics(values))
-    write_aside(prefix + '.csv', lambda file: file.write(text.getvalue().encode()))
-    write_aside(prefix + '.pkl', lambda file: pickle.dump({'mses': values}, file))

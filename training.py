@@ -1,5 +1,6 @@
 """The training loop: meta-batches in; console lines, summaries and checkpoints out; nothing lost when it is interrupted."""
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -15,7 +16,7 @@ import checkpoints
 from data_generator import TaskBatch, UserError
 from evaluation import evaluate_tasks, task_scores
 from maml import MAML
-from reports import Progress, Summaries
+from reports import Progress, Summaries, summary
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
@@ -48,7 +49,8 @@ def train(run, data):
     """
     with checkpoints.exclusive(run.directory):
         model = MAML(run.model, run.tasks.seed)
-        position = start(run, model)
+        fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
+        position = start(run, model, fingerprints)
         if position.iteration >= run.iterations:
             print(f'Nothing to do: {position.iteration} of {run.iterations} iterations are trained. '
                   'To evaluate, add --train=False.')
@@ -56,22 +58,24 @@ def train(run, data):
         moved = checkpoints.move_aside(run.directory, position.iteration)
         if moved:
             print(f'Later checkpoints were moved to {moved}')
-        print(f'Training {run.description} for {run.iterations} iterations in {run.directory}')
+        print(summary(run, data, model))
         with Interruption() as interruption, Progress(position.iteration, run.iterations) as progress, \
                 Summaries(run.directory, run.log, position.iteration, progress.say) as summaries:
-            saver = Saver(run, model, position.iteration, progress.say)
+            saver = Saver(run, model, fingerprints, position.iteration, progress.say)
             loop(run, data, model, position, interruption, progress, summaries, saver)
         newest = checkpoints.path(run.directory, saver.iteration)
         if interruption.signal and saver.iteration < run.iterations:
-            command = 'The same command' if run.resume else 'The same command without --resume=False'
-            further = f'the newest checkpoint is {newest}. {command} goes on from there' if saver.iteration else 'nothing is saved'
-            print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; {further}.',
-                  file=sys.stderr)
+            back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
+            further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
+                       'nothing is saved')
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; {further}.',
+                      file=sys.stderr, flush=True)
             sys.exit(128 + interruption.signal)
         print(f'The last checkpoint is {newest}')
 
 
-def start(run, model):
+def start(run, model, fingerprints):
     """Restores a checkpoint, or loads the weights to start from, if there are any; returns the Position."""
     if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
@@ -81,6 +85,10 @@ def start(run, model):
                  'pretrain_iterations': min(iteration, checkpoint.record['pretrain_iterations'])}
         checkpoints.check_flags(checkpoint.prefix, there, {**run.flags, **pretrained},
                                 'give the flags of its training, or start anew by --resume=False or in another --logdir')
+        other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
+        if other:
+            raise UserError(f'the images of the {" and ".join(other)} split are not those that the checkpoint '
+                            f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Going on from {checkpoint.prefix}')
         return Position(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(Position)})
@@ -108,6 +116,8 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
         position.skipped += int(np.sum(~means['finite']))
         scores = np.stack([means[f'pre_{run.score}'], means[f'post_{run.score}']], axis=1)
         position.unprinted += scores[means['finite']].tolist()
+        if position.unprinted:
+            progress.show(*position.unprinted[-1], run.meta_batch_size)
         progress.update(iteration - first)
 
         if due(iteration, prints):
@@ -161,8 +171,8 @@ def check_finite(run, means, first):
 def diverged(run, what):
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
-    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr, or pass over such iterations by '
-                     '--skip_nonfinite')
+    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr'
+                     + ('' if run.skip_nonfinite else ', or pass over such iterations by --skip_nonfinite'))
 
 
 def console_line(run, phase, position):
@@ -176,9 +186,14 @@ def console_line(run, phase, position):
 
 
 def better(run, best, candidate):
-    """The better one of two {'iteration', 'score'} by accuracy (more is better) or loss (less is); the first may be None."""
+    """The better one of two {'iteration', 'score'} by accuracy (more is better) or loss (less is); the first may be None.
+
+    A score that is not a number is no candidate.
+    """
     sign = 1 if run.score == 'accuracy' else -1
-    return best if best and not sign * candidate['score'] > sign * best['score'] else candidate
+    if not math.isfinite(candidate['score']) or best and not sign * candidate['score'] > sign * best['score']:
+        return best
+    return candidate
 
 
 def meta_batches(tasks, run, start, steps_per_call):
@@ -215,8 +230,14 @@ class Saver:
         iteration: of the newest checkpoint; 0: there is none.
     """
 
-    def __init__(self, run, model, iteration, say):
-        self.iteration, self._run, self._model, self._say = iteration, run, model, say
+    def __init__(self, run, model, fingerprints, iteration, say):
+        """
+        Args:
+            fingerprints: {split: number} of the data.
+            iteration: of the checkpoint from which the run goes on; 0: of none.
+            say: function that shows the user a line.
+        """
+        self.iteration, self._run, self._model, self._say, self._data = iteration, run, model, say, fingerprints
         self._failed_at = None
 
     def wanted(self, saving):
@@ -237,17 +258,18 @@ class Saver:
             return True
         prefix = checkpoints.path(run.directory, position.iteration)
         record = {**dataclasses.asdict(position), 'flags': run.flags, 'regime': run.regime,
-                  'pretrain_iterations': run.pretrain_iterations}
+                  'pretrain_iterations': run.pretrain_iterations, 'data': self._data}
         try:
             checkpoints.save(prefix, state, record)
-            checkpoints.prune(run.directory, position.best and position.best['iteration'])
         except OSError as error:
             self._failed_at = time.monotonic()
-            self._say(f'Saving {prefix} failed ({error}). Training goes on; the next attempt is in {RETRY_SECONDS} s')
+            self._say(f'Saving {prefix} failed ({error}). The program goes on, and tries again every {RETRY_SECONDS} s')
             return False
         if self._failed_at is not None:
             self._say(f'Saving works again: {prefix}')
         self.iteration, self._failed_at = position.iteration, None
+        with contextlib.suppress(OSError):  # next time, then
+            checkpoints.prune(run.directory, position.best and position.best['iteration'])
         return True
 
 
@@ -277,4 +299,5 @@ class Interruption:
     def _note(self, number, frame):
         self.signal = number
         self._handle(signal.SIG_DFL)
-        os.write(2, b'\nFinishing the iteration in hand and saving it; a second signal ends the program at once.\n')
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            os.write(2, b'\nFinishing the iteration in hand and saving it; a second signal ends the program at once.\n')

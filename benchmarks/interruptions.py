@@ -106,8 +106,8 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
         raise SystemExit(f'the undisturbed run failed: {output}')
     wanted = results(undisturbed, output, iterations, command(undisturbed))
 
-    killed, round_number, output = 0, 0, ''
-    while killed < kills or output:
+    killed, round_number, output, running = 0, 0, '', False
+    while killed < kills or running:
         logdir = os.path.join(folder, f'killed{round_number}')
         process, printed = start(command(logdir))
         seconds = rng.uniform(0, longest) if killed < kills else 600
@@ -122,7 +122,12 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
         if number:
             saved = [int(name) for name in re.findall(r'model(\d+)\.index', ' '.join(glob.glob(f'{logdir}/*/*.index')))]
             yield f'{number.name} after {seconds:4.1f} s: status {status}, newest checkpoint {max(saved, default="none")}'
-        if number and status in (-number, 128 + number):
+        # A signal to stop is heeded from when training begins to its end; before and after, nothing is there to be saved.
+        begun, ended = 'Training ' in text and 'iterations/s]' in text, 'The last checkpoint is' in text
+        if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
+            raise SystemExit(f'SIGTERM was not heeded: status {status}\n{text}')
+        running = bool(number) and status in (-number, 128 + number)
+        if running:
             continue
         if status:
             raise SystemExit(f'status {status}: {text}')

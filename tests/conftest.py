@@ -85,6 +85,7 @@ def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
     monkeypatch.setattr(training, 'VALIDATION_TASKS', 10)
     monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
+    monkeypatch.setattr(main.FLAGS['num_test_tasks'], 'default', 40)
 
 
 @pytest.fixture(scope='session')

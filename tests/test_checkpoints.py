@@ -16,9 +16,14 @@ def state(offset=0.0):
             'metatrain/adam/step': tf.Variable(7, dtype=tf.int64)}
 
 
+def record(iteration, best=None):
+    return {'iteration': iteration, 'best': best, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain',
+            'pretrain_iterations': 0, 'data': {}}
+
+
 def save(directory, name, offset=0.0):
     prefix = checkpoints.path(str(directory), name)
-    checkpoints.save(prefix, state(offset), {'iteration': name, 'best': None})
+    checkpoints.save(prefix, state(offset), record(name))
     return prefix
 
 
@@ -35,7 +40,7 @@ def test_what_is_saved_is_restored(tmp_path):
     prefix, fresh = save(tmp_path, 1000, offset=0.25), state()
     checkpoint = checkpoints.load(prefix)
     checkpoints.restore(checkpoint, fresh)
-    assert checkpoint.record == {'iteration': 1000, 'best': None}
+    assert checkpoint.record == record(1000)
     np.testing.assert_array_equal(fresh['conv1'], state(0.25)['conv1'])
     assert files(tmp_path) == ['model1000.data-00000-of-00001', 'model1000.index']
 
@@ -67,7 +72,7 @@ def test_every_byte_matters(tmp_path, suffix):
             file.write(spoilt)
         try:
             checkpoint = checkpoints.load(prefix)
-            assert same(checkpoint, 0.25) and checkpoint.record == {'iteration': 1000, 'best': None}
+            assert same(checkpoint, 0.25) and checkpoint.record == record(1000)
         except checkpoints.Damaged as error:
             reported += 'model1000 cannot be read' in str(error)
     assert reported > len(content)  # at the least, every cut
@@ -90,7 +95,7 @@ def test_the_one_before_a_damaged_one_is_taken(tmp_path, suffix, capsys):
 def test_the_best_is_the_one_that_the_newest_names(tmp_path):
     for iteration in 1000, 2000:
         checkpoints.save(checkpoints.path(str(tmp_path), iteration), state(iteration),
-                         {'iteration': iteration, 'best': {'iteration': 1000, 'score': 0.5}})
+                         record(iteration, best={'iteration': 1000, 'score': 0.5}))
     assert checkpoints.find(str(tmp_path), checkpoints.BEST).record['iteration'] == 1000
     save(tmp_path, 3000)
     with pytest.raises(UserError, match='no checkpoint that was validated in .*; there are model1000, model2000, model3000'):
@@ -116,7 +121,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     (tmp_path / 'model1000.index').mkdir()  # where the file would be moved to
     with pytest.raises(OSError):
         save(tmp_path, 1000)
-    assert not (tmp_path / '.saving').exists()
+    assert files(tmp_path) == ['model1000.index']
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
@@ -143,6 +148,9 @@ def test_another_network_is_refused(tmp_path):
 def test_foreign_checkpoints_are_refused(tmp_path):
     prefix = tf.train.Checkpoint(v=tf.Variable(1.0)).write(str(tmp_path / 'model5'))
     with pytest.raises(UserError, match='was not written by this program'):
+        checkpoints.load(prefix)
+    checkpoints.save(prefix, state(), {'iteration': 5})
+    with pytest.raises(UserError, match='by an earlier version of this program'):
         checkpoints.load(prefix)
     tf.raw_ops.SaveV2(prefix=prefix, tensor_names=['record'], shape_and_slices=[''], tensors=[tf.constant(1.0)])
     with pytest.raises(UserError, match='its record is not one of this program'):

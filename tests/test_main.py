@@ -279,6 +279,9 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--task_chunk=-1'], ['--task_chunk=-1']),
     (['--save_interval=0'], ['--save_interval=0']),
     (['--logdir='], ['--logdir']),
+    (['--logdir=\udcff'], ['--logdir', 'UTF-8']),
+    (['--resume=False', '--test_iter=3'], ['--resume=False', '--test_iter']),
+    (['--meta_batch_size=2000000000', '--update_batch_size=2000000000'], ['--meta_batch_size', 'memories']),
 ])
 def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
     error = error_of(f'--logdir={tmp_path}', *flags)
@@ -388,7 +391,7 @@ def test_console_is_free_of_noise(tmp_path):
     assert process.returncode == 0
     assert [line for line in process.stderr.splitlines() if line and 'iterations/s]' not in line] == []
     assert re.search(r'1000/1000 \[.*iterations/s\]', process.stderr)
-    assert [line.split(' ')[0] for line in process.stdout.splitlines()] == ['Training', 'Iteration', 'The']
+    assert [line.split(' ')[0] for line in process.stdout.splitlines()] == ['Training', '', '', 'Iteration', 'The']
 
 
 def test_batched_evaluation_changes_no_figure(small_omniglot):

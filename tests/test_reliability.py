@@ -1,5 +1,6 @@
 """Interrupted runs lose nothing, runs that diverge or cannot save say so, and other flags than before are refused."""
 import contextlib
+import math
 import os
 import random
 import re
@@ -15,8 +16,9 @@ import tensorflow as tf
 import checkpoints
 import main
 import training
-from conftest import ROOT, error_of, run_ok, run_process
+from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
 from maml import MAML, ModelConfig
+from reports import Progress
 
 sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
 import interruptions  # noqa: E402
@@ -131,6 +133,35 @@ def test_contradictions_are_spelt_out(tmp_path):
     assert 'Going on from' in output
 
 
+def test_other_images_are_refused(tmp_path, few_tasks):
+    """A run on images that have changed since is another run."""
+    write_image_tree(tmp_path / 'data', [f'class{number:02d}' for number in range(8)], images=3, size=(20, 20, 3))
+    flags = ['--datasource=folder', f'--data_path={tmp_path}/data', '--image_size=20', '--num_classes=2', '--update_batch_size=1',
+             '--num_filters=2', '--meta_batch_size=2', f'--logdir={tmp_path}/logs', '--split=4/2/2']
+    run_ok(*flags, '--metatrain_iterations=2')
+    os.rename(tmp_path / 'data', tmp_path / 'moved')
+    flags[1] = f'--data_path={tmp_path}/moved'
+    run_ok(*flags, '--metatrain_iterations=3')
+    train = (tmp_path / 'moved' / 'splits.csv').read_text().splitlines()
+    changed, = [line.split(',')[1] for line in train if line.startswith('train,')][:1]
+    os.remove(tmp_path / 'moved' / changed / '00.png')
+    error = error_of(*flags, '--metatrain_iterations=4')
+    assert 'the images of the train split are not those that the checkpoint' in error
+    assert 'Training' in run_ok(*flags, '--metatrain_iterations=4', '--resume=False')
+
+
+def test_starting_anew_puts_the_summaries_aside(tmp_path):
+    for _ in range(2):
+        run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--resume=False')
+    assert len(list(directory_of(tmp_path).glob('events*'))) == len(list(directory_of(tmp_path).glob('earlier1/events*'))) == 1
+
+
+def test_a_score_that_is_no_number_is_not_the_best():
+    run, nan, some = types.SimpleNamespace(score='loss'), {'score': math.nan}, {'score': 0.5}
+    assert training.better(run, None, nan) is None and training.better(run, some, nan) is some
+    assert training.better(run, some, {'score': 0.4}) == {'score': 0.4} and training.better(run, some, {'score': 0.6}) is some
+
+
 def test_another_network_is_refused(small_data, tmp_path, few_tasks):
     """Also where all weights have the same shapes."""
     flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2',
@@ -176,9 +207,9 @@ def test_a_step_that_is_not_finite_changes_nothing(image_shape):
 def test_infinite_weights_are_not_saved(tmp_path):
     model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
-    run = types.SimpleNamespace(directory=str(tmp_path))
+    run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False)
     with pytest.raises(main.UserError, match='after iteration 7 w2 holds what is not a number; nothing was saved yet'):
-        training.Saver(run, model, 0, print).save(training.Position(iteration=7))
+        training.Saver(run, model, {}, 0, print).save(training.Position(iteration=7))
     assert not any(tmp_path.iterdir())
 
 
@@ -197,7 +228,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'save', sometimes)
     monkeypatch.setattr(training, 'RETRY_SECONDS', 0.01)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200', '--save_interval=100')
-    assert output.count('No space left on device') == 3 and 'Training goes on' in output
+    assert output.count('No space left on device') == 3 and 'The program goes on' in output
     assert attempts == [100, 200, 200, 200] and saved(tmp_path) == [200]
     assert 'Saving works again' in output and checkpoints.newest(str(directory_of(tmp_path))).record['best']['iteration'] == 200
 
@@ -222,6 +253,19 @@ def test_a_second_process_is_refused(tmp_path):
         process = run_process(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200')
         assert process.returncode == 1 and 'another process is training in' in process.stderr
         assert 'meta-validation' in run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+
+
+def test_a_log_file_on_a_full_disk(monkeypatch):
+    """What cannot be printed during training is lost, and nothing else."""
+    with Progress(0, 10) as progress:
+        for stream in 'stdout', 'stderr':
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, stream, open('/dev/full', 'w', buffering=1))
+                with pytest.raises(OSError):
+                    print('a line', file=getattr(sys, stream), flush=True)
+                progress.fp = sys.stderr
+                progress.say('a line')
+                progress.display()
 
 
 def test_output_that_nobody_reads():
