@@ -98,8 +98,9 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
 
-    figure = Figure(figsize=(1.25 * (shots + queries) + 1.2, 1.5 * len(names) + 0.5), layout='constrained')
-    figure.suptitle(f'support (left), query (right): taken for, before → after {num_updates} updates', fontsize='small')
+    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.4), 1.5 * len(names) + 0.7), layout='constrained')
+    figure.suptitle(f'left: support; right: query, and the class each is taken for\nbefore → after adaptation '
+                    f'({num_updates} update{"s" if num_updates > 1 else ""})', fontsize='small')
     panels = figure.subplots(len(names), shots + queries, squeeze=False)
     for label, name in enumerate(names):
         for column, axes in enumerate(panels[label]):

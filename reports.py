@@ -29,9 +29,9 @@ class Progress(tqdm):
 
     def show(self, pre, post, tasks_per_iteration):
         """Shows the latest scores before and after adaptation, and tasks a second, behind the bar."""
-        rate = self.format_dict['rate']
-        speed = f'{rate * tasks_per_iteration:.0f} tasks/s, ' if rate else ''
-        self.set_postfix_str(f'{speed}{pre:.3g} before, {post:.3g} after adaptation', refresh=False)
+        state = self.format_dict
+        rate = state['rate'] or (state['n'] - state['initial']) / max(state['elapsed'], 1e-9)
+        self.set_postfix_str(f'{rate * tasks_per_iteration:.0f} tasks/s, {pre:.3g} before, {post:.3g} after adaptation', refresh=False)
 
     def say(self, line):
         """Prints a line above the bar, if that is possible."""

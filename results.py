@@ -138,7 +138,7 @@ def compare(folders, plot=False):
     for number, group in enumerate(comparable if plot else (), start=1):
         import pictures
         path = os.path.join(folders[0], f'comparison{number if len(comparable) > 1 else ""}.png')
-        entries = {label: np.array(entry['scores'], float) for label, entry in group.items()}
+        entries = {label: np.array(entry['scores'], float) for label, entry in zip(_short(group), group.values())}
         try:
             pictures.save(pictures.curves(entries, next(iter(group.values()))['score']), path)
         except OSError as error:
@@ -158,7 +158,7 @@ def _side_by_side(entries):
     first = next(iter(entries.values()))
     title, factor, digits = UNITS[first['score']]
     scores = [np.array(entry['scores'], float) * factor for entry in entries.values()]
-    letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(entries))]
+    letters = _letters(entries)
     lines = [f'{_describe(first["tasks"])}: {title}', '']
     lines += [f'  {letter}  {label}' for letter, label in zip(letters, entries)]
     lines += ['', '  updates' + ''.join(f'{letter:>18}' for letter in letters)
@@ -170,6 +170,17 @@ def _side_by_side(entries):
             row += f'{_interval(column - columns[0], digits):>18}{_p_value(column, columns[0]):9.2g}'
         lines.append(row)
     return '\n'.join(lines)
+
+
+def _letters(entries):
+    return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(entries))]
+
+
+def _short(labels):
+    """The labels' letters, each followed by those parts of its path in which the labels differ."""
+    columns = list(zip(*(os.path.normpath(label).split(os.sep)[::-1] for label in labels)))[::-1]
+    differing = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
+    return [f'{letter}: {os.sep.join(parts)[-80:]}' for letter, parts in zip(_letters(labels), differing)]
 
 
 def _interval(column, digits):

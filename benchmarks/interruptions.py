@@ -123,7 +123,7 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
             saved = [int(name) for name in re.findall(r'model(\d+)\.index', ' '.join(glob.glob(f'{logdir}/*/*.index')))]
             yield f'{number.name} after {seconds:4.1f} s: status {status}, newest checkpoint {max(saved, default="none")}'
         # A signal to stop is heeded from when training begins to its end; before and after, nothing is there to be saved.
-        begun, ended = 'Training ' in text and 'iterations/s]' in text, 'The last checkpoint is' in text
+        begun, ended = 'Training ' in text and 'iterations/s' in text, 'The last checkpoint is' in text
         if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
             raise SystemExit(f'SIGTERM was not heeded: status {status}\n{text}')
         running = bool(number) and status in (-number, 128 + number)

@@ -86,6 +86,11 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
         assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
 
 
+def test_labels_in_pictures_say_what_differs():
+    assert results._short(['a/run1/x, model5', 'a/run2/x, model5']) == ['A: run1', 'B: run2']
+    assert results._short(['/deep/a/run/x, model5', 'a/run/x, model6']) == ['A: x, model5', 'B: x, model6']
+
+
 def test_a_difference_that_is_none():
     assert results._p_value(np.arange(3.), np.arange(3.)) == 1
     assert results.bootstrap(np.ones([1, 2])).tolist() == [[1, 1], [1, 1]]
