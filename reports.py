@@ -17,7 +17,7 @@ class Progress(tqdm):
                          dynamic_ncols=True)
 
     def display(self, msg=None, pos=None):
-        with contextlib.suppress(OSError):  # of a terminal that is gone, or a log file on a full disk: training is worth more
+        with contextlib.suppress(OSError):  # of a terminal that is gone, or a log on a full disk: training is worth more
             if self.fp.isatty():
                 super().display(msg, pos)
             else:
@@ -31,7 +31,8 @@ class Progress(tqdm):
         """Shows the latest scores before and after adaptation, and tasks a second, behind the bar."""
         state = self.format_dict
         rate = state['rate'] or (state['n'] - state['initial']) / max(state['elapsed'], 1e-9)
-        self.set_postfix_str(f'{rate * tasks_per_iteration:.0f} tasks/s, {pre:.3g} before, {post:.3g} after adaptation', refresh=False)
+        self.set_postfix_str(f'{rate * tasks_per_iteration:.0f} tasks/s, {pre:.3g} before, {post:.3g} after adaptation',
+                             refresh=False)
 
     def say(self, line):
         """Prints a line above the bar, if that is possible."""

@@ -88,7 +88,8 @@ def start(run, model, fingerprints):
         other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
         if other:
             raise UserError(f'the images of the {" and ".join(other)} split are not those that the checkpoint '
-                            f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in another --logdir')
+                            f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in '
+                            'another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Going on from {checkpoint.prefix}')
         return Position(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(Position)})
