@@ -18,7 +18,7 @@ from typing import NamedTuple
 import filelock
 import tensorflow as tf
 
-from data_generator import UserError
+from data_generator import UserError, first_line
 
 KEPT = 10
 BEST = 'best'
@@ -109,7 +109,7 @@ def save(prefix, state, record):
         with contextlib.suppress(OSError):  # not every system can do so with folders
             _to_disk(directory)
     except tf.errors.OpError as error:
-        raise OSError(error.message.splitlines()[0]) from error
+        raise OSError(first_line(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -222,7 +222,7 @@ def _read(prefix):
         reader = tf.train.load_checkpoint(prefix)
         return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
-        raise Damaged(f'the checkpoint {prefix} cannot be read: {str(error).splitlines()[0]}') from error
+        raise Damaged(f'the checkpoint {prefix} cannot be read: {first_line(error)}') from error
 
 
 def _decode(prefix, record):

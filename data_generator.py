@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -42,6 +43,11 @@ warnings.filterwarnings('ignore', 'Palette images with Transparency')
 
 class UserError(Exception):
     """Something the user can mend; the message is one sentence that says what, where, and what to do."""
+
+
+def first_line(error):
+    """What an error says, without further lines and what TensorFlow puts around it."""
+    return re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', str(error).splitlines()[0]).strip() if str(error) else type(error).__name__
 
 
 class TaskBatch(NamedTuple):

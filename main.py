@@ -41,7 +41,7 @@ from typing import Optional
 
 from absl import flags
 
-from data_generator import SOURCES, TaskConfig, UserError
+from data_generator import SOURCES, TaskConfig, UserError, first_line
 
 # TensorFlow takes seconds to import, so the modules that need it are imported by main() once the flags are checked.
 
@@ -378,7 +378,7 @@ def main(argv):
                 from evaluation import evaluate
                 evaluate(run, data)
         except ResourceExhaustedError as error:
-            raise MemoryError(error.message.splitlines()[0]) from error
+            raise MemoryError(first_line(error)) from error
 
 
 def stop(number, frame):

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
+from data_generator import first_line
+
 
 class Progress(tqdm):
     """Iterations a second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
@@ -115,5 +117,5 @@ class Summaries:
             action()
         except (OSError, self._tf.errors.OpError) as error:
             if self._say:
-                self._say(f'Summaries for TensorBoard cannot be written ({str(error).splitlines()[0]}). Training goes on')
+                self._say(f'Summaries for TensorBoard cannot be written ({first_line(error)}). Training goes on')
             self._say = None

@@ -412,7 +412,8 @@ def many_parts(tmp_path):
 def test_a_run_that_was_interrupted_goes_on(kill, status, tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'data/fc100/proc_images.py'), '--source', str(many_parts(tmp_path)),
                '--destination', str(tmp_path / 'prepared'), '--allow_missing']
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in the background
     while process.poll() is None and not any((tmp_path / 'prepared').rglob('*.png')):
         time.sleep(0.005)
     process.send_signal(kill)

@@ -243,7 +243,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         process.terminate()
         output += process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in output, output
-    assert re.search(r'Saving .*model1000 failed', output) and 'nothing is saved' in output
+    assert re.search(r'Saving .*model1000 failed \([^{]*\)\. The program', output) and 'nothing is saved' in output
     assert saved(tmp_path) == [] and not (directory_of(tmp_path) / '.saving').exists()
 
 
