@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import string
+import sys
 
 import numpy as np
 from scipy import stats
@@ -116,19 +117,23 @@ def compare(folders, plot=False):
         plot: draw the scores against updates as well, into comparison.png in the first folder.
 
     Raises:
-        UserError: a folder holds no results, or no two evaluations were made on the same tasks.
+        UserError: there are no results, or no two evaluations were made on the same tasks.
     """
-    groups = {}
+    groups, without = {}, []
     for folder in folders:
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), FILE))
                        + glob.glob(os.path.join(glob.escape(folder), '*', FILE)))
-        if not paths:
-            raise UserError(f'there is no {FILE} in {folder} or a folder in it; evaluate first, with --train=False')
+        without += [] if paths else [folder]
         for path in paths:
             for name, entry in _read(path).items():
                 name = os.path.join(os.path.dirname(path), name.removesuffix(f', {entry["tasks"]["split"]}'))
                 label = f'{name}, {os.path.basename(entry["checkpoint"])}'
                 groups.setdefault(json.dumps(entry['tasks'], sort_keys=True), {})[label] = entry
+    if without:
+        missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
+        if len(without) == len(folders):
+            raise UserError(missing)
+        print(f'main.py: {missing}', file=sys.stderr)
     comparable = [group for group in groups.values() if len(group) > 1]
     if not comparable:
         found = '; '.join(f'{label} on {_describe(entry["tasks"])}'

@@ -63,7 +63,7 @@ def test_further_evaluations_are_added(tmp_path, small_omniglot):
     assert 'results.json cannot be read' in error_of(*flags, '--train=False')
 
 
-def test_comparison(two_runs):
+def test_comparison(two_runs, tmp_path, capsys):
     short, long = two_runs
     output = run_ok(f'--compare={short}', str(long))
     assert f'A  {short}/test_ubs10_stepsize0.001_tasks50, model100' in output
@@ -74,7 +74,8 @@ def test_comparison(two_runs):
     assert row[7] == f'{(b - a)[:, 5].mean():.4f}'
     assert float(row[10]) == pytest.approx(stats.ttest_rel(b[:, 5], a[:, 5]).pvalue, rel=0.1)
     # A folder of runs stands for them all.
-    both = run_ok('--compare', str(short.parent), str(long.parent), '--plot')
+    both = run_ok('--compare', str(short.parent), str(long.parent), str(tmp_path), '--plot')
+    assert f'there is no results.json in {tmp_path}' in capsys.readouterr().err
     assert 'B - A' in both and os.path.getsize(short.parent / 'comparison.png') > 5000
 
 
