@@ -37,6 +37,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 from typing import Optional
 
 from absl import flags
@@ -50,6 +51,7 @@ TRAINING_FLAGS = ('datasource', 'rotations', 'seed', 'meta_batch_size', 'meta_lr
                   'num_updates', 'stop_grad')
 
 FLAGS = flags.FLAGS
+ABSL_FLAGS = set(FLAGS)
 
 
 def define_number(name, default, text, at_least):
@@ -57,7 +59,14 @@ def define_number(name, default, text, at_least):
     flags.DEFINE_integer(name, default, text, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-# Data
+GROUPS = {}  # {title: names of flags}, for the help
+
+
+def group(title):
+    """Puts the flags defined since the last such line under a title."""
+    GROUPS[title] = [name for name in FLAGS if name not in ABSL_FLAGS.union(*GROUPS.values())]
+
+
 flags.DEFINE_enum('datasource', 'sinusoid', list(SOURCES), 'where tasks come from')
 define_number('num_classes', 5, 'way N: classes per task (without meaning for sinusoid)', at_least=1)
 flags.DEFINE_string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly "
@@ -75,7 +84,7 @@ define_number('test_query', -1, 'query examples per class in evaluation; -1: as 
               at_least=-1)
 define_number('seed', 0, 'fixes everything random: the initial weights and the tasks of every iteration',
               at_least=0)
-# Training
+group('Data')
 define_number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), '
               'before meta-training', at_least=0)
 define_number('metatrain_iterations', 15000, 'meta-updates', at_least=0)
@@ -86,22 +95,23 @@ flags.DEFINE_float('update_lr', 1e-3, 'step size alpha of the inner gradient des
 define_number('num_updates', 1, 'inner updates during training', at_least=1)
 flags.DEFINE_bool('skip_nonfinite', False, 'pass over iterations whose loss or gradient is not a number, and count them; '
                   'False: stop there')
-# Model
+group('Training')
 flags.DEFINE_enum('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers')
 define_number('num_filters', 64, 'filters of each convolution (the paper has 32 for miniImagenet)', at_least=1)
 flags.DEFINE_bool('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64')
 flags.DEFINE_bool('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2')
 flags.DEFINE_bool('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant')
-# Computing: these change the numbers by rounding only
+group('Network')
 flags.DEFINE_enum('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are "
                   "cores; 'wide': all tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks")
 define_number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of '
               '--meta_batch_size; 0: all', at_least=0)
-# Logging, saving, evaluating
+group('Computing: these change the numbers by rounding only')
 flags.DEFINE_bool('log', True, 'write summaries for TensorBoard')
 flags.DEFINE_string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
 flags.DEFINE_bool('resume', True, 'go on from the newest checkpoint, if there is one')
 define_number('save_interval', 1000, 'iterations between checkpoints', at_least=1)
+group('Saving and going on')
 flags.DEFINE_bool('train', True, 'train; False: evaluate')
 flags.DEFINE_string('load_from', None, "prefix of a checkpoint, of this program's or of the reference's, whose weights are "
                     'evaluated, or from which training starts if there is nothing to resume')
@@ -116,7 +126,8 @@ define_number('train_update_batch_size', -1, 'K that the model was trained with,
               at_least=-1)
 flags.DEFINE_float('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
 flags.DEFINE_bool('help', False, 'print this text', short_name='h')
-FLAG_NAMES = sorted(set(FLAGS) - {'h', 'help', 'flagfile', 'undefok'})
+group('Evaluation')
+FLAG_NAMES = sorted(set(FLAGS) - ABSL_FLAGS - {'h', 'help'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +351,18 @@ def import_tensorflow():
         tf.function(tf.identity, jit_compile=True)(0.0)
 
 
+def help_text():
+    """The usage and, by groups, every flag with its default and meaning."""
+    lines = [__doc__ + '\nFlags, and what they are if not given:']
+    for title, names in GROUPS.items():
+        lines += ['', f'  {title}', '']
+        for flag in (FLAGS[name] for name in names if name != 'h'):
+            head = f'--{flag.name}' + ('' if flag.default is None else f'={flag.default}')
+            lines += textwrap.wrap(flag.help, width=118, initial_indent=f'    {head:32}  ',
+                                   subsequent_indent=' ' * 38, break_on_hyphens=False)
+    return '\n'.join(lines)
+
+
 def run_from_command_line(argv):
     """The Run that a command line asks for and {split: tasks} of its data; None where that is help or a comparison.
 
@@ -348,7 +371,7 @@ def run_from_command_line(argv):
     """
     rest = FLAGS(argv)[1:]
     if FLAGS.help:
-        print(__doc__ + '\nFlags:\n' + FLAGS.main_module_help())
+        print(help_text())
         return None
     if FLAGS.compare is not None:
         import results
