@@ -244,18 +244,19 @@ def restore(checkpoint, state):
     _assign(checkpoint.prefix, checkpoint.arrays, state)
 
 
-def load_weights(prefix, variables):
+def load_weights(prefix, variables, network_flags):
     """Gives a model's weights and norm parameters the values of a checkpoint, of this program's or of the reference's.
 
     Args:
         prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
+        network_flags: {flag: value}, which the record of a checkpoint of this program's must not contradict.
 
     Returns:
         The record of a checkpoint of this program's, else {}.
 
     Raises:
-        UserError: there is no such checkpoint, it cannot be read, or names or shapes differ; lists the differences.
+        UserError: there is no such checkpoint, it cannot be read, or names, shapes or flags differ; lists the differences.
     """
     if not os.path.exists(prefix + '.index'):
         folder = os.path.abspath(os.path.dirname(prefix))
@@ -272,6 +273,7 @@ def load_weights(prefix, variables):
         found = {ours.get(name, name): array for name, array in arrays.items()
                  if name.startswith('model/') and 'Adam' not in name}
     _assign(prefix, found, variables)
+    check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
     return record
 
 

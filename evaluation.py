@@ -68,10 +68,7 @@ def draw(run, model, tasks, values, prefix):
     else:
         drawn['tasks'] = pictures.sinusoids(model, tasks)
     for what, figure in drawn.items():
-        try:
-            pictures.save(figure, f'{prefix}_{what}.png')
-        except OSError as error:
-            raise UserError(f'the picture {prefix}_{what}.png cannot be written: {error.strerror}') from error
+        pictures.save(figure, f'{prefix}_{what}.png')
         print(f'Drawn: {prefix}_{what}.png')
 
 
@@ -82,8 +79,7 @@ def restore(run, model):
         UserError: as for `evaluate`.
     """
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params})
-        checkpoints.check_flags(run.load_from, record.get('flags', {}), run.network_flags, 'give the same')
+        record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
         return run.load_from, record.get('iteration')
     checkpoint = checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record

@@ -4,7 +4,7 @@ import os
 import numpy as np
 from matplotlib.figure import Figure
 
-from data_generator import TaskBatch
+from data_generator import TaskBatch, UserError
 from results import UNITS, statistics
 
 DPI = 110
@@ -119,4 +119,8 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
 
 
 def save(figure, path):
-    figure.savefig(path, dpi=DPI)
+    """Writes a Figure; raises UserError where that is not possible."""
+    try:
+        figure.savefig(path, dpi=DPI)
+    except OSError as error:
+        raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error

@@ -144,10 +144,7 @@ def compare(folders, plot=False):
         import pictures
         path = os.path.join(folders[0], f'comparison{number if len(comparable) > 1 else ""}.png')
         entries = {label: np.array(entry['scores'], float) for label, entry in zip(_short(group), group.values())}
-        try:
-            pictures.save(pictures.curves(entries, next(iter(group.values()))['score']), path)
-        except OSError as error:
-            raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error
+        pictures.save(pictures.curves(entries, next(iter(group.values()))['score']), path)
         text.append(f'Drawn: {path}')
     return '\n\n'.join(text)
 

@@ -94,8 +94,7 @@ def start(run, model, fingerprints):
         print(f'Going on from {checkpoint.prefix}')
         return Position(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(Position)})
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params})
-        checkpoints.check_flags(run.load_from, record.get('flags', {}), run.network_flags, 'give the same')
+        checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
         print(f'Starting from the weights of {run.load_from}')
     return Position()
 

@@ -9,8 +9,8 @@ differs.
 """
 import argparse
 import glob
+import json
 import os
-import pickle
 import random
 import re
 import signal
@@ -74,8 +74,9 @@ def results(logdir, output, iterations, arguments):
     status, output = finish(*start([*arguments, '--train=False']))
     if status:
         raise SystemExit(f'the evaluation failed: {output}')
-    with open(glob.glob(os.path.join(directory, 'test_*.pkl'))[0], 'rb') as file:
-        found['evaluation'] = pickle.load(file)['mses']
+    with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
+        entry, = json.load(file).values()
+    found['evaluation'] = entry['scores']
     return found
 
 
