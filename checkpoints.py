@@ -197,7 +197,8 @@ def find(directory, wanted):
         logdir = os.path.dirname(directory)
         others = sorted(os.listdir(logdir)) if os.path.isdir(logdir) else []
         there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
-    raise UserError(f'there is no {what} in {directory}; {there}. Train first, or give the flags of the training run')
+    raise UserError(f'there is no {what} in {directory}; {there}. Train first, or give the flags of the training run '
+                    '(--train_num_classes, --train_update_batch_size and --train_update_lr, where the evaluation has others)')
 
 
 def check_flags(prefix, there, wanted, remedy):

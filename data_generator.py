@@ -137,6 +137,13 @@ class ImageClasses(NamedTuple):
     checksum: int        # of the images
 
 
+class OwnTask(NamedTuple):
+    """A task that somebody has put into folders."""
+    batch: TaskBatch    # of this one task; rows of query_y are 0 where the class is not known
+    classes: list       # their names, in the order of labels
+    queries: list       # query images' paths, in the order of rows
+
+
 class ImageTasks:
     """N-way classification: N distinct classes labelled 0..N-1 in random order, K + Q distinct images of each.
 
@@ -170,9 +177,7 @@ class ImageTasks:
         labels = np.empty((count, shots, way), np.int64)
         for task in range(count):
             self._draw_one(start + task, x[task], labels[task])
-        if self.source.invert:
-            np.subtract(255, x, out=x)
-        x = x.reshape(count, shots * way, -1).astype(np.float32) / np.float32(255)
+        x = self.source.rows(x.reshape(count, shots * way, *self.source.image_shape))
         y = np.eye(way, dtype=np.float32)[labels.reshape(count, shots * way)]
         return _split_rows(x, y, way * self.config.update_batch_size)
 
@@ -249,6 +254,48 @@ class ImageSource:
     def tasks(self, config, split):
         return ImageTasks(self, config, split)
 
+    def rows(self, images):
+        """What the network sees of images: uint8 [..., height, width, channels] -> float32 [..., dim_input] in [0, 1]."""
+        images = images.reshape(*images.shape[:-3], -1)
+        return (255 - images if self.invert else images).astype(np.float32) / np.float32(255)
+
+    def own_task(self, support_dir, query_dir):
+        """An OwnTask: learn the classes of support_dir, one folder of images each, and classify the images of query_dir.
+
+        These may be in folders, too; one of the name of a class says that they are of that class.
+
+        Raises:
+            UserError: there are no images, or one cannot be read.
+        """
+        suffixes = _readable_suffixes()
+
+        def images(folder):
+            return [os.path.join(folder, file.name) for file in _image_files(folder, suffixes)]
+
+        def load(paths, message):
+            return self.rows(np.concatenate(list(decode_images(paths, self.image_shape, True, 'remove it', message))))[None]
+
+        for name, folder in ('support_dir', support_dir), ('query_dir', query_dir):
+            if not os.path.isdir(folder):
+                raise UserError(f'--{name}={folder} is not a folder')
+        classes = sorted(_subfolders(support_dir))
+        support = [(path, label) for label, name in enumerate(classes) for path in images(os.path.join(support_dir, name))]
+        empty = set(range(len(classes))) - {label for _, label in support}
+        if len(classes) < 2 or empty:
+            which = f'; {classes[min(empty)]} holds none' if empty else f', and holds {len(classes)} folders'
+            raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes{which}')
+        queries = [(path, None) for path in images(query_dir)] + [
+            (path, classes.index(name) if name in classes else None)
+            for name in sorted(_subfolders(query_dir)) for path in images(os.path.join(query_dir, name))]
+        if not queries:
+            raise UserError(f'--query_dir={query_dir} holds no images, nor do folders in it')
+        one_hot = np.eye(len(classes) + 1, len(classes), dtype=np.float32)  # its last row is 0
+        support_y, query_y = (one_hot[[len(classes) if label is None else label for _, label in rows]][None]
+                              for rows in (support, queries))
+        support_paths, query_paths = ([path for path, _ in rows] for rows in (support, queries))
+        return OwnTask(TaskBatch(load(support_paths, 'decoding support images'), support_y,
+                                 load(query_paths, 'decoding query images'), query_y), classes, query_paths)
+
     def dim_input(self, config):
         return math.prod(self.image_shape)
 
@@ -315,8 +362,7 @@ class ImageSource:
             UserError: missing folders, or an image that cannot be decoded or has the wrong size.
         """
         root, own = self.path(data_path), self.script is None
-        suffixes = ({suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
-                    if own else PREPARED_SUFFIXES)
+        suffixes = _readable_suffixes() if own else PREPARED_SUFFIXES
         files = [(name, _image_files(os.path.join(root, name), suffixes)) for name in self.class_folders(split, data_path)]
         empty = [name for name, images in files if not images]
         if empty:
@@ -432,6 +478,10 @@ def _subfolders(folder):
     if not os.path.isdir(folder):
         return []
     return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
+
+
+def _readable_suffixes():
+    return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
 
 
 def _image_files(folder, suffixes):

@@ -1,4 +1,5 @@
 """Evaluation of a checkpoint on many tasks of a split."""
+import dataclasses
 import math
 import os
 import platform
@@ -11,6 +12,7 @@ import checkpoints
 import results
 from data_generator import UserError
 from maml import MAML
+from reports import Summaries
 
 TEST_TASKS, TEST_UPDATES = 600, 10
 
@@ -24,63 +26,79 @@ def evaluate(run, data):
     Raises:
         UserError: there is no such checkpoint, it is damaged or another network's, or the results cannot be written.
     """
-    model = MAML(run.model)
-    name = f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}'
-    if run.tasks.query_shots != run.source.query_shots(run.model.update_batch_size, train=False):
-        name += f'_query{run.tasks.query_shots}'
-    if run.num_test_tasks != TEST_TASKS:
-        name += f'_tasks{run.num_test_tasks}'
-    prefix, iterations = restore(run, model)
-    if run.load_from:
-        name += f'_{os.path.basename(prefix)}'
-
-    tasks, updates, started = data[run.split], max(run.model.num_updates, TEST_UPDATES), time.perf_counter()
-    values = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates))
-    seconds = time.perf_counter() - started
-
-    trained = f'{iterations} iterations' if iterations else 'weights of another run'
-    print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({trained})\n')
-    print(results.table(values, run.score))
+    trained, prefix, iterations = restore(run)
+    tasks, updates = data[run.split], max(run.model.num_updates, TEST_UPDATES)
     facts = {
-        'checkpoint': prefix, 'iterations': iterations, 'score': run.score, 'flags': run.all_flags,
-        'tasks': {'datasource': run.datasource, 'split': run.split, 'num_classes': run.tasks.num_classes,
+        'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.score, 'flags': run.all_flags,
+        'tasks': {'datasource': run.datasource, 'split': run.split,
+                  'num_classes': run.tasks.num_classes if run.source.image_shape else None,
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
-        'seconds': seconds, 'tasks_per_second': run.num_test_tasks / seconds,
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
-    try:
-        os.makedirs(run.directory, exist_ok=True)
-        results.write(run.directory, name, values, facts)
-    except OSError as error:
-        raise UserError(f'the results cannot be written to {run.directory}: {error.strerror}') from error
-    print(f'\n{run.num_test_tasks / seconds:.3g} tasks a second. Written to {run.directory}: {name}.csv and .pkl, {results.FILE}')
-    if run.plot:
-        draw(run, model, tasks, values, os.path.join(run.directory, f'{name}_{run.split}'))
+    found, rates = {}, []
+    for query_norm in run.query_norms:
+        model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
+        name, started = results_name(run, prefix, query_norm), time.perf_counter()
+        values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates))
+        seconds = time.perf_counter() - started
+        rates.append(run.num_test_tasks / seconds)
+        try:
+            os.makedirs(run.directory, exist_ok=True)
+            results.write(run.directory, name, values, {**facts, 'query_norm': query_norm, 'seconds': seconds,
+                                                        'tasks_per_second': rates[-1]})
+        except OSError as error:
+            raise UserError(f'the results cannot be written to {run.directory}: {error.strerror}') from error
+        if run.plot:
+            draw(run, model, tasks, values, name, iterations)
+
+    described = f'{iterations} iterations' if iterations else 'weights of another run'
+    print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n')
+    print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.score))
+    print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
+          + ', '.join(f'{name}.csv and .pkl' for name in found) + f', {results.FILE}')
 
 
-def draw(run, model, tasks, values, prefix):
-    """Writes pictures of an evaluation: scores against updates, and some tasks before and after adaptation."""
+def results_name(run, prefix, query_norm):
+    """The name of an evaluation's files: the reference's, with whatever it could not be asked for."""
+    usual = run.source.query_shots(run.model.update_batch_size, train=False)
+    return ''.join([
+        f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}',
+        f'_cls{run.model.dim_output}' if run.model.dim_output != run.num_outputs else '',
+        f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
+        f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
+        f'_querynorm{query_norm}' if query_norm != 'batch' else '',
+        f'_{os.path.basename(prefix)}' if run.load_from else ''])
+
+
+def draw(run, model, tasks, values, name, iterations):
+    """Writes pictures of an evaluation, named after its files, and shows them to TensorBoard.
+
+    There it is a run of its own, for TensorBoard reads but one file at a time of a run.
+    """
     import pictures
 
-    drawn = {'updates': pictures.curves({run.description: values}, run.score)}
-    if run.source.image_shape:
-        drawn['task'] = pictures.task_sheet(model, tasks, run.model.num_updates)
-    else:
-        drawn['tasks'] = pictures.sinusoids(model, tasks)
+    drawn = pictures.of_model(run, model, tasks, values)
     for what, figure in drawn.items():
-        pictures.save(figure, f'{prefix}_{what}.png')
-        print(f'Drawn: {prefix}_{what}.png')
+        path = os.path.join(run.directory, f'{name}_{run.split}_{what}.png')
+        pictures.save(figure, path)
+        print(f'Drawn: {path}')
+    with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
+        summaries.write_figures(run.split, drawn, iterations or 0)
 
 
-def restore(run, model):
-    """Gives the model the checkpoint that the flags ask for; returns its prefix and its iterations, None if not known.
+def restore(run):
+    """The network that the flags describe, with the weights of the checkpoint that they ask for.
+
+    Returns:
+        A MAML with as many outputs as it was trained with, the checkpoint's prefix and its iterations, None if not known.
 
     Raises:
         UserError: as for `evaluate`.
     """
+    model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs))
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
-        return run.load_from, record.get('iteration')
+        return model, run.load_from, record.get('iteration')
     checkpoint = checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record
     if record['regime'] != run.regime:
@@ -89,7 +107,7 @@ def restore(run, model):
     checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.datasource},
                             'give the flags of its training')
     checkpoints.restore(checkpoint, model.state())
-    return checkpoint.prefix, record['iteration']
+    return model, checkpoint.prefix, record['iteration']
 
 
 def evaluate_tasks(model, tasks, count, num_updates):

@@ -27,6 +27,7 @@ Usage:
     python main.py --datasource=folder --data_path=my_images --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/my_images/ --num_filters=32 --max_pool=True
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
+  To classify images of yours, with --predict, --support_dir and --query_dir.
   All but the sinusoid's data must be prepared first: see README.md.
 """
 import contextlib
@@ -117,16 +118,29 @@ flags.DEFINE_string('load_from', None, "prefix of a checkpoint, of this program'
                     'evaluated, or from which training starts if there is nothing to resume')
 define_number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', at_least=-1)
 flags.DEFINE_bool('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
-flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files')
+flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; '
+                  'in training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 define_number('num_test_tasks', 600, 'tasks of an evaluation', at_least=1)
 flags.DEFINE_string('compare', None, 'instead of training or evaluating: a run\'s folder, or a folder of such, to show side by '
                     'side with others named after it, as far as they were evaluated on the same tasks')
 flags.DEFINE_bool('test_set', False, 'evaluate on meta-test; False: on meta-validation')
+flags.DEFINE_enum('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: "
+                  "'batch': their own, so that answers depend on which others there are (transductive, as the paper's); "
+                  "'support': the support examples', each query example by itself, as --predict does if not told otherwise; 'both': "
+                  'evaluate one after the other')
+define_number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; not less than that',
+              at_least=-1)
 define_number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size',
               at_least=-1)
 flags.DEFINE_float('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
 flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Evaluation')
+flags.DEFINE_bool('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir '
+                  'and classify those of --query_dir')
+flags.DEFINE_string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or '
+                    'fewer')
+flags.DEFINE_string('query_dir', None, 'folder of images to classify')
+group('Prediction')
 FLAG_NAMES = sorted(set(FLAGS) - ABSL_FLAGS - {'h', 'help'})
 
 
@@ -137,6 +151,8 @@ class Run:
     source: object              # the entry of SOURCES
     tasks: TaskConfig
     model: object               # maml.ModelConfig
+    query_norms: tuple          # with which to evaluate, of 'batch', 'support'
+    num_outputs: int            # of the network as it was trained
     directory: str              # the experiment directory
     pretrain_iterations: int
     metatrain_iterations: int
@@ -145,7 +161,7 @@ class Run:
     save_interval: int
     skip_nonfinite: bool
     log: bool
-    train: bool
+    mode: str                   # 'train' | 'evaluate' | 'predict'
     checkpoint: object          # what to load: an iteration, 'best', or None for the newest
     load_from: Optional[str]    # prefix of a checkpoint elsewhere
     split: str                  # what to evaluate: 'val' | 'test'
@@ -169,9 +185,21 @@ class Run:
         return 'accuracy' if self.model.loss == 'xent' else 'loss'
 
     @property
+    def method(self):
+        if self.tasks.baseline:
+            return self.tasks.baseline
+        if self.regime == 'pretrain':
+            return 'pre-training'
+        return 'first-order MAML' if self.model.stop_grad else 'MAML'
+
+    @property
     def description(self):
         way = f'{self.tasks.num_classes}-way ' if self.model.loss == 'xent' else ''
         return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
+
+
+def mode(values):
+    return 'predict' if values.predict else 'train' if values.train else 'evaluate'
 
 
 def check_flags(values):
@@ -187,7 +215,7 @@ def check_flags(values):
     source = SOURCES[values.datasource]
     images = source.image_shape is not None
     refuse(not values.logdir, '--logdir must name a folder')
-    for name in ('logdir', 'data_path', 'load_from'):
+    for name in ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir'):
         try:
             (values[name].value or '').encode()
         except UnicodeEncodeError:
@@ -201,7 +229,13 @@ def check_flags(values):
     refuse(values.data_path is not None and not images,
            f'--data_path is a folder of images, but {values.datasource} has no data on disk')
     own = images and source.folder is None
-    refuse(own and not values.data_path,
+    train = mode(values) == 'train'
+    for name in ('support_dir', 'query_dir'):
+        refuse(values.predict and not values[name].value, f'--predict needs --{name}, a folder of images')
+        refuse(not values.predict and values[name].value, f'--{name} is for --predict')
+    refuse(values.predict and not images, f'--predict classifies images, and --datasource={values.datasource} has none')
+    refuse(values.predict and values.query_norm == 'both', '--predict needs one --query_norm: batch or support')
+    refuse(own and not values.data_path and not values.predict,
            f'--datasource={values.datasource} needs --data_path, the folder of your images')
     for name in ('image_size', 'image_channels', 'rotations', 'split'):
         refuse(not own and values[name].present, f'--{name} is for --datasource=folder')
@@ -216,12 +250,20 @@ def check_flags(values):
     for name in ('meta_lr', 'update_lr', 'train_update_lr'):
         refuse(not math.isfinite(getattr(values, name)), f'--{name} must be a finite number')
     refuse(values.train_update_batch_size == 0, '--train_update_batch_size must be at least 1')
+    refuse(values.train_num_classes not in (-1, values.num_classes) and (train or not images),
+           '--train_num_classes is for the evaluation of a classifier: add --train=False')
+    refuse(-1 < values.train_num_classes < values.num_classes,
+           f'--num_classes={values.num_classes}: a network trained with --train_num_classes={values.train_num_classes} has no '
+           'more outputs than that; evaluate on tasks of at most so many classes')
+    refuse(values.query_norm != 'batch' and train, '--query_norm is for evaluation: add --train=False')
+    refuse(values.query_norm != 'batch' and values.norm != 'batch_norm',
+           f'--query_norm={values.query_norm} is about batch norm, and with --norm={values.norm} each example is by itself')
     refuse(values.train_update_lr < 0 and values.train_update_lr != -1, '--train_update_lr must not be negative')
-    refuse(values.train and values.pretrain_iterations + values.metatrain_iterations == 0,
+    refuse(train and values.pretrain_iterations + values.metatrain_iterations == 0,
            'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0')
-    refuse(values.test_best and values.train, '--test_best is for evaluation: add --train=False')
+    refuse(values.test_best and train, '--test_best is for evaluation: add --train=False')
     checkpoints = [name for name in ('test_best', 'test_iter', 'load_from') if values[name].present]
-    refuse(values.train and not values.resume and values.test_iter != -1,
+    refuse(train and not values.resume and values.test_iter != -1,
            '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one')
     refuse(len(checkpoints) > 1, f'--{" and --".join(checkpoints)} name different checkpoints: give one')
 
@@ -233,11 +275,12 @@ def data_from_flags(values):
         source = dataclasses.replace(
             source, image_shape=(values.image_size, values.image_size, int(values.image_channels)),
             rotations=values.rotations, shares=tuple(map(int, values.split.split('/'))))
-    asked = -1 if values.train else values.test_query
+    train = mode(values) == 'train'
+    asked = -1 if train else values.test_query
     return source, TaskConfig(
         num_classes=values.num_classes,
         update_batch_size=values.update_batch_size,
-        query_shots=source.query_shots(values.update_batch_size, values.train) if asked == -1 else asked,
+        query_shots=source.query_shots(values.update_batch_size, train) if asked == -1 else asked,
         seed=values.seed,
         baseline='oracle' if values.baseline == 'oracle' else None,
         data_path=values.data_path)
@@ -248,6 +291,8 @@ def config_from_flags(values, source, tasks):
     from checkpoints import BEST
     from maml import ModelConfig
 
+    alone = values.predict and not values['query_norm'].present  # whoever classifies images has any number, of any classes
+    query_norm = 'support' if alone else values.query_norm
     pretrain_iterations, metatrain_iterations = values.pretrain_iterations, values.metatrain_iterations
     if tasks.baseline == 'oracle':
         # Reference behaviour: the oracle is trained jointly, also for the iterations asked for as meta-training.
@@ -273,10 +318,12 @@ def config_from_flags(values, source, tasks):
     name = experiment_name(values, pretrain_only=pretrain_iterations > 0 and metatrain_iterations == 0)
     return Run(
         datasource=values.datasource, source=source, tasks=tasks, model=model,
+        query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
+        num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
         directory=os.path.join(os.path.expanduser(values.logdir), name),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
-        skip_nonfinite=values.skip_nonfinite, log=values.log, train=values.train,
+        skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
         checkpoint=BEST if values.test_best else None if values.test_iter == -1 else values.test_iter,
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
         split='test' if values.test_set else 'val',
@@ -294,16 +341,23 @@ def network_flags(values, source):
     if source.image_shape and values.conv:
         names += ['num_filters', 'max_pool']
     named = {name: values[name].value for name in names}
+    if 'num_classes' in named:
+        named['num_classes'] = trained_with(values, 'num_classes')
     return {**named, 'baseline': 'oracle' if values.baseline == 'oracle' else None} if 'baseline' in named else named
+
+
+def trained_with(values, name):
+    """What a flag was in training: --train_<name>, or the flag itself."""
+    trained = values[f'train_{name}'].value
+    return values[name].value if trained == -1 else trained
 
 
 def experiment_name(values, pretrain_only):
     """The experiment directory's name, which states the hyper-parameters as the reference's does."""
-    shot = values.update_batch_size if values.train_update_batch_size == -1 else values.train_update_batch_size
-    rate = values.update_lr if values.train_update_lr == -1 else values.train_update_lr
+    way, shot, rate = (trained_with(values, name) for name in ('num_classes', 'update_batch_size', 'update_lr'))
     oracle = values.baseline == 'oracle'
     return ''.join([
-        f'cls_{values.num_classes}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}',
+        f'cls_{way}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}',
         f'hidden{values.num_filters}' if values.num_filters != 64 else '',
         'maxpool' if values.max_pool else '',
         'stopgrad' if values.stop_grad else '',
@@ -364,12 +418,17 @@ def help_text():
 
 
 def run_from_command_line(argv):
-    """The Run that a command line asks for and {split: tasks} of its data; None where that is help or a comparison.
+    """The Run that a command line asks for and its data; None where that is help or a comparison.
+
+    The data are {split: tasks}, or for a prediction a data_generator.OwnTask.
 
     Raises:
         UserError, flags.Error: the flags or the data are not as they should be.
     """
-    rest = FLAGS(argv)[1:]
+    try:
+        rest = FLAGS(argv)[1:]
+    except flags.IllegalFlagValueError as error:  # of a Boolean shows the inside of absl
+        raise UserError(re.sub(r"\('Non-boolean argument.*", 'it must be True or False', str(error))) from error
     if FLAGS.help:
         print(help_text())
         return None
@@ -382,8 +441,11 @@ def run_from_command_line(argv):
     check_flags(FLAGS)
     # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
     source, tasks = data_from_flags(FLAGS)
-    splits = ['train', 'val'] if FLAGS.train else ['test' if FLAGS.test_set else 'val']
-    data = {split: source.tasks(tasks, split) for split in splits}
+    if mode(FLAGS) == 'predict':
+        data = source.own_task(FLAGS.support_dir, FLAGS.query_dir)
+    else:
+        splits = ['train', 'val'] if mode(FLAGS) == 'train' else ['test' if FLAGS.test_set else 'val']
+        data = {split: source.tasks(tasks, split) for split in splits}
     import_tensorflow()
     return config_from_flags(FLAGS, source, tasks), data
 
@@ -394,12 +456,15 @@ def main(argv):
         run, data = asked
         from tensorflow.errors import ResourceExhaustedError
         try:
-            if run.train:
+            if run.mode == 'train':
                 from training import train
                 train(run, data)
-            else:
+            elif run.mode == 'evaluate':
                 from evaluation import evaluate
                 evaluate(run, data)
+            else:
+                from prediction import predict
+                predict(run, data)
         except ResourceExhaustedError as error:
             raise MemoryError(first_line(error)) from error
 

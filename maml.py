@@ -36,6 +36,7 @@ class ModelConfig:
     max_pool: bool = False
     head: str = 'mean'                      # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
+    query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
     clip: Optional[float] = None            # elementwise bound of the meta-gradient
     # How it is computed; changes no number but by rounding.
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
@@ -125,26 +126,28 @@ def _dense_scope(layer):
     return '0' if layer == 1 else str(layer)  # Reference behaviour: there is no scope 1.
 
 
-def forward(config, x, weights, norm_params):
+def forward(config, x, weights, norm_params, known=None):
     """The network's output for a set of rows; under batch norm each row's output depends on all of them.
 
     Args:
         x: float [rows, dim_input]; images in [0, 1], flattened.
         weights, norm_params: as made by `initial_weights` and `initial_norm_params`.
+        known: under batch norm each row's output depends on the first so many rows only, and on itself.
 
     Returns:
         [rows, dim_output]: predictions, or logits in classification.
     """
     if config.image_shape is None:
         for layer in range(1, len(config.dim_hidden) + 1):
-            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _dense_scope(layer), norm_params)
+            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _dense_scope(layer), norm_params,
+                            known)
         layer = len(config.dim_hidden) + 1
         return x @ weights[f'w{layer}'] + weights[f'b{layer}']
 
     x = tf.reshape(x, [-1, *config.image_shape])
     for layer in CONV_LAYERS:
         x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _conv_scope(layer), norm_params,
-                       config.max_pool, by_product=config.engine == 'wide')
+                       config.max_pool, by_product=config.engine == 'wide', known=known)
     if config.head == 'mean':
         x = tf.reduce_mean(x, axis=[1, 2])
     else:
@@ -182,6 +185,19 @@ def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
         yield outputs, weights
 
 
+def answer(config, task, weights, norm_params):
+    """The network's output for a task's query rows, [N*Q, dim_output].
+
+    Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so an answer depends on the other
+    query rows, and evaluation is transductive), or with `query_norm='support'` by those of the support rows, each by itself.
+    """
+    if config.query_norm == 'batch':
+        return forward(config, task.query_x, weights, norm_params)
+    support_rows = task.support_x.shape[0]
+    rows = tf.concat([task.support_x, task.query_x], axis=0)
+    return forward(config, rows, weights, norm_params, known=support_rows)[support_rows:]
+
+
 def learn_task(config, task, weights, norm_params, num_updates):
     """Runs the inner loop on one task and says what the network answers before and after.
 
@@ -194,7 +210,7 @@ def learn_task(config, task, weights, norm_params, num_updates):
     """
     inner_steps = list(inner_loop(config, task.support_x, task.support_y, weights, norm_params, num_updates))
     (pre, _), (_, fast_weights) = inner_steps[0], inner_steps[-1]
-    return Outputs(pre, forward(config, task.query_x, fast_weights, norm_params)), fast_weights
+    return Outputs(pre, answer(config, task, fast_weights, norm_params)), fast_weights
 
 
 def metrics_of(config, outputs, batch):
@@ -261,12 +277,25 @@ class MAML:
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
         self._compiled_adapt = compiled(self._adapt)
+        self._compiled_answer = compiled(self._answer)
 
     def state(self):
         """{name: tf.Variable}: everything that a training run needs to go on."""
         return {**self.weights, **self.norm_params,
                 **{f'{phase}/adam/{name}': variable
                    for phase, adam in self._adams.items() for name, variable in adam.state().items()}}
+
+    def variant(self, **changes):
+        """A MAML with the same weights, fresh optimizers and another config; with fewer outputs, if `dim_output` is less.
+
+        Of N outputs the first n make a network for n-way tasks: tasks number their classes in random order, so that all outputs
+        have learnt the same.
+        """
+        other = MAML(dataclasses.replace(self.config, **changes))
+        for ours, variables in (self.weights, other.weights), (self.norm_params, other.norm_params):
+            for name, variable in variables.items():
+                variable.assign(ours[name][..., :variable.shape[-1]])
+        return other
 
     def predict(self, batch, num_updates):
         """Outputs for a meta-batch before adaptation and after each of num_updates inner updates.
@@ -282,6 +311,10 @@ class MAML:
             outputs, fast_weights = self._compiled_adapt(batch, fast_weights)
             updates.append(outputs)
         return Outputs(updates[0].pre, tf.stack([outputs.post for outputs in updates]))
+
+    def predict_unadapted(self, batch):
+        """What the shared weights answer for the query rows of a meta-batch: [tasks, N*Q, dim_output]."""
+        return self._compiled_answer(tf.nest.map_structure(tf.convert_to_tensor, batch))
 
     def evaluate(self, batch, num_updates):
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
@@ -327,6 +360,10 @@ class MAML:
         return self._map_tasks(
             lambda task_and_weights: learn_task(self.config, *task_and_weights, norm_params, num_updates=1),
             (batch, fast_weights), (Outputs(tf.float32, tf.float32), dict.fromkeys(fast_weights, tf.float32)))
+
+    def _answer(self, batch):
+        weights, norm_params = _values(self.weights), _values(self.norm_params)
+        return self._map_tasks(lambda task: answer(self.config, task, weights, norm_params), batch, tf.float32)
 
     def _gradients(self, phase, batch):
         """Gradients of the phase's objective averaged over tasks, {name: tensor}, and the means of the metrics."""

@@ -2,6 +2,7 @@
 import os
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data_generator import TaskBatch, UserError
@@ -14,11 +15,28 @@ STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, mark
 SHOWN_UPDATES = (0, 1, 10)
 
 
+def of_model(run, model, tasks, values):
+    """Pictures of what a model does with a split's tasks.
+
+    Args:
+        run: a main.Run.
+        model: a maml.MAML.
+        tasks: SinusoidTasks or ImageTasks, of data_generator.
+        values: the scores of some of them, [tasks, 1 + updates].
+
+    Returns:
+        {'updates': scores against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
+    """
+    some = task_sheet(model, tasks, run.model.num_updates) if run.source.image_shape else sinusoids(model, tasks)
+    return {'updates': curves({run.description: values}, run.score), 'tasks': some}
+
+
 def curves(runs, score):
     """Scores against the number of updates, with bands of the 95% interval of the mean (figure 3 of the paper).
 
     Args:
-        runs: {label: scores [tasks, 1 + updates]}; the first column, of support rows before adaptation, is not drawn.
+        runs: {label: scores [tasks, 1 + updates]}. The first column is of support rows, which before adaptation are as new to
+            the model as query rows are.
         score: one of results.UNITS.
 
     Returns:
@@ -28,11 +46,11 @@ def curves(runs, score):
     figure = Figure(figsize=(6, 3.6 + 0.22 * (len(runs) > 1) * len(runs)), layout='constrained')
     axes = figure.subplots()
     for (label, scores), style in zip(runs.items(), STYLES * len(runs)):
-        mean, _, half = (statistic[1:] * factor for statistic in statistics(scores))
-        updates = np.arange(1, len(mean) + 1)
+        mean, _, half = (statistic * factor for statistic in statistics(scores))
+        updates = np.arange(len(mean))
         axes.plot(updates, mean, label=label, markersize=4, **style)
         axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
-    axes.set(xlabel='inner updates (gradient steps)', ylabel=f'{title}, query examples', xticks=updates)
+    axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=title, xticks=updates)
     if score == 'loss':
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -54,10 +72,9 @@ def sinusoids(model, tasks, count=4):
         A matplotlib Figure.
     """
     support, grid = tasks.draw(0, count), tasks.grid(0, count)
-    outputs = model.predict(TaskBatch(support.support_x, support.support_y, *grid), max(SHOWN_UPDATES))
-    # `predict` answers for query rows after updates; before them, the shared weights answer.
-    before = model.predict(TaskBatch(*grid, *grid), 1).pre
-    answers = {0: before, **{updates: outputs.post[updates - 1] for updates in SHOWN_UPDATES if updates}}
+    batch = TaskBatch(support.support_x, support.support_y, *grid)
+    outputs = model.predict(batch, max(SHOWN_UPDATES))
+    answers = {0: model.predict_unadapted(batch), **{updates: outputs.post[updates - 1] for updates in SHOWN_UPDATES if updates}}
 
     figure = Figure(figsize=(8, 2.6 * -(-count // 2)), layout='constrained')
     panels = figure.subplots(-(-count // 2), 2, sharex=True, squeeze=False).ravel()
@@ -93,7 +110,7 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     """
     batch, names = tasks.draw(0, 1), [os.path.basename(name) for name in tasks.class_names(0)]
     after = np.argmax(model.predict(batch, num_updates).post[-1][0], axis=-1)
-    before = np.argmax(model.predict(TaskBatch(batch.query_x, batch.query_y, batch.query_x, batch.query_y), 1).pre[0], axis=-1)
+    before = np.argmax(model.predict_unadapted(batch)[0], axis=-1)
     labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
@@ -106,9 +123,8 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
         for column, axes in enumerate(panels[label]):
             part, index = ('support', column) if column < shots else ('query', column - shots)
             row = rows[part][label][index]
-            image = (batch.support_x if part == 'support' else batch.query_x)[0, row].reshape(tasks.source.image_shape)
-            axes.imshow(1 - image[..., 0] if tasks.source.invert else image.squeeze(), cmap='gray', vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
+            image = (batch.support_x if part == 'support' else batch.query_x)[0, row]
+            _show(axes, image, tasks.source)
             if part == 'query':
                 right = after[row] == label
                 axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if right else "✗"}', fontsize='small')
@@ -116,6 +132,64 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
                     spine.set(color='#2e7d5b' if right else '#c8553d', linewidth=2, linestyle='-' if right else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
     return figure
+
+
+def prediction_sheet(task, source, labels, probabilities, columns=6, shown_support=6, shown_query=36):
+    """The images that a model was adapted to, a row for each class, and those that it classified, with its answers.
+
+    Args:
+        task: a data_generator.OwnTask.
+        source: an entry of data_generator.SOURCES.
+        labels: of the query images, None where not known.
+        probabilities: [query images, classes].
+        shown_support, shown_query: images shown at the most, of each class and in all.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    classes, batch = task.classes, task.batch
+    support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
+    marks = ['' if label is None else ' ✓' if label == answer else ' ✗' for label, answer in zip(labels, predicted)]
+    support = [(image, _clipped(classes[label]), '') for label in range(len(classes))
+               for image in batch.support_x[0][support_labels == label][:shown_support]]
+    query = [(image, f'{_clipped(classes[answer])}\n{row[answer]:.0%}{mark}', _clipped(os.path.basename(path)))
+             for image, answer, row, mark, path
+             in zip(batch.query_x[0], predicted, probabilities, marks, task.queries)][:shown_query]
+    rows = [-(-len(tiles) // columns) for tiles in (support, query)]
+    heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
+    figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
+    more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
+    titles = ['support: what the model was adapted to', f'query: what it takes images for, and the probability{more}']
+    for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
+        part.suptitle(title, fontsize='medium')
+        panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
+        for axes, (image, above, below) in zip(panels, tiles):
+            _show(axes, image, source)
+            axes.set_title(above, fontsize='x-small')
+            axes.set_xlabel(below, fontsize='xx-small')
+        for axes in panels[len(tiles):]:
+            axes.axis('off')
+    return figure
+
+
+def _show(axes, image, source):
+    """Draws an image [dim_input] as it was before the network saw it."""
+    image = image.reshape(source.image_shape)
+    axes.imshow(1 - image[..., 0] if source.invert else image.squeeze(), cmap='gray', vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+
+
+def _clipped(name, length=18):
+    """A name without its middle, where it is long: its ends tell it apart."""
+    return name if len(name) <= length else f'{name[:length // 2]}…{name[1 + length // 2 - length:]}'
+
+
+def pixels(figure):
+    """A Figure as an array of colours, uint8 [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save(figure, path):

@@ -112,6 +112,25 @@ class Summaries:
                 for update, values in enumerate(np.mean(post, axis=1), start=1):
                     scalar(f'{prefix}_Post-update {what}, step {update}', values)
 
+    def write_flags(self, flags):
+        """The run's flags, {name: value}, for the HParams page."""
+        self._attempt(lambda: self._write_flags(flags))
+
+    def _write_flags(self, flags):
+        from tensorboard.plugins.hparams import api
+        with self._writer.as_default():
+            api.hparams({name: str(value) if value is None else value for name, value in flags.items()})
+
+    def write_figures(self, prefix, figures, iteration):
+        """Pictures, {what: matplotlib Figure}, as `<prefix>_<what>`."""
+        self._attempt(lambda: self._write_figures(prefix, figures, iteration))
+
+    def _write_figures(self, prefix, figures, iteration):
+        from pictures import pixels
+        with self._writer.as_default(step=iteration):
+            for what, figure in figures.items():
+                self._tf.summary.image(f'{prefix}_{what}', pixels(figure)[None])
+
     def _attempt(self, action):
         try:
             action()

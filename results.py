@@ -50,17 +50,26 @@ def bootstrap(values):
     return np.stack([interval.low, interval.high], axis=1)
 
 
-def table(values, score):
-    """Text: for each number of updates the mean and its 95% interval; score is one of UNITS."""
+def table(evaluations, score):
+    """Text: for each number of updates the mean and its 95% interval.
+
+    Args:
+        evaluations: {label: values [tasks, 1 + updates]}, a column each; a single one needs no label.
+        score: one of UNITS.
+    """
     title, factor, digits = UNITS[score]
-    mean, _, ci95 = statistics(values)
     lines = [f'  updates  {title}, with its 95% interval']
-    for updates, (centre, half) in enumerate(zip(mean * factor, ci95 * factor)):
-        note = '   support rows, before adaptation' if updates == 0 else ''
-        lines.append(f'  {updates:7d}  {centre:8.{digits}f} ± {half:.{digits}f}{note}')
-    diverged = np.sum(~np.isfinite(values).all(axis=1))
-    if diverged:
-        lines.append(f'Adaptation diverged on {diverged} of {len(values)} tasks: lower --update_lr')
+    if len(evaluations) > 1:
+        lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
+    columns = [[f'{mean:8.{digits}f} ± {half:.{digits}f}' for mean, _, half in zip(*(row * factor for row in statistics(values)))]
+               for values in evaluations.values()]
+    columns.append(['support rows, before adaptation'] + [''] * (len(columns[0]) - 1))
+    lines += [f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip() for updates, cells in enumerate(zip(*columns))]
+    for label, values in evaluations.items():
+        diverged = np.sum(~np.isfinite(values).all(axis=1))
+        if diverged:
+            where = f', {label}' if len(evaluations) > 1 else ''
+            lines.append(f'Adaptation diverged on {diverged} of {len(values)} tasks{where}: lower --update_lr')
     return '\n'.join(lines)
 
 
@@ -150,8 +159,9 @@ def compare(folders, plot=False):
 
 
 def _describe(tasks):
+    way = f'{tasks["num_classes"]}-way ' if tasks.get('num_classes') else ''
     return (f'{tasks.get("count")} tasks of {tasks["datasource"]}, {SPLITS.get(tasks["split"], tasks["split"])}, '
-            f'{tasks.get("num_classes")}-way {tasks.get("update_batch_size")}-shot, {tasks.get("query_shots")} query, '
+            f'{way}{tasks.get("update_batch_size")}-shot, {tasks.get("query_shots")} query, '
             f'seed {tasks.get("seed")}')
 
 
@@ -178,8 +188,11 @@ def _letters(entries):
     return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(entries))]
 
 
-def _short(labels):
-    """The labels' letters, each followed by those parts of its path in which the labels differ."""
+def _short(entries):
+    """For each of {label: entry} its letter, and its method if these differ, or those parts of the label's path that do."""
+    labels, methods = list(entries), [entry.get('method') for entry in entries.values()]
+    if len(set(methods)) == len(methods):
+        return [f'{letter}: {method}' for letter, method in zip(_letters(labels), methods)]
     columns = list(zip(*(os.path.normpath(label).split(os.sep)[::-1] for label in labels)))[::-1]
     differing = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
     return [f'{letter}: {os.sep.join(parts)[-80:]}' for letter, parts in zip(_letters(labels), differing)]

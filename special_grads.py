@@ -15,20 +15,24 @@ import numpy as np
 import tensorflow as tf
 
 
-def standardize(x, axes, epsilon):
+def standardize(x, axes, epsilon, known=None):
     """Shifts and scales x to mean 0 and (nearly) variance 1 over `axes`, exactly differentiable any number of times.
 
     Args:
         x: float tensor of any shape.
         axes: the axes over which mean and variance are taken, each dividing by the number of elements reduced.
         epsilon: added to the (biased) variance before the square root.
+        known: mean and variance are those of the first so many rows; None: of all.
 
     Returns:
         A tensor shaped like x.
     """
-    size = _size(x, axes)
-    centred = x - _sum(x, axes) / size
-    return centred * tf.math.rsqrt(_sum(tf.square(centred), axes) / size + epsilon)
+    def mean(values):
+        counted = values if known is None else values[:known]
+        return _sum(counted, axes) / _size(counted, axes)
+
+    centred = x - mean(x)
+    return centred * tf.math.rsqrt(mean(tf.square(centred)) + epsilon)
 
 
 def batch_standardize(z, epsilon, pool=False):

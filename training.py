@@ -61,6 +61,8 @@ def train(run, data):
         print(summary(run, data, model))
         with Interruption() as interruption, Progress(position.iteration, run.iterations) as progress, \
                 Summaries(run.directory, run.log, position.iteration, progress.say) as summaries:
+            if position.iteration == 0:
+                summaries.write_flags(run.flags)
             saver = Saver(run, model, fingerprints, position.iteration, progress.say)
             loop(run, data, model, position, interruption, progress, summaries, saver)
         newest = checkpoints.path(run.directory, saver.iteration)
@@ -129,7 +131,11 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
             validation = evaluate_tasks(model, data['val'], VALIDATION_TASKS,
                                         max(run.model.num_updates, run.source.validation_updates))
             summaries.write('metaval', validation, iteration)
-            pre, post = task_scores(validation).mean(axis=0)[[0, run.model.num_updates]]
+            values = task_scores(validation)
+            pre, post = values.mean(axis=0)[[0, run.model.num_updates]]
+        if saving and run.plot and run.log:
+            import pictures  # here, for it takes a moment that most runs need not wait
+            summaries.write_figures('metaval', pictures.of_model(run, model, data['val'], values), iteration)
         if validating and run.score == 'accuracy':
             progress.say(f'Validation results: {pre:.6g}, {post:.6g}')
         if saving:

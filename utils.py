@@ -7,7 +7,7 @@ NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 
 
-def normalize(x, norm, scope, norm_params):
+def normalize(x, norm, scope, norm_params, known=None):
     """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
 
     `batch_norm` takes mean and biased variance over all axes but the last and adds the offset beta; it has no scale.
@@ -17,13 +17,14 @@ def normalize(x, norm, scope, norm_params):
         x: [rows, ..., channels].
         norm: one of NORMS; 'None' returns x.
         scope: the layer's name in norm_params, which holds '<scope>/beta' and '<scope>/gamma', each [channels].
+        known: `batch_norm` takes mean and variance over the first so many rows; None: over all.
 
     Returns:
         A tensor shaped like x.
     """
     axes = list(range(len(x.shape)))
     if norm == 'batch_norm':
-        return standardize(x, axes[:-1], BATCH_NORM_EPSILON) + norm_params[f'{scope}/beta']
+        return standardize(x, axes[:-1], BATCH_NORM_EPSILON, known) + norm_params[f'{scope}/beta']
     if norm == 'layer_norm':
         return (standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma']
                 + norm_params[f'{scope}/beta'])
@@ -50,28 +51,28 @@ def conv2d(x, kernel, stride, by_product=False):
     return tf.reshape(x, [rows, height, width, filters])
 
 
-def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool, by_product=False):
+def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool, by_product=False, known=None):
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
     Args:
         x: [rows, height, width, channels].
         kernel, bias: [3, 3, channels, filters] and [filters].
-        norm, scope, norm_params: as for `normalize`.
+        norm, scope, norm_params, known: as for `normalize`.
         by_product: as for `conv2d`.
 
     Returns:
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
     x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, by_product), bias, norm)
-    if norm == 'batch_norm':  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
+    if norm == 'batch_norm' and known is None:  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
         return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
-    x = tf.nn.relu(normalize(x, norm, scope, norm_params))
+    x = tf.nn.relu(normalize(x, norm, scope, norm_params, known))
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
-def dense_block(x, matrix, bias, norm, scope, norm_params):
-    """Affine map, normalisation, ReLU: [rows, inputs] -> [rows, units]."""
-    return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params))
+def dense_block(x, matrix, bias, norm, scope, norm_params, known=None):
+    """Affine map, normalisation, ReLU: [rows, inputs] -> [rows, units]. The last arguments are those of `normalize`."""
+    return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params, known))
 
 
 def mse(outputs, targets):

@@ -45,7 +45,7 @@ def test_results_hold_all_that_a_paper_needs(two_runs):
         # Of the same width as the normal interval, about, and around the mean.
         assert low < said['mean'] < high and 0.7 < (high - low) / (2 * said['ci95']) < 1.3
     assert entry['iterations'] == 100 and entry['checkpoint'].endswith('model100')
-    assert entry['tasks'] == {'datasource': 'sinusoid', 'split': 'val', 'num_classes': 5, 'update_batch_size': 10,
+    assert entry['tasks'] == {'datasource': 'sinusoid', 'split': 'val', 'num_classes': None, 'update_batch_size': 10,
                               'query_shots': 10, 'seed': 0, 'count': 50, 'data': None}
     assert entry['flags']['norm'] == 'None' and entry['flags']['num_test_tasks'] == 50 and 'tensorflow' in entry['versions']
     assert set(main.FLAG_NAMES) == entry['flags'].keys() and entry['tasks_per_second'] > 0
@@ -88,8 +88,11 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
 
 
 def test_labels_in_pictures_say_what_differs():
-    assert results._short(['a/run1/x, model5', 'a/run2/x, model5']) == ['A: run1', 'B: run2']
-    assert results._short(['/deep/a/run/x, model5', 'a/run/x, model6']) == ['A: x, model5', 'B: x, model6']
+    def labels(*paths, methods=('MAML', 'MAML')):
+        return results._short({path: {'method': method} for path, method in zip(paths, methods)})
+    assert labels('a/run1/x, model5', 'a/run2/x, model5') == ['A: run1', 'B: run2']
+    assert labels('/deep/a/run/x, model5', 'a/run/x, model6') == ['A: x, model5', 'B: x, model6']
+    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML')) == ['A: oracle', 'B: MAML']
 
 
 def test_a_difference_that_is_none():
@@ -133,7 +136,7 @@ def test_pictures_of_images(source, small_data, tmp_path):
     flags = [*flags, f'--data_path={small_data[source]}', f'--logdir={tmp_path}', '--metatrain_iterations=2']
     run_ok(*flags)
     run_ok(*flags, '--train=False', '--num_test_tasks=5', '--plot')
-    sheet, = directory_of(tmp_path).glob('*_val_task.png')
+    sheet, = directory_of(tmp_path).glob('*_val_tasks.png')
     assert min(size_of(sheet)) > 300
 
 

@@ -1,0 +1,138 @@
+"""Questions asked of a trained model: with whose statistics, on other ways and shots; and the answers in TensorBoard."""
+import csv
+import dataclasses
+import glob
+import json
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from conftest import error_of, run_ok
+from data_generator import TaskBatch
+from maml import MAML, ModelConfig
+
+CONV = ModelConfig(dim_input=12 * 12, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.3, image_shape=(12, 12, 1),
+                   num_filters=4, head='mean', engine='tasks')
+DENSE = dataclasses.replace(CONV, image_shape=None, dim_hidden=(8, 8), engine='wide')
+POOLED = dataclasses.replace(CONV, image_shape=(16, 16, 1), dim_input=16 * 16, max_pool=True, head='flatten')
+
+
+def noise(config, query_rows=7, tasks=2):
+    rng = np.random.default_rng(0)
+    rows = config.dim_output * config.update_batch_size
+    labels = np.tile(np.eye(config.dim_output, dtype=np.float32), (tasks, config.update_batch_size, 1))
+    return TaskBatch(rng.random((tasks, rows, config.dim_input), np.float32), labels,
+                     rng.random((tasks, query_rows, config.dim_input), np.float32),
+                     np.repeat(labels[:, :1], query_rows, axis=1))
+
+
+@pytest.mark.parametrize('config', [CONV, POOLED, DENSE], ids=['conv', 'pooled', 'dense'])
+def test_support_statistics(config):
+    """Each query row is answered by itself, and as the support row that it may be; under 'batch' that is not so."""
+    transductive = MAML(config, seed=1)
+    model, batch = transductive.variant(query_norm='support'), noise(config)
+    together = model.predict(batch, 2).post.numpy()
+    alone = np.concatenate([model.predict(batch._replace(query_x=batch.query_x[:, [row]], query_y=batch.query_y[:, [row]]), 2).post
+                            for row in range(7)], axis=2)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(together - transductive.predict(batch, 2).post).max() > 1e-2
+
+    again = batch._replace(query_x=batch.support_x, query_y=batch.support_y)
+    np.testing.assert_allclose(model.predict_unadapted(again), model.predict(again, 1).pre, atol=1e-5)
+    first = again._replace(query_x=again.query_x[:, :2], query_y=again.query_y[:, :2])
+    np.testing.assert_allclose(model.predict(first, 2).post, model.predict(again, 2).post[:, :, :2], atol=1e-5)
+    # With the very rows of the support, both ways agree.
+    np.testing.assert_allclose(model.predict(again, 2).post, transductive.predict(again, 2).post, atol=1e-4)
+
+
+def test_fewer_outputs():
+    """The first outputs of the network, and the same features."""
+    model = MAML(CONV, seed=1)
+    few = model.variant(dim_output=2)
+    batch = noise(dataclasses.replace(CONV, dim_output=2))
+    wide = batch._replace(query_y=np.pad(batch.query_y, [(0, 0), (0, 0), (0, 1)]))
+    np.testing.assert_allclose(few.predict_unadapted(batch), model.predict_unadapted(wide)[..., :2], atol=1e-6)
+    assert few.predict(batch, 1).post.shape == (1, 2, 7, 2)
+
+
+FLAGS = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4',
+         '--metatrain_iterations=2', '--num_test_tasks=10']
+
+
+@pytest.fixture(scope='module')
+def trained(small_omniglot, tmp_path_factory):
+    """Flags of a trained 5-way Omniglot network, and its directory."""
+    logdir = tmp_path_factory.mktemp('trained')
+    flags = [*FLAGS, f'--data_path={small_omniglot}', f'--logdir={logdir}']
+    run_ok(*flags)
+    directory, = logdir.iterdir()
+    return flags, directory
+
+
+def means(path):
+    with open(path, newline='') as file:
+        return np.array(list(csv.reader(file))[1], float)
+
+
+def test_both_norms_in_one_table(trained):
+    flags, directory = trained
+    output = run_ok(*flags, '--train=False', '--query_norm=both')
+    row, = (line.split() for line in output.splitlines() if line.split()[:1] == ['10'])
+    names = 'test_ubs1_stepsize0.4_tasks10', 'test_ubs1_stepsize0.4_tasks10_querynormsupport'
+    assert [float(row[1]), float(row[4])] == [pytest.approx(100 * means(directory / f'{name}.csv')[10], abs=0.01) for name in names]
+    assert row[1] != row[4]
+    usual = run_ok(*flags, '--train=False')
+    assert row[1] == [line.split() for line in usual.splitlines() if line.split()[:1] == ['10']][0][1]
+    entries = json.loads((directory / 'results.json').read_text())
+    assert [entries[f'{name}, val']['query_norm'] for name in names] == ['batch', 'support']
+    assert 'B - A' in run_ok('--compare', str(directory))
+
+
+def test_other_ways_and_shots(trained):
+    flags, directory = trained
+    output = run_ok(*flags, '--train=False', '--num_classes=3', '--train_num_classes=5')
+    assert '3-way 1-shot omniglot' in output and (directory / 'test_ubs1_stepsize0.4_cls3_tasks10.csv').exists()
+    # Both columns of figures are those of 3 classes: a third, about, before adaptation.
+    hits = np.array(json.loads((directory / 'results.json').read_text())[
+        'test_ubs1_stepsize0.4_cls3_tasks10, val']['scores']) * 3
+    np.testing.assert_allclose(hits, np.round(hits), atol=1e-5)
+    output = run_ok(*flags, '--train=False', '--num_classes=2', '--train_num_classes=5', '--update_batch_size=2',
+                    '--train_update_batch_size=1', '--load_from', str(directory / 'model2'))
+    assert '2-way 2-shot omniglot' in output and (directory / 'test_ubs2_stepsize0.4_cls2_tasks10_model2.csv').exists()
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--train=False', '--num_classes=6', '--train_num_classes=5'], ['--train_num_classes=5', 'no more outputs']),
+    (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--train_num_classes']),
+    (['--num_classes=3', '--train_num_classes=5'], ['--train_num_classes', '--train=False']),
+    (['--query_norm=support'], ['--query_norm', '--train=False']),
+    (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm=both', 'layer_norm']),
+    (['--train=False', '--support_dir=x'], ['--support_dir is for --predict']),
+])
+def test_what_the_network_does_not_allow(trained, more, words):
+    flags, _ = trained
+    error = error_of(*flags, *more)
+    assert all(word in error for word in words), error
+
+
+def seen(folder):
+    """{tag: plugin} of a folder's summaries."""
+    paths = glob.glob(os.path.join(glob.escape(str(folder)), 'events*'))
+    return {value.tag: value.metadata.plugin_data.plugin_name for path in paths
+            for event in tf.compat.v1.train.summary_iterator(path) for value in event.summary.value}
+
+
+@pytest.mark.parametrize('source', ['sinusoid', 'cifarfs'])
+def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_path):
+    data = [] if source == 'sinusoid' else [f'--data_path={small_data[source]}', '--max_pool', '--num_filters=2']
+    flags = [f'--datasource={source}', '--update_batch_size=1', '--meta_batch_size=2', '--num_test_tasks=5', '--plot',
+             '--metatrain_iterations=2', f'--logdir={tmp_path}', *data]
+    run_ok(*flags)
+    directory, = tmp_path.iterdir()
+    tags = seen(directory)
+    assert tags['_hparams_/session_start_info'] == 'hparams'
+    assert tags['metaval_updates'] == tags['metaval_tasks'] == 'images'
+    run_ok(*flags, '--train=False', '--test_set=True')
+    assert seen(directory / 'test_ubs1_stepsize0.001_tasks5_test') == {'test_updates': 'images', 'test_tasks': 'images'}
