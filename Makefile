@@ -1,4 +1,4 @@
-# make demo: trains and evaluates a short 10-shot sinusoid and prints the table. make test: runs the tests.
+# make demo: trains a short 10-shot sinusoid, evaluates it and draws what it learnt. make test: runs the tests.
 # Both work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
-	$(VENV)/bin/python main.py $(DEMO) --train=False --test_set=True
+	$(VENV)/bin/python main.py $(DEMO) --train=False --test_set=True --plot
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet -r tests/requirements.txt

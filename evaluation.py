@@ -35,7 +35,7 @@ def evaluate(run, data):
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
-    found, rates = {}, []
+    found, rates, drawn = {}, [], []
     for query_norm in run.query_norms:
         model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
         name, started = results_name(run, prefix, query_norm), time.perf_counter()
@@ -49,13 +49,15 @@ def evaluate(run, data):
         except OSError as error:
             raise UserError(f'the results cannot be written to {run.directory}: {error.strerror}') from error
         if run.plot:
-            draw(run, model, tasks, values, name, iterations)
+            drawn += draw(run, model, tasks, values, name, iterations)
 
     described = f'{iterations} iterations' if iterations else 'weights of another run'
     print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n')
     print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.score))
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
           + ', '.join(f'{name}.csv and .pkl' for name in found) + f', {results.FILE}')
+    for path in drawn:
+        print(f'Drawn: {path}')
 
 
 def results_name(run, prefix, query_norm):
@@ -71,19 +73,19 @@ def results_name(run, prefix, query_norm):
 
 
 def draw(run, model, tasks, values, name, iterations):
-    """Writes pictures of an evaluation, named after its files, and shows them to TensorBoard.
+    """Writes pictures of an evaluation, named after its files, and shows them to TensorBoard; returns their paths.
 
     There it is a run of its own, for TensorBoard reads but one file at a time of a run.
     """
     import pictures
 
     drawn = pictures.of_model(run, model, tasks, values)
-    for what, figure in drawn.items():
-        path = os.path.join(run.directory, f'{name}_{run.split}_{what}.png')
+    paths = [os.path.join(run.directory, f'{name}_{run.split}_{what}.png') for what in drawn]
+    for figure, path in zip(drawn.values(), paths):
         pictures.save(figure, path)
-        print(f'Drawn: {path}')
     with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
         summaries.write_figures(run.split, drawn, iterations or 0)
+    return paths
 
 
 def restore(run):

@@ -94,6 +94,7 @@ flags.DEFINE_float('meta_lr', 0.001, 'step size of Adam in the outer loop', lowe
 define_number('update_batch_size', 5, 'shot K: support examples per class (in all, for sinusoid)', at_least=1)
 flags.DEFINE_float('update_lr', 1e-3, 'step size alpha of the inner gradient descent', lower_bound=0)
 define_number('num_updates', 1, 'inner updates during training', at_least=1)
+flags.DEFINE_bool('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant')
 flags.DEFINE_bool('skip_nonfinite', False, 'pass over iterations whose loss or gradient is not a number, and count them; '
                   'False: stop there')
 group('Training')
@@ -101,7 +102,6 @@ flags.DEFINE_enum('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'n
 define_number('num_filters', 64, 'filters of each convolution (the paper has 32 for miniImagenet)', at_least=1)
 flags.DEFINE_bool('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64')
 flags.DEFINE_bool('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2')
-flags.DEFINE_bool('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant')
 group('Network')
 flags.DEFINE_enum('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are "
                   "cores; 'wide': all tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks")
@@ -133,7 +133,6 @@ define_number('train_num_classes', -1, 'N that the model was trained with, if no
 define_number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size',
               at_least=-1)
 flags.DEFINE_float('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
-flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Evaluation')
 flags.DEFINE_bool('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir '
                   'and classify those of --query_dir')
@@ -141,6 +140,8 @@ flags.DEFINE_string('support_dir', None, 'folder with one folder of images for e
                     'fewer')
 flags.DEFINE_string('query_dir', None, 'folder of images to classify')
 group('Prediction')
+flags.DEFINE_bool('help', False, 'print this text', short_name='h')
+group('Help')
 FLAG_NAMES = sorted(set(FLAGS) - ABSL_FLAGS - {'h', 'help'})
 
 
@@ -403,6 +404,8 @@ def import_tensorflow():
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
         tf.function(tf.identity, jit_compile=True)(0.0)
+    if silent:
+        del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read, and to processes that this one starts it was not said.
 
 
 def help_text():
@@ -411,7 +414,7 @@ def help_text():
     for title, names in GROUPS.items():
         lines += ['', f'  {title}', '']
         for flag in (FLAGS[name] for name in names if name != 'h'):
-            head = f'--{flag.name}' + ('' if flag.default is None else f'={flag.default}')
+            head = f'--{flag.name}' + ('' if flag.default is None or name == 'help' else f'={flag.default}')
             lines += textwrap.wrap(flag.help, width=118, initial_indent=f'    {head:32}  ',
                                    subsequent_indent=' ' * 38, break_on_hyphens=False)
     return '\n'.join(lines)

@@ -1,8 +1,8 @@
 """Model-Agnostic Meta-Learning (Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400).
 
 Read from the top: the network is a function of a dict of weights (`forward`); the inner loop makes new dicts by gradient
-descent on a task's support set (`inner_loop`, equation 1 of the paper); the outer step moves the shared weights along the
-gradient of the query loss through that inner loop (`MAML.meta_gradients`, `MAML.metatrain_step`, algorithm 1).
+descent on a task's support set (`inner_loop`, line 6 of algorithm 1); the outer step moves the shared weights along the
+gradient of the query loss through that inner loop (`MAML.meta_gradients`, `MAML.metatrain_step`, line 8).
 """
 import dataclasses
 import functools
@@ -163,7 +163,7 @@ def loss_of(config, outputs, targets):
 # Learning one task --------------------------------------------------------------------------------------------------
 
 def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
-    """Adapts the weights to one task by gradient descent on its support set (equation 1 of the paper).
+    """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
 
     Args:
         support_x, support_y: [N*K, dim_input] and [N*K, dim_output].

@@ -61,7 +61,7 @@ def table(evaluations, score):
     lines = [f'  updates  {title}, with its 95% interval']
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
-    columns = [[f'{mean:8.{digits}f} ± {half:.{digits}f}' for mean, _, half in zip(*(row * factor for row in statistics(values)))]
+    columns = [[f'{mean * factor:8.{digits}f} ± {half * factor:.{digits}f}' for mean, _, half in zip(*statistics(values))]
                for values in evaluations.values()]
     columns.append(['support rows, before adaptation'] + [''] * (len(columns[0]) - 1))
     lines += [f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip() for updates, cells in enumerate(zip(*columns))]

@@ -64,7 +64,8 @@ def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool, by_product=F
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
     x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, by_product), bias, norm)
-    if norm == 'batch_norm' and known is None:  # Has no scale, so it and ReLU are increasing: the largest can be picked before them.
+    if norm == 'batch_norm' and known is None:
+        # Has no scale, so it and ReLU are increasing: the largest of a window can be picked before them.
         return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
     x = tf.nn.relu(normalize(x, norm, scope, norm_params, known))
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x

@@ -23,9 +23,8 @@ import training  # noqa: E402
 
 def run_process(*arguments, cwd=ROOT):
     """Runs main.py as a user does, in a process of its own; returns the finished process."""
-    environment = {name: value for name, value in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}  # import_tensorflow's
     return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, env=environment)
+                          capture_output=True, timeout=300)
 
 
 def run_main(*arguments):

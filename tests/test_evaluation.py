@@ -34,8 +34,11 @@ def test_support_statistics(config):
     transductive = MAML(config, seed=1)
     model, batch = transductive.variant(query_norm='support'), noise(config)
     together = model.predict(batch, 2).post.numpy()
-    alone = np.concatenate([model.predict(batch._replace(query_x=batch.query_x[:, [row]], query_y=batch.query_y[:, [row]]), 2).post
-                            for row in range(7)], axis=2)
+
+    def only(row):
+        return batch._replace(query_x=batch.query_x[:, [row]], query_y=batch.query_y[:, [row]])
+
+    alone = np.concatenate([model.predict(only(row), 2).post for row in range(7)], axis=2)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.abs(together - transductive.predict(batch, 2).post).max() > 1e-2
 
@@ -81,7 +84,8 @@ def test_both_norms_in_one_table(trained):
     output = run_ok(*flags, '--train=False', '--query_norm=both')
     row, = (line.split() for line in output.splitlines() if line.split()[:1] == ['10'])
     names = 'test_ubs1_stepsize0.4_tasks10', 'test_ubs1_stepsize0.4_tasks10_querynormsupport'
-    assert [float(row[1]), float(row[4])] == [pytest.approx(100 * means(directory / f'{name}.csv')[10], abs=0.01) for name in names]
+    expected = [100 * means(directory / f'{name}.csv')[10] for name in names]
+    assert [float(row[1]), float(row[4])] == pytest.approx(expected, abs=0.01)
     assert row[1] != row[4]
     usual = run_ok(*flags, '--train=False')
     assert row[1] == [line.split() for line in usual.splitlines() if line.split()[:1] == ['10']][0][1]

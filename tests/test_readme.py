@@ -3,6 +3,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -12,7 +13,8 @@ from conftest import ROOT, run_ok, run_process
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
     README = file.read()
 COMMANDS = re.findall(r'^python (main\.py --datasource=.*)$', README, re.M)
-TRAINING = [command for command in COMMANDS if '--train=False' not in command]
+PREDICTION = [command for command in COMMANDS if '--predict' in command]
+TRAINING = [command for command in COMMANDS if '--train=False' not in command and command not in PREDICTION]
 
 
 def test_usage_text_and_readme_agree():
@@ -21,7 +23,25 @@ def test_usage_text_and_readme_agree():
 
 def test_evaluation_commands_are_training_commands_with_two_flags():
     for command in set(COMMANDS) - set(TRAINING):
-        assert '--load_from' in command or command.removesuffix(' --train=False --test_set=True') in TRAINING
+        training = re.sub(' (--train=False --test_set=True|--predict --support_dir=examples --query_dir=images)$', '', command)
+        assert '--load_from' in command or training in TRAINING
+
+
+def test_the_table_of_flags_is_that_of_the_help():
+    """Each flag, under the same title, with its default."""
+    rows = re.findall(r'^\| (?:`--(\w+)`(?:\\\*)?|\*\*(\w+)\*\*) \| ([^|]*?) ?\|', README, re.M)
+    groups, shown = {}, {}
+    for name, title, default in rows:
+        if title:
+            shown = groups[title] = {}
+        else:
+            shown[name] = default
+    wanted = {title.split(':')[0].split(' ')[0]: {name: str(main.FLAGS[name].default) for name in names}
+              for title, names in main.GROUPS.items() if title != 'Help'}
+    assert {title: sorted(names) for title, names in groups.items()} == {title: sorted(names) for title, names in wanted.items()}
+    for title, names in wanted.items():
+        for name, default in names.items():
+            assert groups[title][name] in (default, '' if default == 'None' else default, default.removesuffix('.0')), name
 
 
 def test_flags_in_the_readme_exist():
@@ -41,6 +61,29 @@ def test_training_commands_run(command, small_data, tmp_path, few_tasks):
         flags += [f'--data_path={small_data[source]}', '--num_filters=2', '--meta_batch_size=2']
     assert 'The last checkpoint is' in run_ok(*flags)
     assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True')
+
+
+@pytest.mark.parametrize('command', PREDICTION)
+def test_prediction_command(command, small_omniglot, tmp_path):
+    """As printed, of the shipped model, in a folder with examples and images of characters."""
+    for number in range(3):
+        for folder, image in (f'examples/{number}', '00.png'), ('images', '01.png'):
+            os.makedirs(tmp_path / folder, exist_ok=True)
+            shutil.copy(small_omniglot / 'alphabet' / f'test{number:02d}' / image, tmp_path / folder / f'{number}.png')
+    shutil.copytree(os.path.join(ROOT, 'logs', 'omniglot5way'), tmp_path / 'logs' / 'omniglot5way')
+    process = run_process(*shlex.split(command)[1:], cwd=tmp_path)
+    assert process.returncode == 0 and 'predict_images.csv and .png' in process.stdout, process.stderr
+
+
+def test_comparison_command(tmp_path):
+    command, = re.findall(r'^python main\.py (--compare .*)$', README, re.M)
+    for name in 'one', 'other':
+        flags = ['--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path}/logs/sine', '--num_test_tasks=5']
+        flags += ['--stop_grad'] * (name == 'other')
+        run_ok(*flags)
+        run_ok(*flags, '--train=False')
+    process = run_process(*command.split(), cwd=tmp_path)
+    assert process.returncode == 0 and 'Drawn: logs/sine/comparison.png' in process.stdout, process.stderr
 
 
 def test_a_command_as_printed(tmp_path):
