@@ -414,7 +414,7 @@ def help_text():
     for title, names in GROUPS.items():
         lines += ['', f'  {title}', '']
         for flag in (FLAGS[name] for name in names if name != 'h'):
-            head = f'--{flag.name}' + ('' if flag.default is None or name == 'help' else f'={flag.default}')
+            head = f'--{flag.name}' + ('' if flag.default is None or flag.name == 'help' else f'={flag.default}')
             lines += textwrap.wrap(flag.help, width=118, initial_indent=f'    {head:32}  ',
                                    subsequent_indent=' ' * 38, break_on_hyphens=False)
     return '\n'.join(lines)

@@ -7,6 +7,7 @@ Images must be prepared under data/; what is not there is left out. Nothing else
 
   pipeline    a source's training steps on fresh meta-batches, against as many on one meta-batch that is kept: seconds a step
               of both, taken in turn, and the share of the time in which a step waited for its meta-batch
+  bar         20,000 iterations of the 10-shot sinusoid on a terminal: the share of the time that the progress bar takes
   start       from the start of the process to the end of one iteration, validation and saving included
   sinusoid    70,000 iterations of the 10-shot sinusoid, the whole process
   evaluation  600 tasks of 1-shot MiniImagenet, 10 updates, the whole process, from weights of one iteration
@@ -14,10 +15,12 @@ Images must be prepared under data/; what is not there is left out. Nothing else
 import argparse
 import json
 import os
+import pty
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,6 +66,38 @@ def measure_pipeline(name, seconds=20):
     return dict(zip(('fresh', 'kept'), medians), waiting=waiting)
 
 
+def measure_bar():
+    """The share of training time that is spent in the progress bar, when it is drawn on a terminal."""
+    import main
+    import reports
+    calls = []  # (when, how long)
+
+    class Timed(reports.Progress):
+        """Counts the time that the training loop waits for the bar."""
+
+    def timed(name):
+        method = getattr(reports.Progress, name)
+
+        def call(*arguments):
+            start = time.perf_counter()
+            method(*arguments)
+            calls.append((start, time.perf_counter() - start))
+        setattr(Timed, name, call)
+
+    for name in 'update', 'show', 'say':
+        timed(name)
+    terminal, end = pty.openpty()
+    os.dup2(end, sys.stderr.fileno())
+    threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(terminal, 4096), b'')], daemon=True).start()
+    with tempfile.TemporaryDirectory() as logdir:
+        run, data = main.run_from_command_line(['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000',
+                                                f'--logdir={logdir}'])
+        import training
+        training.Progress = Timed
+        training.train(run, data)
+        return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation
+
+
 def in_process(*arguments):
     command = [sys.executable, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -84,12 +119,12 @@ def measure_whole(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=['pipeline', *WHOLE], default=['pipeline', *WHOLE])
+    parser.add_argument('--only', nargs='+', choices=['pipeline', 'bar', *WHOLE], default=['pipeline', 'bar', *WHOLE])
     parser.add_argument('--rounds', type=int, default=3, help='of the whole processes')
-    parser.add_argument('--measure', choices=list(TRAINING), help=argparse.SUPPRESS)
+    parser.add_argument('--measure', choices=['bar', *TRAINING], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure_pipeline(args.measure)))
+        print(json.dumps(measure_bar() if args.measure == 'bar' else measure_pipeline(args.measure)))
         return
 
     if 'pipeline' in args.only:
@@ -101,6 +136,9 @@ def main():
                 continue
             found = json.loads(line)
             print(f'{name:12}{found["fresh"]:10.5f}{found["kept"]:10.5f}{found["waiting"]:10.1%}', flush=True)
+    if 'bar' in args.only:
+        shares = [json.loads(in_process(__file__, '--measure', 'bar')) for _ in range(args.rounds)]
+        print(f'{"bar":12}{statistics.median(shares):10.2%}, median of {sorted(round(share, 4) for share in shares)}', flush=True)
     for name in WHOLE:
         if name in args.only:
             seconds = [measure_whole(name) for _ in range(args.rounds)]
