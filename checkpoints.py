@@ -195,10 +195,10 @@ def find(directory, wanted):
         there = 'there are ' + ', '.join(f'model{iteration}' for iteration in saved)
     else:
         logdir = os.path.dirname(directory)
-        others = sorted(os.listdir(logdir)) if os.path.isdir(logdir) else []
+        others = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
         there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
     raise UserError(f'there is no {what} in {directory}; {there}. Train first, or give the flags of the training run '
-                    '(--train_num_classes, --train_update_batch_size and --train_update_lr, where the evaluation has others)')
+                    '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
 
 
 def check_flags(prefix, there, wanted, remedy):

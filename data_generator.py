@@ -163,7 +163,8 @@ class ImageTasks:
         config, names, counts = self.config, self.classes.names, self.classes.counts
         if config.num_classes > len(names):
             raise UserError(f'--num_classes={config.num_classes} asks for more classes than the {len(names)} of the '
-                            f'{split} split in {self.source.path(config.data_path)}; lower it, or change the split')
+                            f'{split} split in {self.source.path(config.data_path)}; lower it'
+                            + (f', or delete or edit {MANIFEST} there' if self.source.shares else ''))
         needed, fewest = config.update_batch_size + config.query_shots, int(np.argmin(counts))
         if counts[fewest] < needed:
             raise UserError(f'a task needs {needed} images of a class ({config.update_batch_size} support, '
@@ -247,6 +248,7 @@ class ImageSource:
     train_query_shots: Optional[int] = None  # query examples per class in training; None: K
     validation_updates: int = 10
     shares: Optional[Tuple[int, int, int]] = None  # proportions of train, val and test in number of classes
+    shares_asked: bool = False               # insist on them, where classes are split already
     print_interval: int = 100
     loss = 'xent'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
@@ -282,13 +284,13 @@ class ImageSource:
         support = [(path, label) for label, name in enumerate(classes) for path in images(os.path.join(support_dir, name))]
         empty = set(range(len(classes))) - {label for _, label in support}
         if len(classes) < 2 or empty:
-            which = f'; {classes[min(empty)]} holds none' if empty else f', and holds {len(classes)} folders'
-            raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes{which}')
+            which = f'{classes[min(empty)]} has no image' if empty else f'there {"is" if classes else "are"} {len(classes)}'
+            raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes; {which}')
         queries = [(path, None) for path in images(query_dir)] + [
             (path, classes.index(name) if name in classes else None)
             for name in sorted(_subfolders(query_dir)) for path in images(os.path.join(query_dir, name))]
         if not queries:
-            raise UserError(f'--query_dir={query_dir} holds no images, nor do folders in it')
+            raise UserError(f'--query_dir={query_dir} holds no images, nor do the folders in it (further below is not looked)')
         one_hot = np.eye(len(classes) + 1, len(classes), dtype=np.float32)  # its last row is 0
         support_y, query_y = (one_hot[[len(classes) if label is None else label for _, label in rows]][None]
                               for rows in (support, queries))
@@ -350,6 +352,11 @@ class ImageSource:
         if self.folder:
             candidates.append(os.path.join(DATA_FOLDER, self.folder, MANIFEST))
         found = next(filter(os.path.exists, candidates), None)
+        if found and self.shares_asked:
+            asked = split_classes([name for split in SPLITS for name in read_manifest(found, split)], self.shares, root)
+            if any(sorted(name for where, name in asked if where == split) != read_manifest(found, split) for split in SPLITS):
+                raise UserError(f'{found} splits the classes otherwise than --split={"/".join(map(str, self.shares))}; leave out '
+                                '--split, or delete that file to have them split anew')
         if found or not self.shares or any(os.path.isdir(os.path.join(root, split)) for split in SPLITS):
             return found
         write_manifest(os.path.join(root, MANIFEST), split_classes(_subfolders(root), self.shares, root))
@@ -366,7 +373,9 @@ class ImageSource:
         files = [(name, _image_files(os.path.join(root, name), suffixes)) for name in self.class_folders(split, data_path)]
         empty = [name for name, images in files if not images]
         if empty:
-            raise UserError(f'{len(empty)} class folders in {root} hold no image, first {empty[0]}; {self.remedy}')
+            raise UserError(f'the class folder {empty[0]} in {root} holds no image' + (
+                f', nor do {len(empty) - 1} others' if len(empty) > 1 else '') + (
+                '; remove it' if own else f'; {self.remedy}'))
         counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
         fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
@@ -400,13 +409,14 @@ def read_manifest(path, split):
     """
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    if {'split', 'class'} - set(columns):
+        raise UserError(f'the first line of the manifest {path} must be split,class')
     split_of = {}
     for number, row in enumerate(rows, start=2):
-        if {'split', 'class'} - row.keys():
-            raise UserError(f'the first line of the manifest {path} must be split,class')
         if split_of.setdefault(row['class'], number) != number:
             raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {split_of[row["class"]]} and '
                             f'{number}')
@@ -497,7 +507,8 @@ def decode_images(paths, image_shape, resize, mend, message):
     """Decodes image files, grey for one channel, else RGB; some at a time, on all cores.
 
     Args:
-        resize: resize images (upright, by a Lanczos filter, not keeping the aspect) instead of refusing other sizes.
+        resize: resize images (upright, on white where they are transparent, by a Lanczos filter, not keeping the aspect)
+            instead of refusing other sizes.
         mend: what to do about a bad image, for an error.
         message: what the progress bar says.
 
@@ -512,7 +523,7 @@ def decode_images(paths, image_shape, resize, mend, message):
     def decode(path):
         try:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image) if resize else image
+                image = _on_white(ImageOps.exif_transpose(image)) if resize else image
                 size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
         except MemoryError:
             raise
@@ -531,6 +542,14 @@ def decode_images(paths, image_shape, resize, mend, message):
             chunk = list(pool.map(decode, paths[start:start + some]))
             progress.update(len(chunk))
             yield np.stack(chunk)
+
+
+def _on_white(image):
+    """An image as it looks on white paper."""
+    if image.mode not in ('RGBA', 'LA', 'PA', 'RGBa', 'La') and 'transparency' not in image.info:
+        return image
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
 
 
 def _eight_bits(image):

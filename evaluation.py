@@ -42,6 +42,8 @@ def evaluate(run, data):
         values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates))
         seconds = time.perf_counter() - started
         rates.append(run.num_test_tasks / seconds)
+        if not run.replicas.chief:
+            continue
         try:
             os.makedirs(run.directory, exist_ok=True)
             results.write(run.directory, name, values, {**facts, 'query_norm': query_norm, 'seconds': seconds,
@@ -84,6 +86,8 @@ def draw(run, model, tasks, values, name, iterations):
     for figure, path in zip(drawn.values(), paths):
         pictures.save(figure, path)
     with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
+        summaries.write_flags(run.flags)
+        summaries.write_scores(run.split, run.score, values.mean(axis=0), iterations or 0)
         summaries.write_figures(run.split, drawn, iterations or 0)
     return paths
 
@@ -97,7 +101,7 @@ def restore(run):
     Raises:
         UserError: as for `evaluate`.
     """
-    model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs))
+    model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
         return model, run.load_from, record.get('iteration')
@@ -113,13 +117,17 @@ def restore(run):
 
 
 def evaluate_tasks(model, tasks, count, num_updates):
-    """Metrics of tasks 0 to count - 1, computed in batches that fit the memory; their size changes no figure."""
+    """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure."""
+    replicas = model.replicas
     numbers_per_task = (sum(array.size for array in tasks.draw(0, 1))
                         + sum(math.prod(variable.shape) for variable in model.weights.values()))
     largest = min(max(2 ** 24 // numbers_per_task, 1), model.config.task_chunk or count)  # 64 MiB of float32
-    size = math.ceil(count / math.ceil(count / largest))
-    parts = [model.evaluate(tasks.draw(start, min(size, count - start)), num_updates) for start in range(0, count, size)]
-    return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1) for part in zip(*parts)))
+    each = math.ceil(count / replicas.count)
+    size = math.ceil(each / math.ceil(each / largest))
+    parts = [model.evaluate(replicas.each(lambda replica: tasks.draw(start + replica * size, size)), num_updates)
+             for start in range(0, count, size * replicas.count)]
+    # All batches are alike, as compilation wants it; the last may go beyond what was asked for.
+    return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1)[..., :count] for part in zip(*parts)))
 
 
 def task_scores(metrics):

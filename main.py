@@ -43,6 +43,7 @@ from typing import Optional
 
 from absl import flags
 
+import distribution
 from data_generator import SOURCES, TaskConfig, UserError, first_line
 
 # TensorFlow takes seconds to import, so the modules that need it are imported by main() once the flags are checked.
@@ -107,6 +108,9 @@ flags.DEFINE_enum('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one tas
                   "cores; 'wide': all tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks")
 define_number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of '
               '--meta_batch_size; 0: all', at_least=0)
+flags.DEFINE_enum('strategy', 'auto', distribution.STRATEGIES, "between which devices a meta-batch's tasks are divided: 'one' "
+                  "device; 'mirrored': all GPUs of this machine; 'multiworker': the machines of TF_CONFIG; auto: multiworker "
+                  'where TF_CONFIG is set, mirrored where there are several GPUs, else one')
 group('Computing: these change the numbers by rounding only')
 flags.DEFINE_bool('log', True, 'write summaries for TensorBoard')
 flags.DEFINE_string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
@@ -152,6 +156,7 @@ class Run:
     source: object              # the entry of SOURCES
     tasks: TaskConfig
     model: object               # maml.ModelConfig
+    replicas: object            # distribution.Replicas
     query_norms: tuple          # with which to evaluate, of 'batch', 'support'
     num_outputs: int            # of the network as it was trained
     directory: str              # the experiment directory
@@ -235,6 +240,7 @@ def check_flags(values):
         refuse(values.predict and not values[name].value, f'--predict needs --{name}, a folder of images')
         refuse(not values.predict and values[name].value, f'--{name} is for --predict')
     refuse(values.predict and not images, f'--predict classifies images, and --datasource={values.datasource} has none')
+    refuse(values.predict and values.strategy not in ('auto', 'one'), '--predict runs on one device: leave out --strategy')
     refuse(values.predict and values.query_norm == 'both', '--predict needs one --query_norm: batch or support')
     refuse(own and not values.data_path and not values.predict,
            f'--datasource={values.datasource} needs --data_path, the folder of your images')
@@ -251,7 +257,8 @@ def check_flags(values):
     for name in ('meta_lr', 'update_lr', 'train_update_lr'):
         refuse(not math.isfinite(getattr(values, name)), f'--{name} must be a finite number')
     refuse(values.train_update_batch_size == 0, '--train_update_batch_size must be at least 1')
-    refuse(values.train_num_classes not in (-1, values.num_classes) and (train or not images),
+    refuse(values.train_num_classes in (0, 1), '--train_num_classes must be at least 2')
+    refuse(values.train_num_classes != -1 and (train or not images),
            '--train_num_classes is for the evaluation of a classifier: add --train=False')
     refuse(-1 < values.train_num_classes < values.num_classes,
            f'--num_classes={values.num_classes}: a network trained with --train_num_classes={values.train_num_classes} has no '
@@ -275,7 +282,7 @@ def data_from_flags(values):
     if source.image_shape and source.folder is None:
         source = dataclasses.replace(
             source, image_shape=(values.image_size, values.image_size, int(values.image_channels)),
-            rotations=values.rotations, shares=tuple(map(int, values.split.split('/'))))
+            rotations=values.rotations, shares=tuple(map(int, values.split.split('/'))), shares_asked=values['split'].present)
     train = mode(values) == 'train'
     asked = -1 if train else values.test_query
     return source, TaskConfig(
@@ -287,8 +294,8 @@ def data_from_flags(values):
         data_path=values.data_path)
 
 
-def config_from_flags(values, source, tasks):
-    """Turns flags into a Run on the data that `data_from_flags` made of them."""
+def config_from_flags(values, source, tasks, replicas=None):
+    """Turns flags into a Run on the data that `data_from_flags` made of them; replicas: see `distribution.Replicas`."""
     from checkpoints import BEST
     from maml import ModelConfig
 
@@ -318,7 +325,7 @@ def config_from_flags(values, source, tasks):
         task_chunk=values.task_chunk or None)
     name = experiment_name(values, pretrain_only=pretrain_iterations > 0 and metatrain_iterations == 0)
     return Run(
-        datasource=values.datasource, source=source, tasks=tasks, model=model,
+        datasource=values.datasource, source=source, tasks=tasks, model=model, replicas=replicas or distribution.Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
         num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
         directory=os.path.join(os.path.expanduser(values.logdir), name),
@@ -388,24 +395,33 @@ def quiet():
             os.close(console)
 
 
-def import_tensorflow():
+def import_tensorflow(strategy='one', cluster=distribution.Cluster(1, 0)):
     """Imports TensorFlow set up for one task per core: kernels single-threaded, as many at a time as there are cores.
 
     Its notices (on processor features, on GPUs that are not there, on XLA) are silenced. They come while it is imported,
     while it looks for devices and when XLA first compiles, and before its log levels are obeyed, so all that is done here.
     With TF_CPP_MIN_LOG_LEVEL set in the environment, nothing is silenced but what that asks for.
+
+    Args:
+        strategy, cluster: as for `distribution.make_strategy`, which must come before the first computation.
+
+    Returns:
+        distribution.Replicas.
     """
     silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # That a worker is gone is an error to TensorFlow, in many words; we say it in ours.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3' if cluster.workers > 1 else '2')
     with quiet() if silent else contextlib.nullcontext():
         import tensorflow as tf
         if silent:
             tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is what they are for.
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+        replicas = distribution.Replicas(distribution.make_strategy(strategy, cluster), cluster)
         tf.function(tf.identity, jit_compile=True)(0.0)
     if silent:
         del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read, and to processes that this one starts it was not said.
+    return replicas
 
 
 def help_text():
@@ -420,6 +436,14 @@ def help_text():
     return '\n'.join(lines)
 
 
+def in_our_words(message):
+    """What absl says of a flag's value, without what Python said to absl."""
+    for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'), ('invalid literal.*', 'it must be a whole number'),
+                         ('could not convert.*', 'it must be a number')):
+        message = re.sub(theirs, ours, message)
+    return message
+
+
 def run_from_command_line(argv):
     """The Run that a command line asks for and its data; None where that is help or a comparison.
 
@@ -430,18 +454,23 @@ def run_from_command_line(argv):
     """
     try:
         rest = FLAGS(argv)[1:]
-    except flags.IllegalFlagValueError as error:  # of a Boolean shows the inside of absl
-        raise UserError(re.sub(r"\('Non-boolean argument.*", 'it must be True or False', str(error))) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(in_our_words(str(error))) from error
     if FLAGS.help:
         print(help_text())
         return None
     if FLAGS.compare is not None:
+        others = [name for name in FLAG_NAMES if FLAGS[name].present and name not in ('compare', 'plot')]
+        if others:
+            raise UserError(f'--{others[0]} means nothing to --compare, which takes folders and --plot')
         import results
         print(results.compare([FLAGS.compare, *rest], FLAGS.plot))
         return None
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
     check_flags(FLAGS)
+    strategy = 'one' if mode(FLAGS) == 'predict' else FLAGS.strategy
+    cluster = distribution.cluster_from_environment(strategy)
     # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
     source, tasks = data_from_flags(FLAGS)
     if mode(FLAGS) == 'predict':
@@ -449,15 +478,24 @@ def run_from_command_line(argv):
     else:
         splits = ['train', 'val'] if mode(FLAGS) == 'train' else ['test' if FLAGS.test_set else 'val']
         data = {split: source.tasks(tasks, split) for split in splits}
-    import_tensorflow()
-    return config_from_flags(FLAGS, source, tasks), data
+    if cluster.workers > 1 and cluster.worker == 0:
+        print(f'Waiting for the other workers of TF_CONFIG, {cluster.workers} in all', flush=True)
+    replicas = import_tensorflow(strategy, cluster)
+    if mode(FLAGS) == 'train':
+        distribution.check_tasks(FLAGS.meta_batch_size, replicas.count)
+        chunk_of = FLAGS.meta_batch_size // replicas.count
+        if FLAGS.task_chunk and chunk_of % FLAGS.task_chunk:
+            raise UserError(f'--task_chunk={FLAGS.task_chunk} must divide the {chunk_of} tasks of each replica')
+    return config_from_flags(FLAGS, source, tasks, replicas), data
 
 
 def main(argv):
     asked = run_from_command_line(argv)
     if asked:
         run, data = asked
-        from tensorflow.errors import ResourceExhaustedError
+        from tensorflow.errors import AbortedError, ResourceExhaustedError, UnavailableError
+        if not run.replicas.chief:
+            sys.stdout = open(os.devnull, 'w')  # What there is to say, the chief says.
         try:
             if run.mode == 'train':
                 from training import train
@@ -470,6 +508,9 @@ def main(argv):
                 predict(run, data)
         except ResourceExhaustedError as error:
             raise MemoryError(first_line(error)) from error
+        except (AbortedError, UnavailableError) as error:  # what the others get when a worker is gone
+            raise UserError('another worker has stopped, see what it printed; start all workers again to go on from the newest '
+                            'checkpoint') from error
 
 
 def stop(number, frame):

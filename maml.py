@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional, Tuple
 
 import tensorflow as tf
 
+from distribution import Replicas
 from utils import accuracy, conv_block, dense_block, mse, xent
 
 CONV_LAYERS = (1, 2, 3, 4)
@@ -262,8 +263,14 @@ class MAML:
         steps_per_call: how many steps to ask of one `train_steps`: many where the call would take longer than the step.
     """
 
-    def __init__(self, config, seed=0):
-        """Initial weights are a function of config and seed. The attribute `config` has `engine` resolved."""
+    def __init__(self, config, seed=0, replicas=None):
+        """Initial weights are a function of config and seed. The attribute `config` has `engine` resolved.
+
+        Args:
+            replicas: distribution.Replicas that divide meta-batches between them; None: one. With several, a meta-batch is
+                what `Replicas.each` makes of TaskBatches, but for `predict`, which knows one.
+        """
+        self.replicas = replicas or Replicas()
         self.config = config = dataclasses.replace(config, engine=_engine(config))
         self.weights = {name: tf.Variable(value) for name, value in initial_weights(config, seed).items()}
         self.norm_params = {name: tf.Variable(value) for name, value in initial_norm_params(config).items()}
@@ -273,11 +280,16 @@ class MAML:
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
         xla = config.engine == 'wide' and (config.image_shape is None or _has_gpu())
-        compiled = functools.partial(tf.function, jit_compile=xla, autograph=False)
+        # XLA compiles what one replica computes; with a single one, that is all.
+        alone = self.replicas.count == 1
+        compiled = functools.partial(tf.function, jit_compile=xla and alone, autograph=False)
+        on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
+        self._sums, self._adapt = (self._sums, self._adapt) if alone else (on_replica(self._sums), on_replica(self._adapt))
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
-        self._compiled_adapt = compiled(self._adapt)
-        self._compiled_answer = compiled(self._answer)
+        self._compiled_measure = compiled(self._measure)
+        self._compiled_adapt = on_replica(self._adapt)
+        self._compiled_answer = on_replica(self._answer)
 
     def state(self):
         """{name: tf.Variable}: everything that a training run needs to go on."""
@@ -291,7 +303,7 @@ class MAML:
         Of N outputs the first n make a network for n-way tasks: tasks number their classes in random order, so that all outputs
         have learnt the same.
         """
-        other = MAML(dataclasses.replace(self.config, **changes))
+        other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
         for ours, variables in (self.weights, other.weights), (self.norm_params, other.norm_params):
             for name, variable in variables.items():
                 variable.assign(ours[name][..., :variable.shape[-1]])
@@ -304,11 +316,9 @@ class MAML:
             Outputs: pre [tasks, N*K, dim_output], post [num_updates, tasks, N*Q, dim_output].
         """
         batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
-        tasks = len(batch.support_x)
-        fast_weights = {name: tf.repeat(weights[None], tasks, axis=0) for name, weights in self.weights.items()}
-        updates = []
+        fast_weights, norm_params, updates = _for_each_task(_values(self.weights), batch), _values(self.norm_params), []
         for _ in range(num_updates):
-            outputs, fast_weights = self._compiled_adapt(batch, fast_weights)
+            outputs, fast_weights = self._compiled_adapt(batch, fast_weights, norm_params)
             updates.append(outputs)
         return Outputs(updates[0].pre, tf.stack([outputs.post for outputs in updates]))
 
@@ -318,7 +328,14 @@ class MAML:
 
     def evaluate(self, batch, num_updates):
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
-        return metrics_of(self.config, self.predict(batch, num_updates), batch)
+        weights = _values(self.weights)
+        fast_weights = self.replicas.run(lambda batch: _for_each_task(weights, batch), batch)
+        updates = []
+        for _ in range(num_updates):
+            metrics, fast_weights = self._compiled_measure(batch, fast_weights)
+            updates.append(metrics)
+        (pre_loss, *pre_accuracy), post = updates[0][::2], tf.stack(updates, axis=1)[1::2]
+        return Metrics(pre_loss, post[0], *pre_accuracy, *post[1:])
 
     def meta_gradients(self, batch):
         """The exact gradient of the query loss after the last inner update, averaged over tasks, before clipping.
@@ -332,19 +349,21 @@ class MAML:
         """The gradient of the support loss before adaptation, averaged over tasks. Returns as above."""
         return self._compiled_gradients('pretrain', batch)[0]
 
-    def train_steps(self, phase, batches):
+    def train_steps(self, phase, batches, stopping=False):
         """Updates the shared weights with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
             phase: 'metatrain': outer updates (algorithm 1 of the paper), by the gradient of the query loss after the last
                 inner update. 'pretrain': joint training, by that of the support loss before adaptation.
+            stopping: whether this process is about to stop.
 
         Returns:
             {'pre_loss', 'post_loss'} and in classification {'pre_accuracy', 'post_accuracy'}, each [steps]: support rows
             before adaptation and query rows after the last inner update, averaged over tasks, as they were before the step.
             {'finite'}, bool [steps]: whether losses and gradients were numbers; a step where they were not changes nothing.
+            {'stopping'}, bool [steps]: whether any process said that it is about to.
         """
-        return self._compiled_steps(phase, batches)
+        return self._compiled_steps(phase, batches, tf.cast(stopping, tf.float32))
 
     def metatrain_step(self, batch):
         """One outer update with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
@@ -354,9 +373,8 @@ class MAML:
         """One update of joint training with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
         return _first(self.train_steps('pretrain', _one_step(batch)))
 
-    def _adapt(self, batch, fast_weights):
+    def _adapt(self, batch, fast_weights, norm_params):
         """One inner update of each task from weights of its own: Outputs, and the weights after it, all [tasks, ...]."""
-        norm_params = _values(self.norm_params)
         return self._map_tasks(
             lambda task_and_weights: learn_task(self.config, *task_and_weights, norm_params, num_updates=1),
             (batch, fast_weights), (Outputs(tf.float32, tf.float32), dict.fromkeys(fast_weights, tf.float32)))
@@ -365,10 +383,37 @@ class MAML:
         weights, norm_params = _values(self.weights), _values(self.norm_params)
         return self._map_tasks(lambda task: answer(self.config, task, weights, norm_params), batch, tf.float32)
 
-    def _gradients(self, phase, batch):
-        """Gradients of the phase's objective averaged over tasks, {name: tensor}, and the means of the metrics."""
+    def _measure(self, batch, fast_weights):
+        """`_adapt` on all replicas: Metrics as a tensor [fields, tasks of all replicas], and the weights, on each its own."""
+        norm_params = _values(self.norm_params)
+
+        def replica(batch, fast_weights):
+            outputs, fast_weights = self._adapt(batch, fast_weights, norm_params)
+            metrics = metrics_of(self.config, outputs, batch)
+            return tf.stack([values for values in metrics if values is not None]), fast_weights
+
+        metrics, fast_weights = self.replicas.run(replica, batch, fast_weights)
+        return self.replicas.gather(metrics, axis=1), fast_weights
+
+    def _gradients(self, phase, batches, step=None, stopping=0.):
+        """Gradients of the phase's objective averaged over tasks, the means of the metrics, and the sum of `stopping`.
+
+        Args:
+            batches: on each replica its part of a meta-batch [tasks, rows, dim]; with `step`, of that one of
+                [steps, tasks, rows, dim].
+        """
         weights, norm_params = _values(self.weights), _values(self.norm_params)
 
+        def shares(batches):
+            batch = batches if step is None else tf.nest.map_structure(lambda array: array[step], batches)
+            tasks = batch.support_x.shape[0] * self.replicas.count
+            sums = self._sums(phase, batch, weights, norm_params)
+            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.convert_to_tensor(stopping)
+
+        return self.replicas.total(shares, batches)
+
+    def _sums(self, phase, batch, weights, norm_params):
+        """Gradients and metrics as named by `_scores`, summed over the tasks of a batch."""
         def task_gradients(task):
             with tf.GradientTape() as tape:
                 tape.watch((weights, norm_params))
@@ -389,32 +434,31 @@ class MAML:
         tasks = batch.support_x.shape[0]
         chunk = self.config.task_chunk or tasks
         if chunk == tasks:
-            totals = sums(batch)
-        else:
-            chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-            zeros = ({name: tf.zeros_like(value) for name, value in {**weights, **norm_params}.items()},
-                     dict.fromkeys(self._scores(), 0.))
-            totals = tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
-                              parallel_iterations=1)
-        return tf.nest.map_structure(lambda total: total / tasks, totals)
+            return sums(batch)
+        chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
+        zeros = ({name: tf.zeros_like(value) for name, value in {**weights, **norm_params}.items()},
+                 dict.fromkeys(self._scores(), 0.))
+        return tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
+                        parallel_iterations=1)
 
     def _scores(self):
         """The names under which training reports the fields of Metrics, in their order."""
         return ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
 
-    def _steps(self, phase, batches):
-        def step(batch):
-            gradients, means = self._gradients(phase, batch)
+    def _steps(self, phase, batches, stopping):
+        def step(index):
+            gradients, means, stopped = self._gradients(phase, batches, index, stopping)
             # Before clipping, which makes a number of infinity; and of squares, which Adam keeps.
             finite = _all_finite((tf.nest.map_structure(tf.square, gradients), means))
             if phase == 'metatrain' and self.config.clip is not None:
                 gradients = {name: tf.clip_by_value(gradient, -self.config.clip, self.config.clip)
                              for name, gradient in gradients.items()}
             tf.cond(finite, lambda: self._adams[phase].apply(gradients), lambda: None)
-            return {**means, 'finite': finite}
+            return {**means, 'finite': finite, 'stopping': stopped > 0}
 
-        signature = {**dict.fromkeys(self._scores(), tf.float32), 'finite': tf.bool}
-        return tf.map_fn(step, batches, fn_output_signature=signature, parallel_iterations=1)
+        signature = {**dict.fromkeys(self._scores(), tf.float32), 'finite': tf.bool, 'stopping': tf.bool}
+        steps = self.replicas.local(batches.support_x).shape[0]
+        return tf.map_fn(step, tf.range(steps), fn_output_signature=signature, parallel_iterations=1)
 
     def _map_tasks(self, function, batch, signature):
         """Applies a function of one task to every task of a meta-batch and stacks what it returns."""
@@ -441,6 +485,11 @@ def _all_finite(tensors):
 
 def _values(variables):
     return {name: variable.read_value() for name, variable in variables.items()}
+
+
+def _for_each_task(weights, batch):
+    """The shared weights repeated for each task of a batch: {name: [tasks, ...]}."""
+    return {name: tf.repeat(values[None], batch.support_x.shape[0], axis=0) for name, values in weights.items()}
 
 
 def _one_step(batch):

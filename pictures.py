@@ -1,5 +1,7 @@
 """Pictures of what adaptation does: errors against updates, fitted sinusoids, and the images of a task with their labels."""
 import os
+import re
+import warnings
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,6 +10,8 @@ from matplotlib.figure import Figure
 from data_generator import TaskBatch, UserError
 from results import UNITS, statistics
 
+# Class names may be in any script; what the font lacks is drawn as boxes.
+warnings.filterwarnings('ignore', 'Glyph .* missing from')
 DPI = 110
 # Told apart by dashes and marks as well, for prints in grey.
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
@@ -108,7 +112,7 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     Returns:
         A matplotlib Figure.
     """
-    batch, names = tasks.draw(0, 1), [os.path.basename(name) for name in tasks.class_names(0)]
+    batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
     after = np.argmax(model.predict(batch, num_updates).post[-1][0], axis=-1)
     before = np.argmax(model.predict_unadapted(batch)[0], axis=-1)
     labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
@@ -116,7 +120,7 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
 
     figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.4), 1.5 * len(names) + 0.7), layout='constrained')
-    figure.suptitle(f'left: support; right: query, and the class each is taken for\nbefore → after adaptation '
+    figure.suptitle(f'left: support images; right: query images,\nand the class predicted before → after adaptation '
                     f'({num_updates} update{"s" if num_updates > 1 else ""})', fontsize='small')
     panels = figure.subplots(len(names), shots + queries, squeeze=False)
     for label, name in enumerate(names):
@@ -134,11 +138,12 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     return figure
 
 
-def prediction_sheet(task, source, labels, probabilities, columns=6, shown_support=6, shown_query=36):
+def prediction_sheet(task, query_dir, source, labels, probabilities, columns=6, shown_support=6, shown_query=36):
     """The images that a model was adapted to, a row for each class, and those that it classified, with its answers.
 
     Args:
         task: a data_generator.OwnTask.
+        query_dir: what the names of query images are shown relative to.
         source: an entry of data_generator.SOURCES.
         labels: of the query images, None where not known.
         probabilities: [query images, classes].
@@ -152,14 +157,14 @@ def prediction_sheet(task, source, labels, probabilities, columns=6, shown_suppo
     marks = ['' if label is None else ' ✓' if label == answer else ' ✗' for label, answer in zip(labels, predicted)]
     support = [(image, _clipped(classes[label]), '') for label in range(len(classes))
                for image in batch.support_x[0][support_labels == label][:shown_support]]
-    query = [(image, f'{_clipped(classes[answer])}\n{row[answer]:.0%}{mark}', _clipped(os.path.basename(path)))
+    query = [(image, f'{_clipped(classes[answer])}\n{row[answer]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
              for image, answer, row, mark, path
              in zip(batch.query_x[0], predicted, probabilities, marks, task.queries)][:shown_query]
     rows = [-(-len(tiles) // columns) for tiles in (support, query)]
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
-    titles = ['support: what the model was adapted to', f'query: what it takes images for, and the probability{more}']
+    titles = ['support: what the model was adapted to', f'query: the class predicted, and its probability{more}']
     for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
         part.suptitle(title, fontsize='medium')
         panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()

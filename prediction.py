@@ -11,13 +11,13 @@ from data_generator import TaskBatch, UserError, write_aside
 from evaluation import TEST_UPDATES, restore
 
 QUERIES_AT_A_TIME = 200  # where they do not depend on each other
-SHOWN = 10
+SHOWN, WIDEST = 10, 60  # answers on the console, characters of a name there
 
 
 def predict(run, task):
     """Adapts a trained model to a task's support images, classifies its query images, and writes what it takes them for.
 
-    <experiment directory>/predict_<folder of the query images>.csv has for each image its path, its predicted class, the
+    predict_<support folder>_<query folder>.csv in the experiment directory has for each image its path, its predicted class, the
     probability of each class, and its class where that is known; the .png of the same name shows them.
 
     Args:
@@ -40,7 +40,10 @@ def predict(run, task):
     labels = [int(np.argmax(row)) if row.any() else None for row in task.batch.query_y[0]]
     predicted = np.argmax(probabilities, axis=-1)
 
-    path = os.path.join(run.directory, f'predict_{os.path.basename(os.path.abspath(run.all_flags["query_dir"]))}')
+    support_dir, query_dir = (run.all_flags[name] for name in ('support_dir', 'query_dir'))
+    names = [os.path.basename(os.path.abspath(folder)) for folder in (support_dir, query_dir)]
+    norm = '_querynormbatch' if model.config.query_norm == 'batch' else ''
+    path = os.path.join(run.directory, f'predict_{names[0]}_{names[1]}{norm}')
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(['image', 'class', 'predicted', *classes])
@@ -51,14 +54,14 @@ def predict(run, task):
         write_aside(path + '.csv', lambda file: file.write(text.getvalue().encode(errors='surrogateescape')))
     except OSError as error:
         raise UserError(f'{path}.csv cannot be written: {error.strerror}') from error
-    pictures.save(pictures.prediction_sheet(task, run.source, labels, probabilities), path + '.png')
+    pictures.save(pictures.prediction_sheet(task, query_dir, run.source, labels, probabilities), path + '.png')
 
     print(f'{prefix}, adapted to {support_rows} images of {len(classes)} classes by {updates} updates\n')
     width = max(map(len, task.queries[:SHOWN]))
     for image, answer, row in list(zip(task.queries, predicted, probabilities))[:SHOWN]:
-        print(f'  {image:{width}}  {classes[answer]} ({row[answer]:.0%})')
+        print(f'  {image:{width}}  {classes[answer][:WIDEST]} ({row[answer]:.0%})')
     if len(labels) > SHOWN:
-        print(f'  and {len(labels) - SHOWN} more')
+        print(f'  and {len(labels) - SHOWN} more, see below')
     known = [label == answer for label, answer in zip(labels, predicted) if label is not None]
     if known:
         print(f'\nOf {len(known)} images whose class their folder tells, {sum(known)} are right ({sum(known) / len(known):.1%}).')

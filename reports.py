@@ -13,10 +13,10 @@ from data_generator import first_line
 class Progress(tqdm):
     """Iterations a second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, start, total):
+    def __init__(self, start, total, shown=True):
         interval = 0.5 if sys.stderr.isatty() else 30
         super().__init__(initial=start, total=total, unit=' iterations', mininterval=interval, maxinterval=interval,
-                         dynamic_ncols=True)
+                         dynamic_ncols=True, disable=not shown)
 
     def display(self, msg=None, pos=None):
         with contextlib.suppress(OSError):  # of a terminal that is gone, or a log on a full disk: training is worth more
@@ -31,6 +31,8 @@ class Progress(tqdm):
 
     def show(self, pre, post, tasks_per_iteration):
         """Shows the latest scores before and after adaptation, and tasks a second, behind the bar."""
+        if self.disable:
+            return
         state = self.format_dict
         rate = state['rate'] or (state['n'] - state['initial']) / max(state['elapsed'], 1e-9)
         self.set_postfix_str(f'{rate * tasks_per_iteration:.0f} tasks/s, {pre:.3g} before, {post:.3g} after adaptation',
@@ -99,18 +101,10 @@ class Summaries:
 
     def write(self, prefix, metrics, iteration):
         """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on."""
-        self._attempt(lambda: self._write(prefix, metrics, iteration))
-
-    def _write(self, prefix, metrics, iteration):
-        scalar = self._tf.summary.scalar
-        with self._writer.as_default(step=iteration):
-            for what, pre, post in (('loss', metrics.pre_loss, metrics.post_losses),
-                                    ('accuracy', metrics.pre_accuracy, metrics.post_accuracies)):
-                if pre is None:
-                    continue
-                scalar(f'{prefix}_Pre-update {what}', np.mean(pre))
-                for update, values in enumerate(np.mean(post, axis=1), start=1):
-                    scalar(f'{prefix}_Post-update {what}, step {update}', values)
+        self.write_scores(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration)
+        if metrics.pre_accuracy is not None:
+            self.write_scores(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)],
+                              iteration)
 
     def write_flags(self, flags):
         """The run's flags, {name: value}, for the HParams page."""
@@ -120,6 +114,16 @@ class Summaries:
         from tensorboard.plugins.hparams import api
         with self._writer.as_default():
             api.hparams({name: str(value) if value is None else value for name, value in flags.items()})
+
+    def write_scores(self, prefix, score, means, iteration):
+        """An evaluation's means, [1 + updates], under tags like those of `write`."""
+        tags = [f'{prefix}_Pre-update {score}'] + [f'{prefix}_Post-update {score}, step {step}' for step in range(1, len(means))]
+        self._attempt(lambda: self._write_scalars(dict(zip(tags, means)), iteration))
+
+    def _write_scalars(self, scalars, iteration):
+        with self._writer.as_default(step=iteration):
+            for tag, value in scalars.items():
+                self._tf.summary.scalar(tag, value)
 
     def write_figures(self, prefix, figures, iteration):
         """Pictures, {what: matplotlib Figure}, as `<prefix>_<what>`."""

@@ -64,7 +64,8 @@ def table(evaluations, score):
     columns = [[f'{mean * factor:8.{digits}f} ± {half * factor:.{digits}f}' for mean, _, half in zip(*statistics(values))]
                for values in evaluations.values()]
     columns.append(['support rows, before adaptation'] + [''] * (len(columns[0]) - 1))
-    lines += [f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip() for updates, cells in enumerate(zip(*columns))]
+    for updates, cells in enumerate(zip(*columns)):
+        lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
         if diverged:
@@ -112,7 +113,8 @@ def _read(path):
             UNITS[entry['score']], entry['tasks']['split'], entry['tasks']['datasource']  # are there
         return results
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}); remove it and evaluate again') from error
+        raise UserError(f'{path} cannot be read, or no evaluation wrote it ({type(error).__name__}); remove it and evaluate '
+                        'again') from error
 
 
 def compare(folders, plot=False):
@@ -144,11 +146,14 @@ def compare(folders, plot=False):
             raise UserError(missing)
         print(f'main.py: {missing}', file=sys.stderr)
     comparable = [group for group in groups.values() if len(group) > 1]
+    single = '; '.join(f'{label} on {_describe(entry["tasks"])}'
+                       for group in groups.values() if len(group) == 1 for label, entry in group.items())
     if not comparable:
-        found = '; '.join(f'{label} on {_describe(entry["tasks"])}'
-                          for group in groups.values() for label, entry in group.items())
-        raise UserError(f'no two evaluations were made on the same tasks: {found}')
+        raise UserError(f'there is only one evaluation, {single}; evaluate another run on the same tasks' if len(groups) == 1
+                        else f'no two evaluations were made on the same tasks: {single}')
     text = [_side_by_side(group) for group in comparable]
+    if single:
+        text.append(f'Left out, for nothing else was evaluated on the same tasks: {single}')
     for number, group in enumerate(comparable if plot else (), start=1):
         import pictures
         path = os.path.join(folders[0], f'comparison{number if len(comparable) > 1 else ""}.png')

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
@@ -47,20 +48,24 @@ def train(run, data):
         UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
         SystemExit: with 128 + the signal's number, after an interruption.
     """
-    with checkpoints.exclusive(run.directory):
-        model = MAML(run.model, run.tasks.seed)
+    replicas = run.replicas
+    with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
+        model = MAML(run.model, run.tasks.seed, replicas)
         fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
         position = start(run, model, fingerprints)
+        replicas.check_agreement(
+            [position.iteration, run.iterations, zlib.crc32(repr((run.flags, fingerprints)).encode())],
+            'the workers do not start alike; they need the same flags, images and --logdir (a folder that all of them share)')
         if position.iteration >= run.iterations:
             print(f'Nothing to do: {position.iteration} of {run.iterations} iterations are trained. '
                   'To evaluate, add --train=False.')
             return
-        moved = checkpoints.move_aside(run.directory, position.iteration)
+        moved = checkpoints.move_aside(run.directory, position.iteration) if replicas.chief else None
         if moved:
             print(f'Later checkpoints were moved to {moved}')
         print(summary(run, data, model))
-        with Interruption() as interruption, Progress(position.iteration, run.iterations) as progress, \
-                Summaries(run.directory, run.log, position.iteration, progress.say) as summaries:
+        with Interruption() as interruption, Progress(position.iteration, run.iterations, replicas.chief) as progress, \
+                Summaries(run.directory, run.log and replicas.chief, position.iteration, progress.say) as summaries:
             if position.iteration == 0:
                 summaries.write_flags(run.flags)
             saver = Saver(run, model, fingerprints, position.iteration, progress.say)
@@ -108,11 +113,14 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)
     for first, batches in meta_batches(data['train'], run, position.iteration, steps_per_call):
         if run.log and due(first, SUMMARY_INTERVAL):
-            first_batch = TaskBatch(*(array[0] for array in batches))
+            first_batch = run.replicas.each(lambda replica: draw(data['train'], run, first, replica))
             summaries.write('metatrain', model.evaluate(first_batch, run.model.num_updates), first)
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
-        means = {name: values.numpy() for name, values in model.train_steps(phase, batches).items()}
+        means = model.train_steps(phase, batches, interruption.signal is not None)
+        means = {name: values.numpy() for name, values in means.items()}
+        if means['stopping'].any():
+            interruption.agree()
         check_finite(run, means, first)
         iteration = position.iteration = first + len(means['finite'])
         position.skipped += int(np.sum(~means['finite']))
@@ -140,11 +148,12 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
             progress.say(f'Validation results: {pre:.6g}, {post:.6g}')
         if saving:
             best = better(run, best, {'iteration': iteration, 'score': float(post)})
-        if saver.wanted(saving) or interruption.signal:
+        stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
+        if saver.wanted(saving) or stopping:
             summaries.flush()  # so that what a checkpoint has seen is in the summaries, whatever comes after
             if saver.save(dataclasses.replace(position, best=best)):
                 position.best = best
-        if interruption.signal:
+        if stopping:
             return
     while saver.iteration < position.iteration and not interruption.signal:
         time.sleep(1)
@@ -169,9 +178,9 @@ def check_finite(run, means, first):
         return
     step = int(np.argmin(means['finite']))
     pre, post = means['pre_loss'][step], means['post_loss'][step]
-    what = 'the gradient is not' if math.isfinite(pre + post) else 'these are not all'
+    what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
     raise diverged(run, f'in iteration {first + step + 1} the loss is {pre:.6g} before and {post:.6g} after the inner '
-                   f'updates, and {what} numbers')
+                   f'updates, and {what} not finite')
 
 
 def diverged(run, what):
@@ -215,18 +224,25 @@ def meta_batches(tasks, run, start, steps_per_call):
             yield first, end - first
             first = end
 
-    def draw(block):
-        first, steps = block
-        batch = tasks.draw(first * run.meta_batch_size, steps * run.meta_batch_size)
-        return first, TaskBatch(*(array.reshape(steps, run.meta_batch_size, *array.shape[1:]) for array in batch))
+    def draw_block(first, steps):
+        def of(replica):
+            batches = [draw(tasks, run, iteration, replica) for iteration in range(first, first + steps)]
+            return TaskBatch(*map(np.stack, zip(*batches)))
+        return first, run.replicas.each(of)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = collections.deque()
         for block in blocks():
-            ahead.append(pool.submit(draw, block))
+            ahead.append(pool.submit(draw_block, *block))
             if len(ahead) == 2:
                 yield ahead.popleft().result()
         yield ahead.popleft().result()
+
+
+def draw(tasks, run, iteration, replica):
+    """A replica's tasks of an iteration's meta-batch, as a TaskBatch."""
+    share = run.meta_batch_size // run.replicas.count
+    return tasks.draw(iteration * run.meta_batch_size + replica * share, share)
 
 
 class Saver:
@@ -262,6 +278,9 @@ class Saver:
             raise diverged(run, f'after iteration {position.iteration} {broken[0]} holds what is not a number')
         if position.iteration == self.iteration:
             return True
+        if not run.replicas.chief:
+            self.iteration = position.iteration
+            return True
         prefix = checkpoints.path(run.directory, position.iteration)
         record = {**dataclasses.asdict(position), 'flags': run.flags, 'regime': run.regime,
                   'pretrain_iterations': run.pretrain_iterations, 'data': self._data}
@@ -286,7 +305,11 @@ class Interruption:
     """
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.agreed = None, False
+
+    def agree(self):
+        """Notes down that some worker was interrupted; all of them are told after the same iteration."""
+        self.agreed, self.signal = True, self.signal or signal.SIGTERM
 
     def __enter__(self):
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

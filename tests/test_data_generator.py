@@ -235,7 +235,7 @@ def test_missing_and_empty_classes(own_omniglot):
     folder = own_omniglot / 'alphabet' / 'train03'
     for path in folder.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match='hold no image, first alphabet/train03'):
+    with pytest.raises(UserError, match='the class folder alphabet/train03 in .* holds no image'):
         decoded(own_omniglot)
     folder.rmdir()
     with pytest.raises(UserError, match='1 of the 5 class folders of the train split are missing in .*, first alphabet/train03'):
@@ -257,7 +257,7 @@ def test_an_image_of_another_size(own_omniglot):
 
 
 @pytest.mark.parametrize('content, message', [
-    (b'', 'the train split in the manifest .*splits.csv has no classes'),
+    (b'', 'the first line of the manifest .* must be split,class'),
     (b'split,class\n', 'the train split in .* has no classes'),
     (b'a,b\n1,2\n', 'the first line of the manifest .*splits.csv must be split,class'),
     (b'split,class\ntrain,a\ntrain\n', 'line 3 of the manifest'),
@@ -368,3 +368,31 @@ def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):
         (tmp_path / '.prepared.json').write_bytes(content)
         with pytest.raises(UserError, match='was interrupted or found something missing; run it again: python data/cifarfs'):
             SOURCES['cifarfs'].class_folders('train', str(tmp_path))
+
+
+def test_transparent_images_are_on_white(tmp_path):
+    """Black ink on nothing, as drawing programs export it, in each way in which a file can say so."""
+    ink = Image.new('L', (8, 8), 0)
+    ink.paste(255, (2, 2, 6, 6))
+    drawing = Image.new('RGBA', (8, 8), (0, 0, 0, 0))
+    drawing.putalpha(ink)
+    palette = Image.fromarray((np.asarray(ink) // 255).astype(np.uint8), 'P')
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    drawing.save(tmp_path / 'rgba.png')
+    drawing.convert('LA').save(tmp_path / 'la.png')
+    palette.save(tmp_path / 'palette.png', transparency=0)
+    paths = [str(tmp_path / name) for name in ('rgba.png', 'la.png', 'palette.png')]
+    for image in next(data_generator.decode_images(paths, (8, 8, 1), True, '', '')):
+        np.testing.assert_array_equal(image[..., 0], 255 - np.asarray(ink))
+
+
+def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
+    """--split again is the same; another one is refused while splits.csv says otherwise."""
+    for number in range(10):
+        (tmp_path / f'class{number}').mkdir()
+    source = dataclasses.replace(SOURCES['folder'], shares=(60, 20, 20), shares_asked=True)
+    first = source.class_folders('val', str(tmp_path))
+    assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
+    with pytest.raises(UserError, match='splits.csv splits the classes otherwise than --split=40/30/30'):
+        dataclasses.replace(source, shares=(40, 30, 30)).class_folders('val', str(tmp_path))
+    assert dataclasses.replace(source, shares=(40, 30, 30), shares_asked=False).class_folders('val', str(tmp_path)) == first

@@ -99,15 +99,15 @@ def test_refusals(trained, folders, tmp_path):
 
     assert '--support_dir=/nowhere is not a folder' in error(support='/nowhere')
     assert '--query_dir=/nowhere is not a folder' in error(query='/nowhere')
-    assert 'holds no images' in error(query=tmp_path)  # those below are deeper
-    assert 'holds 0 folders' in error(support=support / 'cat')
+    assert 'further below is not looked' in error(query=tmp_path)  # those below are deeper
+    assert 'there are 0' in error(support=support / 'cat')
     assert '--predict needs one --query_norm' in error('--query_norm=both')
     assert '--predict needs --query_dir' in error_of(*trained, '--predict', f'--support_dir={support}')
     assert 'sinusoid has none' in error_of('--predict', f'--support_dir={support}', f'--query_dir={query}')
     assert 'there is no checkpoint' in error('--test_iter=7')
     for name in 'abc':
         (support / name).mkdir()
-    assert 'a holds none' in error()
+    assert 'a has no image' in error()
     for name in 'abc':
         shutil.copy(support / 'cat' / '1.png', support / name)
     message = error()

@@ -72,7 +72,7 @@ def test_prediction_command(command, small_omniglot, tmp_path):
             shutil.copy(small_omniglot / 'alphabet' / f'test{number:02d}' / image, tmp_path / folder / f'{number}.png')
     shutil.copytree(os.path.join(ROOT, 'logs', 'omniglot5way'), tmp_path / 'logs' / 'omniglot5way')
     process = run_process(*shlex.split(command)[1:], cwd=tmp_path)
-    assert process.returncode == 0 and 'predict_images.csv and .png' in process.stdout, process.stderr
+    assert process.returncode == 0 and 'predict_examples_images.csv and .png' in process.stdout, process.stderr
 
 
 def test_comparison_command(tmp_path):

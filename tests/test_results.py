@@ -76,12 +76,13 @@ def test_comparison(two_runs, tmp_path, capsys):
     # A folder of runs stands for them all.
     both = run_ok('--compare', str(short.parent), str(long.parent), str(tmp_path), '--plot')
     assert f'there is no results.json in {tmp_path}' in capsys.readouterr().err
-    assert 'B - A' in both and os.path.getsize(short.parent / 'comparison.png') > 5000
+    assert 'B - A' in both and 'Left out' not in both and os.path.getsize(short.parent / 'comparison.png') > 5000
 
 
 def test_what_cannot_be_compared(two_runs, tmp_path):
     assert f'there is no results.json in {tmp_path}' in error_of(f'--compare={tmp_path}')
-    assert 'no two evaluations were made on the same tasks' in error_of(f'--compare={two_runs[0]}')
+    assert 'there is only one evaluation' in error_of(f'--compare={two_runs[0]}')
+    assert '--seed means nothing to --compare' in error_of(f'--compare={two_runs[0]}', '--seed=1')
     for content in '', '[]', '{"a": {}}', '{"a": {"tasks": {}, "scores": [[1]], "score": "x", "checkpoint": "y"}}':
         (tmp_path / 'results.json').write_text(content)
         assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
