@@ -478,8 +478,8 @@ def run_from_command_line(argv):
     else:
         splits = ['train', 'val'] if mode(FLAGS) == 'train' else ['test' if FLAGS.test_set else 'val']
         data = {split: source.tasks(tasks, split) for split in splits}
-    if cluster.workers > 1 and cluster.worker == 0:
-        print(f'Waiting for the other workers of TF_CONFIG, {cluster.workers} in all', flush=True)
+    if cluster.workers > 1:
+        print(f'Worker {cluster.worker + 1} of {cluster.workers} waits for the others of TF_CONFIG', flush=True)
     replicas = import_tensorflow(strategy, cluster)
     if mode(FLAGS) == 'train':
         distribution.check_tasks(FLAGS.meta_batch_size, replicas.count)

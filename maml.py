@@ -42,6 +42,7 @@ class ModelConfig:
     # How it is computed; changes no number but by rounding.
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
     task_chunk: Optional[int] = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
+    dtype: str = 'float32'                  # 'float64', for batches of such, where rounding must not decide
 
 
 class Outputs(NamedTuple):
@@ -238,7 +239,7 @@ class Adam:
 
     def apply(self, gradients):
         """One update of every variable by {name: gradient}."""
-        step = tf.cast(self.step.assign_add(1), tf.float32)
+        step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
         rate = self.learning_rate * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
             gradient, mean, square = gradients[name], self.means[name], self.squares[name]
@@ -272,8 +273,9 @@ class MAML:
         """
         self.replicas = replicas or Replicas()
         self.config = config = dataclasses.replace(config, engine=_engine(config))
-        self.weights = {name: tf.Variable(value) for name, value in initial_weights(config, seed).items()}
-        self.norm_params = {name: tf.Variable(value) for name, value in initial_norm_params(config).items()}
+        self.weights, self.norm_params = (
+            {name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
+            for values in (initial_weights(config, seed), initial_norm_params(config)))
         variables = {**self.weights, **self.norm_params}
         self._adams = {phase: Adam(variables, config.meta_lr) for phase in ('metatrain', 'pretrain')}
 
@@ -287,6 +289,7 @@ class MAML:
         self._sums, self._adapt = (self._sums, self._adapt) if alone else (on_replica(self._sums), on_replica(self._adapt))
         self._compiled_gradients = compiled(self._gradients)
         self._compiled_steps = compiled(self._steps)
+        self._compiled_begin = compiled(self._begin)
         self._compiled_measure = compiled(self._measure)
         self._compiled_adapt = on_replica(self._adapt)
         self._compiled_answer = on_replica(self._answer)
@@ -328,9 +331,7 @@ class MAML:
 
     def evaluate(self, batch, num_updates):
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
-        weights = _values(self.weights)
-        fast_weights = self.replicas.run(lambda batch: _for_each_task(weights, batch), batch)
-        updates = []
+        fast_weights, updates = self._compiled_begin(batch), []
         for _ in range(num_updates):
             metrics, fast_weights = self._compiled_measure(batch, fast_weights)
             updates.append(metrics)
@@ -363,7 +364,7 @@ class MAML:
             {'finite'}, bool [steps]: whether losses and gradients were numbers; a step where they were not changes nothing.
             {'stopping'}, bool [steps]: whether any process said that it is about to.
         """
-        return self._compiled_steps(phase, batches, tf.cast(stopping, tf.float32))
+        return self._compiled_steps(phase, batches, tf.cast(stopping, self.config.dtype))
 
     def metatrain_step(self, batch):
         """One outer update with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
@@ -377,11 +378,16 @@ class MAML:
         """One inner update of each task from weights of its own: Outputs, and the weights after it, all [tasks, ...]."""
         return self._map_tasks(
             lambda task_and_weights: learn_task(self.config, *task_and_weights, norm_params, num_updates=1),
-            (batch, fast_weights), (Outputs(tf.float32, tf.float32), dict.fromkeys(fast_weights, tf.float32)))
+            (batch, fast_weights), self._signature(fast_weights))
 
     def _answer(self, batch):
         weights, norm_params = _values(self.weights), _values(self.norm_params)
-        return self._map_tasks(lambda task: answer(self.config, task, weights, norm_params), batch, tf.float32)
+        return self._map_tasks(lambda task: answer(self.config, task, weights, norm_params), batch, self.config.dtype)
+
+    def _begin(self, batch):
+        """The shared weights for each task, on all replicas."""
+        weights = _values(self.weights)
+        return self.replicas.run(lambda batch: _for_each_task(weights, batch), batch)
 
     def _measure(self, batch, fast_weights):
         """`_adapt` on all replicas: Metrics as a tensor [fields, tasks of all replicas], and the weights, on each its own."""
@@ -408,7 +414,7 @@ class MAML:
             batch = batches if step is None else tf.nest.map_structure(lambda array: array[step], batches)
             tasks = batch.support_x.shape[0] * self.replicas.count
             sums = self._sums(phase, batch, weights, norm_params)
-            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.convert_to_tensor(stopping)
+            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.cast(stopping, self.config.dtype)
 
         return self.replicas.total(shares, batches)
 
@@ -425,8 +431,7 @@ class MAML:
             return outputs, tape.gradient(objective, {**weights, **norm_params}, unconnected_gradients='zero')
 
         def sums(batch):
-            signature = Outputs(tf.float32, tf.float32), dict.fromkeys((*weights, *norm_params), tf.float32)
-            outputs, gradients = self._map_tasks(task_gradients, batch, signature)
+            outputs, gradients = self._map_tasks(task_gradients, batch, self._signature((*weights, *norm_params)))
             metrics = metrics_of(self.config, outputs, batch)
             scores = dict(zip(self._scores(), metrics))
             return tf.nest.map_structure(lambda values: tf.reduce_sum(values, axis=0), (gradients, scores))
@@ -437,9 +442,14 @@ class MAML:
             return sums(batch)
         chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
         zeros = ({name: tf.zeros_like(value) for name, value in {**weights, **norm_params}.items()},
-                 dict.fromkeys(self._scores(), 0.))
+                 dict.fromkeys(self._scores(), tf.zeros([], self.config.dtype)))
         return tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
                         parallel_iterations=1)
+
+    def _signature(self, names):
+        """What `_map_tasks` must know of Outputs and a dict of tensors."""
+        dtype = self.config.dtype
+        return Outputs(dtype, dtype), dict.fromkeys(names, dtype)
 
     def _scores(self):
         """The names under which training reports the fields of Metrics, in their order."""
@@ -456,7 +466,7 @@ class MAML:
             tf.cond(finite, lambda: self._adams[phase].apply(gradients), lambda: None)
             return {**means, 'finite': finite, 'stopping': stopped > 0}
 
-        signature = {**dict.fromkeys(self._scores(), tf.float32), 'finite': tf.bool, 'stopping': tf.bool}
+        signature = {**dict.fromkeys(self._scores(), self.config.dtype), 'finite': tf.bool, 'stopping': tf.bool}
         steps = self.replicas.local(batches.support_x).shape[0]
         return tf.map_fn(step, tf.range(steps), fn_output_signature=signature, parallel_iterations=1)
 

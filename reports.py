@@ -40,6 +40,8 @@ class Progress(tqdm):
 
     def say(self, line):
         """Prints a line above the bar, if that is possible."""
+        if self.disable:
+            return
         with contextlib.suppress(OSError):
             if self.fp.isatty():
                 self.write(line)
@@ -64,6 +66,10 @@ def summary(run, data, model):
              *(['  data     ' + '; '.join(images)] if images else []),
              f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in weights.values()):,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}']
+    if run.replicas.count > 1:
+        where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
+        share = run.meta_batch_size // run.replicas.count
+        lines.append(f'  strategy {share} tasks on each of {run.replicas.count} replicas{where}')
     return '\n'.join(lines)
 
 

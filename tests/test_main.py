@@ -23,7 +23,7 @@ RUNS = {
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
     'cifarfs': ['--datasource=cifarfs', *SMALL],
     'fc100': ['--datasource=fc100', *SMALL],
-    'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--split=11/3/3', '--rotations'],
+    'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--rotations'],
 }
 
 

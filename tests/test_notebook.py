@@ -4,6 +4,7 @@ import shutil
 
 import nbclient
 import nbformat
+import pytest
 
 from conftest import ROOT
 
@@ -11,6 +12,7 @@ NOTEBOOK = os.path.join(ROOT, 'maml.ipynb')
 BUDGET = {'iterations = 25_000': 'iterations = 200', "logdir = 'logs/notebook/'": "logdir = 'logs/tested/'"}
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path):
     """In a copy of the repository without images, as a newcomer's is."""
     left_out = shutil.ignore_patterns('.*', '*.png', 'tests', 'benchmarks', 'data')

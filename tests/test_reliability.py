@@ -58,6 +58,7 @@ def read_until(process, beginning):
 
 # Interruption
 
+@pytest.mark.slow
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
     """The script that the README tells of, on few kills; its figures there are of many."""
     arguments, iterations = interruptions.RUNS['sinusoid']
