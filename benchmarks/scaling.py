@@ -1,0 +1,114 @@
+"""What several machines would gain: measured steps of one and of two processes, and what follows for more.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --only omniglot5 --bandwidth 25 --latency 20
+
+Measured: a meta-training step of one task and of a whole meta-batch, in one process on one core; and of two processes, a core
+each, that share the meta-batch over the loopback interface. What a step tells the others is counted: 4 bytes for each weight
+and score.
+
+From these: a replica needs a + b * tasks seconds, and a ring all-reduce of that many bytes between R replicas sends
+2 (R - 1) / R times as many over each link in 2 (R - 1) messages. Efficiency is the share of a step that is not spent on these.
+Linux only, on a machine with two cores or more; nothing else should run meanwhile.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+
+from workloads import WORKLOADS
+
+REPLICAS = 8, 64, 512
+ROUNDS, STEPS = 3, 8
+ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is told
+
+
+def measure(name, tasks):
+    """Median seconds of a step on this process's tasks, and the bytes that it tells others."""
+    import distribution
+    import main
+    import time
+    replicas = main.import_tensorflow('auto', distribution.cluster_from_environment('auto'))
+    from maml import MAML
+    workload = dataclasses.replace(WORKLOADS[name], meta_batch_size=tasks)
+    model = MAML(workload.model_config(), replicas=replicas)
+    batch = workload.batch()
+    batches = replicas.each(lambda replica: type(batch)(*(array[None] for array in batch)))
+
+    def step():
+        start = time.perf_counter()
+        {key: value.numpy() for key, value in model.train_steps('metatrain', batches).items()}
+        return time.perf_counter() - start
+
+    step()
+    numbers = sum(int(variable.shape.num_elements()) for variable in (*model.weights.values(), *model.norm_params.values()))
+    return statistics.median(step() for _ in range(STEPS)), 4 * (numbers + 5)
+
+
+def processes(count, name, tasks):
+    """(seconds of a step, bytes) of `count` processes with so many tasks each, each on a core of its own."""
+    hosts = []
+    for _ in range(count):
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            hosts.append(f'localhost:{free.getsockname()[1]}')
+    cores, running = sorted(os.sched_getaffinity(0)), []
+    for index in range(count):
+        environment = dict(os.environ)
+        if count > 1:
+            environment['TF_CONFIG'] = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
+        running.append(subprocess.Popen([sys.executable, __file__, '--measure', name, str(tasks)], env=environment, text=True,
+                                        stdout=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, {cores[index]})))
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit('scaling.py: a measurement failed')
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def report(name, bandwidth, latency):
+    tasks = WORKLOADS[name].meta_batch_size
+    found = {key: [] for key in ('task', 'half', 'all', 'two')}
+    for _ in range(ROUNDS):
+        for key, (count, share) in {'task': (1, 1), 'half': (1, tasks // 2), 'all': (1, tasks), 'two': (2, tasks // 2)}.items():
+            seconds, size = processes(count, name, share)
+            found[key].append(seconds)
+    task, half, whole, two = (statistics.median(values) for values in found.values())
+    b = (whole - task) / (tasks - 1)
+    a = max(task - b, 0)
+
+    def sending(replicas):
+        return 2 * (replicas - 1) / replicas * size / bandwidth + 2 * (replicas - 1) * latency
+
+    print(f'\n{name}: {size / 1024:.0f} KiB told in a step; on one core a step of n tasks takes {a:.3f} + {b:.4f} n seconds\n'
+          f'  measured, {tasks} tasks: {whole:.3f} s in one process; {two:.3f} s in two, {tasks // 2} tasks and a core each: '
+          f'{half / two:.0%} efficient (one process with {tasks // 2} tasks takes {half:.3f} s)')
+    print(f'  {"replicas":>10}{"all-reduce":>14}{"1 task each":>14}{f"{tasks} each":>12}   {ENOUGH:.0%} from')
+    for replicas in REPLICAS:
+        seconds = sending(replicas)
+        share = max(math.ceil((seconds * ENOUGH / (1 - ENOUGH) - a) / b), 1)
+        print(f'  {replicas:10}{seconds * 1000:11.1f} ms{task / (task + seconds):14.0%}{whole / (whole + seconds):12.0%}'
+              f'   T = {share * replicas:,}')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='+', choices=list(WORKLOADS), default=['omniglot5', 'mini1'])
+    parser.add_argument('--bandwidth', type=float, default=10, help='of each link, Gbit/s')
+    parser.add_argument('--latency', type=float, default=50, help='of each message, microseconds')
+    parser.add_argument('--measure', nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], int(args.measure[1]))))
+        return
+    print(f'assumed: {args.bandwidth:g} Gbit/s a link, {args.latency:g} microseconds a message')
+    for name in args.only:
+        report(name, args.bandwidth * 1e9 / 8, args.latency * 1e-6)
+
+
+if __name__ == '__main__':
+    main()
