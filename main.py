@@ -27,7 +27,7 @@ Usage:
     python main.py --datasource=folder --data_path=my_images --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/my_images/ --num_filters=32 --max_pool=True
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
-  To classify images of yours, with --predict, --support_dir and --query_dir.
+  To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR.
   All but the sinusoid's data must be prepared first: see README.md.
 """
 import contextlib

@@ -52,10 +52,12 @@ def train(run, data):
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
         model = MAML(run.model, run.tasks.seed, replicas)
         fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
+        # Workers look into the directory once the chief has tidied it up, which it has when it comes here.
+        replicas.check_agreement([run.iterations, zlib.crc32(repr((run.flags, fingerprints)).encode())],
+                                 'the workers differ in their flags or images; give all the same')
         position = start(run, model, fingerprints)
-        replicas.check_agreement(
-            [position.iteration, run.iterations, zlib.crc32(repr((run.flags, fingerprints)).encode())],
-            'the workers do not start alike; they need the same flags, images and --logdir (a folder that all of them share)')
+        replicas.check_agreement([position.iteration], 'the workers do not start from the same checkpoint; they need a --logdir '
+                                 'that all of them share')
         if position.iteration >= run.iterations:
             print(f'Nothing to do: {position.iteration} of {run.iterations} iterations are trained. '
                   'To evaluate, add --train=False.')
@@ -141,7 +143,7 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
             summaries.write('metaval', validation, iteration)
             values = task_scores(validation)
             pre, post = values.mean(axis=0)[[0, run.model.num_updates]]
-        if saving and run.plot and run.log:
+        if saving and run.plot and run.log and run.replicas.chief:
             import pictures  # here, for it takes a moment that most runs need not wait
             summaries.write_figures('metaval', pictures.of_model(run, model, data['val'], values), iteration)
         if validating and run.score == 'accuracy':

@@ -152,7 +152,10 @@ def test_workers_that_do_not_start_alike(tmp_path):
     run_ok(*SINUSOID, f'--logdir={tmp_path}/0', '--metatrain_iterations=100')
     own = [f'--logdir={tmp_path}/{worker}' for worker in (0, 1)]
     for status, _, errors in finish(start('main', *SINUSOID, '--metatrain_iterations=200', workers=2, own=own)):
-        assert status == 1 and errors.startswith('main.py: the workers do not start alike'), errors
+        assert status == 1 and errors.startswith('main.py: the workers do not start from the same checkpoint'), errors
+    own = ['--seed=1', '--seed=2']
+    for status, _, errors in finish(start('main', *SINUSOID, f'--logdir={tmp_path}/0', workers=2, own=own)):
+        assert status == 1 and errors.startswith('main.py: the workers differ in their flags or images'), errors
 
 
 @pytest.mark.parametrize('text', ['', 'nonsense', '[]', '{}', '{"cluster": {"worker": ["a:1"]}}',
