@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import time
 import warnings
@@ -378,7 +379,7 @@ class ImageSource:
                 '; remove it' if own else f'; {self.remedy}'))
         counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
-        fingerprint = hashlib.sha256(repr((self.image_shape, own, files)).encode()).hexdigest()
+        fingerprint = hashlib.sha256(repr((self.image_shape, own and 'on white', files)).encode()).hexdigest()
         images, checksum = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, self.image_shape))}'), fingerprint,
             (len(paths), *self.image_shape),
@@ -548,6 +549,9 @@ def _on_white(image):
     """An image as it looks on white paper."""
     if image.mode not in ('RGBA', 'LA', 'PA', 'RGBa', 'La') and 'transparency' not in image.info:
         return image
+    if image.mode.startswith('I'):  # grey of 16 bits, of which one is transparent
+        grey = np.asarray(image)
+        return Image.fromarray(np.where(grey == image.info['transparency'], 65535, grey).astype(np.int32))
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
 
@@ -620,7 +624,7 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(left) > STALE_SECONDS:
                 os.unlink(left)
-    aside = f'{path}.{os.getpid()}.part'
+    aside = f'{path}.{socket.gethostname()}.{os.getpid()}.part'
     try:
         with open(aside, 'wb') as file:
             result = write(file)

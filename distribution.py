@@ -4,9 +4,13 @@ Tasks are what is divided, not the task. The shared weights are on every machine
 its tasks, and all replicas' sums are added up once a meta-step (an all-reduce of as many numbers as there are weights). From
 the same sum, every machine makes the same step. As task j is a function of (seed, split, j), each replica draws its own tasks.
 """
+import contextlib
 import json
 import math
 import os
+import re
+import signal
+import zlib
 from typing import NamedTuple
 
 from data_generator import UserError
@@ -38,6 +42,9 @@ def cluster_from_environment(strategy):
         hosts, task = config['cluster'], config['task']
         chiefs, workers = len(hosts.get('chief', [])), len(hosts.get('worker', []))
         index = int(task['index'])
+        addresses = hosts.get('chief', []) + hosts.get('worker', [])
+        if not all(re.fullmatch(r'[^:]+:\d+', address) for address in addresses) or len(set(addresses)) < len(addresses):
+            raise ValueError('addresses must be of the form host:port, each another')
         if set(hosts) - {'chief', 'worker'} or not 0 <= index < len(hosts[task['type']]) or chiefs > 1:
             raise ValueError('unknown kinds of tasks, or an index out of range')
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -58,7 +65,8 @@ def make_strategy(name, cluster):
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:
         try:
-            return tf.distribute.MultiWorkerMirroredStrategy()
+            with _ctrl_c_as_usual():
+                return tf.distribute.MultiWorkerMirroredStrategy()
         except tf.errors.OpError as error:
             raise UserError(f'the workers of TF_CONFIG do not come together ({type(error).__name__}); start all of them, and '
                             'see that they reach each other at these addresses') from error
@@ -66,6 +74,23 @@ def make_strategy(name, cluster):
     if name == 'mirrored' or name == 'auto' and len(gpus) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in gpus or tf.config.list_logical_devices('CPU')])
     return tf.distribute.get_strategy()
+
+
+@contextlib.contextmanager
+def _ctrl_c_as_usual():
+    """Lets Ctrl-C end the process at once: Python's own handler would wait as long as TensorFlow waits for others.
+
+    SIGTERM is out of reach: TensorFlow handles it itself then, and waits on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, term)  # back from TensorFlow
 
 
 def check_tasks(meta_batch_size, replicas):
@@ -107,7 +132,7 @@ class Replicas:
         return self._strategy.experimental_local_results(values)[0]
 
     def total(self, function, *arguments):
-        """The sums over all replicas of what `run` returns, a structure of float32 tensors, by a single all-reduce."""
+        """The sums over all replicas of what `run` returns, a structure of tensors of one type, by a single all-reduce."""
         tf, made = self._tf, []
 
         def packed(*arguments):
@@ -124,9 +149,16 @@ class Replicas:
         """All replicas' tensors one after the other along an axis."""
         return self._strategy.gather(values, axis)
 
-    def check_agreement(self, numbers, message):
-        """Raises UserError(message) unless all workers call it with the same list of numbers below 2 ** 53."""
+    def check_alike(self, facts, variables=()):
+        """Waits for all workers; raises UserError unless they come with the same facts (by repr) and values of variables.
+
+        What workers decide by themselves, and do together, is decided by these.
+        """
         if self.count > 1:
-            rows = self.gather(self.each(lambda replica: self._tf.constant([numbers], self._tf.float64)), axis=0).numpy()
-            if (rows != rows[0]).any():
-                raise UserError(message)
+            checksum = zlib.crc32(repr(facts).encode(errors='surrogateescape'))
+            for variable in variables:
+                checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
+            sums = self.gather(self.each(lambda replica: self._tf.constant([checksum], self._tf.int64)), axis=0).numpy()
+            if (sums != sums[0]).any():
+                raise UserError('the workers differ in their flags, images or checkpoints; give all the same, and a --logdir '
+                                'that they share')

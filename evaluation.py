@@ -28,6 +28,7 @@ def evaluate(run, data):
     """
     trained, prefix, iterations = restore(run)
     tasks, updates = data[run.split], max(run.model.num_updates, TEST_UPDATES)
+    run.replicas.check_alike((run.shared_flags, tasks.fingerprint), trained.state().values())
     facts = {
         'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.score, 'flags': run.all_flags,
         'tasks': {'datasource': run.datasource, 'split': run.split,

@@ -186,6 +186,11 @@ class Run:
         return 'metatrain' if self.metatrain_iterations else 'pretrain'
 
     @property
+    def shared_flags(self):
+        """Those that workers of one run must have in common: all but the names of folders."""
+        return {name: value for name, value in self.all_flags.items() if name not in ('logdir', 'data_path', 'load_from')}
+
+    @property
     def score(self):
         """What is reported: accuracies in classification, losses in regression."""
         return 'accuracy' if self.model.loss == 'xent' else 'loss'
@@ -291,7 +296,7 @@ def data_from_flags(values):
         query_shots=source.query_shots(values.update_batch_size, train) if asked == -1 else asked,
         seed=values.seed,
         baseline='oracle' if values.baseline == 'oracle' else None,
-        data_path=values.data_path)
+        data_path=values.data_path and os.path.expanduser(values.data_path))
 
 
 def config_from_flags(values, source, tasks, replicas=None):
@@ -386,6 +391,8 @@ def quiet():
         os.dup2(hidden.fileno(), 2)
         try:
             yield
+        except UserError:
+            raise
         except Exception:
             hidden.seek(0)
             os.write(console, hidden.read())
@@ -474,7 +481,7 @@ def run_from_command_line(argv):
     # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
     source, tasks = data_from_flags(FLAGS)
     if mode(FLAGS) == 'predict':
-        data = source.own_task(FLAGS.support_dir, FLAGS.query_dir)
+        data = source.own_task(os.path.expanduser(FLAGS.support_dir), os.path.expanduser(FLAGS.query_dir))
     else:
         splits = ['train', 'val'] if mode(FLAGS) == 'train' else ['test' if FLAGS.test_set else 'val']
         data = {split: source.tasks(tasks, split) for split in splits}
@@ -493,7 +500,7 @@ def main(argv):
     asked = run_from_command_line(argv)
     if asked:
         run, data = asked
-        from tensorflow.errors import AbortedError, ResourceExhaustedError, UnavailableError
+        from tensorflow.errors import OpError, ResourceExhaustedError
         if not run.replicas.chief:
             sys.stdout = open(os.devnull, 'w')  # What there is to say, the chief says.
         try:
@@ -508,9 +515,11 @@ def main(argv):
                 predict(run, data)
         except ResourceExhaustedError as error:
             raise MemoryError(first_line(error)) from error
-        except (AbortedError, UnavailableError) as error:  # what the others get when a worker is gone
-            raise UserError('another worker has stopped, see what it printed; start all workers again to go on from the newest '
-                            'checkpoint') from error
+        except OpError as error:
+            if run.replicas.workers == 1:
+                raise
+            go_on = ' to go on from the newest checkpoint' if run.mode == 'train' else ''
+            raise UserError('another worker has stopped, see what it printed; start all workers again' + go_on) from error
 
 
 def stop(number, frame):

@@ -368,11 +368,15 @@ class MAML:
 
     def metatrain_step(self, batch):
         """One outer update with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
-        return _first(self.train_steps('metatrain', _one_step(batch)))
+        return self._one_step('metatrain', batch)
 
     def pretrain_step(self, batch):
         """One update of joint training with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
-        return _first(self.train_steps('pretrain', _one_step(batch)))
+        return self._one_step('pretrain', batch)
+
+    def _one_step(self, phase, batch):
+        batches = self.replicas.run(lambda batch: tf.nest.map_structure(lambda array: array[None], batch), batch)
+        return {name: values[0] for name, values in self.train_steps(phase, batches).items()}
 
     def _adapt(self, batch, fast_weights, norm_params):
         """One inner update of each task from weights of its own: Outputs, and the weights after it, all [tasks, ...]."""
@@ -502,9 +506,3 @@ def _for_each_task(weights, batch):
     return {name: tf.repeat(values[None], batch.support_x.shape[0], axis=0) for name, values in weights.items()}
 
 
-def _one_step(batch):
-    return tf.nest.map_structure(lambda array: array[None], batch)
-
-
-def _first(metrics):
-    return {name: values[0] for name, values in metrics.items()}

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 from data_generator import TaskBatch, UserError
 from results import UNITS, statistics
 
-# Class names may be in any script; what the font lacks is drawn as boxes.
-warnings.filterwarnings('ignore', 'Glyph .* missing from')
 DPI = 110
 # Told apart by dashes and marks as well, for prints in grey.
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
@@ -52,7 +50,7 @@ def curves(runs, score):
     for (label, scores), style in zip(runs.items(), STYLES * len(runs)):
         mean, _, half = (statistic * factor for statistic in statistics(scores))
         updates = np.arange(len(mean))
-        axes.plot(updates, mean, label=label, markersize=4, **style)
+        axes.plot(updates, mean, label=_plain(label), markersize=4, **style)
         axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
     axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=title, xticks=updates)
     if score == 'loss':
@@ -186,7 +184,12 @@ def _show(axes, image, source):
 
 def _clipped(name, length=18):
     """A name without its middle, where it is long: its ends tell it apart."""
-    return name if len(name) <= length else f'{name[:length // 2]}…{name[1 + length // 2 - length:]}'
+    return _plain(name if len(name) <= length else f'{name[:length // 2]}…{name[1 + length // 2 - length:]}')
+
+
+def _plain(name):
+    """A name as matplotlib can draw it: no formulas, nothing that is not text."""
+    return name.encode(errors='replace').decode().replace('$', r'\$')
 
 
 def pixels(figure):
@@ -200,6 +203,8 @@ def pixels(figure):
 def save(figure, path):
     """Writes a Figure; raises UserError where that is not possible."""
     try:
-        figure.savefig(path, dpi=DPI)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes; names may be in any script
+            figure.savefig(path, dpi=DPI)
     except OSError as error:
         raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error

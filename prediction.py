@@ -59,7 +59,8 @@ def predict(run, task):
     print(f'{prefix}, adapted to {support_rows} images of {len(classes)} classes by {updates} updates\n')
     width = max(map(len, task.queries[:SHOWN]))
     for image, answer, row in list(zip(task.queries, predicted, probabilities))[:SHOWN]:
-        print(f'  {image:{width}}  {classes[answer][:WIDEST]} ({row[answer]:.0%})')
+        line = f'  {image:{width}}  {classes[answer][:WIDEST]} ({row[answer]:.0%})'
+        print(line.encode(errors='replace').decode())
     if len(labels) > SHOWN:
         print(f'  and {len(labels) - SHOWN} more, see below')
     known = [label == answer for label, answer in zip(labels, predicted) if label is not None]

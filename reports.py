@@ -146,5 +146,5 @@ class Summaries:
             action()
         except (OSError, self._tf.errors.OpError) as error:
             if self._say:
-                self._say(f'Summaries for TensorBoard cannot be written ({first_line(error)}). Training goes on')
+                self._say(f'Summaries for TensorBoard cannot be written ({first_line(error)}); the program goes on')
             self._say = None

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
@@ -53,11 +52,9 @@ def train(run, data):
         model = MAML(run.model, run.tasks.seed, replicas)
         fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
         # Workers look into the directory once the chief has tidied it up, which it has when it comes here.
-        replicas.check_agreement([run.iterations, zlib.crc32(repr((run.flags, fingerprints)).encode())],
-                                 'the workers differ in their flags or images; give all the same')
+        replicas.check_alike((run.shared_flags, fingerprints))
         position = start(run, model, fingerprints)
-        replicas.check_agreement([position.iteration], 'the workers do not start from the same checkpoint; they need a --logdir '
-                                 'that all of them share')
+        replicas.check_alike(position, model.state().values())
         if position.iteration >= run.iterations:
             print(f'Nothing to do: {position.iteration} of {run.iterations} iterations are trained. '
                   'To evaluate, add --train=False.')
@@ -78,6 +75,8 @@ def train(run, data):
             further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
                        'nothing is saved')
             with contextlib.suppress(OSError):  # a terminal that is gone
+                # Whether it is saved, the chief knows.
+                further = further if replicas.chief else 'see the first worker'
                 print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {position.iteration}; {further}.',
                       file=sys.stderr, flush=True)
             sys.exit(128 + interruption.signal)

@@ -48,11 +48,8 @@ def gradients(replicas, path):
     from maml import MAML
     share, found = TASKS // replicas.count, {}
     for name, (config, draw) in shapes().items():
-        def batch(step):
-            return replicas.each(lambda replica: draw(step * TASKS + replica * share, share))
-
-        def one_step(step):
-            return replicas.each(lambda replica: TaskBatch(*(array[None].astype(np.float64) for array in
+        def batch(step, dtype=np.float32):
+            return replicas.each(lambda replica: TaskBatch(*(array.astype(dtype) for array in
                                                              draw(step * TASKS + replica * share, share))))
 
         model = MAML(config, seed=3, replicas=replicas)
@@ -62,7 +59,7 @@ def gradients(replicas, path):
         found[f'{name} metrics'] = np.stack([metrics.pre_loss, *metrics.post_losses])
         model = MAML(dataclasses.replace(config, dtype='float64'), seed=3, replicas=replicas)
         for step in range(STEPS):
-            model.train_steps('metatrain', one_step(step))
+            model.metatrain_step(batch(step, np.float64))
         found |= {f'{name} trained {weights}': variable.numpy() for weights, variable in model.weights.items()}
     if replicas.chief:
         np.savez(path, **found)

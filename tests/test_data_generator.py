@@ -381,7 +381,9 @@ def test_transparent_images_are_on_white(tmp_path):
     drawing.save(tmp_path / 'rgba.png')
     drawing.convert('LA').save(tmp_path / 'la.png')
     palette.save(tmp_path / 'palette.png', transparency=0)
-    paths = [str(tmp_path / name) for name in ('rgba.png', 'la.png', 'palette.png')]
+    deep = np.where(np.asarray(ink) > 0, 0, 300).astype(np.uint16)  # grey of 16 bits, 300 being transparent
+    Image.fromarray(deep).save(tmp_path / 'deep.png', transparency=300)
+    paths = [str(tmp_path / name) for name in ('rgba.png', 'la.png', 'palette.png', 'deep.png')]
     for image in next(data_generator.decode_images(paths, (8, 8, 1), True, '', '')):
         np.testing.assert_array_equal(image[..., 0], 255 - np.asarray(ink))
 

@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -105,7 +106,10 @@ def test_whole_runs(tmp_path):
         (_, chief, _), (_, other, errors) = run('main', *flags, f'--logdir={tmp_path}/two', *more, workers=2)
         assert other.startswith('Worker 2 of 2 waits') and other.count('\n') == 1 and 'Traceback' not in errors
         shown.append(chief)
-    assert ''.join(shown).splitlines()[-12:-3] == alone.splitlines()[-12:-3] and '25 tasks' in alone
+    tables = [[float(number) for line in text.splitlines() if re.match(r' +\d+ +\d', line)
+               for number in re.findall(r'[\d.]+', line)] for text in (alone, ''.join(shown))]
+    assert len(tables[0]) == 33
+    np.testing.assert_allclose(*tables, rtol=1e-3)
     one, two = checkpoint(tmp_path / 'one', 300), checkpoint(tmp_path / 'two', 300)
     for name in one.keys() - {'record'}:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4 * np.abs(one[name]).max())
@@ -138,8 +142,8 @@ def test_a_worker_that_is_gone(victim, number, tmp_path):
         assert survivor[0] == 1 and 'another worker has stopped' in survivor[2] and 'Traceback (' not in survivor[2], survivor
     else:  # both stop after the same iteration, and the chief saves that
         assert [status for status, *_ in found] == [143, 143]
-        stopped = {line for *_, errors in found for line in errors.splitlines() if line.startswith('Stopped by SIGTERM after')}
-        assert len(stopped) == 1, found
+        stopped = [re.findall(r'Stopped by SIGTERM after iteration (\d+);', errors) for *_, errors in found]
+        assert stopped[0] == stopped[1] != [], found
     run('main', *flags, f'--logdir={tmp_path}/killed', workers=2)
     run('main', *flags, f'--logdir={tmp_path}/whole', workers=2)
     killed, whole = checkpoint(tmp_path / 'killed', 1500), checkpoint(tmp_path / 'whole', 1500)
@@ -147,20 +151,39 @@ def test_a_worker_that_is_gone(victim, number, tmp_path):
         np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
 
 
-def test_workers_that_do_not_start_alike(tmp_path):
-    """Each with a folder of its own, of which one holds a checkpoint: refused by all."""
-    run_ok(*SINUSOID, f'--logdir={tmp_path}/0', '--metatrain_iterations=100')
-    own = [f'--logdir={tmp_path}/{worker}' for worker in (0, 1)]
-    for status, _, errors in finish(start('main', *SINUSOID, '--metatrain_iterations=200', workers=2, own=own)):
-        assert status == 1 and errors.startswith('main.py: the workers do not start from the same checkpoint'), errors
-    own = ['--seed=1', '--seed=2']
-    for status, _, errors in finish(start('main', *SINUSOID, f'--logdir={tmp_path}/0', workers=2, own=own)):
-        assert status == 1 and errors.startswith('main.py: the workers differ in their flags or images'), errors
+@pytest.mark.slow
+def test_workers_that_are_not_alike(tmp_path):
+    """In training and evaluation, by flags or by checkpoints: refused by all."""
+    for folder, iterations in (0, 100), (1, 200):
+        run_ok(*SINUSOID, f'--logdir={tmp_path}/{folder}', f'--metatrain_iterations={iterations}')
+    folders = [f'--logdir={tmp_path}/{folder}' for folder in (0, 1)]
+    shared = f'--logdir={tmp_path}/new'
+    for flags, own in (
+            (['--metatrain_iterations=300'], folders), (['--train=False'], folders),
+            ([shared], ['--seed=1', '--seed=2']), ([shared], ['--log=True', '--log=False']),
+            ([shared], ['--save_interval=100', '--save_interval=50']),
+            ([shared], [f'--load_from={path}' for path in glob.glob(f'{tmp_path}/*/*/model[12]00.index')[:2]])):
+        for status, _, errors in finish(start('main', *SINUSOID, *flags, workers=2, own=own)):
+            assert status == 1 and errors.startswith('main.py: the workers differ in their flags, images or checkpoints'), errors
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason='processes in the background ignore Ctrl-C')
+def test_a_worker_that_waits_can_be_stopped(tmp_path):
+    first, second = start('main', *SINUSOID, f'--logdir={tmp_path}', workers=2)
+    second.kill()
+    first.stdout.readline()  # that it waits
+    time.sleep(8)            # for TensorFlow to be imported
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=20) != 0
+    finish([first, second])
 
 
 @pytest.mark.parametrize('text', ['', 'nonsense', '[]', '{}', '{"cluster": {"worker": ["a:1"]}}',
                                   '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
                                   '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
+                                  '{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}',
+                                  '{"cluster": {"worker": ["a", "b"]}, "task": {"type": "worker", "index": 0}}',
+                                  '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}',
                                   '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}'])
 def test_a_configuration_that_makes_no_sense(text, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', text)

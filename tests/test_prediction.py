@@ -39,7 +39,7 @@ def predict(flags, support, query, *more):
     """What is printed, and the rows of the csv file."""
     output = run_ok(*flags, '--predict', f'--support_dir={support}', f'--query_dir={query}', *more)
     path = output.split('Written: ')[1].split(' and')[0]
-    with open(path, newline='', encoding='utf-8') as file:
+    with open(path, newline='', encoding='utf-8', errors='surrogateescape') as file:
         rows = list(csv.reader(file))
     with Image.open(path[:-3] + 'png') as picture:
         assert min(picture.size) > 300
@@ -80,6 +80,17 @@ def test_uneven_folders_without_labels(trained, folders):
     (query / 'notes.txt').write_text('not an image')
     output, (_, *rows) = predict(trained, support, query)
     assert len(rows) == 9 and {row[1] for row in rows} == {''} and 'are right' not in output
+
+
+def test_names_that_are_hard_to_draw(trained, folders):
+    """Formulas to matplotlib, bytes that are no text, other scripts."""
+    support, query = folders
+    os.rename(support / 'cat', support / 'cost $5_$6')
+    os.rename(support / 'ünï', support / '日本')
+    shutil.move(query / 'cat' / '2.png', query / '$\\foo$.png')
+    shutil.move(query / 'cat' / '3.png', os.fsencode(query) + b'/\xff\xfe.png')
+    _, rows = predict(trained, support, query)
+    assert len(rows) == 10
 
 
 def test_many_images_at_a_time(trained, folders, monkeypatch):
