@@ -4,14 +4,15 @@
     python benchmarks/scaling.py --only omniglot5 --bandwidth 25 --latency 20
 
 Measured: a meta-training step of one task and of a whole meta-batch, in one process on one core; and of two processes, a core
-each, that share the meta-batch over the loopback interface. What a step tells the others is counted: 4 bytes for each weight
-and score.
+each, that share the meta-batch over the loopback interface. What a step tells the others is counted, 4 bytes for each weight
+and score, and beside it what the two processes do send, by the interface's own count.
 
 From these: a replica needs a + b * tasks seconds, and a ring all-reduce of that many bytes between R replicas sends
 2 (R - 1) / R times as many over each link in 2 (R - 1) messages. Efficiency is the share of a step that is not spent on these.
 Linux only, on a machine with two cores or more; nothing else should run meanwhile.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,7 @@ ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is told
 
 
 def measure(name, tasks):
-    """Median seconds of a step on this process's tasks, and the bytes that it tells others."""
+    """Median seconds of a step on this process's tasks, the bytes that it tells others, and those on the loopback interface."""
     import distribution
     import main
     import time
@@ -47,16 +48,23 @@ def measure(name, tasks):
 
     step()
     numbers = sum(int(variable.shape.num_elements()) for variable in (*model.weights.values(), *model.norm_params.values()))
-    return statistics.median(step() for _ in range(STEPS)), 4 * (numbers + 5)
+    before = loopback_bytes()
+    seconds = statistics.median(step() for _ in range(STEPS))
+    return seconds, 4 * (numbers + 5), (loopback_bytes() - before) / STEPS
+
+
+def loopback_bytes():
+    with open('/proc/net/dev') as file:
+        return next(int(line.split()[1]) for line in file if line.split()[0] == 'lo:')
 
 
 def processes(count, name, tasks):
-    """(seconds of a step, bytes) of `count` processes with so many tasks each, each on a core of its own."""
-    hosts = []
-    for _ in range(count):
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            hosts.append(f'localhost:{free.getsockname()[1]}')
+    """What `measure` finds in the first of `count` processes with so many tasks each, each on a core of its own."""
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for port in ports:
+            port.bind(('localhost', 0))
+        hosts = [f'localhost:{port.getsockname()[1]}' for port in ports]
     cores, running = sorted(os.sched_getaffinity(0)), []
     for index in range(count):
         environment = dict(os.environ)
@@ -75,7 +83,7 @@ def report(name, bandwidth, latency):
     found = {key: [] for key in ('task', 'half', 'all', 'two')}
     for _ in range(ROUNDS):
         for key, (count, share) in {'task': (1, 1), 'half': (1, tasks // 2), 'all': (1, tasks), 'two': (2, tasks // 2)}.items():
-            seconds, size = processes(count, name, share)
+            seconds, size, sent = processes(count, name, share)  # the last time, of two
             found[key].append(seconds)
     task, half, whole, two = (statistics.median(values) for values in found.values())
     b = (whole - task) / (tasks - 1)
@@ -84,7 +92,8 @@ def report(name, bandwidth, latency):
     def sending(replicas):
         return 2 * (replicas - 1) / replicas * size / bandwidth + 2 * (replicas - 1) * latency
 
-    print(f'\n{name}: {size / 1024:.0f} KiB told in a step; on one core a step of n tasks takes {a:.3f} + {b:.4f} n seconds\n'
+    print(f'\n{name}: {size / 1024:.0f} KiB told in a step; two processes send {sent / 1024:.0f} KiB in all\n'
+          f'  on one core a step of n tasks takes {a:.3f} + {b:.4f} n seconds\n'
           f'  measured, {tasks} tasks: {whole:.3f} s in one process; {two:.3f} s in two, {tasks // 2} tasks and a core each: '
           f'{half / two:.0%} efficient (one process with {tasks // 2} tasks takes {half:.3f} s)')
     print(f'  {"replicas":>10}{"all-reduce":>14}{"1 task each":>14}{f"{tasks} each":>12}   {ENOUGH:.0%} from')
