@@ -50,7 +50,7 @@ def curves(runs, score):
     for (label, scores), style in zip(runs.items(), STYLES * len(runs)):
         mean, _, half = (statistic * factor for statistic in statistics(scores))
         updates = np.arange(len(mean))
-        axes.plot(updates, mean, label=_plain(label), markersize=4, **style)
+        axes.plot(updates, mean, label=_plain(label), markersize=4, clip_on=False, **style)  # marks on the axis are whole
         axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
     axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=title, xticks=updates)
     if score == 'loss':
