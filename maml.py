@@ -18,6 +18,9 @@ from utils import accuracy, conv_block, dense_block, mse, xent
 
 CONV_LAYERS = (1, 2, 3, 4)
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
+# Of sums over tasks. In float32 they would depend on how tasks are divided between replicas and chunks, and training goes apart
+# from a last digit on: a ReLU near zero is soon on in one run and off in the other.
+SUM_DTYPE = tf.float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,12 +421,12 @@ class MAML:
             batch = batches if step is None else tf.nest.map_structure(lambda array: array[step], batches)
             tasks = batch.support_x.shape[0] * self.replicas.count
             sums = self._sums(phase, batch, weights, norm_params)
-            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.cast(stopping, self.config.dtype)
+            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.cast(stopping, SUM_DTYPE)
 
-        return self.replicas.total(shares, batches)
+        return tf.nest.map_structure(lambda total: tf.cast(total, self.config.dtype), self.replicas.total(shares, batches))
 
     def _sums(self, phase, batch, weights, norm_params):
-        """Gradients and metrics as named by `_scores`, summed over the tasks of a batch."""
+        """Gradients and metrics as named by `_scores`, summed over the tasks of a batch, in SUM_DTYPE."""
         def task_gradients(task):
             with tf.GradientTape() as tape:
                 tape.watch((weights, norm_params))
@@ -438,15 +441,15 @@ class MAML:
             outputs, gradients = self._map_tasks(task_gradients, batch, self._signature((*weights, *norm_params)))
             metrics = metrics_of(self.config, outputs, batch)
             scores = dict(zip(self._scores(), metrics))
-            return tf.nest.map_structure(lambda values: tf.reduce_sum(values, axis=0), (gradients, scores))
+            return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0), (gradients, scores))
 
         tasks = batch.support_x.shape[0]
         chunk = self.config.task_chunk or tasks
         if chunk == tasks:
             return sums(batch)
         chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-        zeros = ({name: tf.zeros_like(value) for name, value in {**weights, **norm_params}.items()},
-                 dict.fromkeys(self._scores(), tf.zeros([], self.config.dtype)))
+        zeros = ({name: tf.zeros_like(value, SUM_DTYPE) for name, value in {**weights, **norm_params}.items()},
+                 dict.fromkeys(self._scores(), tf.zeros([], SUM_DTYPE)))
         return tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
                         parallel_iterations=1)
 

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --only omniglot5 --bandwidth 25 --latency 20
 
 Measured: a meta-training step of one task and of a whole meta-batch, in one process on one core; and of two processes, a core
-each, that share the meta-batch over the loopback interface. What a step tells the others is counted, 4 bytes for each weight
+each, that share the meta-batch over the loopback interface. What a step tells the others is counted, 8 bytes for each weight
 and score, and beside it what the two processes do send, by the interface's own count.
 
 From these: a replica needs a + b * tasks seconds, and a ring all-reduce of that many bytes between R replicas sends
@@ -35,7 +35,7 @@ def measure(name, tasks):
     import main
     import time
     replicas = main.import_tensorflow('auto', distribution.cluster_from_environment('auto'))
-    from maml import MAML
+    from maml import MAML, SUM_DTYPE
     workload = dataclasses.replace(WORKLOADS[name], meta_batch_size=tasks)
     model = MAML(workload.model_config(), replicas=replicas)
     batch = workload.batch()
@@ -50,7 +50,7 @@ def measure(name, tasks):
     numbers = sum(int(variable.shape.num_elements()) for variable in (*model.weights.values(), *model.norm_params.values()))
     before = loopback_bytes()
     seconds = statistics.median(step() for _ in range(STEPS))
-    return seconds, 4 * (numbers + 5), (loopback_bytes() - before) / STEPS
+    return seconds, SUM_DTYPE.size * (numbers + 5), (loopback_bytes() - before) / STEPS
 
 
 def loopback_bytes():
