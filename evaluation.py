@@ -12,9 +12,10 @@ import checkpoints
 import results
 from data_generator import UserError
 from maml import MAML
-from reports import Summaries
+from reports import Progress, Summaries
 
 TEST_TASKS, TEST_UPDATES = 600, 10
+PATIENCE = 3  # seconds after which users want to know how long it takes
 
 
 def evaluate(run, data):
@@ -40,7 +41,8 @@ def evaluate(run, data):
     for query_norm in run.query_norms:
         model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
         name, started = results_name(run, prefix, query_norm), time.perf_counter()
-        values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates))
+        with Progress(0, run.num_test_tasks, run.replicas.chief, unit='tasks', delay=PATIENCE) as progress:
+            values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
         seconds = time.perf_counter() - started
         rates.append(run.num_test_tasks / seconds)
         if not run.replicas.chief:
@@ -117,17 +119,23 @@ def restore(run):
     return model, checkpoint.prefix, record['iteration']
 
 
-def evaluate_tasks(model, tasks, count, num_updates):
-    """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure."""
+def evaluate_tasks(model, tasks, count, num_updates, report=lambda tasks: None):
+    """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure.
+
+    Args:
+        report: told after each batch how many tasks it had.
+    """
     replicas = model.replicas
     numbers_per_task = (sum(array.size for array in tasks.draw(0, 1))
                         + sum(math.prod(variable.shape) for variable in model.weights.values()))
     largest = min(max(2 ** 24 // numbers_per_task, 1), model.config.task_chunk or count)  # 64 MiB of float32
     each = math.ceil(count / replicas.count)
-    size = math.ceil(each / math.ceil(each / largest))
-    parts = [model.evaluate(replicas.each(lambda replica: tasks.draw(start + replica * size, size)), num_updates)
-             for start in range(0, count, size * replicas.count)]
-    # All batches are alike, as compilation wants it; the last may go beyond what was asked for.
+    size, parts = math.ceil(each / math.ceil(each / largest)), []
+    for start in range(0, count, size * replicas.count):
+        # All batches are alike, as compilation wants it; the last may go beyond what was asked for.
+        batch = replicas.each(lambda replica: tasks.draw(start + replica * size, size))
+        parts.append(model.evaluate(batch, num_updates))
+        report(min(size * replicas.count, count - start))
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1)[..., :count] for part in zip(*parts)))
 
 

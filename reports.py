@@ -13,9 +13,14 @@ from data_generator import first_line
 class Progress(tqdm):
     """Iterations a second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, start, total, shown=True):
+    def __init__(self, start, total, shown=True, unit='iterations', delay=0):
+        """
+        Args:
+            start, total: the first and the last count of what is done.
+            delay: seconds before anything is shown, so that of what takes less nothing is.
+        """
         interval = 0.5 if sys.stderr.isatty() else 30
-        super().__init__(initial=start, total=total, unit=' iterations', mininterval=interval, maxinterval=interval,
+        super().__init__(initial=start, total=total, unit=f' {unit}', mininterval=interval, maxinterval=interval, delay=delay,
                          dynamic_ncols=True, disable=not shown)
 
     def display(self, msg=None, pos=None):

@@ -403,6 +403,10 @@ def test_batched_evaluation_changes_no_figure(small_omniglot):
     values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
     run = main.config_from_flags(values, *main.data_from_flags(values))
     tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
-    at_once = evaluation.task_scores(evaluation.evaluate_tasks(model, tasks, 12, 3))
+    counted = []
+    at_once = evaluation.task_scores(evaluation.evaluate_tasks(model, tasks, 12, 3, counted.append))
+    assert counted == [12]
+    evaluation.evaluate_tasks(model.variant(task_chunk=5), tasks, 12, 1, counted.append)
+    assert counted == [12, 4, 4, 4]
     one_by_one = np.concatenate([evaluation.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
     np.testing.assert_array_equal(at_once, one_by_one)
