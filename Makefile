@@ -19,6 +19,7 @@ test: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing TensorFlow and what else is needed; this takes a minute or two'
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -192,12 +192,14 @@ def find(directory, wanted):
     if wanted is not None:
         what = f'checkpoint model{wanted}'
     if saved:
-        there = 'there are ' + ', '.join(f'model{iteration}' for iteration in saved)
+        there = f'there {"are" if len(saved) > 1 else "is"} ' + ', '.join(f'model{iteration}' for iteration in saved)
+        remedy = 'Give one of these'
     else:
         logdir = os.path.dirname(directory)
         others = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
         there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
-    raise UserError(f'there is no {what} in {directory}; {there}. Train first, or give the flags of the training run '
+        remedy = 'Train first'
+    raise UserError(f'there is no {what} in {directory}; {there}. {remedy}, or give the flags of the training run '
                     '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
 
 

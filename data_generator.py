@@ -164,8 +164,7 @@ class ImageTasks:
         config, names, counts = self.config, self.classes.names, self.classes.counts
         if config.num_classes > len(names):
             raise UserError(f'--num_classes={config.num_classes} asks for more classes than the {len(names)} of the '
-                            f'{split} split in {self.source.path(config.data_path)}; lower it'
-                            + (f', or delete or edit {MANIFEST} there' if self.source.shares else ''))
+                            f'{split} split in {self.source.path(config.data_path)}; {self.source.more(config.num_classes)}')
         needed, fewest = config.update_batch_size + config.query_shots, int(np.argmin(counts))
         if counts[fewest] < needed:
             raise UserError(f'a task needs {needed} images of a class ({config.update_batch_size} support, '
@@ -312,6 +311,14 @@ class ImageSource:
     def path(self, data_path=None):
         return data_path or os.path.join(DATA_FOLDER, self.folder)
 
+    def more(self, num_classes):
+        """What to do where a split has too few classes."""
+        if not self.shares:
+            return 'lower it'
+        enough = math.ceil(num_classes * sum(self.shares) / min(self.shares))
+        return (f'lower it, or have {enough} class folders or more (as --split={"/".join(map(str, self.shares))} divides them) and '
+                f'delete {MANIFEST} there, if there is one')
+
     @property
     def remedy(self):
         return (f'prepare the images with: python {self.script}' if self.script else
@@ -336,6 +343,8 @@ class ImageSource:
         manifest = self._manifest(root)
         if manifest:
             names = read_manifest(manifest, split)
+            if self.shares and split == 'train':  # once a run
+                _tell_left_out(root, manifest)
         else:
             names = sorted(f'{split}/{name}' for name in _subfolders(os.path.join(root, split)))
         if not names:
@@ -425,6 +434,16 @@ def read_manifest(path, split):
             raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
                             f'{", ".join(SPLITS)} and class a folder below the data')
     return sorted(row['class'] for row in rows if row['split'] == split)
+
+
+def _tell_left_out(root, manifest):
+    """Says which of the class folders in root a manifest does not list."""
+    listed = {name.split(os.sep)[0] for split in SPLITS for name in read_manifest(manifest, split)}
+    left_out = sorted(set(_subfolders(root)) - listed)
+    if left_out:
+        print(f'Left out, for {manifest} does not list {"it" if len(left_out) == 1 else "them"}: {left_out[0]}'
+              + (f' and {len(left_out) - 1} more' if len(left_out) > 1 else '')
+              + '. Add a line for each, or delete that file to have all split anew')
 
 
 def _is_below(name):

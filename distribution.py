@@ -21,7 +21,7 @@ STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 class Cluster(NamedTuple):
     """What TF_CONFIG says."""
     workers: int    # processes that train
-    worker: int     # which of them this is; 0 is the chief, which alone prints and writes
+    worker: int     # which of them this is, from 0 on; that is the chief, which alone prints and writes
 
 
 def cluster_from_environment(strategy):

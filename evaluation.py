@@ -37,11 +37,14 @@ def evaluate(run, data):
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
+    described = f'{iterations} iterations' if iterations else 'weights of another run'
+    print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n', flush=True)
     found, rates, drawn = {}, [], []
     for query_norm in run.query_norms:
         model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
         name, started = results_name(run, prefix, query_norm), time.perf_counter()
-        with Progress(0, run.num_test_tasks, run.replicas.chief, unit='tasks', delay=PATIENCE) as progress:
+        label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
+        with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PATIENCE) as progress:
             values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
         seconds = time.perf_counter() - started
         rates.append(run.num_test_tasks / seconds)
@@ -56,8 +59,6 @@ def evaluate(run, data):
         if run.plot:
             drawn += draw(run, model, tasks, values, name, iterations)
 
-    described = f'{iterations} iterations' if iterations else 'weights of another run'
-    print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n')
     print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.score))
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
           + ', '.join(f'{name}.csv and .pkl' for name in found) + f', {results.FILE}')

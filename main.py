@@ -35,6 +35,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -125,7 +126,7 @@ flags.DEFINE_bool('test_best', False, 'evaluate the checkpoint that did best on 
 flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; '
                   'in training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 define_number('num_test_tasks', 600, 'tasks of an evaluation', at_least=1)
-flags.DEFINE_string('compare', None, 'instead of training or evaluating: a run\'s folder, or a folder of such, to show side by '
+flags.DEFINE_multi_string('compare', None, 'instead of training or evaluating: a run\'s folder, or a folder of such, to show side by '
                     'side with others named after it, as far as they were evaluated on the same tasks')
 flags.DEFINE_bool('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 flags.DEFINE_enum('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: "
@@ -433,12 +434,13 @@ def import_tensorflow(strategy='one', cluster=distribution.Cluster(1, 0)):
 
 def help_text():
     """The usage and, by groups, every flag with its default and meaning."""
+    width = min(shutil.get_terminal_size((118, 24)).columns, 118)
     lines = [__doc__ + '\nFlags, and what they are if not given:']
     for title, names in GROUPS.items():
         lines += ['', f'  {title}', '']
         for flag in (FLAGS[name] for name in names if name != 'h'):
             head = f'--{flag.name}' + ('' if flag.default is None or flag.name == 'help' else f'={flag.default}')
-            lines += textwrap.wrap(flag.help, width=118, initial_indent=f'    {head:32}  ',
+            lines += textwrap.wrap(flag.help, width=max(width, 70), initial_indent=f'    {head:32}  ',
                                    subsequent_indent=' ' * 38, break_on_hyphens=False)
     return '\n'.join(lines)
 
@@ -471,7 +473,7 @@ def run_from_command_line(argv):
         if others:
             raise UserError(f'--{others[0]} means nothing to --compare, which takes folders and --plot')
         import results
-        print(results.compare([FLAGS.compare, *rest], FLAGS.plot))
+        print(results.compare([*FLAGS.compare, *rest], FLAGS.plot))
         return None
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
@@ -486,7 +488,8 @@ def run_from_command_line(argv):
         splits = ['train', 'val'] if mode(FLAGS) == 'train' else ['test' if FLAGS.test_set else 'val']
         data = {split: source.tasks(tasks, split) for split in splits}
     if cluster.workers > 1:
-        print(f'Worker {cluster.worker + 1} of {cluster.workers} waits for the others of TF_CONFIG', flush=True)
+        elsewhere = '; what comes of it, worker 0 reports' if cluster.worker else ''
+        print(f'Worker {cluster.worker} waits for the other {cluster.workers - 1} of TF_CONFIG{elsewhere}', flush=True)
     replicas = import_tensorflow(strategy, cluster)
     if mode(FLAGS) == 'train':
         distribution.check_tasks(FLAGS.meta_batch_size, replicas.count)

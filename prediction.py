@@ -62,7 +62,7 @@ def predict(run, task):
         line = f'  {image:{width}}  {classes[answer][:WIDEST]} ({row[answer]:.0%})'
         print(line.encode(errors='replace').decode())
     if len(labels) > SHOWN:
-        print(f'  and {len(labels) - SHOWN} more, see below')
+        print(f'  and {len(labels) - SHOWN} more, all in the csv file')
     known = [label == answer for label, answer in zip(labels, predicted) if label is not None]
     if known:
         print(f'\nOf {len(known)} images whose class their folder tells, {sum(known)} are right ({sum(known) / len(known):.1%}).')

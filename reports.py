@@ -13,15 +13,15 @@ from data_generator import first_line
 class Progress(tqdm):
     """Iterations a second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, start, total, shown=True, unit='iterations', delay=0):
+    def __init__(self, start, total, shown=True, unit='it', **others):
         """
         Args:
             start, total: the first and the last count of what is done.
-            delay: seconds before anything is shown, so that of what takes less nothing is.
+            others: further arguments of tqdm.
         """
         interval = 0.5 if sys.stderr.isatty() else 30
-        super().__init__(initial=start, total=total, unit=f' {unit}', mininterval=interval, maxinterval=interval, delay=delay,
-                         dynamic_ncols=True, disable=not shown)
+        super().__init__(initial=start, total=total, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True,
+                         disable=not shown, **others)
 
     def display(self, msg=None, pos=None):
         with contextlib.suppress(OSError):  # of a terminal that is gone, or a log on a full disk: training is worth more
@@ -34,14 +34,16 @@ class Progress(tqdm):
         with contextlib.suppress(OSError):
             super().close()
 
-    def show(self, pre, post, tasks_per_iteration):
-        """Shows the latest scores before and after adaptation, and tasks a second, behind the bar."""
+    def advance(self, iterations, tasks_per_iteration, scores):
+        """Counts iterations that are done, and shows tasks a second and the last one of scores, [before, after adaptation]."""
         if self.disable:
             return
         state = self.format_dict
-        rate = state['rate'] or (state['n'] - state['initial']) / max(state['elapsed'], 1e-9)
-        self.set_postfix_str(f'{rate * tasks_per_iteration:.0f} tasks/s, {pre:.3g} before, {post:.3g} after adaptation',
-                             refresh=False)
+        rate = state['rate'] or (state['n'] + iterations - state['initial']) / max(state['elapsed'], 1e-9)
+        tasks = rate * tasks_per_iteration
+        latest = [f'{before:.3g} -> {after:.3g}' for before, after in scores[-1:]]
+        self.set_postfix_str(', '.join([f'{tasks:.{0 if tasks > 10 else 1}f} tasks/s', *latest]), refresh=False)
+        self.update(iterations)
 
     def say(self, line):
         """Prints a line above the bar, if that is possible."""
@@ -70,11 +72,14 @@ def summary(run, data, model):
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *(['  data     ' + '; '.join(images)] if images else []),
              f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in weights.values()):,} parameters',
-             f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}']
+             f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
+             f'  shown    {run.score} before and after adaptation']
     if run.replicas.count > 1:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         share = run.meta_batch_size // run.replicas.count
         lines.append(f'  strategy {share} tasks on each of {run.replicas.count} replicas{where}')
+    elif run.all_flags['strategy'] not in ('auto', 'one'):
+        lines.append(f'  strategy {run.all_flags["strategy"]}, on one device, for there is no other')
     return '\n'.join(lines)
 
 

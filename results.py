@@ -16,6 +16,9 @@ from data_generator import UserError, write_aside
 FILE = 'results.json'
 RESAMPLES = 2000
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {score: (title, factor, digits)}
+# Flags that make no difference to what an evaluation finds, or are told by the method's name.
+UNSAID = {'logdir', 'data_path', 'resume', 'log', 'plot', 'save_interval', 'skip_nonfinite', 'engine', 'task_chunk', 'strategy', 'train',
+          'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations'}
 SPLITS = {'val': 'meta-validation', 'test': 'meta-test'}
 
 
@@ -63,9 +66,9 @@ def table(evaluations, score):
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
     columns = [[f'{mean * factor:8.{digits}f} ± {half * factor:.{digits}f}' for mean, _, half in zip(*statistics(values))]
                for values in evaluations.values()]
-    columns.append(['support rows, before adaptation'] + [''] * (len(columns[0]) - 1))
     for updates, cells in enumerate(zip(*columns)):
         lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
+    lines.append('  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
         if diverged:
@@ -194,13 +197,15 @@ def _letters(entries):
 
 
 def _short(entries):
-    """For each of {label: entry} its letter, and its method if these differ, or those parts of the label's path that do."""
+    """For each of {label: entry} its letter, and its method if that alone differs, else those parts of the label's path that do."""
     labels, methods = list(entries), [entry.get('method') for entry in entries.values()]
-    if len(set(methods)) == len(methods):
+    flags = [entry.get('flags', {}) for entry in entries.values()]
+    differing = {name for name in set().union(*flags) - UNSAID if len({str(one.get(name)) for one in flags}) > 1}
+    if len(set(methods)) == len(methods) and not differing:
         return [f'{letter}: {method}' for letter, method in zip(_letters(labels), methods)]
     columns = list(zip(*(os.path.normpath(label).split(os.sep)[::-1] for label in labels)))[::-1]
-    differing = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
-    return [f'{letter}: {os.sep.join(parts)[-80:]}' for letter, parts in zip(_letters(labels), differing)]
+    paths = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
+    return [f'{letter}: {os.sep.join(parts)[-80:]}' for letter, parts in zip(_letters(labels), paths)]
 
 
 def _interval(column, digits):

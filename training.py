@@ -127,9 +127,7 @@ def loop(run, data, model, position, interruption, progress, summaries, saver):
         position.skipped += int(np.sum(~means['finite']))
         scores = np.stack([means[f'pre_{run.score}'], means[f'post_{run.score}']], axis=1)
         position.unprinted += scores[means['finite']].tolist()
-        if position.unprinted:
-            progress.show(*position.unprinted[-1], run.meta_batch_size)
-        progress.update(iteration - first)
+        progress.advance(iteration - first, run.meta_batch_size, position.unprinted)
 
         if due(iteration, prints):
             progress.say(console_line(run, phase, position))

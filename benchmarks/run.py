@@ -84,7 +84,7 @@ def measure_bar():
             calls.append((start, time.perf_counter() - start))
         setattr(Timed, name, call)
 
-    for name in 'update', 'show', 'say':
+    for name in 'advance', 'say':
         timed(name)
     terminal, end = pty.openpty()
     os.dup2(end, sys.stderr.fileno())

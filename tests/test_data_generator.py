@@ -398,3 +398,24 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
     with pytest.raises(UserError, match='splits.csv splits the classes otherwise than --split=40/30/30'):
         dataclasses.replace(source, shares=(40, 30, 30)).class_folders('val', str(tmp_path))
     assert dataclasses.replace(source, shares=(40, 30, 30), shares_asked=False).class_folders('val', str(tmp_path)) == first
+
+
+def test_classes_that_came_later_are_named(tmp_path, capsys):
+    for number in range(10):
+        (tmp_path / f'class{number}').mkdir()
+    FOLDER.class_folders('train', str(tmp_path))
+    assert 'Left out' not in capsys.readouterr().out
+    for name in 'late', 'later':
+        (tmp_path / name).mkdir()
+    assert not {'late', 'later'} & set(FOLDER.class_folders('train', str(tmp_path)))
+    assert f'Left out, for {tmp_path}/splits.csv does not list them: late and 1 more.' in capsys.readouterr().out
+
+
+def test_too_few_classes_says_how_many_are_enough(tmp_path):
+    for classes in 31, 32:
+        write_image_tree(tmp_path / str(classes), [f'class{number}' for number in range(classes)], images=2, size=(8, 8))
+    few, enough = (TaskConfig(5, 1, 1, seed=0, data_path=str(tmp_path / name)) for name in ('31', '32'))
+    with pytest.raises(UserError, match='more classes than the 4 of the val split .* have 32 class folders or more'):
+        FOLDER.tasks(few, 'val')
+    for split in 'train', 'val', 'test':
+        FOLDER.tasks(enough, split)

@@ -104,7 +104,7 @@ def test_whole_runs(tmp_path):
     shown = []
     for more in [], ['--train=False']:
         (_, chief, _), (_, other, errors) = run('main', *flags, f'--logdir={tmp_path}/two', *more, workers=2)
-        assert other.startswith('Worker 2 of 2 waits') and other.count('\n') == 1 and 'Traceback' not in errors
+        assert other.startswith('Worker 1 waits for the other 1') and other.count('\n') == 1 and 'Traceback' not in errors
         shown.append(chief)
     tables = [[float(number) for line in text.splitlines() if re.match(r' +\d+ +\d', line)
                for number in re.findall(r'[\d.]+', line)] for text in (alone, ''.join(shown))]

@@ -82,6 +82,7 @@ def test_comparison(two_runs, tmp_path, capsys):
 def test_what_cannot_be_compared(two_runs, tmp_path):
     assert f'there is no results.json in {tmp_path}' in error_of(f'--compare={tmp_path}')
     assert 'there is only one evaluation' in error_of(f'--compare={two_runs[0]}')
+    assert 'B - A' in run_ok(*(f'--compare={directory}' for directory in two_runs))
     assert '--seed means nothing to --compare' in error_of(f'--compare={two_runs[0]}', '--seed=1')
     for content in '', '[]', '{"a": {}}', '{"a": {"tasks": {}, "scores": [[1]], "score": "x", "checkpoint": "y"}}':
         (tmp_path / 'results.json').write_text(content)
@@ -89,11 +90,15 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
 
 
 def test_labels_in_pictures_say_what_differs():
-    def labels(*paths, methods=('MAML', 'MAML')):
-        return results._short({path: {'method': method} for path, method in zip(paths, methods)})
+    def labels(*paths, methods=('MAML', 'MAML'), flags=({}, {})):
+        return results._short({path: {'method': method, 'flags': flag} for path, method, flag in zip(paths, methods, flags)})
     assert labels('a/run1/x, model5', 'a/run2/x, model5') == ['A: run1', 'B: run2']
     assert labels('/deep/a/run/x, model5', 'a/run/x, model6') == ['A: x, model5', 'B: x, model6']
     assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML')) == ['A: oracle', 'B: MAML']
+    same, other = {'baseline': 'oracle', 'num_updates': 1}, {'baseline': None, 'num_updates': 5}
+    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML'), flags=(same, {**other, 'num_updates': 1})) == [
+        'A: oracle', 'B: MAML']
+    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML'), flags=(same, other)) == ['A: run1', 'B: run2']
 
 
 def test_a_difference_that_is_none():
