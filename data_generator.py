@@ -316,8 +316,9 @@ class ImageSource:
         if not self.shares:
             return 'lower it'
         enough = math.ceil(num_classes * sum(self.shares) / min(self.shares))
-        return (f'lower it, or have {enough} class folders or more (as --split={"/".join(map(str, self.shares))} divides them) and '
-                f'delete {MANIFEST} there, if there is one')
+        split = '/'.join(map(str, self.shares))
+        return (f'lower it, or have {enough} class folders or more (as --split={split} divides them) and delete {MANIFEST} '
+                'there, if there is one')
 
     @property
     def remedy(self):

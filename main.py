@@ -123,16 +123,16 @@ flags.DEFINE_string('load_from', None, "prefix of a checkpoint, of this program'
                     'evaluated, or from which training starts if there is nothing to resume')
 define_number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', at_least=-1)
 flags.DEFINE_bool('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
-flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; '
-                  'in training, what every checkpoint does with meta-validation tasks, in TensorBoard')
+flags.DEFINE_bool('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in '
+                  'TensorBoard; in training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 define_number('num_test_tasks', 600, 'tasks of an evaluation', at_least=1)
-flags.DEFINE_multi_string('compare', None, 'instead of training or evaluating: a run\'s folder, or a folder of such, to show side by '
-                    'side with others named after it, as far as they were evaluated on the same tasks')
+flags.DEFINE_multi_string('compare', None, "instead of training or evaluating: a run's folder, or a folder of such, to show side "
+                          'by side with others named after it, as far as they were evaluated on the same tasks')
 flags.DEFINE_bool('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 flags.DEFINE_enum('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: "
                   "'batch': their own, so that answers depend on which others there are (transductive, as the paper's); "
-                  "'support': the support examples', each query example by itself, as --predict does if not told otherwise; 'both': "
-                  'evaluate one after the other')
+                  "'support': the support examples', each query example by itself, as --predict does if not told otherwise; "
+                  "'both': evaluate one after the other")
 define_number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; not less than that',
               at_least=-1)
 define_number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size',
@@ -447,7 +447,8 @@ def help_text():
 
 def in_our_words(message):
     """What absl says of a flag's value, without what Python said to absl."""
-    for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'), ('invalid literal.*', 'it must be a whole number'),
+    for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
+                         ('invalid literal.*', 'it must be a whole number'),
                          ('could not convert.*', 'it must be a number')):
         message = re.sub(theirs, ours, message)
     return message

@@ -52,7 +52,8 @@ def curves(runs, score):
         updates = np.arange(len(mean))
         axes.plot(updates, mean, label=_plain(label), markersize=4, clip_on=False, **style)  # marks on the axis are whole
         axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
-    axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=f'{title} (band: 95% interval)', xticks=updates)
+    axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=f'{title} (band: 95% interval)',
+             xticks=updates)
     if score == 'loss':
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

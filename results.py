@@ -17,8 +17,8 @@ FILE = 'results.json'
 RESAMPLES = 2000
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {score: (title, factor, digits)}
 # Flags that make no difference to what an evaluation finds, or are told by the method's name.
-UNSAID = {'logdir', 'data_path', 'resume', 'log', 'plot', 'save_interval', 'skip_nonfinite', 'engine', 'task_chunk', 'strategy', 'train',
-          'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations'}
+UNSAID = {'logdir', 'data_path', 'resume', 'log', 'plot', 'save_interval', 'skip_nonfinite', 'engine', 'task_chunk', 'strategy',
+          'train', 'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations'}
 SPLITS = {'val': 'meta-validation', 'test': 'meta-test'}
 
 
@@ -197,7 +197,7 @@ def _letters(entries):
 
 
 def _short(entries):
-    """For each of {label: entry} its letter, and its method if that alone differs, else those parts of the label's path that do."""
+    """For each of {label: entry} its letter, and its method if only that differs, or those parts of the label's path that do."""
     labels, methods = list(entries), [entry.get('method') for entry in entries.values()]
     flags = [entry.get('flags', {}) for entry in entries.values()]
     differing = {name for name in set().union(*flags) - UNSAID if len({str(one.get(name)) for one in flags}) > 1}

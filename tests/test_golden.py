@@ -202,7 +202,8 @@ def test_five_meta_updates_in_double_precision(golden):
         assert relative([after5[name]], [expected]) < tolerance, name
 
 
-@pytest.mark.parametrize('name', ['sinusoid_10shot_first_order', 'omniglot_5way1shot', 'miniimagenet_5way1shot'])
+@pytest.mark.parametrize('name', ['sinusoid_10shot_first_order', 'omniglot_5way1shot',
+                                  pytest.param('miniimagenet_5way1shot', marks=pytest.mark.slow)])
 def test_engines(name):
     """One task per core, the same in chunks, and all in one graph: the same gradients to 1e-5."""
     golden = Golden(FIXTURES[name])

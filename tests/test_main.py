@@ -35,7 +35,10 @@ def arguments(request, small_data, tmp_path):
 
 
 def every_source(function):
-    return pytest.mark.parametrize('arguments', RUNS, indirect=True)(function)
+    """The slow ones differ from --datasource=cifarfs in their entries of SOURCES only."""
+    slow = 'miniimagenet', 'fc100'
+    sources = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in RUNS]
+    return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
 
 def of(source):
@@ -222,6 +225,7 @@ def test_the_seed_fixes_everything_and_nothing_else_does(arguments, tmp_path):
     assert not np.array_equal(one['w2'], other['w2'])
 
 
+@pytest.mark.slow
 @of('omniglot')
 def test_engines_train_alike(arguments, tmp_path, few_tasks):
     """Whole runs of each engine, in chunks too, see the same gradients to rounding, and can be evaluated by the other."""
@@ -329,6 +333,7 @@ def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
     assert 'a task needs 21 images of a class (1 support, 20 query)' in error_of(*arguments, '--train=False', '--test_query=20')
 
 
+@pytest.mark.slow
 @of('cifarfs')
 def test_load_from(arguments, tmp_path, few_tasks):
     """Weights of this program and of the reference's TensorFlow 1 checkpoints, evaluated and trained on."""

@@ -51,7 +51,9 @@ def test_flags_in_the_readme_exist():
         assert name in main.FLAGS or f"'--{name}'" in scripts, name
 
 
-@pytest.mark.parametrize('command', TRAINING)
+@pytest.mark.parametrize('command', [
+    pytest.param(command, marks=pytest.mark.slow) if re.search('=(miniimagenet|fc100|folder) ', command) else command
+    for command in TRAINING])
 def test_training_commands_run(command, small_data, tmp_path, few_tasks):
     """Two iterations of whichever phase the command asks for, of a small network, then its evaluation on few tasks."""
     flags = [re.sub(r'^(--\w+_iterations)=[1-9]\d*$', r'\1=2', flag) for flag in shlex.split(command)[1:]] + [
