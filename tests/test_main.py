@@ -36,7 +36,7 @@ def arguments(request, small_data, tmp_path):
 
 def every_source(function):
     """The slow ones differ from --datasource=cifarfs in their entries of SOURCES only."""
-    slow = 'miniimagenet', 'fc100'
+    slow = 'miniimagenet', 'fc100', 'folder'
     sources = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in RUNS]
     return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
@@ -115,6 +115,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     assert [int(row[0]) for row in table] == list(range(11))
 
 
+@pytest.mark.slow
 @of('omniglot')
 def test_learning_shows(arguments, tmp_path):
     """Chance before adaptation, much more after it."""
@@ -128,6 +129,7 @@ def test_learning_shows(arguments, tmp_path):
     assert not glob.glob(f'{tmp_path}/*/events*')
 
 
+@pytest.mark.slow
 @of('sinusoid')
 def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     run_ok(*arguments, '--metatrain_iterations=12000')

@@ -9,8 +9,7 @@ from PIL import Image
 
 from conftest import error_of, run_ok, write_image_tree
 
-FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1',
-         '--max_pool']
+FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
 
 
 @pytest.fixture(scope='module')
