@@ -316,9 +316,8 @@ class ImageSource:
         if not self.shares:
             return 'lower it'
         enough = math.ceil(num_classes * sum(self.shares) / min(self.shares))
-        split = '/'.join(map(str, self.shares))
-        return (f'lower it, or have {enough} class folders or more (as --split={split} divides them) and delete {MANIFEST} '
-                'there, if there is one')
+        return (f'lower it, or have {enough} class folders or more (as {_split_flag(self.shares)} divides them) and delete '
+                f'{MANIFEST} there, if there is one')
 
     @property
     def remedy(self):
@@ -366,7 +365,7 @@ class ImageSource:
         if found and self.shares_asked:
             asked = split_classes([name for split in SPLITS for name in read_manifest(found, split)], self.shares, root)
             if any(sorted(name for where, name in asked if where == split) != read_manifest(found, split) for split in SPLITS):
-                raise UserError(f'{found} splits the classes otherwise than --split={"/".join(map(str, self.shares))}; leave out '
+                raise UserError(f'{found} splits the classes otherwise than {_split_flag(self.shares)}; leave out '
                                 '--split, or delete that file to have them split anew')
         if found or not self.shares or any(os.path.isdir(os.path.join(root, split)) for split in SPLITS):
             return found
@@ -452,6 +451,10 @@ def _is_below(name):
     return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
 
 
+def _split_flag(shares):
+    return '--split=' + '/'.join(map(str, shares))
+
+
 def split_classes(names, shares, root):
     """Splits classes in an order that depends on their names only: [(split, class)].
 
@@ -469,7 +472,7 @@ def split_classes(names, shares, root):
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     held_out = [max(1, len(names) * share // sum(shares)) for share in shares[1:]]
     if sum(held_out) >= len(names):
-        raise UserError(f'--split={"/".join(map(str, shares))} leaves no class of the {len(names)} in {root} for training')
+        raise UserError(f'{_split_flag(shares)} leaves no class of the {len(names)} in {root} for training')
     bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
     return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
 
