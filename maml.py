@@ -1,26 +1,29 @@
 """Model-Agnostic Meta-Learning (Finn, Abbeel & Levine, ICML 2017, arXiv:1703.03400).
 
-Read from the top: the network is a function of a dict of weights (`forward`); the inner loop makes new dicts by gradient
-descent on a task's support set (`inner_loop`, line 6 of algorithm 1); the outer step moves the shared weights along the
-gradient of the query loss through that inner loop (`MAML.meta_gradients`, `MAML.metatrain_step`, line 8).
+Read from the top: the network is a function of a dict of weights (`forward`). The inner loop makes new dicts by gradient descent
+on a task's support set (`inner_loop`, line 6 of algorithm 1). The outer step moves the shared weights along the gradient of the
+query loss through that inner loop (`meta_gradient`, line 8), averaged over tasks (`MAML`).
+
+All functions are about one task; runtime/engine.py maps them over meta-batches.
 """
 import dataclasses
 import functools
+import itertools
 import math
-import os
 import zlib
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
-from distribution import Replicas
-from utils import accuracy, conv_block, dense_block, mse, xent
+from runtime import engine
+from runtime.distribution import Replicas
+from runtime.optimizers import Adam
+from utils import accuracy, conv_block, dense_block, glorot_uniform, mse, truncated_normal, xent
 
 CONV_LAYERS = (1, 2, 3, 4)
-ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
-# Of sums over tasks. In float32 they would depend on how tasks are divided between replicas and chunks, and training goes apart
-# from a last digit on: a ReLU near zero is soon on in one run and off in the other.
-SUM_DTYPE = tf.float64
+Step = Union[int, tf.Tensor]
+Tensors = Dict[str, tf.Tensor]
+TaskBatch = Any  # a data_generator.TaskBatch, of which only the field names are used here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ModelConfig:
     dim_input: int                          # numbers per row
     dim_output: int                         # targets per row; the way N in classification
     loss: str                               # 'mse' | 'xent'
-    update_batch_size: int                  # K, by which 'xent' divides
+    update_batch_size: float                # K, by which 'xent' divides
     update_lr: float                        # inner step size, alpha
     num_updates: int = 1                    # inner updates of a training step
     meta_lr: float = 0.001                  # Adam step size of the outer loop, beta
@@ -38,276 +41,254 @@ class ModelConfig:
     dim_hidden: Tuple[int, ...] = (40, 40)  # fully connected layer sizes
     num_filters: int = 64
     max_pool: bool = False
-    head: str = 'mean'                      # 'mean' | 'flatten': what conv nets do before the last layer
+    head: Optional[str] = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
     clip: Optional[float] = None            # elementwise bound of the meta-gradient
-    # How it is computed; changes no number but by rounding.
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
     task_chunk: Optional[int] = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
-    dtype: str = 'float32'                  # 'float64', for batches of such, where rounding must not decide
+    dtype: str = 'float32'                  # 'float64': for batches of float64, where rounding must not decide
+
+
+class Parameters(NamedTuple):
+    """What all tasks share and the outer loop trains."""
+    weights: Tensors       # where the inner loop starts from
+    norm_params: Tensors   # offsets and scales of normalisation
 
 
 class Outputs(NamedTuple):
-    """What the network said about a task (with a leading axis [tasks]: about a meta-batch)."""
-    pre: tf.Tensor      # [N*K, dim_output]  support rows, before adaptation
-    post: tf.Tensor     # [N*Q, dim_output]  query rows, after adaptation; from `predict` [updates, tasks, N*Q, dim_output]
+    """The network's outputs for a task; from `MAML.predict` for a meta-batch."""
+    pre: tf.Tensor   # [N*K, dim_output]  support rows, before adaptation
+    post: tf.Tensor  # [N*Q, dim_output]  query rows, after it
 
 
 class Metrics(NamedTuple):
-    """Losses and accuracies, one value per task; callers average. Accuracies are fractions in [0, 1]."""
-    pre_loss: tf.Tensor                         # [tasks]           support loss before adaptation
-    post_losses: tf.Tensor                      # [updates, tasks]  query loss after each update
-    pre_accuracy: Optional[tf.Tensor] = None    # [tasks]           classification only
-    post_accuracies: Optional[tf.Tensor] = None  # [updates, tasks]
+    """Losses and accuracies, one value per task; callers average. Accuracies, in classification only, are in [0, 1]."""
+    pre_loss: tf.Tensor         # [tasks]           of support rows before adaptation
+    post_losses: tf.Tensor      # [updates, tasks]  of query rows after each update
+    pre_accuracy: Optional[tf.Tensor] = None
+    post_accuracies: Optional[tf.Tensor] = None
 
 
 # The network: a pure function of its weights ------------------------------------------------------------------------
 
-def initial_weights(config, seed):
-    """The weights that the inner loop adapts, by the reference's names, each a function of (seed, name) only.
+def initial_weights(config: ModelConfig, seed: int) -> Tensors:
+    """The weights that the inner loop adapts, float32, each a function of (seed, name) only.
 
-    Returns:
-        {name: float32 tensor}: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
+    They have the reference's names: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
     """
     def draw(name, distribution, *shape):
-        return distribution(shape, [seed, zlib.crc32(name.encode())])
+        weights[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
+        weights['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
 
     weights = {}
     if config.image_shape is None:
         sizes = (config.dim_input, *config.dim_hidden, config.dim_output)
         for layer, (inputs, units) in enumerate(zip(sizes, sizes[1:]), start=1):
-            weights[f'w{layer}'] = draw(f'w{layer}', _truncated_normal, inputs, units)
-            weights[f'b{layer}'] = tf.zeros([units])
+            draw(f'w{layer}', truncated_normal, inputs, units)
         return weights
-
     height, width, channels = config.image_shape
     for layer in CONV_LAYERS:
-        weights[f'conv{layer}'] = draw(f'conv{layer}', _glorot_uniform, 3, 3, channels, config.num_filters)
-        weights[f'b{layer}'] = tf.zeros([config.num_filters])
+        draw(f'conv{layer}', glorot_uniform, 3, 3, channels, config.num_filters)
         channels = config.num_filters
         height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
-    if config.head == 'mean':
-        weights['w5'] = draw('w5', tf.random.stateless_normal, channels, config.dim_output)
-    else:
-        weights['w5'] = draw('w5', _glorot_uniform, height * width * channels, config.dim_output)
-    weights['b5'] = tf.zeros([config.dim_output])
+    distribution, features = ((tf.random.stateless_normal, channels) if config.head == 'mean' else
+                              (glorot_uniform, height * width * channels))
+    draw('w5', distribution, features, config.dim_output)
     return weights
 
 
-def _truncated_normal(shape, seed):
-    return tf.random.stateless_truncated_normal(shape, seed, stddev=0.01)
-
-
-def _glorot_uniform(shape, seed):
-    receptive_field = math.prod(shape[:-2])
-    limit = math.sqrt(6 / (receptive_field * (shape[-2] + shape[-1])))
-    return tf.random.stateless_uniform(shape, seed, -limit, limit)
-
-
-def initial_norm_params(config):
-    """Offsets (beta, 0) and, for layer norm, scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}.
-
-    Shared by all tasks: trained by the outer loop, not adapted by the inner one.
-    """
-    if config.image_shape is None:
-        scopes = {_dense_scope(layer): units for layer, units in enumerate(config.dim_hidden, start=1)}
-    else:
-        scopes = {_conv_scope(layer): config.num_filters for layer in CONV_LAYERS}
+def initial_norm_params(config: ModelConfig) -> Tensors:
+    """Offsets (beta, 0) and, for layer norm, scales (gamma, 1) of all tasks: {'<scope>/beta': float32 [channels], ...}."""
+    sizes = config.dim_hidden if config.image_shape is None else [config.num_filters] * len(CONV_LAYERS)
     params = {}
-    for scope, channels in scopes.items():
+    for layer, channels in enumerate(sizes, start=1):
         if config.norm in ('batch_norm', 'layer_norm'):
-            params[f'{scope}/beta'] = tf.zeros([channels])
+            params[f'{_norm_scope(config, layer)}/beta'] = tf.zeros([channels])
         if config.norm == 'layer_norm':
-            params[f'{scope}/gamma'] = tf.ones([channels])
+            params[f'{_norm_scope(config, layer)}/gamma'] = tf.ones([channels])
     return params
 
 
-def _conv_scope(layer):
-    return str(layer - 1)
+def _norm_scope(config, layer):
+    return str(layer - 1 if config.image_shape or layer == 1 else layer)  # Reference behaviour: dense nets have no scope 1.
 
 
-def _dense_scope(layer):
-    return '0' if layer == 1 else str(layer)  # Reference behaviour: there is no scope 1.
-
-
-def forward(config, x, weights, norm_params, known=None):
-    """The network's output for a set of rows; under batch norm each row's output depends on all of them.
+def forward(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
+            stats_rows: Optional[int] = None) -> tf.Tensor:
+    """The network's output for a set of rows: predictions, or logits in classification.
 
     Args:
         x: float [rows, dim_input]; images in [0, 1], flattened.
-        weights, norm_params: as made by `initial_weights` and `initial_norm_params`.
-        known: under batch norm each row's output depends on the first so many rows only, and on itself.
+        stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
 
     Returns:
-        [rows, dim_output]: predictions, or logits in classification.
+        [rows, dim_output]. Under batch norm, each row's output depends on the rows that the statistics are from.
     """
     if config.image_shape is None:
         for layer in range(1, len(config.dim_hidden) + 1):
-            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _dense_scope(layer), norm_params,
-                            known)
-        layer = len(config.dim_hidden) + 1
-        return x @ weights[f'w{layer}'] + weights[f'b{layer}']
+            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
+                            norm_params, stats_rows)
+        last = len(config.dim_hidden) + 1
+        return x @ weights[f'w{last}'] + weights[f'b{last}']
 
     x = tf.reshape(x, [-1, *config.image_shape])
     for layer in CONV_LAYERS:
-        x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _conv_scope(layer), norm_params,
-                       config.max_pool, by_product=config.engine == 'wide', known=known)
-    if config.head == 'mean':
-        x = tf.reduce_mean(x, axis=[1, 2])
-    else:
-        x = tf.reshape(x, [-1, math.prod(x.shape[1:])])
+        x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
+                       norm_params, config.max_pool, config.engine == 'wide', stats_rows)
+    x = tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
     return x @ weights['w5'] + weights['b5']
 
 
-def loss_of(config, outputs, targets):
-    """The task loss, [..., rows, dim_output] -> [...]: see `mse` and `xent` for what is divided by what."""
+def loss_of(config: ModelConfig, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The task loss, [..., rows, dim_output] -> [...]; `mse` and `xent` say what is divided by what."""
     return mse(outputs, targets) if config.loss == 'mse' else xent(outputs, targets, config.update_batch_size)
 
 
-# Learning one task --------------------------------------------------------------------------------------------------
+# Learning one task: the inner loop ----------------------------------------------------------------------------------
 
-def inner_loop(config, support_x, support_y, weights, norm_params, num_updates):
+def adapted_names(config: ModelConfig, weights: Tensors) -> Sequence[str]:
+    """Names of the tensors that the inner loop moves: all weights. A method that adapts fewer changes this function."""
+    return list(weights)
+
+
+def step_sizes(config: ModelConfig, names: Sequence[str], step: Step) -> Dict[str, float]:
+    """{name: step size} of inner step number `step`: alpha. A method with other step sizes changes this function."""
+    return dict.fromkeys(names, config.update_lr)
+
+
+def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
+               first_step: Step = 0) -> Iterator[Tuple[tf.Tensor, Tensors]]:
     """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
 
     Args:
-        support_x, support_y: [N*K, dim_input] and [N*K, dim_output].
-        num_updates: how many gradient steps, at least 1.
+        task: a TaskBatch of one task, without the leading axis.
+        first_step: number of the first step; not 0 if the weights are already adapted.
 
     Yields:
         After each step: the support outputs *before* it, [N*K, dim_output], and the fast weights after it, a dict like
-        `weights` and differentiable with respect to it (with `stop_grad` as if the inner gradient were a constant).
+        `parameters.weights` and differentiable with respect to it (with `stop_grad` as if the inner gradient were constant).
     """
-    for _ in range(num_updates):
+    weights, norm_params = parameters
+    for step in range(num_updates):
+        moved = {name: weights[name] for name in adapted_names(config, weights)}
         with tf.GradientTape() as tape:
-            tape.watch(weights)
-            outputs = forward(config, support_x, weights, norm_params)
-            loss = loss_of(config, outputs, support_y)
-        gradients = tape.gradient(loss, weights, unconnected_gradients='zero')
+            tape.watch(moved)
+            outputs = forward(config, task.support_x, weights, norm_params)
+            loss = loss_of(config, outputs, task.support_y)
+        gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
-        weights = {name: weights[name] - config.update_lr * gradients[name] for name in weights}
+        rates = step_sizes(config, list(moved), first_step + step)
+        weights = {**weights, **{name: moved[name] - rates[name] * gradients[name] for name in moved}}
         yield outputs, weights
 
 
-def answer(config, task, weights, norm_params):
+def predict_query(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
     """The network's output for a task's query rows, [N*Q, dim_output].
 
-    Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so an answer depends on the other
-    query rows, and evaluation is transductive), or with `query_norm='support'` by those of the support rows, each by itself.
+    Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so evaluation is transductive), or
+    with `query_norm='support'` by those of the support rows, each row independently of the others.
     """
     if config.query_norm == 'batch':
         return forward(config, task.query_x, weights, norm_params)
     support_rows = task.support_x.shape[0]
     rows = tf.concat([task.support_x, task.query_x], axis=0)
-    return forward(config, rows, weights, norm_params, known=support_rows)[support_rows:]
+    return forward(config, rows, weights, norm_params, stats_rows=support_rows)[support_rows:]
 
 
-def learn_task(config, task, weights, norm_params, num_updates):
-    """Runs the inner loop on one task and says what the network answers before and after.
+def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
+                      task_and_weights: Tuple[TaskBatch, Tensors]) -> Tuple[Outputs, Tensors]:
+    """Inner step number `step` of a task, from fast weights of its own: Outputs, and the fast weights after it."""
+    task, weights = task_and_weights
+    (pre, weights), = inner_loop(config, task, parameters._replace(weights=weights), num_updates=1, first_step=step)
+    return Outputs(pre, predict_query(config, task, weights, parameters.norm_params)), weights
 
-    Args:
-        task: a TaskBatch of one task, without the leading axis.
-        weights: where the inner loop starts from.
+
+def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tensors:
+    """{'pre_loss', 'post_loss'} and in classification {'pre_accuracy', 'post_accuracy'} of a meta-batch, each [tasks]."""
+    pre, post = (outputs.pre, batch.support_y), (outputs.post, batch.query_y)
+    metrics = {'pre_loss': loss_of(config, *pre), 'post_loss': loss_of(config, *post)}
+    return metrics if config.loss == 'mse' else metrics | {'pre_accuracy': accuracy(*pre), 'post_accuracy': accuracy(*post)}
+
+
+# Learning to learn: the outer loop ----------------------------------------------------------------------------------
+
+def objective(config: ModelConfig, task: TaskBatch, trajectory: Sequence[Tensors], norm_params: Tensors,
+              iteration: Step) -> Tuple[tf.Tensor, tf.Tensor]:
+    """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
+
+    `trajectory` holds the fast weights after each inner update, `iteration` is that of the outer loop: a method with losses on
+    the way, or one that changes during training, changes this function.
 
     Returns:
-        Outputs, and the fast weights.
+        The loss, and the query outputs after the last update, [N*Q, dim_output].
     """
-    inner_steps = list(inner_loop(config, task.support_x, task.support_y, weights, norm_params, num_updates))
-    (pre, _), (_, fast_weights) = inner_steps[0], inner_steps[-1]
-    return Outputs(pre, answer(config, task, fast_weights, norm_params)), fast_weights
+    outputs = predict_query(config, task, trajectory[-1], norm_params)
+    return loss_of(config, outputs, task.query_y), outputs
 
 
-def metrics_of(config, outputs, batch):
-    """Metrics from Outputs of a meta-batch; without an axis [updates] where the outputs have none."""
-    query_y = tf.broadcast_to(batch.query_y, tf.shape(outputs.post))
-    losses = loss_of(config, outputs.pre, batch.support_y), loss_of(config, outputs.post, query_y)
-    if config.loss == 'mse':
-        return Metrics(*losses)
-    return Metrics(*losses, accuracy(outputs.pre, batch.support_y), accuracy(outputs.post, query_y))
+def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
+                  task: TaskBatch) -> Tuple[Tensors, Outputs]:
+    """The exact gradient of one task's objective, through its inner loop (line 8 of algorithm 1, equation 1), and Outputs.
 
-
-# Learning to learn --------------------------------------------------------------------------------------------------
-
-class Adam:
-    """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
-
-    def __init__(self, variables, learning_rate):
-        """variables: {name: tf.Variable}, updated in place."""
-        def zeros():
-            return {name: tf.Variable(tf.zeros_like(v), trainable=False) for name, v in variables.items()}
-
-        self.variables, self.learning_rate = variables, learning_rate
-        self.step, self.means, self.squares = tf.Variable(0, dtype=tf.int64, trainable=False), zeros(), zeros()
-
-    def apply(self, gradients):
-        """One update of every variable by {name: gradient}."""
-        step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
-        rate = self.learning_rate * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
-        for name, variable in self.variables.items():
-            gradient, mean, square = gradients[name], self.means[name], self.squares[name]
-            mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
-            square.assign(ADAM_BETA2 * square + (1 - ADAM_BETA2) * tf.square(gradient))
-            variable.assign_sub(rate * mean / (tf.sqrt(square) + ADAM_EPSILON))
-
-    def state(self):
-        """{name: variable}: what must be saved to go on."""
-        return {'step': self.step, **{f'm/{name}': v for name, v in self.means.items()},
-                **{f'v/{name}': v for name, v in self.squares.items()}}
+    In phase 'pretrain', joint training, it is the gradient of the support loss before adaptation instead.
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        support_outputs, trajectory = zip(*inner_loop(config, task, parameters, config.num_updates))
+        loss, query_outputs = objective(config, task, trajectory, parameters.norm_params, iteration)
+        if phase == 'pretrain':
+            loss = loss_of(config, support_outputs[0], task.support_y)
+    gradients = tape.gradient(loss, {**parameters.weights, **parameters.norm_params}, unconnected_gradients='zero')
+    return gradients, Outputs(support_outputs[0], query_outputs)
 
 
 class MAML:
-    """The shared weights, and what is done with them on meta-batches.
-
-    A meta-batch is a TaskBatch of arrays [tasks, rows, dim].
+    """The shared parameters, and what is done with them on meta-batches: TaskBatches of arrays [tasks, rows, dim].
 
     Attributes:
         weights: {'conv1': tf.Variable, ...}, adapted in the inner loop; the reference's names.
         norm_params: {'0/beta': tf.Variable, ...}, trained by the outer loop only.
-        steps_per_call: how many steps to ask of one `train_steps`: many where the call would take longer than the step.
+        learning_rates: {name: tf.Variable} of learned inner step sizes; {}, for MAML's are fixed.
+        steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
-    def __init__(self, config, seed=0, replicas=None):
-        """Initial weights are a function of config and seed. The attribute `config` has `engine` resolved.
+    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Optional[Replicas] = None):
+        """The initial weights are a function of config and seed.
 
-        Args:
-            replicas: distribution.Replicas that divide meta-batches between them; None: one. With several, a meta-batch is
-                what `Replicas.each` makes of TaskBatches, but for `predict`, which knows one.
+        With several replicas, a meta-batch is what `Replicas.distribute` makes, except for `predict` and `predict_unadapted`.
         """
-        self.replicas = replicas or Replicas()
-        self.config = config = dataclasses.replace(config, engine=_engine(config))
+        self.replicas, convolutional = replicas or Replicas(), config.image_shape is not None
+        self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional))
         self.weights, self.norm_params = (
             {name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
             for values in (initial_weights(config, seed), initial_norm_params(config)))
-        variables = {**self.weights, **self.norm_params}
-        self._adams = {phase: Adam(variables, config.meta_lr) for phase in ('metatrain', 'pretrain')}
-
+        self.learning_rates, variables = {}, {**self.weights, **self.norm_params}
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
-        # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
-        xla = config.engine == 'wide' and (config.image_shape is None or _has_gpu())
-        # XLA compiles what one replica computes; with a single one, that is all.
-        alone = self.replicas.count == 1
-        compiled = functools.partial(tf.function, jit_compile=xla and alone, autograph=False)
-        on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
-        self._sums, self._adapt = (self._sums, self._adapt) if alone else (on_replica(self._sums), on_replica(self._adapt))
-        self._compiled_gradients = compiled(self._gradients)
-        self._compiled_steps = compiled(self._steps)
-        self._compiled_begin = compiled(self._begin)
-        self._compiled_measure = compiled(self._measure)
-        self._compiled_adapt = on_replica(self._adapt)
-        self._compiled_answer = on_replica(self._answer)
+        # Reference behaviour: the gradient of pre-training is not clipped.
+        self._optimizers = {phase: Adam(variables, config.meta_lr, clip)
+                            for phase, clip in (('metatrain', config.clip), ('pretrain', None))}
+        metrics = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (config.loss == 'xent')
+        self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.dtype, self.replicas,
+                                     Parameters(self.weights, self.norm_params), functools.partial(metrics_of, config), metrics)
+        # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
+        self._gradients = {phase: (functools.partial(meta_gradient, config, phase), (dict.fromkeys(variables), Outputs(0, 0)))
+                           for phase in self._optimizers}
+        self._updates = {phase: adam.apply for phase, adam in self._optimizers.items()}
+        self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), dict.fromkeys(self.weights))
+        self._predict_unadapted = (lambda parameters, _, task: predict_query(config, task, *parameters)), None
 
-    def state(self):
-        """{name: tf.Variable}: everything that a training run needs to go on."""
-        return {**self.weights, **self.norm_params,
-                **{f'{phase}/adam/{name}': variable
-                   for phase, adam in self._adams.items() for name, variable in adam.state().items()}}
+    def state(self) -> Dict[str, tf.Variable]:
+        """{name: variable}: everything that a training run needs to go on."""
+        metatrain, pretrain = (adam.state(f'{phase}/adam/') for phase, adam in self._optimizers.items())
+        return {**self.weights, **self.norm_params, **metatrain, **pretrain}
 
-    def variant(self, **changes):
-        """A MAML with the same weights, fresh optimizers and another config; with fewer outputs, if `dim_output` is less.
+    def variant(self, **changes) -> 'MAML':
+        """A MAML with the same weights, another config and a fresh optimizer.
 
-        Of N outputs the first n make a network for n-way tasks: tasks number their classes in random order, so that all outputs
-        have learnt the same.
+        With a smaller `dim_output` n it has the first n outputs. They make a network for n-way tasks: the labels of a task are
+        in random order, so all outputs have learnt the same.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
         for ours, variables in (self.weights, other.weights), (self.norm_params, other.norm_params):
@@ -315,197 +296,54 @@ class MAML:
                 variable.assign(ours[name][..., :variable.shape[-1]])
         return other
 
-    def predict(self, batch, num_updates):
-        """Outputs for a meta-batch before adaptation and after each of num_updates inner updates.
+    def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
+        """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.
+
+        `phase` is 'metatrain' or 'pretrain' (see `meta_gradient`), `iteration` that of the first step; `stopping` says that this
+        process is about to stop.
 
         Returns:
-            Outputs: pre [tasks, N*K, dim_output], post [num_updates, tasks, N*Q, dim_output].
+            The metrics of `metrics_of` before each step, averaged over tasks; 'finite': whether losses and gradients were finite
+            (a step in which they were not changes nothing); 'stopping': whether any process is about to stop. Each [steps].
         """
-        batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
-        fast_weights, norm_params, updates = _for_each_task(_values(self.weights), batch), _values(self.norm_params), []
-        for _ in range(num_updates):
-            outputs, fast_weights = self._compiled_adapt(batch, fast_weights, norm_params)
-            updates.append(outputs)
-        return Outputs(updates[0].pre, tf.stack([outputs.post for outputs in updates]))
+        return self._engine.train(*self._gradients[phase], self._updates[phase], batches, tf.constant(iteration, tf.int64),
+                                  tf.cast(stopping, self.config.dtype))
 
-    def predict_unadapted(self, batch):
-        """What the shared weights answer for the query rows of a meta-batch: [tasks, N*Q, dim_output]."""
-        return self._compiled_answer(tf.nest.map_structure(tf.convert_to_tensor, batch))
+    def metatrain_step(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
+        """One outer update with a meta-batch; returns scalars named as by `train_steps`."""
+        found = self.train_steps('metatrain', self.replicas.add_leading_axis(batch), iteration)
+        return {name: values[0] for name, values in found.items()}
 
-    def evaluate(self, batch, num_updates):
+    def pretrain_step(self, batch: TaskBatch) -> Tensors:
+        """One update of joint training with a meta-batch; returns scalars named as by `train_steps`."""
+        found = self.train_steps('pretrain', self.replicas.add_leading_axis(batch))
+        return {name: values[0] for name, values in found.items()}
+
+    def meta_gradients(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
+        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, parameters' names."""
+        return self._engine.means(*self._gradients['metatrain'], batch, tf.constant(iteration, tf.int64))[0]
+
+    def pretrain_gradients(self, batch: TaskBatch) -> Tensors:
+        """The gradient of the support loss before adaptation, averaged over tasks; like `meta_gradients`."""
+        return self._engine.means(*self._gradients['pretrain'], batch, tf.constant(0, tf.int64))[0]
+
+    def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
-        fast_weights, updates = self._compiled_begin(batch), []
-        for _ in range(num_updates):
-            metrics, fast_weights = self._compiled_measure(batch, fast_weights)
-            updates.append(metrics)
-        (pre_loss, *pre_accuracy), post = updates[0][::2], tf.stack(updates, axis=1)[1::2]
-        return Metrics(pre_loss, post[0], *pre_accuracy, *post[1:])
+        fast_weights, found = self._engine.repeat('weights', batch), []
+        for step in tf.range(num_updates, dtype=tf.int64):
+            metrics, fast_weights = self._engine.map_and_measure(*self._adapt, batch, fast_weights, step)
+            found.append(metrics)
+        columns = zip(*found)  # each a metric after each update
+        return Metrics(*(tf.stack(column) if post else column[0] for column, post in zip(columns, itertools.cycle([0, 1]))))
 
-    def meta_gradients(self, batch):
-        """The exact gradient of the query loss after the last inner update, averaged over tasks, before clipping.
+    def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
+        """Outputs before adaptation [tasks, N*K, dim_output], and after each update [num_updates, tasks, N*Q, dim_output]."""
+        fast_weights, found = self._engine.repeat('weights', batch), []
+        for step in tf.range(num_updates, dtype=tf.int64):
+            outputs, fast_weights = self._engine.map(*self._adapt, (batch, fast_weights), step)
+            found.append(outputs)
+        return Outputs(found[0].pre, tf.stack([outputs.post for outputs in found]))
 
-        Returns:
-            {name: tensor} over weights and norm_params.
-        """
-        return self._compiled_gradients('metatrain', batch)[0]
-
-    def pretrain_gradients(self, batch):
-        """The gradient of the support loss before adaptation, averaged over tasks. Returns as above."""
-        return self._compiled_gradients('pretrain', batch)[0]
-
-    def train_steps(self, phase, batches, stopping=False):
-        """Updates the shared weights with meta-batches [steps, tasks, rows, dim], one after the other.
-
-        Args:
-            phase: 'metatrain': outer updates (algorithm 1 of the paper), by the gradient of the query loss after the last
-                inner update. 'pretrain': joint training, by that of the support loss before adaptation.
-            stopping: whether this process is about to stop.
-
-        Returns:
-            {'pre_loss', 'post_loss'} and in classification {'pre_accuracy', 'post_accuracy'}, each [steps]: support rows
-            before adaptation and query rows after the last inner update, averaged over tasks, as they were before the step.
-            {'finite'}, bool [steps]: whether losses and gradients were numbers; a step where they were not changes nothing.
-            {'stopping'}, bool [steps]: whether any process said that it is about to.
-        """
-        return self._compiled_steps(phase, batches, tf.cast(stopping, self.config.dtype))
-
-    def metatrain_step(self, batch):
-        """One outer update with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
-        return self._one_step('metatrain', batch)
-
-    def pretrain_step(self, batch):
-        """One update of joint training with a meta-batch [tasks, rows, dim]; scalars as named by `train_steps`."""
-        return self._one_step('pretrain', batch)
-
-    def _one_step(self, phase, batch):
-        batches = self.replicas.run(lambda batch: tf.nest.map_structure(lambda array: array[None], batch), batch)
-        return {name: values[0] for name, values in self.train_steps(phase, batches).items()}
-
-    def _adapt(self, batch, fast_weights, norm_params):
-        """One inner update of each task from weights of its own: Outputs, and the weights after it, all [tasks, ...]."""
-        return self._map_tasks(
-            lambda task_and_weights: learn_task(self.config, *task_and_weights, norm_params, num_updates=1),
-            (batch, fast_weights), self._signature(fast_weights))
-
-    def _answer(self, batch):
-        weights, norm_params = _values(self.weights), _values(self.norm_params)
-        return self._map_tasks(lambda task: answer(self.config, task, weights, norm_params), batch, self.config.dtype)
-
-    def _begin(self, batch):
-        """The shared weights for each task, on all replicas."""
-        weights = _values(self.weights)
-        return self.replicas.run(lambda batch: _for_each_task(weights, batch), batch)
-
-    def _measure(self, batch, fast_weights):
-        """`_adapt` on all replicas: Metrics as a tensor [fields, tasks of all replicas], and the weights, on each its own."""
-        norm_params = _values(self.norm_params)
-
-        def replica(batch, fast_weights):
-            outputs, fast_weights = self._adapt(batch, fast_weights, norm_params)
-            metrics = metrics_of(self.config, outputs, batch)
-            return tf.stack([values for values in metrics if values is not None]), fast_weights
-
-        metrics, fast_weights = self.replicas.run(replica, batch, fast_weights)
-        return self.replicas.gather(metrics, axis=1), fast_weights
-
-    def _gradients(self, phase, batches, step=None, stopping=0.):
-        """Gradients of the phase's objective averaged over tasks, the means of the metrics, and the sum of `stopping`.
-
-        Args:
-            batches: on each replica its part of a meta-batch [tasks, rows, dim]; with `step`, of that one of
-                [steps, tasks, rows, dim].
-        """
-        weights, norm_params = _values(self.weights), _values(self.norm_params)
-
-        def shares(batches):
-            batch = batches if step is None else tf.nest.map_structure(lambda array: array[step], batches)
-            tasks = batch.support_x.shape[0] * self.replicas.count
-            sums = self._sums(phase, batch, weights, norm_params)
-            return *tf.nest.map_structure(lambda total: total / tasks, sums), tf.cast(stopping, SUM_DTYPE)
-
-        return tf.nest.map_structure(lambda total: tf.cast(total, self.config.dtype), self.replicas.total(shares, batches))
-
-    def _sums(self, phase, batch, weights, norm_params):
-        """Gradients and metrics as named by `_scores`, summed over the tasks of a batch, in SUM_DTYPE."""
-        def task_gradients(task):
-            with tf.GradientTape() as tape:
-                tape.watch((weights, norm_params))
-                outputs, _ = learn_task(self.config, task, weights, norm_params, self.config.num_updates)
-                if phase == 'metatrain':
-                    objective = loss_of(self.config, outputs.post, task.query_y)
-                else:
-                    objective = loss_of(self.config, outputs.pre, task.support_y)
-            return outputs, tape.gradient(objective, {**weights, **norm_params}, unconnected_gradients='zero')
-
-        def sums(batch):
-            outputs, gradients = self._map_tasks(task_gradients, batch, self._signature((*weights, *norm_params)))
-            metrics = metrics_of(self.config, outputs, batch)
-            scores = dict(zip(self._scores(), metrics))
-            return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0), (gradients, scores))
-
-        tasks = batch.support_x.shape[0]
-        chunk = self.config.task_chunk or tasks
-        if chunk == tasks:
-            return sums(batch)
-        chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-        zeros = ({name: tf.zeros_like(value, SUM_DTYPE) for name, value in {**weights, **norm_params}.items()},
-                 dict.fromkeys(self._scores(), tf.zeros([], SUM_DTYPE)))
-        return tf.foldl(lambda totals, batch: tf.nest.map_structure(tf.add, totals, sums(batch)), chunks, zeros,
-                        parallel_iterations=1)
-
-    def _signature(self, names):
-        """What `_map_tasks` must know of Outputs and a dict of tensors."""
-        dtype = self.config.dtype
-        return Outputs(dtype, dtype), dict.fromkeys(names, dtype)
-
-    def _scores(self):
-        """The names under which training reports the fields of Metrics, in their order."""
-        return ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (self.config.loss == 'xent')
-
-    def _steps(self, phase, batches, stopping):
-        def step(index):
-            gradients, means, stopped = self._gradients(phase, batches, index, stopping)
-            # Before clipping, which makes a number of infinity; and of squares, which Adam keeps.
-            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), means))
-            if phase == 'metatrain' and self.config.clip is not None:
-                gradients = {name: tf.clip_by_value(gradient, -self.config.clip, self.config.clip)
-                             for name, gradient in gradients.items()}
-            tf.cond(finite, lambda: self._adams[phase].apply(gradients), lambda: None)
-            return {**means, 'finite': finite, 'stopping': stopped > 0}
-
-        signature = {**dict.fromkeys(self._scores(), self.config.dtype), 'finite': tf.bool, 'stopping': tf.bool}
-        steps = self.replicas.local(batches.support_x).shape[0]
-        return tf.map_fn(step, tf.range(steps), fn_output_signature=signature, parallel_iterations=1)
-
-    def _map_tasks(self, function, batch, signature):
-        """Applies a function of one task to every task of a meta-batch and stacks what it returns."""
-        if self.config.engine == 'wide':
-            return tf.vectorized_map(function, batch)
-        return tf.map_fn(function, batch, fn_output_signature=signature, parallel_iterations=os.cpu_count())
-
-
-def _engine(config):
-    """Dense nets are small, and GPUs are wide: all tasks in one graph. Convolutions fill a CPU core: one task per core."""
-    if config.engine != 'auto':
-        return config.engine
-    return 'wide' if config.image_shape is None or _has_gpu() else 'tasks'
-
-
-def _has_gpu():
-    return bool(tf.config.list_physical_devices('GPU'))
-
-
-def _all_finite(tensors):
-    """Whether every number of a structure of tensors is one."""
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(tensors)])
-
-
-def _values(variables):
-    return {name: variable.read_value() for name, variable in variables.items()}
-
-
-def _for_each_task(weights, batch):
-    """The shared weights repeated for each task of a batch: {name: [tasks, ...]}."""
-    return {name: tf.repeat(values[None], batch.support_x.shape[0], axis=0) for name, values in weights.items()}
-
-
+    def predict_unadapted(self, batch: TaskBatch) -> tf.Tensor:
+        """The outputs of the shared weights for the query rows of a meta-batch: [tasks, N*Q, dim_output]."""
+        return self._engine.map(*self._predict_unadapted, batch, tf.constant(0, tf.int64))

@@ -6,36 +6,37 @@ derivative, where that term vanishes, and wrong by some percent for the second. 
 
 A convolution's output is the largest tensor of a network, and every operation on it, derived twice, walks over it several
 times. `batch_standardize` states both derivatives in closed form instead: a few walks, each one compiled loop where images
-are large. `patches` makes convolutions of small images matrix products.
+are large. `im2col` makes convolutions of small images matrix products.
 """
 import functools
 import math
+from typing import Optional, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 
-def standardize(x, axes, epsilon, known=None):
+def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: Optional[int] = None) -> tf.Tensor:
     """Shifts and scales x to mean 0 and (nearly) variance 1 over `axes`, exactly differentiable any number of times.
 
     Args:
         x: float tensor of any shape.
         axes: the axes over which mean and variance are taken, each dividing by the number of elements reduced.
         epsilon: added to the (biased) variance before the square root.
-        known: mean and variance are those of the first so many rows; None: of all.
+        stats_rows: mean and variance are taken from the first `stats_rows` rows; None: from all.
 
     Returns:
         A tensor shaped like x.
     """
     def mean(values):
-        counted = values if known is None else values[:known]
+        counted = values if stats_rows is None else values[:stats_rows]
         return _sum(counted, axes) / _size(counted, axes)
 
     centred = x - mean(x)
     return centred * tf.math.rsqrt(mean(tf.square(centred)) + epsilon)
 
 
-def batch_standardize(z, epsilon, pool=False):
+def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Tensor:
     """`standardize` over all axes but the last, of images, then 2x2 max pooling if asked; differentiable exactly twice.
 
     With u = (z - mean) * scale, scale = (variance + epsilon)^(-1/2), and m() the mean over all positions of a channel, the
@@ -195,7 +196,7 @@ def _sum(x, axes):
     return x
 
 
-def patches(x, size, stride):
+def im2col(x: tf.Tensor, size: int, stride: int) -> tf.Tensor:
     """The windows that a convolution with SAME padding sees, so that a matrix product with its kernel is that convolution.
 
     TensorFlow's convolutions rearrange the kernel for every call. For few images of few pixels that takes longer than the

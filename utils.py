@@ -1,13 +1,17 @@
 """Small pure functions: network building blocks and losses."""
+import math
+from typing import Dict, Optional, Sequence
+
 import tensorflow as tf
 
-from special_grads import batch_standardize, patches, standardize
+from special_grads import batch_standardize, im2col, standardize
 
 NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 
 
-def normalize(x, norm, scope, norm_params, known=None):
+def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
+              stats_rows: Optional[int] = None) -> tf.Tensor:
     """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
 
     `batch_norm` takes mean and biased variance over all axes but the last and adds the offset beta; it has no scale.
@@ -17,71 +21,73 @@ def normalize(x, norm, scope, norm_params, known=None):
         x: [rows, ..., channels].
         norm: one of NORMS; 'None' returns x.
         scope: the layer's name in norm_params, which holds '<scope>/beta' and '<scope>/gamma', each [channels].
-        known: `batch_norm` takes mean and variance over the first so many rows; None: over all.
+        stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
 
     Returns:
         A tensor shaped like x.
     """
     axes = list(range(len(x.shape)))
     if norm == 'batch_norm':
-        return standardize(x, axes[:-1], BATCH_NORM_EPSILON, known) + norm_params[f'{scope}/beta']
+        return standardize(x, axes[:-1], BATCH_NORM_EPSILON, stats_rows) + norm_params[f'{scope}/beta']
     if norm == 'layer_norm':
         return (standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma']
                 + norm_params[f'{scope}/beta'])
     return x
 
 
-def add_bias(x, bias, norm):
-    """x + bias, or x where batch normalisation follows, which subtracts whatever constant a channel had."""
+def add_bias(x: tf.Tensor, bias: tf.Tensor, norm: str) -> tf.Tensor:
+    """x + bias; or x if batch norm follows, which subtracts any constant of a channel."""
     return x if norm == 'batch_norm' else x + bias
 
 
-def conv2d(x, kernel, stride, by_product=False):
+def conv2d(x: tf.Tensor, kernel: tf.Tensor, stride: int, as_matmul: bool = False) -> tf.Tensor:
     """Convolution with SAME padding: [rows, height, width, channels] -> [rows, ceil(height / stride), ..., filters].
 
-    by_product: as a matrix product whatever the stride, so that `tf.vectorized_map` can make one product of many tasks',
-        each with a kernel of its own. With stride 1 the windows take nine times the memory of the images.
+    as_matmul: compute a matrix product whatever the stride, so that `tf.vectorized_map` can make one batched product of many
+        tasks, each with its own kernel. With stride 1 the windows take nine times the memory of the images.
     """
-    if stride == 1 and not by_product:
+    if stride == 1 and not as_matmul:
         return tf.nn.conv2d(x, kernel, stride, 'SAME')
     size, _, channels, filters = kernel.shape
-    x = patches(x, size, stride)
+    x = im2col(x, size, stride)
     rows, height, width, inputs = x.shape
     x = tf.reshape(x, [rows * height * width, inputs]) @ tf.reshape(kernel, [inputs, filters])
     return tf.reshape(x, [rows, height, width, filters])
 
 
-def conv_block(x, kernel, bias, norm, scope, norm_params, max_pool, by_product=False, known=None):
+def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
+               max_pool: bool, as_matmul: bool = False, stats_rows: Optional[int] = None) -> tf.Tensor:
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
     Args:
         x: [rows, height, width, channels].
         kernel, bias: [3, 3, channels, filters] and [filters].
-        norm, scope, norm_params, known: as for `normalize`.
-        by_product: as for `conv2d`.
+        norm, scope, norm_params, stats_rows: as for `normalize`.
+        as_matmul: as for `conv2d`.
 
     Returns:
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
-    x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, by_product), bias, norm)
-    if norm == 'batch_norm' and known is None:
-        # Has no scale, so it and ReLU are increasing: the largest of a window can be picked before them.
+    x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, as_matmul), bias, norm)
+    if norm == 'batch_norm' and stats_rows is None:
+        # Without a scale, normalisation and ReLU are increasing: the largest of a window can be picked before them.
         return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
-    x = tf.nn.relu(normalize(x, norm, scope, norm_params, known))
+    x = tf.nn.relu(normalize(x, norm, scope, norm_params, stats_rows))
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
-def dense_block(x, matrix, bias, norm, scope, norm_params, known=None):
+def dense_block(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
+                stats_rows: Optional[int] = None) -> tf.Tensor:
     """Affine map, normalisation, ReLU: [rows, inputs] -> [rows, units]. The last arguments are those of `normalize`."""
-    return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params, known))
+    return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params, stats_rows))
 
 
-def mse(outputs, targets):
+def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Mean squared error over the last two axes: [..., rows, dim] -> [...]."""
     return tf.reduce_mean(tf.square(outputs - targets), axis=(-2, -1))
 
 
-def xent(outputs, targets, shots):
+def xent(outputs: tf.Tensor, targets: tf.Tensor, shots: float) -> tf.Tensor:
     """Softmax cross-entropy summed over the rows and divided by the number of *shots*: [..., rows, way] -> [...].
 
     Reference behaviour: not divided by the number of rows, so that a task's loss and its gradient are N times the mean
@@ -90,7 +96,19 @@ def xent(outputs, targets, shots):
     return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, outputs), axis=-1) / shots
 
 
-def accuracy(outputs, targets):
+def accuracy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Fraction of rows whose largest output is the target's class: [..., rows, way] -> [...], in [0, 1]."""
     hits = tf.equal(tf.argmax(outputs, axis=-1), tf.argmax(targets, axis=-1))
     return tf.reduce_mean(tf.cast(hits, outputs.dtype), axis=-1)
+
+
+def truncated_normal(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
+    """Initial weights, normal(0, 0.01) redrawn beyond two standard deviations."""
+    return tf.random.stateless_truncated_normal(shape, seed, stddev=0.01)
+
+
+def glorot_uniform(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
+    """Initial weights, uniform with variance 2 / (inputs + outputs) (Glorot & Bengio, 2010)."""
+    receptive_field = math.prod(shape[:-2])
+    limit = math.sqrt(6 / (receptive_field * (shape[-2] + shape[-1])))
+    return tf.random.stateless_uniform(shape, seed, -limit, limit)

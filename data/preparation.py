@@ -23,14 +23,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from runtime.class_folders import PARTIAL_MANIFEST
+from runtime.class_folders import PREPARATION_RECORD as RECORD
+from runtime.files import PART_SUFFIX, write_atomically
+
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
 # What reading a damaged or hostile picture raises. Of large ones Pillow would only warn, at half the size that it refuses.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
           Image.DecompressionBombWarning)
 warnings.simplefilter('error', Image.DecompressionBombWarning)
-PARTIAL_MANIFEST = 'splits.partial.csv'
-RECORD = '.prepared.json'
 
 
 class Picture(NamedTuple):
@@ -121,7 +123,7 @@ def start(destination, recipe, force, pictures):
 
 def write_record(destination, recipe, complete):
     """Writes what the program reads before it uses the images: whether all that should be there is."""
-    write_file(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
+    write_atomically(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
 
 
 def write_all(pictures, destination):
@@ -134,7 +136,7 @@ def write_all(pictures, destination):
             content = picture.encode()
         except DAMAGE as error:
             return picture.name, error
-        write_file(path, content)
+        write_atomically(path, content)
         return None
 
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
@@ -145,18 +147,6 @@ def write_all(pictures, destination):
     finally:
         pool.shutdown(cancel_futures=True)
     return sorted(damaged, key=lambda pair: pair[0])
-
-
-def write_file(path, content):
-    """Writes a file aside and moves it into place, so that nobody ever sees half of it."""
-    try:
-        with open(path + '.part', 'wb') as file:
-            file.write(content)
-        os.replace(path + '.part', path)
-    except BaseException:
-        if os.path.exists(path + '.part'):
-            os.remove(path + '.part')
-        raise
 
 
 def count_classes(pictures, damaged):
@@ -188,7 +178,7 @@ def check(pictures, counts, classes, damaged, absent, destination):
     # What another preparation left would be taken for images and classes of this one.
     ours = {picture.name for picture in pictures}
     others = [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
-              if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith('.part')]
+              if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
     if others:
         complaints.append(f'{destination} holds {len(others)} further files in its class folders, first {others[0]}; remove them')
     parents = {os.path.dirname(name) for name in classes}
@@ -226,7 +216,7 @@ def write_partial_manifest(counts, classes, destination, needed):
         rows = sorted((known.split, name) for name, known in classes.items() if name in counts)
         text = io.StringIO()
         csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
-        write_file(path, text.getvalue().encode())
+        write_atomically(path, text.getvalue().encode())
     elif os.path.exists(path):
         os.remove(path)
 

@@ -13,8 +13,8 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-import cifar100  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import cifar100  # noqa: E402
 
 if __name__ == '__main__':
     cifar100.main(__doc__, HERE)

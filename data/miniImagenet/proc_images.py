@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-from preparation import Class, Picture, Zip, arguments, encode, is_plain_name, load_pickle, prepare, \
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data.preparation import Class, Picture, Zip, arguments, encode, is_plain_name, load_pickle, prepare, \
     read_classes  # noqa: E402
 
 SPLITS = ('train', 'val', 'test')

@@ -19,8 +19,8 @@ import sys
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-from preparation import Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data.preparation import Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)

@@ -4,48 +4,43 @@ import math
 import os
 import platform
 import time
+from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-import checkpoints
-import results
-from data_generator import UserError
-from maml import MAML
-from reports import Progress, Summaries
+from data_generator import Tasks
+from maml import MAML, Metrics
+from runtime import checkpoints, results
+from runtime.errors import UserError
+from runtime.progress import Progress
+from runtime.run import Run
+from runtime.summaries import Summaries
 
 TEST_TASKS, TEST_UPDATES = 600, 10
-PATIENCE = 3  # seconds after which users want to know how long it takes
+PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
-def evaluate(run, data):
-    """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table, and writes what it found to files.
-
-    Args:
-        run: a main.Run.
+def evaluate(run: Run, data: Dict[str, Tasks]) -> None:
+    """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and writes the results to files.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged or another network's, or the results cannot be written.
     """
     trained, prefix, iterations = restore(run)
     tasks, updates = data[run.split], max(run.model.num_updates, TEST_UPDATES)
-    run.replicas.check_alike((run.shared_flags, tasks.fingerprint), trained.state().values())
-    facts = {
-        'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.score, 'flags': run.all_flags,
-        'tasks': {'datasource': run.datasource, 'split': run.split,
-                  'num_classes': run.tasks.num_classes if run.source.image_shape else None,
-                  'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
-                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
-        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
+    run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
+    facts = evaluation_facts(run, tasks, prefix, iterations)
     described = f'{iterations} iterations' if iterations else 'weights of another run'
-    print(f'{run.description}, {results.SPLITS[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n', flush=True)
+    print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n',
+          flush=True)
     found, rates, drawn = {}, [], []
     for query_norm in run.query_norms:
         model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
         name, started = results_name(run, prefix, query_norm), time.perf_counter()
         label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
-        with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PATIENCE) as progress:
-            values = found[name] = task_scores(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
+        with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
+            values = found[name] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
         seconds = time.perf_counter() - started
         rates.append(run.num_test_tasks / seconds)
         if not run.replicas.chief:
@@ -59,15 +54,26 @@ def evaluate(run, data):
         if run.plot:
             drawn += draw(run, model, tasks, values, name, iterations)
 
-    print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.score))
+    print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.metric))
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
           + ', '.join(f'{name}.csv and .pkl' for name in found) + f', {results.FILE}')
     for path in drawn:
         print(f'Drawn: {path}')
 
 
-def results_name(run, prefix, query_norm):
-    """The name of an evaluation's files: the reference's, with whatever it could not be asked for."""
+def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: Optional[int]) -> dict:
+    """What results.json says of an evaluation besides its figures."""
+    return {
+        'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
+        'tasks': {'datasource': run.datasource, 'split': run.split,
+                  'num_classes': run.tasks.num_classes if run.source.image_shape else None,
+                  'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
+                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
+        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
+
+
+def results_name(run: Run, prefix: str, query_norm: str) -> str:
+    """The name of an evaluation's files: the reference's, and what it has no flags for."""
     usual = run.source.query_shots(run.model.update_batch_size, train=False)
     return ''.join([
         f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}',
@@ -78,25 +84,25 @@ def results_name(run, prefix, query_norm):
         f'_{os.path.basename(prefix)}' if run.load_from else ''])
 
 
-def draw(run, model, tasks, values, name, iterations):
-    """Writes pictures of an evaluation, named after its files, and shows them to TensorBoard; returns their paths.
+def draw(run: Run, model: MAML, tasks: Tasks, values: np.ndarray, name: str, iterations: Optional[int]) -> List[str]:
+    """Writes the figures of an evaluation, named after its files, and for TensorBoard; returns their paths.
 
-    There it is a run of its own, for TensorBoard reads but one file at a time of a run.
+    In TensorBoard it is a run of its own, because TensorBoard reads one file of a run at a time.
     """
-    import pictures
+    from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
-    drawn = pictures.of_model(run, model, tasks, values)
+    drawn = plots.evaluation_figures(run, model, tasks, values)
     paths = [os.path.join(run.directory, f'{name}_{run.split}_{what}.png') for what in drawn]
     for figure, path in zip(drawn.values(), paths):
-        pictures.save(figure, path)
+        plots.save(figure, path)
     with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
-        summaries.write_flags(run.flags)
-        summaries.write_scores(run.split, run.score, values.mean(axis=0), iterations or 0)
+        summaries.write_flags(run.learning_flags)
+        summaries.write_means(run.split, run.metric, values.mean(axis=0), iterations or 0)
         summaries.write_figures(run.split, drawn, iterations or 0)
     return paths
 
 
-def restore(run):
+def restore(run: Run) -> Tuple[MAML, str, Optional[int]]:
     """The network that the flags describe, with the weights of the checkpoint that they ask for.
 
     Returns:
@@ -120,28 +126,29 @@ def restore(run):
     return model, checkpoint.prefix, record['iteration']
 
 
-def evaluate_tasks(model, tasks, count, num_updates, report=lambda tasks: None):
+def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
+                   report: Callable[[int], None] = lambda tasks: None) -> Metrics:
     """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure.
 
     Args:
-        report: told after each batch how many tasks it had.
+        report: called after each batch with its number of tasks.
     """
     replicas = model.replicas
     numbers_per_task = (sum(array.size for array in tasks.draw(0, 1))
                         + sum(math.prod(variable.shape) for variable in model.weights.values()))
     largest = min(max(2 ** 24 // numbers_per_task, 1), model.config.task_chunk or count)  # 64 MiB of float32
-    each = math.ceil(count / replicas.count)
-    size, parts = math.ceil(each / math.ceil(each / largest)), []
+    per_replica = math.ceil(count / replicas.count)
+    size, parts = math.ceil(per_replica / math.ceil(per_replica / largest)), []
     for start in range(0, count, size * replicas.count):
-        # All batches are alike, as compilation wants it; the last may go beyond what was asked for.
-        batch = replicas.each(lambda replica: tasks.draw(start + replica * size, size))
+        # All batches have one size, to be compiled once; the last may have more tasks than were asked for.
+        batch = replicas.distribute(lambda replica: tasks.draw(start + replica * size, size))
         parts.append(model.evaluate(batch, num_updates))
         report(min(size * replicas.count, count - start))
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1)[..., :count] for part in zip(*parts)))
 
 
-def task_scores(metrics):
-    """What is reported of each task: [tasks, 1 + updates], support rows before adaptation, query rows after each update."""
+def task_metrics(metrics: Metrics) -> np.ndarray:
+    """Accuracies, or losses in regression, [tasks, 1 + updates]: support rows before adaptation, query rows after each update."""
     pre, post = ((metrics.pre_loss, metrics.post_losses) if metrics.pre_accuracy is None else
                  (metrics.pre_accuracy, metrics.post_accuracies))
     return np.concatenate([pre[None], post]).T

@@ -1,4 +1,4 @@
-"""Pictures of what adaptation does: errors against updates, fitted sinusoids, and the images of a task with their labels."""
+"""Figures: metrics against updates, sinusoids before and after adaptation, and the images of tasks and predictions."""
 import os
 import re
 import warnings
@@ -7,54 +7,55 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from data_generator import TaskBatch, UserError
-from results import UNITS, statistics
+from data_generator import TaskBatch
+from runtime.errors import UserError
+from runtime.statistics import UNITS, statistics
 
 DPI = 110
-# Told apart by dashes and marks as well, for prints in grey.
+# Dashes and markers distinguish the curves too, for the colour-blind and for prints in grey.
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
 
 
-def of_model(run, model, tasks, values):
-    """Pictures of what a model does with a split's tasks.
+def evaluation_figures(run, model, tasks, values):
+    """Figures of a model on the tasks of a split.
 
     Args:
-        run: a main.Run.
+        run: a run.Run.
         model: a maml.MAML.
         tasks: SinusoidTasks or ImageTasks, of data_generator.
-        values: the scores of some of them, [tasks, 1 + updates].
+        values: their metrics, [tasks, 1 + updates].
 
     Returns:
-        {'updates': scores against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
+        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
     """
     some = task_sheet(model, tasks, run.model.num_updates) if run.source.image_shape else sinusoids(model, tasks)
-    return {'updates': curves({run.description: values}, run.score), 'tasks': some}
+    return {'updates': curves({run.description: values}, run.metric), 'tasks': some}
 
 
-def curves(runs, score):
-    """Scores against the number of updates, with bands of the 95% interval of the mean (figure 3 of the paper).
+def curves(runs, metric):
+    """A metric against the number of updates, with bands of the 95% interval of the mean (figure 3 of the paper).
 
     Args:
-        runs: {label: scores [tasks, 1 + updates]}. The first column is of support rows, which before adaptation are as new to
+        runs: {label: values [tasks, 1 + updates]}. The first column is of support rows, which before adaptation are as new to
             the model as query rows are.
-        score: one of results.UNITS.
+        metric: one of statistics.UNITS.
 
     Returns:
         A matplotlib Figure.
     """
-    title, factor, _ = UNITS[score]
+    title, factor, _ = UNITS[metric]
     figure = Figure(figsize=(6, 3.6 + 0.22 * (len(runs) > 1) * len(runs)), layout='constrained')
     axes = figure.subplots()
-    for (label, scores), style in zip(runs.items(), STYLES * len(runs)):
-        mean, _, half = (statistic * factor for statistic in statistics(scores))
+    for (label, values), style in zip(runs.items(), STYLES * len(runs)):
+        mean, _, half = (statistic * factor for statistic in statistics(values))
         updates = np.arange(len(mean))
-        axes.plot(updates, mean, label=_plain(label), markersize=4, clip_on=False, **style)  # marks on the axis are whole
+        axes.plot(updates, mean, label=_plain(label), markersize=4, clip_on=False, **style)  # markers on the axis are drawn whole
         axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
     axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=f'{title} (band: 95% interval)',
              xticks=updates)
-    if score == 'loss':
+    if metric == 'loss':
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if len(runs) > 1:
@@ -63,7 +64,7 @@ def curves(runs, score):
 
 
 def sinusoids(model, tasks, count=4):
-    """The first tasks' curves, the support points, and what the network says of all inputs before and after adaptation.
+    """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
 
     Like figure 2 of the paper.
 
@@ -76,8 +77,8 @@ def sinusoids(model, tasks, count=4):
     """
     support, grid = tasks.draw(0, count), tasks.grid(0, count)
     batch = TaskBatch(support.support_x, support.support_y, *grid)
-    outputs = model.predict(batch, max(SHOWN_UPDATES))
-    answers = {0: model.predict_unadapted(batch), **{updates: outputs.post[updates - 1] for updates in SHOWN_UPDATES if updates}}
+    post = model.predict(batch, max(SHOWN_UPDATES)).post
+    outputs_after = {updates: post[updates - 1] if updates else model.predict_unadapted(batch) for updates in SHOWN_UPDATES}
 
     figure = Figure(figsize=(8, 2.6 * -(-count // 2)), layout='constrained')
     panels = figure.subplots(-(-count // 2), 2, sharex=True, squeeze=False).ravel()
@@ -85,8 +86,8 @@ def sinusoids(model, tasks, count=4):
     for task, axes in enumerate(panels[:count]):
         x = grid[0][task, :, 0]
         axes.plot(x, grid[1][task, :, 0], color='#999999', linewidth=4, alpha=0.6, label='true curve')
-        for (updates, answer), style in zip(answers.items(), (STYLES[3], STYLES[1], STYLES[0])):
-            axes.plot(x, np.asarray(answer)[task, :, 0], color=style['color'], linestyle=style['linestyle'], label=names[updates])
+        for (updates, outputs), style in zip(outputs_after.items(), (STYLES[3], STYLES[1], STYLES[0])):
+            axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'], label=names[updates])
         axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
         amplitude, phase = tasks.parameters(task, 1)
         axes.set_title(f'amplitude {amplitude.item():.2f}, phase {phase.item():.2f} rad', fontsize='small')
@@ -100,12 +101,12 @@ def sinusoids(model, tasks, count=4):
 
 
 def task_sheet(model, tasks, num_updates, shown_query=4):
-    """A task's images: in a row for each class its support, then query images with what they are taken for.
+    """A task's images, one row per class: support images, then query images with their predicted classes.
 
     Args:
         model: a maml.MAML.
         tasks: a data_generator.ImageTasks; its first task is shown.
-        num_updates: inner updates after which query images are classified.
+        num_updates: inner updates before query images are classified.
         shown_query: of each class, at the most.
 
     Returns:
@@ -138,26 +139,26 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
 
 
 def prediction_sheet(task, query_dir, source, labels, probabilities, columns=6, shown_support=6, shown_query=36):
-    """The images that a model was adapted to, a row for each class, and those that it classified, with its answers.
+    """The images that a model was adapted to, one row per class, and those that it classified, with the predictions.
 
     Args:
-        task: a data_generator.OwnTask.
-        query_dir: what the names of query images are shown relative to.
+        task: a user_task.UserTask.
+        query_dir: the names of query images are shown relative to it.
         source: an entry of data_generator.SOURCES.
-        labels: of the query images, None where not known.
+        labels: of the query images, None if not known.
         probabilities: [query images, classes].
-        shown_support, shown_query: images shown at the most, of each class and in all.
+        shown_support, shown_query: maximum number of images shown, per class and in all.
 
     Returns:
         A matplotlib Figure.
     """
     classes, batch = task.classes, task.batch
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
-    marks = ['' if label is None else ' ✓' if label == answer else ' ✗' for label, answer in zip(labels, predicted)]
+    marks = ['' if known is None else ' ✓' if known == label else ' ✗' for known, label in zip(labels, predicted)]
     support = [(image, _clipped(classes[label]), '') for label in range(len(classes))
                for image in batch.support_x[0][support_labels == label][:shown_support]]
-    query = [(image, f'{_clipped(classes[answer])}\n{row[answer]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
-             for image, answer, row, mark, path
+    query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
+             for image, label, row, mark, path
              in zip(batch.query_x[0], predicted, probabilities, marks, task.queries)][:shown_query]
     rows = [-(-len(tiles) // columns) for tiles in (support, query)]
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
@@ -177,24 +178,24 @@ def prediction_sheet(task, query_dir, source, labels, probabilities, columns=6, 
 
 
 def _show(axes, image, source):
-    """Draws an image [dim_input] as it was before the network saw it."""
+    """Draws an image [dim_input] as it was before preprocessing."""
     image = image.reshape(source.image_shape)
     axes.imshow(1 - image[..., 0] if source.invert else image.squeeze(), cmap='gray', vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
 
 
 def _clipped(name, length=18):
-    """A name without its middle, where it is long: its ends tell it apart."""
+    """A long name without its middle: its ends distinguish it."""
     return _plain(name if len(name) <= length else f'{name[:length // 2]}…{name[1 + length // 2 - length:]}')
 
 
 def _plain(name):
-    """A name as matplotlib can draw it: no formulas, nothing that is not text."""
+    """A name as matplotlib can draw it: no formulas, printable."""
     return name.encode(errors='replace').decode().replace('$', r'\$')
 
 
 def pixels(figure):
-    """A Figure as an array of colours, uint8 [height, width, 3]."""
+    """A Figure as pixels, uint8 [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
     canvas.draw()
@@ -202,10 +203,10 @@ def pixels(figure):
 
 
 def save(figure, path):
-    """Writes a Figure; raises UserError where that is not possible."""
+    """Writes a Figure to a file; raises UserError if it cannot."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes; names may be in any script
+            warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes: names may be in any script
             figure.savefig(path, dpi=DPI)
     except OSError as error:
         raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error

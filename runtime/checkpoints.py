@@ -1,9 +1,9 @@
 """Checkpoint files: `model<iteration>` for each saved iteration.
 
-A checkpoint is a TensorFlow tensor bundle, `<prefix>.index` and `<prefix>.data-00000-of-00001`: named tensors without a
-program around them, readable by `tf.train.load_checkpoint`, as the reference's are. Beside the variables of `MAML.state()`
-it holds a record, a dict that says what the numbers belong to. Both files are written aside and moved into place, and no
-checkpoint is ever overwritten by another; the bundle's checksums tell whether it is whole.
+A checkpoint is a TensorFlow tensor bundle, `<prefix>.index` and `<prefix>.data-00000-of-00001`: named tensors, readable by
+`tf.train.load_checkpoint`, as the reference's are. Besides the variables of `MAML.state()` it holds a record, a dict that says
+what the numbers belong to. Both files are written to a temporary folder and renamed, and no checkpoint is ever overwritten by
+another; the bundle's checksums tell whether it is complete.
 """
 import contextlib
 import glob
@@ -13,20 +13,20 @@ import re
 import shutil
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Union
 
 import filelock
 import tensorflow as tf
 
-from data_generator import UserError, first_line
+from runtime.errors import UserError, first_line
 
-KEPT = 10
+KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 BEST = 'best'
 _RECORD = 'record'
 _ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'data'  # of the record
-_SUFFIXES = ('.data-00000-of-00001', '.index')  # in this order: once the index is in place, all is
+_SUFFIXES = ('.data-00000-of-00001', '.index')  # renamed in this order: the index makes the checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
-_ASIDE = '.saving'
+_TEMPORARY = '.saving'
 
 
 class Damaged(UserError):
@@ -41,8 +41,8 @@ class Checkpoint(NamedTuple):
 
 
 @contextlib.contextmanager
-def exclusive(directory):
-    """Makes the directory and, while entered, keeps other training processes out of it. The lock dies with the process.
+def exclusive(directory: str):
+    """Creates the directory and, while entered, locks it against other training processes. The lock ends with the process.
 
     Raises:
         UserError: another process trains there, or it cannot be written to.
@@ -50,7 +50,7 @@ def exclusive(directory):
     lock = filelock.FileLock(os.path.join(directory, '.lock'))
     try:
         os.makedirs(directory, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # on file systems that know no locks
+        with contextlib.suppress(NotImplementedError):  # file systems without locks
             lock.acquire(timeout=0)
         with tempfile.TemporaryFile(dir=directory):
             pass
@@ -67,19 +67,19 @@ def exclusive(directory):
         lock.release()
 
 
-def iterations(directory):
-    """The iterations of which the directory holds a checkpoint, or part of one, ascending; [] where there is no directory."""
+def iterations(directory: str) -> List[int]:
+    """The iterations of the directory's checkpoints, incomplete ones too, ascending; [] if there is no directory."""
     files = os.listdir(directory) if os.path.isdir(directory) else []
     return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
 
 
-def path(directory, iteration):
+def path(directory: str, iteration: int) -> str:
     """The prefix of an iteration's checkpoint."""
     return os.path.join(directory, f'model{iteration}')
 
 
-def save(prefix, state, record):
-    """Writes a checkpoint aside and moves it into place; once that is done, it outlives a power cut.
+def save(prefix: str, state: Dict[str, tf.Variable], record: dict) -> None:
+    """Writes a checkpoint atomically; when this returns, it survives a power cut.
 
     Args:
         prefix: as from `path`.
@@ -91,31 +91,31 @@ def save(prefix, state, record):
     """
     tensors = {**state, _RECORD: tf.constant(json.dumps(record))}
     directory, name = os.path.split(prefix)
-    folder = os.path.join(directory, _ASIDE)
-    aside = os.path.join(folder, name)
+    folder = os.path.join(directory, _TEMPORARY)
+    temporary = os.path.join(folder, name)
     try:
         os.makedirs(folder, exist_ok=True)
-        tf.raw_ops.SaveV2(prefix=aside, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
+        tf.raw_ops.SaveV2(prefix=temporary, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
                           tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
         for suffix in _SUFFIXES:
-            _to_disk(aside + suffix)
+            _sync(temporary + suffix)
         data, index = (prefix + suffix for suffix in _SUFFIXES)
-        os.replace(aside + _SUFFIXES[0], data)
+        os.replace(temporary + _SUFFIXES[0], data)
         try:
-            os.replace(aside + _SUFFIXES[1], index)
+            os.replace(temporary + _SUFFIXES[1], index)
         except OSError:
             os.remove(data)
             raise
-        with contextlib.suppress(OSError):  # not every system can do so with folders
-            _to_disk(directory)
+        with contextlib.suppress(OSError):  # some systems cannot sync folders
+            _sync(directory)
     except tf.errors.OpError as error:
         raise OSError(first_line(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _to_disk(path):
-    """Waits until a file or folder is on the disk itself."""
+def _sync(path):
+    """Flushes a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,18 +124,18 @@ def _to_disk(path):
 
 
 def _finish_saving(directory):
-    """Moves into place what a process that was killed had moved half of; removes what it had not finished to write."""
-    aside = os.path.join(directory, _ASIDE)
-    for name in os.listdir(aside) if os.path.isdir(aside) else []:
+    """Completes a checkpoint of which a killed process had renamed one of two files; removes unfinished ones."""
+    temporary = os.path.join(directory, _TEMPORARY)
+    for name in os.listdir(temporary) if os.path.isdir(temporary) else []:
         match = _FILE.match(name)
-        if match and match[2] == '.index' and not os.path.exists(path(aside, match[1]) + _SUFFIXES[0]) and os.path.exists(
+        if match and match[2] == '.index' and not os.path.exists(path(temporary, match[1]) + _SUFFIXES[0]) and os.path.exists(
                 path(directory, match[1]) + _SUFFIXES[0]):
-            os.replace(os.path.join(aside, name), os.path.join(directory, name))
-    shutil.rmtree(aside, ignore_errors=True)
+            os.replace(os.path.join(temporary, name), os.path.join(directory, name))
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load(prefix):
-    """Reads a checkpoint that `save` wrote.
+def load(prefix: str) -> Checkpoint:
+    """Reads a checkpoint written by `save`.
 
     Raises:
         Damaged: it is missing or cannot be read.
@@ -151,8 +151,8 @@ def load(prefix):
     return Checkpoint(prefix, arrays, record)
 
 
-def newest(directory):
-    """The newest checkpoint that can be read, as by `load`, or None if there is none; what is damaged is reported.
+def newest(directory: str) -> Optional[Checkpoint]:
+    """The newest checkpoint that can be read, or None if there is none. Damaged ones are reported and skipped.
 
     Raises:
         Damaged: there are some, and none can be read.
@@ -164,14 +164,14 @@ def newest(directory):
             return load(path(directory, iteration))
         except Damaged as damage:
             error = damage
-            print(f'main.py: {damage}; trying the one before', file=sys.stderr)
+            print(f'Warning: {damage}; trying the one before', file=sys.stderr)
     if error:
         raise Damaged(f'no checkpoint in {directory} can be read; to start anew, add --resume=False') from error
     return None
 
 
-def find(directory, wanted):
-    """The checkpoint that was asked for.
+def find(directory: str, wanted: Union[int, str, None]) -> Checkpoint:
+    """The requested checkpoint.
 
     Args:
         wanted: an iteration, None for the newest, or BEST for the one that the newest says did best on meta-validation.
@@ -193,23 +193,23 @@ def find(directory, wanted):
         what = f'checkpoint model{wanted}'
     if saved:
         there = f'there {"are" if len(saved) > 1 else "is"} ' + ', '.join(f'model{iteration}' for iteration in saved)
-        remedy = 'Give one of these'
+        hint = 'Give one of these'
     else:
         logdir = os.path.dirname(directory)
         others = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
         there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
-        remedy = 'Train first'
-    raise UserError(f'there is no {what} in {directory}; {there}. {remedy}, or give the flags of the training run '
+        hint = 'Train first'
+    raise UserError(f'there is no {what} in {directory}; {there}. {hint}, or give the flags of the training run '
                     '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
 
 
-def check_flags(prefix, there, wanted, remedy):
+def check_flags(prefix: str, there: dict, wanted: dict, hint: str) -> None:
     """Refuses a checkpoint that was made with other flags than those wanted.
 
     Args:
         there: {flag: value} from its record; flags that it does not know are not compared.
         wanted: {flag: value}.
-        remedy: what to do, for the error.
+        hint: what to do; the end of the error message.
 
     Raises:
         UserError: spells out the differences.
@@ -217,7 +217,7 @@ def check_flags(prefix, there, wanted, remedy):
     names = [name for name in wanted if name in there and there[name] != wanted[name]]
     if names:
         made, here = (', '.join(f'--{name}={values[name]}' for name in names) for values in (there, wanted))
-        raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {here}; {remedy}')
+        raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {here}; {hint}')
 
 
 def _read(prefix):
@@ -235,8 +235,8 @@ def _decode(prefix, record):
         raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program') from error
 
 
-def restore(checkpoint, state):
-    """Gives variables the values of a checkpoint.
+def restore(checkpoint: Checkpoint, state: Dict[str, tf.Variable]) -> None:
+    """Assigns the values of a checkpoint to variables.
 
     Args:
         state: {name: tf.Variable}, which the checkpoint must match in names and shapes.
@@ -247,16 +247,16 @@ def restore(checkpoint, state):
     _assign(checkpoint.prefix, checkpoint.arrays, state)
 
 
-def load_weights(prefix, variables, network_flags):
-    """Gives a model's weights and norm parameters the values of a checkpoint, of this program's or of the reference's.
+def load_weights(prefix: str, variables: Dict[str, tf.Variable], network_flags: dict) -> dict:
+    """Assigns the values of a checkpoint, of this program or of the reference, to a model's weights and norm parameters.
 
     Args:
         prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
-        network_flags: {flag: value}, which the record of a checkpoint of this program's must not contradict.
+        network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
 
     Returns:
-        The record of a checkpoint of this program's, else {}.
+        The record of a checkpoint of this program, else {}.
 
     Raises:
         UserError: there is no such checkpoint, it cannot be read, or names, shapes or flags differ; lists the differences.
@@ -293,7 +293,7 @@ def _assign(prefix, arrays, variables):
         variable.assign(arrays[name])
 
 
-def reference_names(names):
+def reference_names(names: Iterable[str]) -> Dict[str, str]:
     """{our name: the reference's}, for names of weights in the order of `maml.initial_weights`, and of norm parameters.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
@@ -308,8 +308,8 @@ def reference_names(names):
     return result
 
 
-def prune(directory, best):
-    """Deletes all but the newest checkpoints and that of the iteration `best`."""
+def prune(directory: str, best: Optional[int]) -> None:
+    """Deletes all checkpoints but the KEPT newest ones and that of the iteration `best`."""
     for iteration in iterations(directory)[:-KEPT]:
         if iteration != best:
             for suffix in reversed(_SUFFIXES):
@@ -317,11 +317,11 @@ def prune(directory, best):
                     os.remove(path(directory, iteration) + suffix)
 
 
-def move_aside(directory, iteration):
-    """Moves the checkpoints after an iteration into a new folder beside them; after 0 the summaries of earlier runs, too.
+def move_aside(directory: str, iteration: int) -> Optional[str]:
+    """Moves the checkpoints after an iteration into a new folder beside them; for iteration 0 the summaries, too.
 
     Returns:
-        The folder, or None where there was nothing to move.
+        The folder, or None if there was nothing to move.
     """
     later = [name for name in iterations(directory) if name > iteration]
     summaries = [] if iteration else glob.glob(os.path.join(glob.escape(directory), 'events.out.tfevents.*'))
@@ -335,6 +335,6 @@ def move_aside(directory, iteration):
         os.replace(name, os.path.join(folder, os.path.basename(name)))
     for name in later:
         for suffix in reversed(_SUFFIXES):
-            with contextlib.suppress(FileNotFoundError):  # of a damaged one
+            with contextlib.suppress(FileNotFoundError):  # of an incomplete one
                 os.replace(path(directory, name) + suffix, path(folder, name) + suffix)
     return folder

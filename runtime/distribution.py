@@ -1,34 +1,33 @@
-"""Several devices or machines, by TensorFlow's `tf.distribute`: each replica learns from its share of a meta-batch's tasks.
+"""Several devices or machines, by TensorFlow's `tf.distribute`.
 
-Tasks are what is divided, not the task. The shared weights are on every machine; a replica gets them, adds up the gradients of
-its tasks, and all replicas' sums are added up once a meta-step (an all-reduce of as many numbers as there are weights). From
-the same sum, every machine makes the same step. As task j is a function of (seed, split, j), each replica draws its own tasks.
+Tasks are distributed over replicas; a single task is never split. Every machine has the shared weights. Each replica sums the
+gradients of its tasks, and one all-reduce per meta-step, of as many numbers as there are weights, sums them over replicas. From
+the same sum, every machine makes the same update. As task j is a function of (seed, split, j), each replica draws its own tasks.
 """
 import contextlib
 import json
-import math
 import os
 import re
 import signal
 import zlib
-from typing import NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
-from data_generator import UserError
+from runtime.errors import UserError
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
 
 class Cluster(NamedTuple):
     """What TF_CONFIG says."""
-    workers: int    # processes that train
-    worker: int     # which of them this is, from 0 on; that is the chief, which alone prints and writes
+    workers: int    # number of processes
+    worker: int     # index of this one; 0 is the chief, which alone prints and writes
 
 
-def cluster_from_environment(strategy):
-    """The Cluster that this process is one worker of; of one, unless the strategy and TF_CONFIG say otherwise.
+def cluster_from_environment(strategy: str) -> Cluster:
+    """This process's Cluster, from TF_CONFIG; Cluster(1, 0) if not distributed.
 
     Raises:
-        UserError: TF_CONFIG is missing or is not as it should be.
+        UserError: TF_CONFIG is missing or malformed.
     """
     text = os.environ.get('TF_CONFIG', '')
     if strategy not in ('auto', 'multiworker') or strategy == 'auto' and not text:
@@ -52,12 +51,11 @@ def cluster_from_environment(strategy):
     return Cluster(chiefs + workers, index if task['type'] == 'chief' else chiefs + index)
 
 
-def make_strategy(name, cluster):
-    """A tf.distribute.Strategy; to be called before TensorFlow computes anything.
+def make_strategy(name: str, cluster: Cluster):
+    """A tf.distribute.Strategy. Call this before TensorFlow computes anything.
 
     Args:
-        name: one of STRATEGIES. 'auto' is 'multiworker' where there is a cluster, 'mirrored' on several GPUs, else 'one'.
-        cluster: a Cluster.
+        name: one of STRATEGIES. 'auto' is 'multiworker' if there is a cluster, 'mirrored' on several GPUs, else 'one'.
 
     Raises:
         UserError: the other workers cannot be reached.
@@ -78,9 +76,9 @@ def make_strategy(name, cluster):
 
 @contextlib.contextmanager
 def _ctrl_c_as_usual():
-    """Lets Ctrl-C end the process at once: Python's own handler would wait as long as TensorFlow waits for others.
+    """Lets Ctrl-C end the process at once: Python's own handler would wait as long as TensorFlow waits for other workers.
 
-    SIGTERM is out of reach: TensorFlow handles it itself then, and waits on.
+    SIGTERM cannot be helped: TensorFlow handles it itself meanwhile, and goes on waiting.
     """
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:
@@ -90,75 +88,75 @@ def _ctrl_c_as_usual():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, term)  # back from TensorFlow
+        signal.signal(signal.SIGTERM, term)  # TensorFlow replaced it
 
 
-def check_tasks(meta_batch_size, replicas):
-    """Raises UserError where the tasks of a meta-batch cannot be divided evenly."""
+def report_waiting(cluster: Cluster) -> None:
+    """Prints that this worker waits for the others, if there are others."""
+    if cluster.workers > 1:
+        elsewhere = '; worker 0 reports the results' if cluster.worker else ''
+        print(f'Worker {cluster.worker} waits for the other {cluster.workers - 1} of TF_CONFIG{elsewhere}', flush=True)
+
+
+def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> None:
+    """Raises UserError if a meta-batch cannot be divided evenly between the replicas, and their tasks into chunks (0: none)."""
     if meta_batch_size % replicas:
         lower = meta_batch_size // replicas * replicas
         nearest = [size for size in (lower, lower + replicas) if size]
         raise UserError(f'--meta_batch_size={meta_batch_size} tasks cannot be divided between {replicas} replicas; the nearest '
                         f'that can {"are" if len(nearest) > 1 else "is"} {" and ".join(map(str, nearest))}')
+    per_replica = meta_batch_size // replicas
+    if task_chunk and per_replica % task_chunk:
+        raise UserError(f'--task_chunk={task_chunk} must divide the {per_replica} tasks of each replica')
 
 
 class Replicas:
-    """The replicas of a strategy, and what is done on them.
+    """The replicas of a strategy.
 
     Attributes:
-        count: how many there are in all.
-        workers: how many processes they are spread over.
+        strategy: the tf.distribute.Strategy.
+        count: number of replicas in all processes.
+        workers: number of processes.
         chief: whether this process is the one that prints and writes.
     """
 
-    def __init__(self, strategy=None, cluster=Cluster(1, 0)):
+    def __init__(self, strategy=None, cluster: Cluster = Cluster(1, 0)):
+        """strategy: None: the default one, of a single replica."""
         import tensorflow as tf
-        self._tf, self._strategy = tf, strategy or tf.distribute.get_strategy()
-        self.count, self.workers, self.chief = self._strategy.num_replicas_in_sync, cluster.workers, cluster.worker == 0
+        self._tf, self.strategy = tf, strategy or tf.distribute.get_strategy()
+        self.count, self.workers, self.chief = self.strategy.num_replicas_in_sync, cluster.workers, cluster.worker == 0
 
-    def each(self, make):
-        """What make(replica) returns, a structure of arrays, for each replica of this process, numbered among all of them."""
+    def distribute(self, make: Callable[[int], Any]):
+        """Gives each replica of this process a structure of arrays: make(replica), numbered among all replicas."""
         if self.count == 1:
             return make(0)
-        return self._strategy.experimental_distribute_values_from_function(
+        return self.strategy.experimental_distribute_values_from_function(
             lambda context: self._tf.nest.map_structure(self._tf.convert_to_tensor, make(context.replica_id_in_sync_group)))
 
-    def run(self, function, *arguments):
-        """Calls a function on each replica with its part of those arguments that come from `each` or `run`."""
-        return self._strategy.run(function, arguments)
+    def add_leading_axis(self, arrays):
+        """Adds a leading axis of length 1 to a structure that `distribute` returned."""
+        return self.strategy.run(lambda arrays: self._tf.nest.map_structure(lambda array: array[None], arrays), (arrays,))
 
-    def local(self, values):
+    def first_local(self, values):
         """A tensor's value on the first replica of this process."""
-        return self._strategy.experimental_local_results(values)[0]
+        return self.strategy.experimental_local_results(values)[0]
 
-    def total(self, function, *arguments):
-        """The sums over all replicas of what `run` returns, a structure of tensors of one type, by a single all-reduce."""
-        tf, made = self._tf, []
+    def gather(self, values, axis: int):
+        """The tensors of all replicas concatenated along an axis."""
+        return self.strategy.gather(values, axis)
 
-        def packed(*arguments):
-            result = function(*arguments)
-            made.append(result)  # for its structure, which all replicas share
-            return tf.concat([tf.reshape(tensor, [-1]) for tensor in tf.nest.flatten(result)], axis=0)
+    def check_in_sync(self, facts: Any, variables: Iterable = ()) -> None:
+        """Waits for all workers. What workers decide alike without communicating follows from the facts compared here.
 
-        total = self._strategy.reduce('SUM', self.run(packed, *arguments), axis=None)
-        shapes = [tensor.shape for tensor in tf.nest.flatten(made[0])]
-        parts = tf.split(total, [math.prod(shape) for shape in shapes])
-        return tf.nest.pack_sequence_as(made[0], [tf.reshape(part, shape) for part, shape in zip(parts, shapes)])
-
-    def gather(self, values, axis):
-        """All replicas' tensors one after the other along an axis."""
-        return self._strategy.gather(values, axis)
-
-    def check_alike(self, facts, variables=()):
-        """Waits for all workers; raises UserError unless they come with the same facts (by repr) and values of variables.
-
-        What workers decide by themselves, and do together, is decided by these.
+        Raises:
+            UserError: the workers differ in the facts (by repr) or in the values of variables.
         """
         if self.count > 1:
             checksum = zlib.crc32(repr(facts).encode(errors='surrogateescape'))
             for variable in variables:
                 checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
-            sums = self.gather(self.each(lambda replica: self._tf.constant([checksum], self._tf.int64)), axis=0).numpy()
+            own = self.distribute(lambda replica: self._tf.constant([checksum], self._tf.int64))
+            sums = self.gather(own, axis=0).numpy()
             if (sums != sums[0]).any():
                 raise UserError('the workers differ in their flags, images or checkpoints; give all the same, and a --logdir '
                                 'that they share')

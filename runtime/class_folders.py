@@ -1,0 +1,242 @@
+"""Class folders on disk: which class belongs to which split, and the images of a split.
+
+A data folder holds either folders train, val and test of class folders, or class folders anywhere below it and a manifest, a
+csv file with the columns split and class. Class folders without either are split once, and a manifest is written.
+"""
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from runtime.errors import UserError
+from runtime.files import write_atomically
+from runtime.image_cache import cached_array
+from runtime.images import decode_images, image_files, readable_suffixes
+
+SPLITS = ('train', 'val', 'test')
+PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
+# The partial manifest is what a preparation with --allow_missing leaves: the classes that are there.
+PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
+
+
+class ImageClasses(NamedTuple):
+    """The images of a split, class after class."""
+    images: np.ndarray   # uint8 [images, height, width, channels]
+    names: List[str]     # class folders, relative to the data folder
+    starts: np.ndarray   # int64 [classes]: index of a class's first image
+    counts: np.ndarray   # int64 [classes]
+    checksum: int        # CRC-32 of the images
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFolders:
+    """The class folders of a data source.
+
+    Attributes:
+        root: the data folder.
+        script: the preparation script that makes it; None: they are the user's own images, of any size and format.
+        shipped_manifest: the manifest to use if root holds none.
+        split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
+        split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
+    """
+    root: str
+    script: Optional[str] = None
+    shipped_manifest: Optional[str] = None
+    split_ratios: Optional[Tuple[int, int, int]] = None
+    split_given: bool = False
+
+    @property
+    def missing_hint(self) -> str:
+        """What to do if class folders are missing."""
+        return (f'prepare the images with: python {self.script}' if self.script else
+                'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
+
+    def too_few_hint(self, num_classes: int) -> str:
+        """What to do if a split has fewer than num_classes classes."""
+        if not self.split_ratios:
+            return 'lower it'
+        enough = math.ceil(num_classes * sum(self.split_ratios) / min(self.split_ratios))
+        return (f'lower it, or have {enough} class folders or more (as {_split_flag(self.split_ratios)} divides them) and delete '
+                f'{MANIFEST} there, if there is one')
+
+    def names(self, split: str) -> List[str]:
+        """The split's class folders relative to the root, sorted.
+
+        Raises:
+            UserError: the root, the split or a class folder is missing, or the preparation was not completed.
+        """
+        if not os.path.isdir(self.root):
+            raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
+        if not _preparation_complete(self.root):
+            raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: '
+                            f'python {self.script} (with --allow_missing to go on with what is there)')
+        manifest = self._manifest()
+        if manifest:
+            names = read_manifest(manifest, split)
+            if self.split_ratios and split == 'train':  # once a run
+                _report_unlisted(self.root, manifest)
+        else:
+            names = sorted(f'{split}/{name}' for name in subfolders(os.path.join(self.root, split)))
+        if not names:
+            where = f'the manifest {manifest}' if manifest else self.root
+            raise UserError(f'the {split} split in {where} has no classes; {self.missing_hint}')
+        missing = [name for name in names if not os.path.isdir(os.path.join(self.root, name))]
+        if missing:
+            raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
+                            f'first {missing[0]}; {self.missing_hint}')
+        return names
+
+    def load(self, split: str, image_shape: Tuple[int, int, int]) -> ImageClasses:
+        """The split's images, decoded and cached beside them on first use.
+
+        Raises:
+            UserError: as for `names`, or an image cannot be decoded or has the wrong size.
+        """
+        own, root = self.script is None, self.root
+        suffixes = readable_suffixes() if own else PREPARED_SUFFIXES
+        files = [(name, image_files(os.path.join(root, name), suffixes)) for name in self.names(split)]
+        empty = [name for name, images in files if not images]
+        if empty:
+            others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
+            raise UserError(f'the class folder {empty[0]} in {root} holds no image{others}; '
+                            + ('remove it' if own else self.missing_hint))
+        counts = np.array([len(images) for _, images in files])
+        paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
+        fingerprint = hashlib.sha256(repr((image_shape, own and 'on white', files)).encode()).hexdigest()
+        bad_image_hint = 'remove it' if own else f'run python {self.script} --force'
+        images, checksum = cached_array(
+            os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
+            (len(paths), *image_shape),
+            lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'))
+        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
+
+    def _manifest(self) -> Optional[str]:
+        """The path of the manifest that splits the classes, or None if folders do. Writes one if there is neither."""
+        candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), self.shipped_manifest]
+        found = next((path for path in candidates if path and os.path.exists(path)), None)
+        if found and self.split_given:
+            self._check_split(found)
+        if found or not self.split_ratios or any(os.path.isdir(os.path.join(self.root, split)) for split in SPLITS):
+            return found
+        path = os.path.join(self.root, MANIFEST)
+        write_manifest(path, split_classes(subfolders(self.root), self.split_ratios, self.root))
+        return path
+
+    def _check_split(self, manifest: str) -> None:
+        """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
+        listed = [name for split in SPLITS for name in read_manifest(manifest, split)]
+        wanted = split_classes(listed, self.split_ratios, self.root)
+        if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
+            raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
+                            '--split, or delete that file to have them split anew')
+
+
+def subfolders(folder: str) -> List[str]:
+    """Names of the folders in a folder, but hidden ones; [] if it does not exist."""
+    if not os.path.isdir(folder):
+        return []
+    return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
+
+
+def read_manifest(path: str, split: str) -> List[str]:
+    """Class folders of a split, sorted, from a csv file with the columns split and class.
+
+    Raises:
+        UserError: the file cannot be read, or a line is malformed.
+    """
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    if {'split', 'class'} - set(columns):
+        raise UserError(f'the first line of the manifest {path} must be split,class')
+    line_of = {}
+    for number, row in enumerate(rows, start=2):
+        if line_of.setdefault(row['class'], number) != number:
+            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {line_of[row["class"]]} and '
+                            f'{number}')
+        if row.get('split') not in SPLITS or not _is_below(row.get('class')):
+            raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
+                            f'{", ".join(SPLITS)} and class a folder below the data')
+    return sorted(row['class'] for row in rows if row['split'] == split)
+
+
+def write_manifest(path: str, rows: Sequence[Tuple[str, str]]) -> None:
+    """Writes [(split, class)] where `read_manifest` will find it, and says so.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
+    try:
+        write_atomically(path, text.getvalue().encode())
+    except (OSError, UnicodeEncodeError) as error:
+        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
+                        'the class folders into folders train, val and test yourself') from error
+    counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+    print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
+
+
+def split_classes(names: Sequence[str], ratios: Tuple[int, int, int], root: str) -> List[Tuple[str, str]]:
+    """Splits classes in an order that depends on their names only.
+
+    Args:
+        names: class folders.
+        ratios: proportions of train, val and test; each gets at least one class.
+        root: what to call the folder in an error.
+
+    Returns:
+        [(split, class)].
+
+    Raises:
+        UserError: there are too few classes.
+    """
+    if len(names) < len(SPLITS):
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; it must '
+                        'hold folders train, val and test, each with one folder of images per class, or just the latter')
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
+    held_out = [max(1, len(names) * ratio // sum(ratios)) for ratio in ratios[1:]]
+    if sum(held_out) >= len(names):
+        raise UserError(f'{_split_flag(ratios)} leaves no class of the {len(names)} in {root} for training')
+    bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
+    return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
+
+
+def _report_unlisted(root: str, manifest: str) -> None:
+    """Prints which class folders in root the manifest does not list."""
+    listed = {name.split(os.sep)[0] for split in SPLITS for name in read_manifest(manifest, split)}
+    unlisted = sorted(set(subfolders(root)) - listed)
+    if unlisted:
+        print(f'Left out, for {manifest} does not list {"it" if len(unlisted) == 1 else "them"}: {unlisted[0]}'
+              + (f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else '')
+              + '. Add a line for each, or delete that file to have all split anew')
+
+
+def _is_below(name: Optional[str]) -> bool:
+    """Whether a name is a normalised relative path that stays below the folder it is looked up in."""
+    return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
+
+
+def _split_flag(ratios: Tuple[int, int, int]) -> str:
+    return '--split=' + '/'.join(map(str, ratios))
+
+
+def _preparation_complete(root: str) -> bool:
+    """Whether the preparation record says so, or there is no record."""
+    try:
+        with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
+            return bool(json.load(file)['complete'])
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False

@@ -1,0 +1,201 @@
+"""Runs functions of one task on meta-batches: mapped over tasks, in chunks, compiled, and summed over all replicas.
+
+A function of one task takes the values of the shared parameters, a number (the iteration, or the inner step) and the task: a
+TaskBatch without the leading axis. It knows nothing of other tasks. What it computes is decided in maml.py.
+"""
+import functools
+import math
+import os
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import tensorflow as tf
+
+from runtime.distribution import Replicas
+
+# The dtype of sums over tasks. In float32 they would depend on how tasks are divided between replicas and chunks, and training
+# diverges from the last digit on: a ReLU near zero is soon on in one run and off in the other.
+SUM_DTYPE = tf.float64
+Structure = Any  # nested tuples and dicts of tensors
+
+
+def resolve(kind: str, convolutional: bool) -> str:
+    """What 'auto' means: 'wide' (all tasks in one graph) for dense nets, which are small, and on a GPU; else 'tasks'.
+
+    On a CPU, convolutions fill a core: one task per core.
+    """
+    if kind != 'auto':
+        return kind
+    return 'wide' if not convolutional or has_gpu() else 'tasks'
+
+
+def has_gpu() -> bool:
+    return bool(tf.config.list_physical_devices('GPU'))
+
+
+class Engine:
+    """Runs functions of one task on meta-batches, which are TaskBatches [tasks, rows, dim].
+
+    With several replicas, a meta-batch is what `Replicas.distribute` makes of TaskBatches: each replica has its own tasks.
+    """
+
+    def __init__(self, kind: str, task_chunk: Optional[int], convolutional: bool, dtype: str, replicas: Replicas,
+                 shared: Structure, measure: Callable, metrics: Sequence[str]):
+        """
+        Args:
+            kind: 'tasks': one task per core; 'wide': all tasks in one graph, compiled by XLA where that is accurate.
+            task_chunk: tasks whose gradients are computed at a time; None: all of the meta-batch.
+            dtype: of the parameters and of all that functions of one task return.
+            shared: the shared parameters, a NamedTuple of groups {name: tf.Variable}; functions of one task get its values.
+            measure: function of a meta-batch and of the outputs for it that returns {metric: [tasks]}.
+            metrics: the names of these metrics.
+        """
+        self._kind, self._task_chunk, self._dtype, self._replicas, self._strategy = (
+            kind, task_chunk, dtype, replicas, replicas.strategy)
+        self._shared, self._measure, self._metrics = shared, measure, metrics
+        # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
+        xla = kind == 'wide' and (not convolutional or has_gpu())
+        # XLA compiles what one replica computes. If there is one replica, that is everything.
+        single = replicas.count == 1
+        compiled = functools.partial(tf.function, jit_compile=xla and single, autograph=False)
+        on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
+        if not single:
+            self._local_means, self._map = on_replica(self._local_means), on_replica(self._map)
+        self.train, self.means, self.repeat, self.map_and_measure = map(
+            compiled, (self.train, self.means, self.repeat, self.map_and_measure))
+        self.map = on_replica(self._map)
+
+    # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
+
+    def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure, iteration: tf.Tensor,
+              stopping: tf.Tensor) -> Dict[str, tf.Tensor]:
+        """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
+
+        Args:
+            task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs).
+            signature: the structure of what it returns, with None for each tensor.
+            update: updates the shared parameters, given the gradients averaged over tasks.
+            iteration: int64 scalar, of the first step.
+            stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
+
+        Returns:
+            {metric: [steps], averaged over tasks}; {'finite'}, bool [steps]: whether losses and gradients were finite, for a
+            step in which they were not changes nothing; {'stopping'}, bool [steps]: whether any process is about to stop.
+        """
+        def step(index):
+            sums = self._strategy.run(self._local_means, (task_gradient, signature, batches, iteration, stopping, index))
+            gradients, metrics, stopped = self._all_reduce(sums, signature)
+            # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
+            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics))
+            tf.cond(finite, lambda: update(gradients), lambda: None)
+            return {**metrics, 'finite': finite, 'stopping': stopped > 0}
+
+        steps = self._replicas.first_local(batches[0]).shape[0]
+        dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._dtype)), 'finite': tf.bool, 'stopping': tf.bool}
+        return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
+
+    def means(self, task_gradient: Callable, signature: Structure, batch: Structure, iteration: tf.Tensor) -> Structure:
+        """({name: gradient}, {metric: value}), averaged over the tasks of a meta-batch; arguments as for `train`."""
+        sums = self._strategy.run(self._local_means, (task_gradient, signature, batch, iteration))
+        return self._all_reduce(sums, signature)[:2]
+
+    def repeat(self, group: str, batch: Structure) -> Dict[str, tf.Tensor]:
+        """A group of the shared parameters, repeated for each task of each replica's meta-batch: {name: [tasks, ...]}."""
+        def on_replica(batch):
+            return {name: tf.repeat(value[None], batch[0].shape[0], axis=0) for name, value in values.items()}
+
+        values = _values(getattr(self._shared, group))
+        return self._strategy.run(on_replica, (batch,))
+
+    def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,
+                        step: tf.Tensor) -> Tuple[List[tf.Tensor], Structure]:
+        """`map` on all replicas over (batch, state), for a function that returns outputs and a new state of one task.
+
+        Returns:
+            The metrics [tasks of all replicas] in the order of their names, and the new states, on each replica its own.
+        """
+        def on_replica(batch, state):
+            outputs, state = self._map(function, signature, (batch, state), step)
+            metrics = self._measure(batch, outputs)
+            return tf.stack([metrics[name] for name in self._metrics]), state
+
+        metrics, state = self._strategy.run(on_replica, (batch, state))
+        return tf.unstack(self._replicas.gather(metrics, axis=1)), state
+
+    def _map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
+        """What a function of one task returns for each task of this process, [tasks, ...].
+
+        Args:
+            function: called with the shared parameters, the step and one task.
+            signature: the structure of what it returns, with None for each tensor.
+            tasks: a structure of arrays [tasks, ...].
+            step: int64 scalar.
+        """
+        return self._mapping(signature)(functools.partial(function, _values(self._shared), step), tasks)
+
+    def _local_means(self, task_gradient, signature, batch, iteration, stopping=0., index=None):
+        """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.
+
+        Args:
+            index: which of the meta-batches [steps, tasks, rows, dim]; None: batch is one meta-batch.
+        """
+        if index is not None:
+            batch, iteration = tf.nest.map_structure(lambda array: array[index], batch), iteration + tf.cast(index, tf.int64)
+        function = functools.partial(task_gradient, _values(self._shared), iteration)
+        mapping, tasks = self._mapping(signature), batch[0].shape[0]
+        chunk = self._task_chunk or tasks
+        if chunk == tasks:
+            sums = self._sums(batch, *mapping(function, batch))
+        else:
+            chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
+            zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs(signature))
+            sums = tf.foldl(
+                lambda totals, part: tf.nest.map_structure(tf.add, totals, self._sums(part, *mapping(function, part))),
+                chunks, zeros, parallel_iterations=1)
+        means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
+        return _pack((*means, tf.cast(stopping, SUM_DTYPE)))
+
+    def _sums(self, batch, gradients, outputs):
+        """Gradients and metrics summed over the tasks of a meta-batch."""
+        return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0),
+                                     (gradients, self._measure(batch, outputs)))
+
+    def _all_reduce(self, packed, signature):
+        """What `_local_means` packed, summed over replicas: gradients, metrics, and how many replicas are stopping."""
+        specs = (*self._sum_specs(signature), tf.TensorSpec([], SUM_DTYPE))
+        totals = _unpack(self._strategy.reduce('SUM', packed, axis=None), specs)
+        return tf.nest.map_structure(lambda total: tf.cast(total, self._dtype), totals)
+
+    def _mapping(self, signature):
+        """What maps a function over tasks and stacks its results. The caller calls it, which keeps the call stack short."""
+        if self._kind == 'wide':
+            return tf.vectorized_map
+        return functools.partial(tf.map_fn, fn_output_signature=self._dtypes(signature), parallel_iterations=os.cpu_count())
+
+    def _dtypes(self, signature):
+        return tf.nest.map_structure(lambda _: tf.as_dtype(self._dtype), signature)
+
+    def _sum_specs(self, signature):
+        """Shapes of sums over tasks: gradients have those of the parameters, metrics are scalars."""
+        variables = {name: variable for group in self._shared for name, variable in group.items()}
+        return ({name: tf.TensorSpec(variables[name].shape, SUM_DTYPE) for name in signature[0]},
+                {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics})
+
+
+def _values(variables):
+    return tf.nest.map_structure(lambda variable: variable.read_value(), variables)
+
+
+def _all_finite(tensors):
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(tensors)])
+
+
+def _pack(tensors):
+    """One vector of all numbers of a structure, so that one all-reduce is enough."""
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tf.nest.flatten(tensors)], axis=0)
+
+
+def _unpack(vector, specs):
+    """The structure that `_pack` packed, given its TensorSpecs."""
+    shapes = [spec.shape for spec in tf.nest.flatten(specs)]
+    parts = tf.split(vector, [math.prod(shape) for shape in shapes])
+    return tf.nest.pack_sequence_as(specs, [tf.reshape(part, shape) for part, shape in zip(parts, shapes)])

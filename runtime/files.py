@@ -1,0 +1,46 @@
+"""Writing files so that a reader never sees half of one."""
+import contextlib
+import glob
+import os
+import socket
+import time
+from typing import BinaryIO, Callable, TypeVar, Union
+
+PART_SUFFIX = '.part'
+STALE_SECONDS = 3600   # a part file not written to for this long belongs to a process that was killed
+Result = TypeVar('Result')
+
+
+def write_atomically(path: Union[str, os.PathLike], content: Union[bytes, Callable[[BinaryIO], Result]]) -> Result:
+    """Writes a file under a temporary name and renames it.
+
+    The temporary name holds the host and the process number, so that two processes do not write to the same file.
+
+    Args:
+        path: where the file should be.
+        content: the bytes, or a function that writes them to a file open for writing.
+
+    Returns:
+        What `content` returns, if it is a function.
+
+    Raises:
+        OSError: the file cannot be written; the old one, if any, is still there and no part is left.
+    """
+    part = f'{os.fspath(path)}.{socket.gethostname()}.{os.getpid()}{PART_SUFFIX}'
+    try:
+        with open(part, 'wb') as file:
+            result = content(file) if callable(content) else file.write(content)
+        os.replace(part, path)
+        return result
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        raise
+
+
+def remove_stale_parts(path: str) -> None:
+    """Removes the part files of `path` that killed processes left: those not written to for STALE_SECONDS."""
+    for part in glob.glob(f'{glob.escape(path)}.*{PART_SUFFIX}'):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(part) > STALE_SECONDS:
+                os.unlink(part)

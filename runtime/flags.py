@@ -1,0 +1,150 @@
+"""Declaring, parsing and documenting flags.
+
+main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
+of a run (what it can be resumed with), the name of its directory, the name of its method and the page docs/flags.md.
+"""
+import dataclasses
+import re
+import shutil
+import textwrap
+from typing import Dict, List, Mapping, Optional, Sequence, Union
+
+from absl import flags
+
+from runtime.errors import UserError
+
+FLAGS = flags.FLAGS
+GROUPS: Dict[str, List[str]] = {}           # {title: names of flags}
+LEARNING: Dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
+REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
+_ABSL_FLAGS = set(FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How a flag that changes what is learnt identifies a run.
+
+    Attributes:
+        label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
+            counts for the default too. '': nothing.
+        method: what a value other than the default adds before 'MAML' in the name of the method.
+        network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
+            'convolutions' or 'user images'; None: it says how they are trained.
+    """
+    label: Union[str, Mapping[str, str]] = ''
+    method: str = ''
+    network: Optional[str] = None
+
+
+def _declare(define, name, default, text, learning, **bounds):
+    define(name, default, help=text, **bounds)
+    if learning:
+        LEARNING[name] = learning
+
+
+def number(name: str, default: int, text: str, at_least: int, learning: Optional[Learning] = None) -> None:
+    """Declares a flag that takes a whole number."""
+    _declare(flags.DEFINE_integer, name, default, text, learning, lower_bound=at_least, upper_bound=2 ** 31 - 1)
+
+
+def real(name: str, default: float, text: str, learning: Optional[Learning] = None, at_least: Optional[float] = None) -> None:
+    """Declares a flag that takes a number."""
+    _declare(flags.DEFINE_float, name, default, text, learning, lower_bound=at_least)
+
+
+def boolean(name: str, default: bool, text: str, learning: Optional[Learning] = None) -> None:
+    """Declares a flag that is True or False."""
+    _declare(flags.DEFINE_bool, name, default, text, learning)
+
+
+def string(name: str, default: Optional[str], text: str, learning: Optional[Learning] = None) -> None:
+    """Declares a flag that takes any text."""
+    _declare(flags.DEFINE_string, name, default, text, learning)
+
+
+def choice(name: str, default: str, values: Sequence[str], text: str, learning: Optional[Learning] = None) -> None:
+    """Declares a flag that takes one of some values."""
+    _declare(flags.DEFINE_enum, name, default, text, learning, enum_values=list(values))
+
+
+def strings(name: str, text: str) -> None:
+    """Declares a flag that may be given several times."""
+    flags.DEFINE_multi_string(name, None, text)
+
+
+def group(title: str) -> None:
+    """Puts the flags declared since the last such line under a title."""
+    GROUPS[title] = [name for name in FLAGS if name not in _ABSL_FLAGS.union(*GROUPS.values())]
+
+
+def names() -> List[str]:
+    """The names of this program's flags, sorted; without --help."""
+    return sorted(set(FLAGS) - _ABSL_FLAGS - {'h', 'help'})
+
+
+def parse(argv: Sequence[str]) -> List[str]:
+    """Parses a command line into FLAGS; returns the arguments that are not flags.
+
+    Raises:
+        UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
+    """
+    try:
+        return FLAGS(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_plain(str(error))) from error
+
+
+def _plain(message):
+    """absl's message on a flag's value, without Python's own message within it."""
+    for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
+                         ('invalid literal.*', 'it must be a whole number'),
+                         ('could not convert.*', 'it must be a number')):
+        message = re.sub(theirs, ours, message)
+    return message
+
+
+def help_text(usage: str) -> str:
+    """The usage and, by groups, every flag with its default and meaning."""
+    width = min(shutil.get_terminal_size((118, 24)).columns, 118)
+    lines = [usage + '\nFlags, and their defaults:']
+    for title, members in GROUPS.items():
+        lines += ['', f'  {title}', '']
+        for flag in (FLAGS[name] for name in members if name != 'h'):
+            head = f'--{flag.name}' + ('' if flag.default is None or flag.name == 'help' else f'={flag.default}')
+            lines += textwrap.wrap(flag.help, width=max(width, 70), initial_indent=f'    {head:32}  ',
+                                   subsequent_indent=' ' * 38, break_on_hyphens=False)
+    return '\n'.join(lines)
+
+
+def markdown() -> str:
+    """The page docs/flags.md: by groups, every flag with its default and meaning."""
+    lines = ['# Flags', '', 'Generated by `python -m runtime.flags_page`; do not edit. `python main.py --help` prints the same.',
+             'Flags marked † change what is learnt: a run can only be resumed with the same values.']
+    for title, members in GROUPS.items():
+        lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
+        for flag in (FLAGS[name] for name in members if name not in ('h', 'help')):
+            default = '' if flag.default is None else str(flag.default)
+            meaning = flag.help.replace('|', '\\|')
+            lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
+    return '\n'.join(line.rstrip() for line in lines) + '\n'
+
+
+# What follows from the declarations ---------------------------------------------------------------------------------
+
+def labels(values: flags.FlagValues) -> str:
+    """The part of a run directory's name that the labels of flags make: the reference's first, in its order."""
+    ordered = [*REFERENCE_ORDER, *(name for name in LEARNING if name not in REFERENCE_ORDER)]
+    return ''.join(_label(LEARNING[name].label, values[name].value, values[name].default) for name in ordered)
+
+
+def _label(label, value, default):
+    if isinstance(label, Mapping):
+        return label.get(value, '')
+    return '' if value in (default, 'None') else label.format(value)
+
+
+def method(values: flags.FlagValues) -> str:
+    """The name of the method: 'MAML', with what differs from it."""
+    changes = [declared.method for name, declared in LEARNING.items()
+               if declared.method and values[name].value != values[name].default]
+    return ' '.join([*changes, 'MAML'])

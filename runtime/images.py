@@ -1,0 +1,102 @@
+"""Finding image files in a folder and decoding them."""
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Iterator, List, NamedTuple, Sequence, Set, Tuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from runtime.errors import UserError
+
+CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
+
+# Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
+warnings.simplefilter('error', Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', 'Palette images with Transparency')
+
+
+class ImageFile(NamedTuple):
+    """An image file as the folder lists it. Size and time tell when a cache of its pixels is stale."""
+    name: str
+    bytes: int
+    mtime_ns: int
+
+
+def readable_suffixes() -> Set[str]:
+    """The file name suffixes, with the dot and in lower case, of the formats that Pillow can read."""
+    return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
+
+
+def image_files(folder: str, suffixes: Set[str]) -> List[ImageFile]:
+    """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored."""
+    def is_image(name):
+        return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
+
+    return sorted(ImageFile(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+                  for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+
+
+def decode_images(paths: Sequence[str], image_shape: Tuple[int, int, int], resize: bool, hint: str,
+                  progress_label: str) -> Iterator[np.ndarray]:
+    """Decodes image files on all cores, to grey for one channel and to RGB for three.
+
+    Args:
+        image_shape: (height, width, channels).
+        resize: True: turn images upright, put transparent ones on white and resize them with a Lanczos filter, not keeping
+            the aspect ratio. False: refuse images of another size.
+        hint: what to do about a bad image; the end of the error message.
+        progress_label: shown beside the progress bar.
+
+    Yields:
+        uint8 arrays [count, height, width, channels], in the order of `paths`, CHUNK_BYTES or one image at a time.
+
+    Raises:
+        UserError: a file is not an image or has another size; names it.
+    """
+    height, width, channels = image_shape
+
+    def decode(path):
+        try:
+            with Image.open(path) as image:
+                image = _on_white(ImageOps.exif_transpose(image)) if resize else image
+                size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises almost any exception on damaged images
+            raise UserError(f'{path} cannot be read as an image ({error}); {hint}') from error
+        if size != (width, height):
+            if not resize:
+                raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; {hint}')
+            pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(pixels).reshape(image_shape)
+
+    per_chunk = max(1, CHUNK_BYTES // math.prod(image_shape))
+    with ThreadPoolExecutor() as pool, tqdm(desc=progress_label, total=len(paths), unit=' images', leave=False,
+                                            disable=None) as progress:
+        for start in range(0, len(paths), per_chunk):
+            chunk = list(pool.map(decode, paths[start:start + per_chunk]))
+            progress.update(len(chunk))
+            yield np.stack(chunk)
+
+
+def _on_white(image):
+    """The image on a white background, if it is transparent anywhere."""
+    if image.mode not in ('RGBA', 'LA', 'PA', 'RGBa', 'La') and 'transparency' not in image.info:
+        return image
+    if image.mode.startswith('I'):  # 16-bit grey with one transparent value
+        grey = np.asarray(image)
+        return Image.fromarray(np.where(grey == image.info['transparency'], 65535, grey).astype(np.int32))
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+
+
+def _eight_bits(image):
+    """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for floating-point ones."""
+    if image.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers, of unknown range')
+    if image.mode.startswith('I'):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image

@@ -1,0 +1,135 @@
+"""Combinations of flags that make no sense: a table of conditions and messages."""
+import math
+import re
+from typing import Callable, List, NamedTuple
+
+from absl import flags
+
+from data_generator import SOURCES
+from runtime.errors import UserError
+
+PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'run')
+
+
+class Request:
+    """The flags, and what the rules ask of them again and again.
+
+    Attributes:
+        values: the absl FlagValues; they are attributes of the request too.
+        mode: 'train', 'evaluate' or 'predict'.
+        images: whether the source has images.
+        user_images: whether these are the user's own.
+    """
+
+    def __init__(self, values: flags.FlagValues):
+        self.values, self.mode = values, mode(values)
+        source = SOURCES[values.datasource]
+        self.images = source.image_shape is not None
+        self.user_images = self.images and source.user_images
+
+    def __getattr__(self, name):
+        return getattr(self.values, name)
+
+    def given(self, name: str) -> bool:
+        """Whether the command line has the flag."""
+        return bool(self.values[name].present)
+
+
+class Rule(NamedTuple):
+    """A combination that is refused."""
+    refused: Callable[[Request], bool]
+    message: str    # with {flag} for the values of flags
+
+
+def mode(values: flags.FlagValues) -> str:
+    """What the flags ask for: 'train', 'evaluate' or 'predict'."""
+    return 'predict' if values.predict else 'train' if values.train else 'evaluate'
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Refuses combinations of flags that make no sense.
+
+    Raises:
+        UserError: says which flags, why, and what to write.
+    """
+    request = Request(values)
+    broken = [rule.message.format(**values.flag_values_dict()) for rule in RULES if rule.refused(request)]
+    if broken:
+        raise UserError('; '.join(dict.fromkeys(broken)))
+
+
+def _text(value):
+    """Whether a flag's value is text that can be encoded."""
+    try:
+        return (value or '').encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _only_with(names: List[str], condition: Callable[[Request], bool], message: str) -> List[Rule]:
+    """One rule for each of some flags: it is refused unless a condition holds."""
+    return [Rule(lambda r, name=name: r.given(name) and not condition(r), f'--{name} {message}') for name in names]
+
+
+def _needs(r: Request, name: str) -> bool:
+    return r.mode == 'predict' and not r.values[name].value
+
+
+RULES = [
+    Rule(lambda r: not r.logdir, '--logdir must name a folder'),
+    *(Rule(lambda r, name=name: not _text(r.values[name].value),
+           f'--{name} holds bytes that are not UTF-8 text; rename the folder') for name in PATHS),
+    Rule(lambda r: r.run is not None and r.given('logdir'), '--run names the directory of a run: leave out --logdir'),
+    Rule(lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
+         '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} is more examples than memories hold'),
+    # Data
+    Rule(lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
+    Rule(lambda r: r.baseline == 'oracle' and r.images,
+         '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
+    Rule(lambda r: r.data_path is not None and not r.images,
+         '--data_path is a folder of images, but {datasource} has no data on disk'),
+    Rule(lambda r: r.user_images and not r.data_path and r.mode != 'predict',
+         '--datasource={datasource} needs --data_path, the folder of your images'),
+    *_only_with(['image_size', 'image_channels', 'rotations', 'split'], lambda r: r.user_images, 'is for --datasource=folder'),
+    Rule(lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
+         '--split={split} must be three positive whole numbers like 64/16/20'),
+    Rule(lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
+         '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
+    Rule(lambda r: r.images and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
+    Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
+    # Training
+    *(Rule(lambda r, name=name: not math.isfinite(r.values[name].value), f'--{name} must be a finite number')
+      for name in ('meta_lr', 'update_lr', 'train_update_lr')),
+    Rule(lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
+         'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
+    Rule(lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
+         '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
+    Rule(lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
+         '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one'),
+    # Evaluation
+    Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
+    Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),
+    Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
+    Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.images),
+         '--train_num_classes is for the evaluation of a classifier: add --train=False'),
+    Rule(lambda r: -1 < r.train_num_classes < r.num_classes,
+         '--num_classes={num_classes}: a network trained with --train_num_classes={train_num_classes} has no more outputs than '
+         'that; evaluate on tasks of at most so many classes'),
+    Rule(lambda r: r.query_norm != 'batch' and r.mode == 'train', '--query_norm is for evaluation: add --train=False'),
+    Rule(lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
+         '--query_norm={query_norm} is about batch norm, and with --norm={norm} each example is normalised by itself'),
+    Rule(lambda r: r.test_best and r.mode == 'train', '--test_best is for evaluation: add --train=False'),
+    *(Rule(lambda r, one=one, other=other: r.given(one) and r.given(other),
+           f'--{one} and --{other} name different checkpoints: give one')
+      for one, other in (('test_best', 'test_iter'), ('test_best', 'load_from'), ('test_iter', 'load_from'))),
+    # Prediction
+    *(Rule(lambda r, name=name: _needs(r, name), f'--predict needs --{name}, a folder of images')
+      for name in ('support_dir', 'query_dir')),
+    *(Rule(lambda r, name=name: r.mode != 'predict' and bool(r.values[name].value), f'--{name} is for --predict')
+      for name in ('support_dir', 'query_dir')),
+    Rule(lambda r: r.mode == 'predict' and not r.images,
+         '--predict classifies images, and --datasource={datasource} has none'),
+    Rule(lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'),
+         '--predict runs on one device: leave out --strategy'),
+    Rule(lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch or support'),
+]

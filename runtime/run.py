@@ -1,0 +1,244 @@
+"""From flags to a Run: what the command line asks for, with every default resolved."""
+import dataclasses
+import math
+import os
+import re
+from typing import Any, Dict, Optional, Tuple
+
+from absl import flags
+
+from data_generator import SOURCES, Source, TaskConfig
+from runtime.distribution import Replicas
+from runtime.errors import UserError, first_line
+from runtime.files import write_atomically
+from runtime.flags import FLAGS, GROUPS, LEARNING, labels, method, names
+from runtime.rules import mode
+
+FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
+DESCRIBING_GROUPS = ('Data', 'Training', 'Network')  # the groups of flags that FLAG_FILE holds
+# What an evaluation may have otherwise than the training, and the flags that tell it what the training had.
+TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the command line asks for. Fields are named like the flags."""
+    datasource: str
+    source: Source              # the entry of SOURCES
+    tasks: TaskConfig
+    model: Any                  # maml.ModelConfig
+    replicas: Replicas
+    query_norms: Tuple[str, ...]  # to evaluate with, of 'batch', 'support'
+    num_outputs: int            # of the network as it was trained
+    directory: str              # the experiment directory
+    pretrain_iterations: int
+    metatrain_iterations: int
+    meta_batch_size: int
+    resume: bool
+    save_interval: int
+    skip_nonfinite: bool
+    log: bool
+    mode: str                   # 'train' | 'evaluate' | 'predict'
+    checkpoint: Any             # what to load: an iteration, checkpoints.BEST, or None for the newest
+    load_from: Optional[str]    # prefix of a checkpoint elsewhere
+    split: str                  # what to evaluate: 'val' | 'test'
+    num_test_tasks: int
+    plot: bool
+    method: str                 # for tables and pictures
+    flag_values: Dict[str, Any]     # {flag: value} of all flags
+    learning_flags: Dict[str, Any]  # of those that determine what is learnt: the identity of the run
+    network_flags: Dict[str, Any]   # of those among them by which networks for this source differ
+
+    @property
+    def iterations(self) -> int:
+        return self.pretrain_iterations + self.metatrain_iterations
+
+    @property
+    def regime(self) -> str:
+        return 'metatrain' if self.metatrain_iterations else 'pretrain'
+
+    @property
+    def worker_flags(self) -> Dict[str, Any]:
+        """The flags that the workers of a run must have in common: all but names of folders."""
+        return {name: value for name, value in self.flag_values.items() if name not in ('logdir', 'data_path', 'load_from', 'run')}
+
+    @property
+    def metric(self) -> str:
+        """What is reported: 'accuracy' in classification, 'loss' in regression."""
+        return 'accuracy' if self.model.loss == 'xent' else 'loss'
+
+    @property
+    def description(self) -> str:
+        way = f'{self.tasks.num_classes}-way ' if self.model.loss == 'xent' else ''
+        return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
+
+    def write_flag_file(self) -> None:
+        """Writes the flags that describe the run into its directory, for --run.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = os.path.join(self.directory, FLAG_FILE)
+        lines = [f'--{name}={self.flag_values[name]}' for name in _describing_flags()
+                 if self.flag_values[name] != FLAGS[name].default]
+        try:
+            write_atomically(path, ''.join(line + '\n' for line in lines).encode())
+        except OSError as error:
+            raise UserError(f'{path} cannot be written: {error.strerror}') from error
+
+
+def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, replicas: Optional[Replicas] = None) -> Run:
+    """The Run that the flags describe, on the data that `data_from_flags` made of them. Imports TensorFlow."""
+    from maml import ModelConfig
+    from runtime.checkpoints import BEST
+
+    if values.predict and not values['query_norm'].present:
+        query_norm = 'support'  # the images to classify may be any number, of any classes
+    else:
+        query_norm = values.query_norm
+    pretrain_iterations, metatrain_iterations = values.pretrain_iterations, values.metatrain_iterations
+    if tasks.baseline == 'oracle':
+        # Reference behaviour: the oracle is trained jointly, also in iterations asked for as meta-training.
+        pretrain_iterations, metatrain_iterations = pretrain_iterations + metatrain_iterations, 0
+    # Fields that have a flag of the same name get its value.
+    same = {field.name: values[field.name].value for field in dataclasses.fields(ModelConfig) if field.name in values}
+    model = ModelConfig(**{
+        **same, 'query_norm': query_norm, 'task_chunk': values.task_chunk or None,
+        'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
+        'clip': source.clip, 'dim_hidden': source.dim_hidden, 'image_shape': source.image_shape if values.conv else None})
+    network = network_flags(values, source)
+    pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
+    return Run(
+        datasource=values.datasource, source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
+        query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
+        num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
+        directory=run_directory(values) or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only)),
+        pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
+        meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
+        skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
+        checkpoint=BEST if values.test_best else None if values.test_iter == -1 else values.test_iter,
+        load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
+        split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
+        method=tasks.baseline or ('pre-training' if pretrain_only else method(values)),
+        flag_values={name: values[name].value for name in names()},
+        learning_flags={**network, **{name: values[name].value for name, declared in LEARNING.items() if not declared.network}},
+        network_flags=network)
+
+
+def data_from_flags(values: flags.FlagValues) -> Tuple[Source, TaskConfig]:
+    """The source, an entry of SOURCES (changed by flags for the user's own images), and what its tasks look like."""
+    source = SOURCES[values.datasource]
+    if source.image_shape and source.user_images:
+        source = dataclasses.replace(
+            source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
+            split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
+    train = mode(values) == 'train'
+    query_shots = -1 if train else values.test_query
+    return source, TaskConfig(
+        num_classes=values.num_classes,
+        update_batch_size=values.update_batch_size,
+        query_shots=source.query_shots(values.update_batch_size, train) if query_shots == -1 else query_shots,
+        seed=values.seed,
+        baseline='oracle' if values.baseline == 'oracle' else None,
+        data_path=values.data_path and os.path.expanduser(values.data_path))
+
+
+def network_flags(values: flags.FlagValues, source: Source) -> Dict[str, Any]:
+    """{flag: value} of the flags by which networks for this source differ."""
+    images = source.image_shape is not None
+    applies = {'all': True, 'regression': not images, 'images': images, 'convolutions': images and values.conv,
+               'user images': images and source.user_images, None: False}
+    network = {name: trained_with(values, name) for name, declared in LEARNING.items() if applies[declared.network]}
+    return {name: None if value == 'None' and name != 'norm' else value for name, value in network.items()}
+
+
+def trained_with(values: flags.FlagValues, name: str) -> Any:
+    """What a flag was in training: the value of --train_<name>, if there is one and it is given, or of the flag itself."""
+    trained = values[TRAINED_WITH[name]].value if name in TRAINED_WITH else -1
+    return values[name].value if trained == -1 else trained
+
+
+def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
+    """The experiment directory's name, which states the hyper-parameters as the reference's does."""
+    way, shot, rate = (trained_with(values, name) for name in TRAINED_WITH)
+    # Not in the reference, where the pre-training baseline shares a directory with MAML and resumes MAML's checkpoint.
+    suffix = 'pretrain' if pretrain_only and values.baseline != 'oracle' else ''
+    return (f'cls_{way}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}'
+            + labels(values) + suffix)
+
+
+# --run=DIR ----------------------------------------------------------------------------------------------------------
+
+def _describing_flags():
+    return [name for title in DESCRIBING_GROUPS for name in GROUPS[title]]
+
+
+def run_directory(values: flags.FlagValues) -> Optional[str]:
+    """The experiment directory that --run names: DIR itself, or the only one in it; None without --run.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if values.run is None:
+        return None
+    directory = os.path.expanduser(values.run)
+    if os.path.isfile(os.path.join(directory, FLAG_FILE)):
+        return os.path.normpath(directory)
+    if not os.path.isdir(directory):
+        raise UserError(f'--run={values.run}: there is no such folder')
+    found = sorted(entry.path for entry in os.scandir(directory) if os.path.isfile(os.path.join(entry.path, FLAG_FILE)))
+    if len(found) == 1:
+        return os.path.normpath(found[0])
+    what = f'holds {len(found)} runs ({", ".join(map(os.path.basename, found))}): name one' if found else (
+        f'holds no {FLAG_FILE}, which trainings write: give the flags of the training instead')
+    raise UserError(f'--run={values.run} {what}')
+
+
+def apply_run(values: flags.FlagValues) -> None:
+    """Sets the flags that --run=DIR describes, but for those on the command line, which win.
+
+    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr) is told what the
+    training had.
+
+    Raises:
+        UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
+    """
+    directory = run_directory(values)
+    if directory is None:
+        return
+    stored = _read_flag_file(os.path.join(directory, FLAG_FILE), values)
+    contradictions = []
+    for name in _describing_flags():
+        value = stored.get(name, values[name].default)
+        if not values[name].present:
+            values[name].value = value
+        elif name in LEARNING and values[name].value != value:
+            if mode(values) != 'train' and name == 'seed':
+                continue  # the seed of the evaluation's tasks
+            if mode(values) != 'train' and name in TRAINED_WITH:
+                if not values[TRAINED_WITH[name]].present:
+                    values[TRAINED_WITH[name]].value = value
+                continue
+            contradictions.append(f'--{name}={values[name].value} contradicts --{name}={value}')
+    if contradictions:
+        raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')
+
+
+def _read_flag_file(path: str, values: flags.FlagValues) -> Dict[str, Any]:
+    """{flag: value} of a file of flags that a training wrote."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            pairs = [re.fullmatch(r'--(\w+)=(.*)', line) for line in file.read().splitlines() if line.strip()]
+        return {pair[1]: _parsed(values, pair[1], pair[2]) for pair in pairs}
+    except (OSError, ValueError, TypeError, KeyError, flags.Error) as error:
+        raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); give the flags of the training '
+                        'instead of --run') from error
+
+
+def _parsed(values, name, text):
+    if name not in _describing_flags():
+        raise ValueError(f'--{name} does not describe a run')
+    value = values[name].parser.parse(text)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'--{name}={text}')
+    return value

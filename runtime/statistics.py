@@ -1,0 +1,50 @@
+"""Means over tasks and their intervals."""
+from typing import Tuple
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
+
+
+def statistics(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and half-width of the 95% interval of the mean over tasks.
+
+    Args:
+        values: [tasks, columns].
+
+    Returns:
+        Three arrays [columns]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
+    """
+    with np.errstate(invalid='ignore', over='ignore'):  # adaptation diverged on some tasks
+        std = values.std(axis=0)
+        return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
+
+
+def bootstrap(values: np.ndarray) -> np.ndarray:
+    """95% interval of the mean over tasks by the percentile bootstrap (Efron & Tibshirani, 1993, chapter 13).
+
+    Args:
+        values: [tasks, columns].
+
+    Returns:
+        Array [columns, 2] of its ends; a function of the values.
+    """
+    if len(values) < 2:
+        return np.repeat(values.T, 2, axis=1)
+    with np.errstate(invalid='ignore', over='ignore'):
+        interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=100,
+                                   random_state=np.random.default_rng(0)).confidence_interval
+    return np.stack([interval.low, interval.high], axis=1)
+
+
+def interval(values: np.ndarray, digits: int) -> str:
+    """Text: mean and half-width of the 95% interval of values [tasks]."""
+    mean, _, half = statistics(values[:, None])
+    return f'{mean[0]:.{digits}f} ± {half[0]:.{digits}f}'
+
+
+def p_value(one: np.ndarray, other: np.ndarray) -> float:
+    """Of a two-sided paired t-test on values [tasks]; 1 if they are equal."""
+    return 1.0 if np.array_equal(one, other) else stats.ttest_rel(one, other).pvalue

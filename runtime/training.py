@@ -1,0 +1,304 @@
+"""The training loop: meta-batches in; console lines, summaries and checkpoints out; interruptible without loss."""
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Dict, Iterator, Optional, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from data_generator import TaskBatch, Tasks
+from maml import MAML, Metrics
+from runtime import checkpoints
+from runtime.errors import UserError
+from runtime.evaluation import evaluate_tasks, task_metrics
+from runtime.interruption import Interruption
+from runtime.progress import Progress
+from runtime.run import Run
+from runtime.saving import Saver, TrainState, diverged
+from runtime.summaries import Summaries
+
+SUMMARY_INTERVAL = 100
+PRINTS_PER_VALIDATION = 5
+VALIDATION_TASKS = 100
+
+
+def train(run: Run, data: Dict[str, Tasks]) -> None:
+    """Trains from fresh weights, or from a checkpoint, to the last iteration.
+
+    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT or SIGTERM ends
+    the run after the iteration in hand, with a checkpoint.
+
+    Args:
+        data: {split: tasks}, for train and val.
+
+    Raises:
+        UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
+        SystemExit: with 128 + the signal's number, after an interruption.
+    """
+    replicas = run.replicas
+    with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
+        model = MAML(run.model, run.tasks.seed, replicas)
+        fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
+        # The chief comes here after it has tidied up the directory; only then do the other workers look into it.
+        replicas.check_in_sync((run.worker_flags, fingerprints))
+        state = start(run, model, fingerprints)
+        replicas.check_in_sync(state, model.state().values())
+        if state.iteration >= run.iterations:
+            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. '
+                  'To evaluate, add --train=False.')
+            return
+        if replicas.chief:
+            prepare_directory(run, state)
+        print(description(run, data, model))
+        with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
+                Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
+            if state.iteration == 0:
+                summaries.write_flags(run.learning_flags)
+            saver = Saver(run, model, fingerprints, state.iteration, progress.log)
+            Trainer(run, data, model, state, interruption, progress, summaries, saver).loop()
+        report_end(run, state, interruption, saver)
+
+
+def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
+    """Restores a checkpoint, or loads the weights to start from, if there are any."""
+    if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
+        checkpoint = checkpoints.find(run.directory, run.checkpoint)
+        iteration = checkpoint.record['iteration']
+        pretrained = {'pretrain_iterations': min(iteration, run.pretrain_iterations)}
+        there = {**checkpoint.record['flags'],
+                 'pretrain_iterations': min(iteration, checkpoint.record['pretrain_iterations'])}
+        checkpoints.check_flags(checkpoint.prefix, there, {**run.learning_flags, **pretrained},
+                                'give the flags of its training, or start anew by --resume=False or in another --logdir')
+        other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
+        if other:
+            raise UserError(f'the images of the {" and ".join(other)} split are not those that the checkpoint '
+                            f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in '
+                            'another --logdir')
+        checkpoints.restore(checkpoint, model.state())
+        print(f'Going on from {checkpoint.prefix}')
+        return TrainState(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(TrainState)})
+    if run.load_from:
+        checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
+        print(f'Starting from the weights of {run.load_from}')
+    return TrainState()
+
+
+def prepare_directory(run: Run, state: TrainState) -> None:
+    """Moves later checkpoints out of the way, and writes the file of flags that --run reads."""
+    moved = checkpoints.move_aside(run.directory, state.iteration)
+    if moved:
+        print(f'Later checkpoints were moved to {moved}')
+    run.write_flag_file()
+
+
+def report_end(run: Run, state: TrainState, interruption: Interruption, saver: Saver) -> None:
+    """Prints where the run ended; raises SystemExit if it was interrupted."""
+    newest = checkpoints.path(run.directory, saver.iteration)
+    if not interruption.signal or saver.iteration == run.iterations:
+        print(f'The last checkpoint is {newest}')
+        return
+    back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
+    further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
+               'nothing is saved')
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        # Only the chief knows whether it is saved.
+        further = further if run.replicas.chief else 'see the first worker'
+        print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {state.iteration}; {further}.',
+              file=sys.stderr, flush=True)
+    sys.exit(128 + interruption.signal)
+
+
+def description(run: Run, data: Dict[str, Tasks], model: MAML) -> str:
+    """Text: what is about to be trained, on what data, where and how."""
+    config, parameters = model.config, {**model.weights, **model.norm_params}
+    images = [f'{split}: {len(tasks.classes.names):,} classes, {tasks.classes.counts.sum():,} images'
+              for split, tasks in data.items() if run.source.image_shape]
+    if config.image_shape:
+        net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
+    else:
+        net = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
+    lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
+             *(['  data     ' + '; '.join(images)] if images else []),
+             f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
+             f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
+             f'  shown    {run.metric} before and after adaptation']
+    if run.replicas.count > 1:
+        where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
+        each = run.meta_batch_size // run.replicas.count
+        lines.append(f'  strategy {each} tasks on each of {run.replicas.count} replicas{where}')
+    elif run.flag_values['strategy'] not in ('auto', 'one'):
+        lines.append(f'  strategy {run.flag_values["strategy"]}, on one device, because there is no other')
+    return '\n'.join(lines)
+
+
+@dataclasses.dataclass
+class Trainer:
+    """The training loop, and what is done between its steps. `state` is updated in place."""
+    run: Run
+    data: Dict[str, Tasks]
+    model: MAML
+    state: TrainState
+    interruption: Interruption
+    progress: Progress
+    summaries: Summaries
+    saver: Saver
+
+    def loop(self) -> None:
+        """Trains from `state` to the end or an interruption, and saves the result."""
+        run, state = self.run, self.state
+        # As many steps per call as fit between checkpoints.
+        for first, batches in meta_batches(self.data['train'], run, state.iteration,
+                                           math.gcd(self.model.steps_per_call, run.save_interval)):
+            self.summarise_training(first)
+            phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
+            means = self.model.train_steps(phase, batches, first, self.interruption.signal is not None)
+            self.count(first, {name: values.numpy() for name, values in means.items()})
+            self.print_means(phase)
+            saving = due(state.iteration, run.save_interval) or state.iteration == run.iterations
+            best = self.validate(saving)
+            stopping = self.interruption.agreed if run.replicas.workers > 1 else self.interruption.signal
+            if self.saver.wanted(saving) or stopping:
+                self.save(best)
+            if stopping:
+                return
+        while self.saver.iteration < state.iteration and not self.interruption.signal:
+            time.sleep(1)
+            if self.saver.wanted(True):
+                self.saver.save(dataclasses.replace(state, best=best))
+
+    def summarise_training(self, first: int) -> None:
+        """Summaries of the meta-batch that iteration `first` is about to learn from."""
+        run = self.run
+        if run.log and due(first, SUMMARY_INTERVAL):
+            batch = run.replicas.distribute(lambda replica: draw(self.data['train'], run, first, replica))
+            self.summaries.write('metatrain', self.model.evaluate(batch, run.model.num_updates), first)
+
+    def count(self, first: int, means: Dict[str, np.ndarray]) -> None:
+        """Updates the state by what steps `first`, first + 1, ... returned; raises UserError if one was not finite."""
+        run, state = self.run, self.state
+        if means['stopping'].any():
+            self.interruption.agree()
+        check_finite(run, means, first)
+        state.iteration = first + len(means['finite'])
+        state.skipped += int(np.sum(~means['finite']))
+        metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
+        state.unprinted += metrics[means['finite']].tolist()
+        self.progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
+
+    def print_means(self, phase: str) -> None:
+        """Prints the console line, if it is due."""
+        if due(self.state.iteration, self.run.source.print_interval):
+            self.progress.log(console_line(self.run, phase, self.state))
+            self.state.unprinted = []
+
+    def validate(self, saving: bool) -> Optional[dict]:
+        """Validates, if that is due or a checkpoint is; returns the best of the earlier checkpoints and this one."""
+        run, iteration = self.run, self.state.iteration
+        validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
+        if not validating and not saving:
+            return self.state.best
+        metrics = evaluate_tasks(self.model, self.data['val'], VALIDATION_TASKS,
+                                 max(run.model.num_updates, run.source.validation_updates))
+        self.summarise_validation(metrics, saving)
+        pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
+        if validating and run.metric == 'accuracy':
+            self.progress.log(f'Validation results: {pre:.6g}, {post:.6g}')
+        return better(run, self.state.best, {'iteration': iteration, 'score': float(post)}) if saving else self.state.best
+
+    def summarise_validation(self, metrics: Metrics, saving: bool) -> None:
+        """Summaries of a validation; with a checkpoint, and if asked for, its figures too."""
+        run, iteration = self.run, self.state.iteration
+        self.summaries.write('metaval', metrics, iteration)
+        if saving and run.plot and run.log and run.replicas.chief:
+            from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+            figures = plots.evaluation_figures(run, self.model, self.data['val'], task_metrics(metrics))
+            self.summaries.write_figures('metaval', figures, iteration)
+
+    def save(self, best: Optional[dict]) -> None:
+        """Writes a checkpoint. `best` counts once it is saved: an interrupted saving must not change what is best."""
+        self.summaries.flush()  # so that the summaries hold everything that happened before the checkpoint
+        if self.saver.save(dataclasses.replace(self.state, best=best)):
+            self.state.best = best
+
+
+def due(iteration: int, interval: int) -> bool:
+    return iteration % interval == 0
+
+
+def check_finite(run: Run, means: Dict[str, np.ndarray], first: int) -> None:
+    """Raises UserError for the first step that was not finite, unless --skip_nonfinite is given.
+
+    Args:
+        means: what steps `first`, first + 1, ... returned.
+    """
+    if run.skip_nonfinite or np.all(means['finite']):
+        return
+    step = int(np.argmin(means['finite']))
+    pre, post = means['pre_loss'][step], means['post_loss'][step]
+    what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
+    raise diverged(run, f'in iteration {first + step + 1} the loss is {pre:.6g} before and {post:.6g} after the inner '
+                   f'updates, and {what} not finite')
+
+
+def console_line(run: Run, phase: str, state: TrainState) -> str:
+    """`Iteration 100: <pre>, <post>`, means of the metric [iterations, 2] since the last such line."""
+    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
+    pre, post = metrics.mean(axis=0) if len(metrics) else (math.nan, math.nan)
+    line = (f'Pretrain Iteration {state.iteration}' if phase == 'pretrain' else
+            f'Iteration {state.iteration - run.pretrain_iterations}') + f': {pre:.6g}, {post:.6g}'
+    return line + (f'\nIterations passed over so far, without a finite loss and gradient: {state.skipped}'
+                   if state.skipped else '')
+
+
+def better(run: Run, best: Optional[dict], candidate: dict) -> Optional[dict]:
+    """The better of two {'iteration', 'score'} by accuracy (higher is better) or loss (lower is); the first may be None.
+
+    A candidate whose score is not finite is never better.
+    """
+    sign = 1 if run.metric == 'accuracy' else -1
+    if not math.isfinite(candidate['score']) or best and not sign * candidate['score'] > sign * best['score']:
+        return best
+    return candidate
+
+
+def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[Tuple[int, TaskBatch]]:
+    """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
+
+    A block ends at a multiple of steps_per_call, at the end of pre-training, or at the end of the run.
+    """
+    def blocks():
+        first = start
+        while first < run.iterations:
+            phase_end = run.pretrain_iterations if first < run.pretrain_iterations else run.iterations
+            end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
+            yield first, end - first
+            first = end
+
+    def draw_block(first, steps):
+        def of_replica(replica):
+            batches = [draw(tasks, run, iteration, replica) for iteration in range(first, first + steps)]
+            return TaskBatch(*map(np.stack, zip(*batches)))
+        return first, run.replicas.distribute(of_replica)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = collections.deque()
+        for block in blocks():
+            ahead.append(pool.submit(draw_block, *block))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        yield ahead.popleft().result()
+
+
+def draw(tasks: Tasks, run: Run, iteration: int, replica: int) -> TaskBatch:
+    """A replica's tasks of an iteration's meta-batch."""
+    count = run.meta_batch_size // run.replicas.count
+    return tasks.draw(iteration * run.meta_batch_size + replica * count, count)

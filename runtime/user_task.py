@@ -1,0 +1,64 @@
+"""A task that the user has put into folders: classes to learn from, and images to classify."""
+import os
+from typing import List, NamedTuple, Tuple
+
+import numpy as np
+
+from data_generator import ImageSource, TaskBatch
+from runtime.class_folders import subfolders
+from runtime.errors import UserError
+from runtime.images import decode_images, image_files, readable_suffixes
+
+
+class UserTask(NamedTuple):
+    """A task made from the user's images."""
+    batch: TaskBatch    # of this one task; rows of query_y are 0 where the class is not known
+    classes: List[str]  # their names, in the order of the labels
+    queries: List[str]  # paths of the query images, in the order of the rows
+
+
+def read_user_task(source: ImageSource, support_dir: str, query_dir: str) -> UserTask:
+    """Reads the images of two folders.
+
+    Args:
+        support_dir: has one folder of images for each class.
+        query_dir: has images to classify, directly or in folders; a folder named like a class says that its images are of it.
+
+    Raises:
+        UserError: a folder or its images are missing, or an image cannot be read.
+    """
+    for name, folder in ('support_dir', support_dir), ('query_dir', query_dir):
+        if not os.path.isdir(folder):
+            raise UserError(f'--{name}={folder} is not a folder')
+    classes = sorted(subfolders(support_dir))
+    support = [(path, label) for label, name in enumerate(classes) for path in _images(os.path.join(support_dir, name))]
+    empty = set(range(len(classes))) - {label for _, label in support}
+    if len(classes) < 2 or empty:
+        which = f'{classes[min(empty)]} has no image' if empty else f'there {"is" if classes else "are"} {len(classes)}'
+        raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes; {which}')
+    queries = _queries(query_dir, classes)
+    if not queries:
+        raise UserError(f'--query_dir={query_dir} holds no images, nor do the folders in it (further below is not looked)')
+    support_x, support_y = _rows(source, support, len(classes), 'decoding support images')
+    query_x, query_y = _rows(source, queries, len(classes), 'decoding query images')
+    return UserTask(TaskBatch(support_x, support_y, query_x, query_y), classes, [path for path, _ in queries])
+
+
+def _images(folder: str) -> List[str]:
+    return [os.path.join(folder, file.name) for file in image_files(folder, readable_suffixes())]
+
+
+def _queries(query_dir: str, classes: List[str]) -> List[Tuple[str, int]]:
+    """[(path, label)] of the query images; the label is len(classes) where the class is not known."""
+    unknown = len(classes)
+    return [(path, unknown) for path in _images(query_dir)] + [
+        (path, classes.index(name) if name in classes else unknown)
+        for name in sorted(subfolders(query_dir)) for path in _images(os.path.join(query_dir, name))]
+
+
+def _rows(source: ImageSource, images: List[Tuple[str, int]], way: int, progress_label: str) -> Tuple[np.ndarray, np.ndarray]:
+    """x [1, images, dim_input] and one-hot y [1, images, way] of [(path, label)]; y is 0 for the label `way`."""
+    paths, labels = zip(*images)
+    decoded = decode_images(paths, source.image_shape, True, 'remove it', progress_label)
+    x = source.preprocess(np.concatenate(list(decoded)))
+    return x[None], np.eye(way + 1, way, dtype=np.float32)[list(labels)][None]
