@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import zlib
-from typing import Dict, List, NamedTuple, Optional, Protocol, Tuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,13 +38,13 @@ class TaskConfig:
     update_batch_size: int          # K, support examples per class
     query_shots: int                # Q, query examples per class
     seed: int
-    baseline: Optional[str] = None  # 'oracle': regression inputs carry the task's amplitude and phase
-    data_path: Optional[str] = None  # folder of the images, if it is not the source's own
+    baseline: str | None = None  # 'oracle': regression inputs carry the task's amplitude and phase
+    data_path: str | None = None  # folder of the images, if it is not the source's own
 
 
 class Tasks(Protocol):
     """The tasks of one split of a source."""
-    fingerprint: Optional[int]      # identifies the data, so that a resumed run can refuse others; None: no data on disk
+    fingerprint: int | None      # identifies the data, so that a resumed run can refuse others; None: no data on disk
 
     def draw(self, start: int, count: int) -> TaskBatch:
         """Tasks start to start + count - 1."""
@@ -53,10 +53,10 @@ class Tasks(Protocol):
 class Source(Protocol):
     """What an entry of SOURCES must provide."""
     loss: str                       # 'mse' | 'xent'
-    image_shape: Optional[Tuple[int, int, int]]  # height, width, channels; None: not images
-    head: Optional[str]             # 'mean' | 'flatten': what the convolutional net does before its last layer
-    clip: Optional[float]           # elementwise bound of the meta-gradient
-    dim_hidden: Tuple[int, ...]     # layer sizes of the fully connected net
+    image_shape: tuple[int, int, int] | None  # height, width, channels; None: not images
+    head: str | None             # 'mean' | 'flatten': what the convolutional net does before its last layer
+    clip: float | None           # elementwise bound of the meta-gradient
+    dim_hidden: tuple[int, ...]     # layer sizes of the fully connected net
     validation_updates: int         # inner updates of a validation during training
     print_interval: int             # iterations between console lines
 
@@ -95,11 +95,11 @@ class SinusoidTasks:
         amplitude, phase, x = self._uniform(start, count)
         return _split_rows(*self._examples(amplitude, phase, x), self.config.update_batch_size)
 
-    def parameters(self, start: int, count: int) -> Tuple[np.ndarray, np.ndarray]:
+    def parameters(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Amplitude and phase of these tasks, each [count, 1, 1]."""
         return self._uniform(start, count)[:2]
 
-    def grid(self, start: int, count: int, points: int = 200) -> Tuple[np.ndarray, np.ndarray]:
+    def grid(self, start: int, count: int, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of these tasks at equally spaced x over the whole range: [count, points, dim] each."""
         x = np.broadcast_to(np.linspace(*self.INPUTS, points)[:, None], (count, points, 1))
         return self._examples(*self.parameters(start, count), x)
@@ -167,7 +167,7 @@ class ImageTasks:
         y = np.eye(way, dtype=np.float32)[labels.reshape(count, shots * way)]
         return _split_rows(x, y, way * self.config.update_batch_size)
 
-    def class_names(self, task: int) -> List[str]:
+    def class_names(self, task: int) -> list[str]:
         """The class folders of a task, in the order of its labels."""
         return [self.classes.names[index] for index in self._choose(task)[2]]
 
@@ -219,16 +219,16 @@ class SinusoidSource:
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
     """Classification of images in class folders on disk (runtime/class_folders.py says how they are laid out)."""
-    image_shape: Tuple[int, int, int]        # height, width, channels
-    folder: Optional[str] = None             # below data/; None: --data_path must name it
-    script: Optional[str] = None             # the preparation script; None: the user's own images, of any size and format
+    image_shape: tuple[int, int, int]        # height, width, channels
+    folder: str | None = None             # below data/; None: --data_path must name it
+    script: str | None = None             # the preparation script; None: the user's own images, of any size and format
     rotations: bool = False
     invert: bool = False
     head: str = 'flatten'
-    clip: Optional[float] = None
-    train_query_shots: Optional[int] = None  # query examples per class in training; None: K
+    clip: float | None = None
+    train_query_shots: int | None = None  # query examples per class in training; None: K
     validation_updates: int = 10
-    split_ratios: Optional[Tuple[int, int, int]] = None  # of train, val and test, for class folders that are not split yet
+    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
     split_given: bool = False                # the user asked for these ratios: refuse a manifest with others
     print_interval: int = 100
     loss = 'xent'
@@ -242,17 +242,17 @@ class ImageSource:
     def tasks(self, config: TaskConfig, split: str) -> ImageTasks:
         return ImageTasks(self, config, split)
 
-    def folders(self, data_path: Optional[str] = None) -> ClassFolders:
+    def folders(self, data_path: str | None = None) -> ClassFolders:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
         return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), self.split_ratios,
                             self.split_given)
 
-    def class_folders(self, split: str, data_path: Optional[str] = None) -> List[str]:
+    def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""
         return self.folders(data_path).names(split)
 
-    def load(self, split: str, data_path: Optional[str] = None) -> ImageClasses:
+    def load(self, split: str, data_path: str | None = None) -> ImageClasses:
         """The split's decoded images; see `ClassFolders.load`."""
         return self.folders(data_path).load(split, self.image_shape)
 
@@ -272,7 +272,7 @@ class ImageSource:
         return self.train_query_shots if train and self.train_query_shots else update_batch_size
 
 
-SOURCES: Dict[str, Source] = {
+SOURCES: dict[str, Source] = {
     'sinusoid': SinusoidSource(),
     'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
                             invert=True, head='mean'),

@@ -11,7 +11,8 @@ import functools
 import itertools
 import math
 import zlib
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -21,8 +22,8 @@ from runtime.optimizers import Adam
 from utils import accuracy, conv_block, dense_block, glorot_uniform, mse, truncated_normal, xent
 
 CONV_LAYERS = (1, 2, 3, 4)
-Step = Union[int, tf.Tensor]
-Tensors = Dict[str, tf.Tensor]
+Step = int | tf.Tensor
+Tensors = dict[str, tf.Tensor]
 TaskBatch = Any  # a data_generator.TaskBatch, of which only the field names are used here
 
 
@@ -37,16 +38,16 @@ class ModelConfig:
     num_updates: int = 1                    # inner updates of a training step
     meta_lr: float = 0.001                  # Adam step size of the outer loop, beta
     norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
-    image_shape: Optional[Tuple[int, int, int]] = None  # (height, width, channels); None: fully connected net
-    dim_hidden: Tuple[int, ...] = (40, 40)  # fully connected layer sizes
+    image_shape: tuple[int, int, int] | None = None  # (height, width, channels); None: fully connected net
+    dim_hidden: tuple[int, ...] = (40, 40)  # fully connected layer sizes
     num_filters: int = 64
     max_pool: bool = False
-    head: Optional[str] = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
+    head: str | None = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
-    clip: Optional[float] = None            # elementwise bound of the meta-gradient
+    clip: float | None = None            # elementwise bound of the meta-gradient
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
-    task_chunk: Optional[int] = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
+    task_chunk: int | None = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
     dtype: str = 'float32'                  # 'float64': for batches of float64, where rounding must not decide
 
 
@@ -66,8 +67,8 @@ class Metrics(NamedTuple):
     """Losses and accuracies, one value per task; callers average. Accuracies, in classification only, are in [0, 1]."""
     pre_loss: tf.Tensor         # [tasks]           of support rows before adaptation
     post_losses: tf.Tensor      # [updates, tasks]  of query rows after each update
-    pre_accuracy: Optional[tf.Tensor] = None
-    post_accuracies: Optional[tf.Tensor] = None
+    pre_accuracy: tf.Tensor | None = None
+    post_accuracies: tf.Tensor | None = None
 
 
 # The network: a pure function of its weights ------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def _norm_scope(config, layer):
 
 
 def forward(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
-            stats_rows: Optional[int] = None) -> tf.Tensor:
+            stats_rows: int | None = None) -> tf.Tensor:
     """The network's output for a set of rows: predictions, or logits in classification.
 
     Args:
@@ -152,13 +153,13 @@ def adapted_names(config: ModelConfig, weights: Tensors) -> Sequence[str]:
     return list(weights)
 
 
-def step_sizes(config: ModelConfig, names: Sequence[str], step: Step) -> Dict[str, float]:
+def step_sizes(config: ModelConfig, names: Sequence[str], step: Step) -> dict[str, float]:
     """{name: step size} of inner step number `step`: alpha. A method with other step sizes changes this function."""
     return dict.fromkeys(names, config.update_lr)
 
 
 def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
-               first_step: Step = 0) -> Iterator[Tuple[tf.Tensor, Tensors]]:
+               first_step: Step = 0) -> Iterator[tuple[tf.Tensor, Tensors]]:
     """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
 
     Args:
@@ -198,7 +199,7 @@ def predict_query(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_p
 
 
 def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
-                      task_and_weights: Tuple[TaskBatch, Tensors]) -> Tuple[Outputs, Tensors]:
+                      task_and_weights: tuple[TaskBatch, Tensors]) -> tuple[Outputs, Tensors]:
     """Inner step number `step` of a task, from fast weights of its own: Outputs, and the fast weights after it."""
     task, weights = task_and_weights
     (pre, weights), = inner_loop(config, task, parameters._replace(weights=weights), num_updates=1, first_step=step)
@@ -215,7 +216,7 @@ def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tenso
 # Learning to learn: the outer loop ----------------------------------------------------------------------------------
 
 def objective(config: ModelConfig, task: TaskBatch, trajectory: Sequence[Tensors], norm_params: Tensors,
-              iteration: Step) -> Tuple[tf.Tensor, tf.Tensor]:
+              iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
 
     `trajectory` holds the fast weights after each inner update, `iteration` is that of the outer loop: a method with losses on
@@ -229,7 +230,7 @@ def objective(config: ModelConfig, task: TaskBatch, trajectory: Sequence[Tensors
 
 
 def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
-                  task: TaskBatch) -> Tuple[Tensors, Outputs]:
+                  task: TaskBatch) -> tuple[Tensors, Outputs]:
     """The exact gradient of one task's objective, through its inner loop (line 8 of algorithm 1, equation 1), and Outputs.
 
     In phase 'pretrain', joint training, it is the gradient of the support loss before adaptation instead.
@@ -254,7 +255,7 @@ class MAML:
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Optional[Replicas] = None):
+    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
         """The initial weights are a function of config and seed.
 
         With several replicas, a meta-batch is what `Replicas.distribute` makes, except for `predict` and `predict_unadapted`.
@@ -279,7 +280,7 @@ class MAML:
         self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), dict.fromkeys(self.weights))
         self._predict_unadapted = (lambda parameters, _, task: predict_query(config, task, *parameters)), None
 
-    def state(self) -> Dict[str, tf.Variable]:
+    def state(self) -> dict[str, tf.Variable]:
         """{name: variable}: everything that a training run needs to go on."""
         metatrain, pretrain = (adam.state(f'{phase}/adam/') for phase, adam in self._optimizers.items())
         return {**self.weights, **self.norm_params, **metatrain, **pretrain}

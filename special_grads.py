@@ -10,13 +10,13 @@ are large. `im2col` makes convolutions of small images matrix products.
 """
 import functools
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 
-def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: Optional[int] = None) -> tf.Tensor:
+def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: int | None = None) -> tf.Tensor:
     """Shifts and scales x to mean 0 and (nearly) variance 1 over `axes`, exactly differentiable any number of times.
 
     Args:
@@ -93,7 +93,7 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     return forward(z)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _one_loop(function):
     """Compiles what else is a loop over the images for each operation."""
     return tf.function(function, jit_compile=True, autograph=False)
@@ -225,7 +225,7 @@ def im2col(x: tf.Tensor, size: int, stride: int) -> tf.Tensor:
     return tf.reshape(y, [rows, *shape, size * size * channels])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _window_tables(height, width, size, stride):
     """Which pixel each place of each window shows, and in which places each pixel is shown.
 

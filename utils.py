@@ -1,6 +1,6 @@
 """Small pure functions: network building blocks and losses."""
 import math
-from typing import Dict, Optional, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -10,8 +10,8 @@ NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 
 
-def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
-              stats_rows: Optional[int] = None) -> tf.Tensor:
+def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
+              stats_rows: int | None = None) -> tf.Tensor:
     """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
 
     `batch_norm` takes mean and biased variance over all axes but the last and adds the offset beta; it has no scale.
@@ -55,8 +55,8 @@ def conv2d(x: tf.Tensor, kernel: tf.Tensor, stride: int, as_matmul: bool = False
     return tf.reshape(x, [rows, height, width, filters])
 
 
-def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
-               max_pool: bool, as_matmul: bool = False, stats_rows: Optional[int] = None) -> tf.Tensor:
+def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
+               max_pool: bool, as_matmul: bool = False, stats_rows: int | None = None) -> tf.Tensor:
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
     Args:
@@ -76,8 +76,8 @@ def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scop
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
-def dense_block(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: Dict[str, tf.Tensor],
-                stats_rows: Optional[int] = None) -> tf.Tensor:
+def dense_block(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
+                stats_rows: int | None = None) -> tf.Tensor:
     """Affine map, normalisation, ReLU: [rows, inputs] -> [rows, units]. The last arguments are those of `normalize`."""
     return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params, stats_rows))
 

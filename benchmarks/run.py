@@ -41,9 +41,9 @@ WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluatio
 def measure_pipeline(name, seconds=20):
     """{'fresh', 'kept': seconds a step, 'waiting': share of the fresh steps' time}, each over about `seconds`."""
     import main
-    run, data = main.run_from_command_line(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000'])
+    run, data = main.run_and_data(main.parse(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000']))
     from maml import MAML
-    from training import meta_batches
+    from runtime.training import meta_batches
     model = MAML(run.model)
     batches = meta_batches(data['train'], run, 0, model.steps_per_call)
 
@@ -69,14 +69,14 @@ def measure_pipeline(name, seconds=20):
 def measure_bar():
     """The share of training time that is spent in the progress bar, when it is drawn on a terminal."""
     import main
-    import reports
+    from runtime import progress
     calls = []  # (when, how long)
 
-    class Timed(reports.Progress):
+    class Timed(progress.Progress):
         """Counts the time that the training loop waits for the bar."""
 
     def timed(name):
-        method = getattr(reports.Progress, name)
+        method = getattr(progress.Progress, name)
 
         def call(*arguments):
             start = time.perf_counter()
@@ -84,15 +84,15 @@ def measure_bar():
             calls.append((start, time.perf_counter() - start))
         setattr(Timed, name, call)
 
-    for name in 'advance', 'say':
+    for name in 'advance', 'log':
         timed(name)
     terminal, end = pty.openpty()
     os.dup2(end, sys.stderr.fileno())
     threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(terminal, 4096), b'')], daemon=True).start()
     with tempfile.TemporaryDirectory() as logdir:
-        run, data = main.run_from_command_line(['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000',
-                                                f'--logdir={logdir}'])
-        import training
+        run, data = main.run_and_data(main.parse(
+            ['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000', f'--logdir={logdir}']))
+        from runtime import training
         training.Progress = Timed
         training.train(run, data)
         return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation

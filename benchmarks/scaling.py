@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 
 from workloads import WORKLOADS
 
@@ -31,15 +32,15 @@ ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is told
 
 def measure(name, tasks):
     """Median seconds of a step on this process's tasks, the bytes that it tells others, and those on the loopback interface."""
-    import distribution
-    import main
-    import time
-    replicas = main.import_tensorflow('auto', distribution.cluster_from_environment('auto'))
-    from maml import MAML, SUM_DTYPE
+    from runtime import distribution
+    from runtime.startup import import_tensorflow
+    replicas = import_tensorflow('auto', distribution.cluster_from_environment('auto'))
+    from maml import MAML
+    from runtime.engine import SUM_DTYPE
     workload = dataclasses.replace(WORKLOADS[name], meta_batch_size=tasks)
     model = MAML(workload.model_config(), replicas=replicas)
     batch = workload.batch()
-    batches = replicas.each(lambda replica: type(batch)(*(array[None] for array in batch)))
+    batches = replicas.distribute(lambda replica: type(batch)(*(array[None] for array in batch)))
 
     def step():
         start = time.perf_counter()
@@ -71,7 +72,7 @@ def processes(count, name, tasks):
         if count > 1:
             environment['TF_CONFIG'] = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
         running.append(subprocess.Popen([sys.executable, __file__, '--measure', name, str(tasks)], env=environment, text=True,
-                                        stdout=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, {cores[index]})))
+                                        stdout=subprocess.PIPE, preexec_fn=lambda index=index: os.sched_setaffinity(0, {cores[index]})))
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         sys.exit('scaling.py: a measurement failed')

@@ -36,8 +36,8 @@ def gemm_rate(n=2048, repeats=9):
 
 def measure(name, steps):
     """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
-    import main
-    main.import_tensorflow()
+    from runtime.startup import import_tensorflow
+    import_tensorflow()
     from maml import MAML
     model, batch = MAML(WORKLOADS[name].model_config()), WORKLOADS[name].batch()
 

@@ -5,8 +5,18 @@ import sys
 import numpy as np
 from PIL import Image
 
-from data.preparation import MEGABYTE, Class, Picture, arguments, encode, is_plain_name, load_pickle, prepare, read_classes, \
-    read_tar_members
+from data.preparation import (
+    MEGABYTE,
+    Class,
+    Picture,
+    arguments,
+    encode,
+    is_plain_name,
+    load_pickle,
+    prepare,
+    read_classes,
+    read_tar_members,
+)
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
 SIZE = (32, 32)

@@ -13,7 +13,8 @@ import re
 import shutil
 import sys
 import tempfile
-from typing import Dict, Iterable, List, NamedTuple, Optional, Union
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import filelock
 import tensorflow as tf
@@ -67,7 +68,7 @@ def exclusive(directory: str):
         lock.release()
 
 
-def iterations(directory: str) -> List[int]:
+def iterations(directory: str) -> list[int]:
     """The iterations of the directory's checkpoints, incomplete ones too, ascending; [] if there is no directory."""
     files = os.listdir(directory) if os.path.isdir(directory) else []
     return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
@@ -78,7 +79,7 @@ def path(directory: str, iteration: int) -> str:
     return os.path.join(directory, f'model{iteration}')
 
 
-def save(prefix: str, state: Dict[str, tf.Variable], record: dict) -> None:
+def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
     """Writes a checkpoint atomically; when this returns, it survives a power cut.
 
     Args:
@@ -151,7 +152,7 @@ def load(prefix: str) -> Checkpoint:
     return Checkpoint(prefix, arrays, record)
 
 
-def newest(directory: str) -> Optional[Checkpoint]:
+def newest(directory: str) -> Checkpoint | None:
     """The newest checkpoint that can be read, or None if there is none. Damaged ones are reported and skipped.
 
     Raises:
@@ -170,7 +171,7 @@ def newest(directory: str) -> Optional[Checkpoint]:
     return None
 
 
-def find(directory: str, wanted: Union[int, str, None]) -> Checkpoint:
+def find(directory: str, wanted: int | str | None) -> Checkpoint:
     """The requested checkpoint.
 
     Args:
@@ -235,7 +236,7 @@ def _decode(prefix, record):
         raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program') from error
 
 
-def restore(checkpoint: Checkpoint, state: Dict[str, tf.Variable]) -> None:
+def restore(checkpoint: Checkpoint, state: dict[str, tf.Variable]) -> None:
     """Assigns the values of a checkpoint to variables.
 
     Args:
@@ -247,7 +248,7 @@ def restore(checkpoint: Checkpoint, state: Dict[str, tf.Variable]) -> None:
     _assign(checkpoint.prefix, checkpoint.arrays, state)
 
 
-def load_weights(prefix: str, variables: Dict[str, tf.Variable], network_flags: dict) -> dict:
+def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
     """Assigns the values of a checkpoint, of this program or of the reference, to a model's weights and norm parameters.
 
     Args:
@@ -293,7 +294,7 @@ def _assign(prefix, arrays, variables):
         variable.assign(arrays[name])
 
 
-def reference_names(names: Iterable[str]) -> Dict[str, str]:
+def reference_names(names: Iterable[str]) -> dict[str, str]:
     """{our name: the reference's}, for names of weights in the order of `maml.initial_weights`, and of norm parameters.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
@@ -308,7 +309,7 @@ def reference_names(names: Iterable[str]) -> Dict[str, str]:
     return result
 
 
-def prune(directory: str, best: Optional[int]) -> None:
+def prune(directory: str, best: int | None) -> None:
     """Deletes all checkpoints but the KEPT newest ones and that of the iteration `best`."""
     for iteration in iterations(directory)[:-KEPT]:
         if iteration != best:
@@ -317,7 +318,7 @@ def prune(directory: str, best: Optional[int]) -> None:
                     os.remove(path(directory, iteration) + suffix)
 
 
-def move_aside(directory: str, iteration: int) -> Optional[str]:
+def move_aside(directory: str, iteration: int) -> str | None:
     """Moves the checkpoints after an iteration into a new folder beside them; for iteration 0 the summaries, too.
 
     Returns:

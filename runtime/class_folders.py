@@ -10,7 +10,8 @@ import io
 import json
 import math
 import os
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was complete
 class ImageClasses(NamedTuple):
     """The images of a split, class after class."""
     images: np.ndarray   # uint8 [images, height, width, channels]
-    names: List[str]     # class folders, relative to the data folder
+    names: list[str]     # class folders, relative to the data folder
     starts: np.ndarray   # int64 [classes]: index of a class's first image
     counts: np.ndarray   # int64 [classes]
     checksum: int        # CRC-32 of the images
@@ -47,9 +48,9 @@ class ClassFolders:
         split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
     """
     root: str
-    script: Optional[str] = None
-    shipped_manifest: Optional[str] = None
-    split_ratios: Optional[Tuple[int, int, int]] = None
+    script: str | None = None
+    shipped_manifest: str | None = None
+    split_ratios: tuple[int, int, int] | None = None
     split_given: bool = False
 
     @property
@@ -66,7 +67,7 @@ class ClassFolders:
         return (f'lower it, or have {enough} class folders or more (as {_split_flag(self.split_ratios)} divides them) and delete '
                 f'{MANIFEST} there, if there is one')
 
-    def names(self, split: str) -> List[str]:
+    def names(self, split: str) -> list[str]:
         """The split's class folders relative to the root, sorted.
 
         Raises:
@@ -93,7 +94,7 @@ class ClassFolders:
                             f'first {missing[0]}; {self.missing_hint}')
         return names
 
-    def load(self, split: str, image_shape: Tuple[int, int, int]) -> ImageClasses:
+    def load(self, split: str, image_shape: tuple[int, int, int]) -> ImageClasses:
         """The split's images, decoded and cached beside them on first use.
 
         Raises:
@@ -117,7 +118,7 @@ class ClassFolders:
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'))
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
 
-    def _manifest(self) -> Optional[str]:
+    def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, or None if folders do. Writes one if there is neither."""
         candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), self.shipped_manifest]
         found = next((path for path in candidates if path and os.path.exists(path)), None)
@@ -138,14 +139,14 @@ class ClassFolders:
                             '--split, or delete that file to have them split anew')
 
 
-def subfolders(folder: str) -> List[str]:
+def subfolders(folder: str) -> list[str]:
     """Names of the folders in a folder, but hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
         return []
     return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
 
 
-def read_manifest(path: str, split: str) -> List[str]:
+def read_manifest(path: str, split: str) -> list[str]:
     """Class folders of a split, sorted, from a csv file with the columns split and class.
 
     Raises:
@@ -170,7 +171,7 @@ def read_manifest(path: str, split: str) -> List[str]:
     return sorted(row['class'] for row in rows if row['split'] == split)
 
 
-def write_manifest(path: str, rows: Sequence[Tuple[str, str]]) -> None:
+def write_manifest(path: str, rows: Sequence[tuple[str, str]]) -> None:
     """Writes [(split, class)] where `read_manifest` will find it, and says so.
 
     Raises:
@@ -187,7 +188,7 @@ def write_manifest(path: str, rows: Sequence[Tuple[str, str]]) -> None:
     print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
 
 
-def split_classes(names: Sequence[str], ratios: Tuple[int, int, int], root: str) -> List[Tuple[str, str]]:
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
     """Splits classes in an order that depends on their names only.
 
     Args:
@@ -222,12 +223,12 @@ def _report_unlisted(root: str, manifest: str) -> None:
               + '. Add a line for each, or delete that file to have all split anew')
 
 
-def _is_below(name: Optional[str]) -> bool:
+def _is_below(name: str | None) -> bool:
     """Whether a name is a normalised relative path that stays below the folder it is looked up in."""
     return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
 
 
-def _split_flag(ratios: Tuple[int, int, int]) -> str:
+def _split_flag(ratios: tuple[int, int, int]) -> str:
     return '--split=' + '/'.join(map(str, ratios))
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import string
 import sys
-from typing import Dict, List, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def compare(folders: Sequence[str], plot: bool = False) -> str:
     return '\n\n'.join(text)
 
 
-def _groups(folders: Sequence[str]) -> List[Dict[str, dict]]:
+def _groups(folders: Sequence[str]) -> list[dict[str, dict]]:
     """The evaluations in the folders, as [{label: entry}], those on the same tasks together."""
     groups, without = {}, []
     for folder in folders:

@@ -10,7 +10,8 @@ import os
 import re
 import signal
 import zlib
-from typing import Any, Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from runtime.errors import UserError
 
@@ -23,6 +24,9 @@ class Cluster(NamedTuple):
     worker: int     # index of this one; 0 is the chief, which alone prints and writes
 
 
+ALONE = Cluster(1, 0)
+
+
 def cluster_from_environment(strategy: str) -> Cluster:
     """This process's Cluster, from TF_CONFIG; Cluster(1, 0) if not distributed.
 
@@ -31,7 +35,7 @@ def cluster_from_environment(strategy: str) -> Cluster:
     """
     text = os.environ.get('TF_CONFIG', '')
     if strategy not in ('auto', 'multiworker') or strategy == 'auto' and not text:
-        return Cluster(1, 0)
+        return ALONE
     example = ('it must be like {"cluster": {"worker": ["host1:12345", "host2:12345"]}, "task": {"type": "worker", "index": 0}}, '
                'with the index of each machine')
     if not text:
@@ -120,7 +124,7 @@ class Replicas:
         chief: whether this process is the one that prints and writes.
     """
 
-    def __init__(self, strategy=None, cluster: Cluster = Cluster(1, 0)):
+    def __init__(self, strategy=None, cluster: Cluster = ALONE):
         """strategy: None: the default one, of a single replica."""
         import tensorflow as tf
         self._tf, self.strategy = tf, strategy or tf.distribute.get_strategy()

@@ -6,7 +6,8 @@ TaskBatch without the leading axis. It knows nothing of other tasks. What it com
 import functools
 import math
 import os
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -38,7 +39,7 @@ class Engine:
     With several replicas, a meta-batch is what `Replicas.distribute` makes of TaskBatches: each replica has its own tasks.
     """
 
-    def __init__(self, kind: str, task_chunk: Optional[int], convolutional: bool, dtype: str, replicas: Replicas,
+    def __init__(self, kind: str, task_chunk: int | None, convolutional: bool, dtype: str, replicas: Replicas,
                  shared: Structure, measure: Callable, metrics: Sequence[str]):
         """
         Args:
@@ -67,7 +68,7 @@ class Engine:
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
 
     def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure, iteration: tf.Tensor,
-              stopping: tf.Tensor) -> Dict[str, tf.Tensor]:
+              stopping: tf.Tensor) -> dict[str, tf.Tensor]:
         """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
@@ -98,7 +99,7 @@ class Engine:
         sums = self._strategy.run(self._local_means, (task_gradient, signature, batch, iteration))
         return self._all_reduce(sums, signature)[:2]
 
-    def repeat(self, group: str, batch: Structure) -> Dict[str, tf.Tensor]:
+    def repeat(self, group: str, batch: Structure) -> dict[str, tf.Tensor]:
         """A group of the shared parameters, repeated for each task of each replica's meta-batch: {name: [tasks, ...]}."""
         def on_replica(batch):
             return {name: tf.repeat(value[None], batch[0].shape[0], axis=0) for name, value in values.items()}
@@ -107,7 +108,7 @@ class Engine:
         return self._strategy.run(on_replica, (batch,))
 
     def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,
-                        step: tf.Tensor) -> Tuple[List[tf.Tensor], Structure]:
+                        step: tf.Tensor) -> tuple[list[tf.Tensor], Structure]:
         """`map` on all replicas over (batch, state), for a function that returns outputs and a new state of one task.
 
         Returns:

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import time
-from typing import Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +21,7 @@ TEST_TASKS, TEST_UPDATES = 600, 10
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
-def evaluate(run: Run, data: Dict[str, Tasks]) -> None:
+def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and writes the results to files.
 
     Raises:
@@ -61,7 +61,7 @@ def evaluate(run: Run, data: Dict[str, Tasks]) -> None:
         print(f'Drawn: {path}')
 
 
-def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: Optional[int]) -> dict:
+def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: int | None) -> dict:
     """What results.json says of an evaluation besides its figures."""
     return {
         'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
@@ -84,7 +84,7 @@ def results_name(run: Run, prefix: str, query_norm: str) -> str:
         f'_{os.path.basename(prefix)}' if run.load_from else ''])
 
 
-def draw(run: Run, model: MAML, tasks: Tasks, values: np.ndarray, name: str, iterations: Optional[int]) -> List[str]:
+def draw(run: Run, model: MAML, tasks: Tasks, values: np.ndarray, name: str, iterations: int | None) -> list[str]:
     """Writes the figures of an evaluation, named after its files, and for TensorBoard; returns their paths.
 
     In TensorBoard it is a run of its own, because TensorBoard reads one file of a run at a time.
@@ -102,7 +102,7 @@ def draw(run: Run, model: MAML, tasks: Tasks, values: np.ndarray, name: str, ite
     return paths
 
 
-def restore(run: Run) -> Tuple[MAML, str, Optional[int]]:
+def restore(run: Run) -> tuple[MAML, str, int | None]:
     """The network that the flags describe, with the weights of the checkpoint that they ask for.
 
     Returns:
@@ -141,7 +141,7 @@ def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
     size, parts = math.ceil(per_replica / math.ceil(per_replica / largest)), []
     for start in range(0, count, size * replicas.count):
         # All batches have one size, to be compiled once; the last may have more tasks than were asked for.
-        batch = replicas.distribute(lambda replica: tasks.draw(start + replica * size, size))
+        batch = replicas.distribute(lambda replica, start=start: tasks.draw(start + replica * size, size))
         parts.append(model.evaluate(batch, num_updates))
         report(min(size * replicas.count, count - start))
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1)[..., :count] for part in zip(*parts)))

@@ -4,14 +4,15 @@ import glob
 import os
 import socket
 import time
-from typing import BinaryIO, Callable, TypeVar, Union
+from collections.abc import Callable
+from typing import BinaryIO, TypeVar
 
 PART_SUFFIX = '.part'
 STALE_SECONDS = 3600   # a part file not written to for this long belongs to a process that was killed
 Result = TypeVar('Result')
 
 
-def write_atomically(path: Union[str, os.PathLike], content: Union[bytes, Callable[[BinaryIO], Result]]) -> Result:
+def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], Result]) -> Result:
     """Writes a file under a temporary name and renames it.
 
     The temporary name holds the host and the process number, so that two processes do not write to the same file.

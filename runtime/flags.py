@@ -7,17 +7,18 @@ import dataclasses
 import re
 import shutil
 import textwrap
-from typing import Dict, List, Mapping, Optional, Sequence, Union
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
 from runtime.errors import UserError
 
 FLAGS = flags.FLAGS
-GROUPS: Dict[str, List[str]] = {}           # {title: names of flags}
-LEARNING: Dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
+GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
+LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
 REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
 _ABSL_FLAGS = set(FLAGS)
+flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Learning:
         network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
             'convolutions' or 'user images'; None: it says how they are trained.
     """
-    label: Union[str, Mapping[str, str]] = ''
+    label: str | Mapping[str, str] = ''
     method: str = ''
-    network: Optional[str] = None
+    network: str | None = None
 
 
 def _declare(define, name, default, text, learning, **bounds):
@@ -42,27 +43,27 @@ def _declare(define, name, default, text, learning, **bounds):
         LEARNING[name] = learning
 
 
-def number(name: str, default: int, text: str, at_least: int, learning: Optional[Learning] = None) -> None:
+def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None) -> None:
     """Declares a flag that takes a whole number."""
     _declare(flags.DEFINE_integer, name, default, text, learning, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-def real(name: str, default: float, text: str, learning: Optional[Learning] = None, at_least: Optional[float] = None) -> None:
+def real(name: str, default: float, text: str, learning: Learning | None = None, at_least: float | None = None) -> None:
     """Declares a flag that takes a number."""
     _declare(flags.DEFINE_float, name, default, text, learning, lower_bound=at_least)
 
 
-def boolean(name: str, default: bool, text: str, learning: Optional[Learning] = None) -> None:
+def boolean(name: str, default: bool, text: str, learning: Learning | None = None) -> None:
     """Declares a flag that is True or False."""
     _declare(flags.DEFINE_bool, name, default, text, learning)
 
 
-def string(name: str, default: Optional[str], text: str, learning: Optional[Learning] = None) -> None:
+def string(name: str, default: str | None, text: str, learning: Learning | None = None) -> None:
     """Declares a flag that takes any text."""
     _declare(flags.DEFINE_string, name, default, text, learning)
 
 
-def choice(name: str, default: str, values: Sequence[str], text: str, learning: Optional[Learning] = None) -> None:
+def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None) -> None:
     """Declares a flag that takes one of some values."""
     _declare(flags.DEFINE_enum, name, default, text, learning, enum_values=list(values))
 
@@ -77,12 +78,12 @@ def group(title: str) -> None:
     GROUPS[title] = [name for name in FLAGS if name not in _ABSL_FLAGS.union(*GROUPS.values())]
 
 
-def names() -> List[str]:
+def names() -> list[str]:
     """The names of this program's flags, sorted; without --help."""
     return sorted(set(FLAGS) - _ABSL_FLAGS - {'h', 'help'})
 
 
-def parse(argv: Sequence[str]) -> List[str]:
+def parse(argv: Sequence[str]) -> list[str]:
     """Parses a command line into FLAGS; returns the arguments that are not flags.
 
     Raises:

@@ -3,7 +3,7 @@ import json
 import os
 import sys
 import zlib
-from typing import Callable, Iterable, Optional, Tuple
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from runtime.files import remove_stale_parts, write_atomically
 from runtime.images import CHUNK_BYTES
 
 
-def cached_array(path: str, fingerprint: str, shape: Tuple[int, ...],
-                 make: Callable[[], Iterable[np.ndarray]]) -> Tuple[np.ndarray, int]:
+def cached_array(path: str, fingerprint: str, shape: tuple[int, ...],
+                 make: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, int]:
     """A uint8 array from <path>.npy, or from make() if that file is missing, damaged or was made from something else.
 
     Args:
@@ -48,7 +48,7 @@ def cached_array(path: str, fingerprint: str, shape: Tuple[int, ...],
         return array, zlib.crc32(array)
 
 
-def _read(path: str, fingerprint: str, shape: Tuple[int, ...]) -> Optional[Tuple[np.ndarray, int]]:
+def _read(path: str, fingerprint: str, shape: tuple[int, ...]) -> tuple[np.ndarray, int] | None:
     """The array and its checksum, or None. The file is read in pieces for its checksum, to save memory."""
     try:
         with open(path + '.json', encoding='utf-8') as file:

@@ -2,8 +2,9 @@
 import math
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterator, List, NamedTuple, Sequence, Set, Tuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,12 +26,12 @@ class ImageFile(NamedTuple):
     mtime_ns: int
 
 
-def readable_suffixes() -> Set[str]:
+def readable_suffixes() -> set[str]:
     """The file name suffixes, with the dot and in lower case, of the formats that Pillow can read."""
     return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
 
 
-def image_files(folder: str, suffixes: Set[str]) -> List[ImageFile]:
+def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
     """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored."""
     def is_image(name):
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
@@ -39,7 +40,7 @@ def image_files(folder: str, suffixes: Set[str]) -> List[ImageFile]:
                   for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
 
 
-def decode_images(paths: Sequence[str], image_shape: Tuple[int, int, int], resize: bool, hint: str,
+def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,
                   progress_label: str) -> Iterator[np.ndarray]:
     """Decodes image files on all cores, to grey for one channel and to RGB for three.
 

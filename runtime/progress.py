@@ -1,7 +1,7 @@
 """The progress bar of a training or an evaluation."""
 import contextlib
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 

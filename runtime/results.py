@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-from typing import Dict
 
 import numpy as np
 
@@ -16,7 +15,7 @@ FILE = 'results.json'
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
 
 
-def table(evaluations: Dict[str, np.ndarray], metric: str) -> str:
+def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     """Text: for each number of updates the mean and its 95% interval.
 
     Args:
@@ -67,7 +66,7 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
     write_atomically(path, json.dumps(results, indent=1).encode())
 
 
-def read(path: str) -> Dict[str, dict]:
+def read(path: str) -> dict[str, dict]:
     """{evaluation: its facts and figures} of a results.json.
 
     Raises:

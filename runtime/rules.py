@@ -1,7 +1,8 @@
 """Combinations of flags that make no sense: a table of conditions and messages."""
 import math
 import re
-from typing import Callable, List, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from absl import flags
 
@@ -66,7 +67,7 @@ def _text(value):
         return False
 
 
-def _only_with(names: List[str], condition: Callable[[Request], bool], message: str) -> List[Rule]:
+def _only_with(names: list[str], condition: Callable[[Request], bool], message: str) -> list[Rule]:
     """One rule for each of some flags: it is refused unless a condition holds."""
     return [Rule(lambda r, name=name: r.given(name) and not condition(r), f'--{name} {message}') for name in names]
 

@@ -3,7 +3,7 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 from absl import flags
 
@@ -28,7 +28,7 @@ class Run:
     tasks: TaskConfig
     model: Any                  # maml.ModelConfig
     replicas: Replicas
-    query_norms: Tuple[str, ...]  # to evaluate with, of 'batch', 'support'
+    query_norms: tuple[str, ...]  # to evaluate with, of 'batch', 'support'
     num_outputs: int            # of the network as it was trained
     directory: str              # the experiment directory
     pretrain_iterations: int
@@ -40,14 +40,14 @@ class Run:
     log: bool
     mode: str                   # 'train' | 'evaluate' | 'predict'
     checkpoint: Any             # what to load: an iteration, checkpoints.BEST, or None for the newest
-    load_from: Optional[str]    # prefix of a checkpoint elsewhere
+    load_from: str | None    # prefix of a checkpoint elsewhere
     split: str                  # what to evaluate: 'val' | 'test'
     num_test_tasks: int
     plot: bool
     method: str                 # for tables and pictures
-    flag_values: Dict[str, Any]     # {flag: value} of all flags
-    learning_flags: Dict[str, Any]  # of those that determine what is learnt: the identity of the run
-    network_flags: Dict[str, Any]   # of those among them by which networks for this source differ
+    flag_values: dict[str, Any]     # {flag: value} of all flags
+    learning_flags: dict[str, Any]  # of those that determine what is learnt: the identity of the run
+    network_flags: dict[str, Any]   # of those among them by which networks for this source differ
 
     @property
     def iterations(self) -> int:
@@ -58,7 +58,7 @@ class Run:
         return 'metatrain' if self.metatrain_iterations else 'pretrain'
 
     @property
-    def worker_flags(self) -> Dict[str, Any]:
+    def worker_flags(self) -> dict[str, Any]:
         """The flags that the workers of a run must have in common: all but names of folders."""
         return {name: value for name, value in self.flag_values.items() if name not in ('logdir', 'data_path', 'load_from', 'run')}
 
@@ -73,21 +73,17 @@ class Run:
         return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
 
     def write_flag_file(self) -> None:
-        """Writes the flags that describe the run into its directory, for --run.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Writes the flags that describe the run into its directory, for --run; if that fails, says so and goes on."""
         path = os.path.join(self.directory, FLAG_FILE)
         lines = [f'--{name}={self.flag_values[name]}' for name in _describing_flags()
                  if self.flag_values[name] != FLAGS[name].default]
         try:
             write_atomically(path, ''.join(line + '\n' for line in lines).encode())
         except OSError as error:
-            raise UserError(f'{path} cannot be written: {error.strerror}') from error
+            print(f'{path}, for --run, cannot be written: {error.strerror}')
 
 
-def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, replicas: Optional[Replicas] = None) -> Run:
+def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
     """The Run that the flags describe, on the data that `data_from_flags` made of them. Imports TensorFlow."""
     from maml import ModelConfig
     from runtime.checkpoints import BEST
@@ -125,7 +121,7 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         network_flags=network)
 
 
-def data_from_flags(values: flags.FlagValues) -> Tuple[Source, TaskConfig]:
+def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
     """The source, an entry of SOURCES (changed by flags for the user's own images), and what its tasks look like."""
     source = SOURCES[values.datasource]
     if source.image_shape and source.user_images:
@@ -143,7 +139,7 @@ def data_from_flags(values: flags.FlagValues) -> Tuple[Source, TaskConfig]:
         data_path=values.data_path and os.path.expanduser(values.data_path))
 
 
-def network_flags(values: flags.FlagValues, source: Source) -> Dict[str, Any]:
+def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:
     """{flag: value} of the flags by which networks for this source differ."""
     images = source.image_shape is not None
     applies = {'all': True, 'regression': not images, 'images': images, 'convolutions': images and values.conv,
@@ -173,7 +169,7 @@ def _describing_flags():
     return [name for title in DESCRIBING_GROUPS for name in GROUPS[title]]
 
 
-def run_directory(values: flags.FlagValues) -> Optional[str]:
+def run_directory(values: flags.FlagValues) -> str | None:
     """The experiment directory that --run names: DIR itself, or the only one in it; None without --run.
 
     Raises:
@@ -224,7 +220,7 @@ def apply_run(values: flags.FlagValues) -> None:
         raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')
 
 
-def _read_flag_file(path: str, values: flags.FlagValues) -> Dict[str, Any]:
+def _read_flag_file(path: str, values: flags.FlagValues) -> dict[str, Any]:
     """{flag: value} of a file of flags that a training wrote."""
     try:
         with open(path, encoding='utf-8') as file:

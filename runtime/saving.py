@@ -2,7 +2,7 @@
 import contextlib
 import dataclasses
 import time
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +18,7 @@ RETRY_SECONDS = 30  # between attempts to save after a failure
 class TrainState:
     """How far a run is. With the model's variables, all that it needs to go on as if it had never been interrupted."""
     iteration: int = 0              # finished iterations
-    best: Optional[dict] = None     # {'iteration', 'score'} of the checkpoint that did best on meta-validation
+    best: dict | None = None     # {'iteration', 'score'} of the checkpoint that did best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
 

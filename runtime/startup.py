@@ -9,7 +9,7 @@ from runtime.errors import UserError
 
 
 def import_tensorflow(strategy: str = 'one',
-                      cluster: distribution.Cluster = distribution.Cluster(1, 0)) -> distribution.Replicas:
+                      cluster: distribution.Cluster = distribution.ALONE) -> distribution.Replicas:
     """Imports TensorFlow set up for one task per core: single-threaded kernels, as many at a time as there are cores.
 
     Its notices (on processor features, missing GPUs, XLA) are hidden. They come while it is imported, while it looks for devices

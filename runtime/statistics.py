@@ -1,5 +1,4 @@
 """Means over tasks and their intervals."""
-from typing import Tuple
 
 import numpy as np
 from scipy import stats
@@ -8,7 +7,7 @@ RESAMPLES = 2000
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
 
-def statistics(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and half-width of the 95% interval of the mean over tasks.
 
     Args:

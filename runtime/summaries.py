@@ -1,5 +1,5 @@
 """TensorBoard summaries."""
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterator, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -29,7 +29,7 @@ PRINTS_PER_VALIDATION = 5
 VALIDATION_TASKS = 100
 
 
-def train(run: Run, data: Dict[str, Tasks]) -> None:
+def train(run: Run, data: dict[str, Tasks]) -> None:
     """Trains from fresh weights, or from a checkpoint, to the last iteration.
 
     Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT or SIGTERM ends
@@ -115,7 +115,7 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
     sys.exit(128 + interruption.signal)
 
 
-def description(run: Run, data: Dict[str, Tasks], model: MAML) -> str:
+def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
     images = [f'{split}: {len(tasks.classes.names):,} classes, {tasks.classes.counts.sum():,} images'
@@ -144,7 +144,7 @@ def description(run: Run, data: Dict[str, Tasks], model: MAML) -> str:
 class Trainer:
     """The training loop, and what is done between its steps. `state` is updated in place."""
     run: Run
-    data: Dict[str, Tasks]
+    data: dict[str, Tasks]
     model: MAML
     state: TrainState
     interruption: Interruption
@@ -182,7 +182,7 @@ class Trainer:
             batch = run.replicas.distribute(lambda replica: draw(self.data['train'], run, first, replica))
             self.summaries.write('metatrain', self.model.evaluate(batch, run.model.num_updates), first)
 
-    def count(self, first: int, means: Dict[str, np.ndarray]) -> None:
+    def count(self, first: int, means: dict[str, np.ndarray]) -> None:
         """Updates the state by what steps `first`, first + 1, ... returned; raises UserError if one was not finite."""
         run, state = self.run, self.state
         if means['stopping'].any():
@@ -200,7 +200,7 @@ class Trainer:
             self.progress.log(console_line(self.run, phase, self.state))
             self.state.unprinted = []
 
-    def validate(self, saving: bool) -> Optional[dict]:
+    def validate(self, saving: bool) -> dict | None:
         """Validates, if that is due or a checkpoint is; returns the best of the earlier checkpoints and this one."""
         run, iteration = self.run, self.state.iteration
         validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
@@ -223,7 +223,7 @@ class Trainer:
             figures = plots.evaluation_figures(run, self.model, self.data['val'], task_metrics(metrics))
             self.summaries.write_figures('metaval', figures, iteration)
 
-    def save(self, best: Optional[dict]) -> None:
+    def save(self, best: dict | None) -> None:
         """Writes a checkpoint. `best` counts once it is saved: an interrupted saving must not change what is best."""
         self.summaries.flush()  # so that the summaries hold everything that happened before the checkpoint
         if self.saver.save(dataclasses.replace(self.state, best=best)):
@@ -234,7 +234,7 @@ def due(iteration: int, interval: int) -> bool:
     return iteration % interval == 0
 
 
-def check_finite(run: Run, means: Dict[str, np.ndarray], first: int) -> None:
+def check_finite(run: Run, means: dict[str, np.ndarray], first: int) -> None:
     """Raises UserError for the first step that was not finite, unless --skip_nonfinite is given.
 
     Args:
@@ -259,7 +259,7 @@ def console_line(run: Run, phase: str, state: TrainState) -> str:
                    if state.skipped else '')
 
 
-def better(run: Run, best: Optional[dict], candidate: dict) -> Optional[dict]:
+def better(run: Run, best: dict | None, candidate: dict) -> dict | None:
     """The better of two {'iteration', 'score'} by accuracy (higher is better) or loss (lower is); the first may be None.
 
     A candidate whose score is not finite is never better.
@@ -270,7 +270,7 @@ def better(run: Run, best: Optional[dict], candidate: dict) -> Optional[dict]:
     return candidate
 
 
-def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[Tuple[int, TaskBatch]]:
+def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
     """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
 
     A block ends at a multiple of steps_per_call, at the end of pre-training, or at the end of the run.

@@ -1,6 +1,6 @@
 """A task that the user has put into folders: classes to learn from, and images to classify."""
 import os
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from runtime.images import decode_images, image_files, readable_suffixes
 class UserTask(NamedTuple):
     """A task made from the user's images."""
     batch: TaskBatch    # of this one task; rows of query_y are 0 where the class is not known
-    classes: List[str]  # their names, in the order of the labels
-    queries: List[str]  # paths of the query images, in the order of the rows
+    classes: list[str]  # their names, in the order of the labels
+    queries: list[str]  # paths of the query images, in the order of the rows
 
 
 def read_user_task(source: ImageSource, support_dir: str, query_dir: str) -> UserTask:
@@ -44,11 +44,11 @@ def read_user_task(source: ImageSource, support_dir: str, query_dir: str) -> Use
     return UserTask(TaskBatch(support_x, support_y, query_x, query_y), classes, [path for path, _ in queries])
 
 
-def _images(folder: str) -> List[str]:
+def _images(folder: str) -> list[str]:
     return [os.path.join(folder, file.name) for file in image_files(folder, readable_suffixes())]
 
 
-def _queries(query_dir: str, classes: List[str]) -> List[Tuple[str, int]]:
+def _queries(query_dir: str, classes: list[str]) -> list[tuple[str, int]]:
     """[(path, label)] of the query images; the label is len(classes) where the class is not known."""
     unknown = len(classes)
     return [(path, unknown) for path in _images(query_dir)] + [
@@ -56,7 +56,7 @@ def _queries(query_dir: str, classes: List[str]) -> List[Tuple[str, int]]:
         for name in sorted(subfolders(query_dir)) for path in _images(os.path.join(query_dir, name))]
 
 
-def _rows(source: ImageSource, images: List[Tuple[str, int]], way: int, progress_label: str) -> Tuple[np.ndarray, np.ndarray]:
+def _rows(source: ImageSource, images: list[tuple[str, int]], way: int, progress_label: str) -> tuple[np.ndarray, np.ndarray]:
     """x [1, images, dim_input] and one-hot y [1, images, way] of [(path, label)]; y is 0 for the label `way`."""
     paths, labels = zip(*images)
     decoded = decode_images(paths, source.image_shape, True, 'remove it', progress_label)

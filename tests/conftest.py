@@ -14,11 +14,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import main  # noqa: E402
-from data_generator import UserError  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
 
 main.import_tensorflow()
-import evaluation  # noqa: E402
-import training  # noqa: E402
+from runtime import evaluation, training  # noqa: E402
 
 
 def run_process(*arguments, cwd=ROOT):

@@ -12,8 +12,8 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import distribution  # noqa: E402
 import main  # noqa: E402
+from runtime import distribution  # noqa: E402
 
 TASKS, STEPS = 4, 100
 
@@ -47,8 +47,8 @@ def gradients(replicas, path):
     from maml import MAML
     share, found = TASKS // replicas.count, {}
     for name, (config, draw) in shapes().items():
-        def batch(step):
-            return replicas.each(lambda replica: draw(step * TASKS + replica * share, share))
+        def batch(step, draw=draw):
+            return replicas.distribute(lambda replica: draw(step * TASKS + replica * share, share))
 
         model = MAML(config, seed=3, replicas=replicas)
         found |= {f'{name} gradient {weights}': np.array(gradient)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import checkpoints
-from data_generator import UserError
+from runtime import checkpoints
+from runtime.errors import UserError
 
 INDEX, DATA = SUFFIXES = '.index', '.data-00000-of-00001'
 

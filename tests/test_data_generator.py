@@ -6,11 +6,14 @@ import random
 
 import numpy as np
 import pytest
+from conftest import class_names, write_image_tree, write_manifest
 from PIL import Image
 
 import data_generator
-from conftest import class_names, write_image_tree, write_manifest
-from data_generator import SOURCES, TaskConfig, UserError, read_manifest
+from data_generator import SOURCES, TaskConfig
+from runtime import class_folders, images
+from runtime.class_folders import SPLITS, read_manifest
+from runtime.errors import UserError
 
 OMNIGLOT = SOURCES['omniglot']
 
@@ -163,7 +166,7 @@ def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
 def test_the_shipped_split():
     """1100/100/423 of the 1623 characters: the sorted list, shuffled with seed 1."""
     path = os.path.join(data_generator.DATA_FOLDER, OMNIGLOT.folder, 'splits.csv')
-    splits = [read_manifest(path, split) for split in data_generator.SPLITS]
+    splits = [read_manifest(path, split) for split in SPLITS]
     assert [len(names) for names in splits] == [1100, 100, 423]
     characters = sorted(sum(splits, []))
     assert len(set(characters)) == 1623 and len({name.split('/')[0] for name in characters}) == 50
@@ -189,7 +192,7 @@ def cache_files(root):
 
 def test_images_are_decoded_once(own_omniglot, monkeypatch):
     first = decoded(own_omniglot)
-    monkeypatch.setattr(data_generator, 'decode_images', None)  # would fail if called
+    monkeypatch.setattr(class_folders, 'decode_images', None)  # would fail if called
     assert np.array_equal(decoded(own_omniglot), first)
 
 
@@ -288,7 +291,7 @@ def own_images(tmp_path):
 
 
 def test_class_folders_are_split_once_and_written_down(own_images, capsys):
-    splits = {split: FOLDER.class_folders(split, str(own_images)) for split in data_generator.SPLITS}
+    splits = {split: FOLDER.class_folders(split, str(own_images)) for split in SPLITS}
     assert [len(names) for names in splits.values()] == [7, 1, 2]
     assert sorted(sum(splits.values(), [])) == sorted(path.name for path in own_images.iterdir() if path.is_dir()
                                                       and not path.name.startswith('.'))
@@ -296,16 +299,16 @@ def test_class_folders_are_split_once_and_written_down(own_images, capsys):
     assert 'Split the classes into 7 / 1 / 2' in said and said.count('Split') == 1
     # A class that comes later does not change the split of the others; nor do other shares.
     write_image_tree(own_images, ['later'], images=3, size=(12, 20, 3))
-    other = dataclasses.replace(FOLDER, shares=(1, 1, 1))
-    assert {split: other.class_folders(split, str(own_images)) for split in data_generator.SPLITS} == splits
+    other = dataclasses.replace(FOLDER, split_ratios=(1, 1, 1))
+    assert {split: other.class_folders(split, str(own_images)) for split in SPLITS} == splits
 
 
 def test_the_split_depends_on_the_names_alone(own_images, tmp_path_factory):
     names = [path.name for path in own_images.iterdir() if path.is_dir()]
-    split = data_generator.split_classes(names, (64, 16, 20), 'here')
-    assert data_generator.split_classes(names[::-1], (64, 16, 20), 'elsewhere') == split
+    split = class_folders.split_classes(names, (64, 16, 20), 'here')
+    assert class_folders.split_classes(names[::-1], (64, 16, 20), 'elsewhere') == split
     with pytest.raises(UserError, match='there holds 2 class folders'):
-        data_generator.split_classes(['a', 'b'], (64, 16, 20), 'there')
+        class_folders.split_classes(['a', 'b'], (64, 16, 20), 'there')
 
 
 def test_folders_named_train_val_and_test_need_no_split(tmp_path):
@@ -359,7 +362,7 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 def test_a_split_without_classes_to_train_on_is_refused_and_not_written(own_images):
     with pytest.raises(UserError, match='--split=1/1/100 leaves no class of the 10'):
-        dataclasses.replace(FOLDER, shares=(1, 1, 100)).class_folders('train', str(own_images))
+        dataclasses.replace(FOLDER, split_ratios=(1, 1, 100)).class_folders('train', str(own_images))
     assert not (own_images / 'splits.csv').exists()
 
 
@@ -384,7 +387,7 @@ def test_transparent_images_are_on_white(tmp_path):
     deep = np.where(np.asarray(ink) > 0, 0, 300).astype(np.uint16)  # grey of 16 bits, 300 being transparent
     Image.fromarray(deep).save(tmp_path / 'deep.png', transparency=300)
     paths = [str(tmp_path / name) for name in ('rgba.png', 'la.png', 'palette.png', 'deep.png')]
-    for image in next(data_generator.decode_images(paths, (8, 8, 1), True, '', '')):
+    for image in next(images.decode_images(paths, (8, 8, 1), True, '', '')):
         np.testing.assert_array_equal(image[..., 0], 255 - np.asarray(ink))
 
 
@@ -392,12 +395,12 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
     """--split again is the same; another one is refused while splits.csv says otherwise."""
     for number in range(10):
         (tmp_path / f'class{number}').mkdir()
-    source = dataclasses.replace(SOURCES['folder'], shares=(60, 20, 20), shares_asked=True)
+    source = dataclasses.replace(SOURCES['folder'], split_ratios=(60, 20, 20), split_given=True)
     first = source.class_folders('val', str(tmp_path))
     assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
     with pytest.raises(UserError, match='splits.csv splits the classes otherwise than --split=40/30/30'):
-        dataclasses.replace(source, shares=(40, 30, 30)).class_folders('val', str(tmp_path))
-    assert dataclasses.replace(source, shares=(40, 30, 30), shares_asked=False).class_folders('val', str(tmp_path)) == first
+        dataclasses.replace(source, split_ratios=(40, 30, 30)).class_folders('val', str(tmp_path))
+    assert dataclasses.replace(source, split_ratios=(40, 30, 30), split_given=False).class_folders('val', str(tmp_path)) == first
 
 
 def test_classes_that_came_later_are_named(tmp_path, capsys):

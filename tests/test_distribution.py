@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import distribution
 from conftest import ROOT, error_of, run_ok
-from data_generator import UserError
+
+from runtime import distribution
+from runtime.errors import UserError
 
 SINUSOID = ['--norm=None', '--update_batch_size=10', '--meta_batch_size=4', '--save_interval=100']
 PATIENCE = 480  # seconds after which a process hangs
@@ -74,7 +74,7 @@ def test_gradients_and_training_are_those_of_one_device(where, of_one, tmp_path)
     """Meta-gradients of a meta-batch to 1e-6, weights after 100 steps to 1e-4, relative to a tensor's largest number.
 
     The networks for images hold the latter by being the same to the last bit: from a single one on, ReLUs near zero part them.
-    See maml.SUM_DTYPE.
+    See runtime.engine.SUM_DTYPE.
     """
     path = str(tmp_path / 'found.npz')
     run('gradients', path, **where)

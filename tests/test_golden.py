@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from data_generator import TaskBatch
-from maml import CONV_LAYERS, MAML, ModelConfig, learn_task
+from maml import CONV_LAYERS, MAML, ModelConfig, Parameters, adapt_and_predict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)
@@ -92,8 +92,8 @@ def outputs_in_float64(golden):
     for task in range(len(batch.support_x)):
         fast_weights = weights
         for update in range(golden.updates):
-            outputs, fast_weights = learn_task(golden.config, TaskBatch(*(array[task] for array in batch)), fast_weights,
-                                               norm_params, 1)
+            one_task = TaskBatch(*(array[task] for array in batch)), fast_weights
+            outputs, fast_weights = adapt_and_predict(golden.config, Parameters(weights, norm_params), update, one_task)
             after[update].append(outputs.post)
             if update == 0:
                 before.append(outputs.pre)
@@ -159,7 +159,7 @@ def assert_agrees(golden, compute, expected):
 def five_meta_updates(model, batch):
     """The objective before each of five updates, and {name: parameter} after the first and the fifth."""
     objective, after = [], []
-    for step in range(5):
+    for _ in range(5):
         objective.append(model.metatrain_step(batch)['post_loss'])
         after.append({name: variable.numpy() for name, variable in {**model.weights, **model.norm_params}.items()})
     return objective, after[0], after[4]

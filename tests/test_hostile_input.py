@@ -13,18 +13,16 @@ import zlib
 import numpy as np
 import pytest
 from absl import flags
+from conftest import ROOT, error_of, run_main, write_image_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data_generator
 import main
-from conftest import ROOT, error_of, run_main, write_image_tree
-from data_generator import SOURCES, UserError
-
-sys.path.insert(0, os.path.join(ROOT, 'data'))
-import cifar100  # noqa: E402
-import preparation  # noqa: E402
+from data import cifar100, preparation
+from data_generator import SOURCES
+from runtime import class_folders, images, rules
+from runtime.errors import UserError
 
 EACH = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -53,7 +51,7 @@ def sentence(*arguments):
     try:
         rest = main.FLAGS(['main.py', *arguments])[1:]
         assert not rest
-        main.check_flags(main.FLAGS)
+        rules.check_flags(main.FLAGS)
     except (UserError, flags.Error) as error:
         assert str(error) and '\n' not in str(error).strip(), error
         return str(error)
@@ -111,7 +109,7 @@ def test_any_manifest(tmp_path, content):
     path = tmp_path / 'splits.csv'
     path.write_bytes(content)
     try:
-        names = data_generator.read_manifest(str(path), 'train')
+        names = class_folders.read_manifest(str(path), 'train')
     except UserError as error:
         assert str(path) in str(error)
     else:
@@ -123,9 +121,9 @@ def test_any_manifest(tmp_path, content):
 def test_no_manifest_names_a_folder_elsewhere(tmp_path, name, split):
     """What a manifest lists lies below the data, whatever it is called."""
     path = tmp_path / 'splits.csv'
-    data_generator.write_manifest(str(path), [(split, name.replace('\0', ''))]) if name.isprintable() else path.write_text('x')
+    class_folders.write_manifest(str(path), [(split, name.replace('\0', ''))]) if name.isprintable() else path.write_text('x')
     try:
-        names = data_generator.read_manifest(str(path), split)
+        names = class_folders.read_manifest(str(path), split)
     except UserError:
         return
     for found in names:
@@ -139,8 +137,8 @@ FOLDER_NAMES = st.text(st.characters(blacklist_characters='/\0\r\n', blacklist_c
 @given(st.lists(FOLDER_NAMES.filter(lambda name: name not in ('.', '..')), min_size=3, max_size=20, unique=True))
 def test_class_folders_of_any_name_come_back(tmp_path, names):
     path = str(tmp_path / 'splits.csv')
-    data_generator.write_manifest(path, data_generator.split_classes(names, (64, 16, 20), 'here'))
-    assert sorted(name for split in data_generator.SPLITS for name in data_generator.read_manifest(path, split)) == sorted(names)
+    class_folders.write_manifest(path, class_folders.split_classes(names, (64, 16, 20), 'here'))
+    assert sorted(name for split in class_folders.SPLITS for name in class_folders.read_manifest(path, split)) == sorted(names)
 
 
 @EACH
@@ -179,10 +177,10 @@ def test_spoilt_images(image_format, content, tmp_path):
     """Named in the error, or decoded to what the program wants."""
     path = tmp_path / f'image.{image_format.lower()}'
     refused = 0
-    for number, damaged in enumerate(spoilt(content, 15)):
+    for damaged in spoilt(content, 15):
         path.write_bytes(damaged)
         try:
-            array, = data_generator.decode_images([str(path)], (20, 20, 3), True, 'remove it', '')
+            array, = images.decode_images([str(path)], (20, 20, 3), True, 'remove it', '')
             assert array.shape == (1, 20, 20, 3)
         except UserError as error:
             assert str(path) in str(error) and 'remove it' in str(error)
@@ -195,7 +193,7 @@ def test_decompression_bombs(size, tmp_path):
     path = tmp_path / 'image.png'
     path.write_bytes(bomb(*size))
     with pytest.raises(UserError, match='image.png cannot be read as an image'):
-        list(data_generator.decode_images([str(path)], (20, 20, 3), True, 'remove it', ''))
+        list(images.decode_images([str(path)], (20, 20, 3), True, 'remove it', ''))
 
 
 # Caches
@@ -289,7 +287,7 @@ def test_any_pickle(content):
 
 def test_any_record_of_a_preparation(tmp_path):
     for content in b'[' * 100_000, b'', b'[]', b'{}', b'null', b'{"complete": 1', b'\xff\xfe', b'{"complete": false}':
-        (tmp_path / data_generator.PREPARATION_RECORD).write_bytes(content)
+        (tmp_path / class_folders.PREPARATION_RECORD).write_bytes(content)
         (tmp_path / 'train').mkdir(exist_ok=True)
         error = error_of('--datasource=cifarfs', f'--data_path={tmp_path}', f'--logdir={tmp_path}/logs')
         assert 'run it again' in error

@@ -8,11 +8,12 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import evaluation
-import main
 from conftest import error_of, run_ok, run_process
+
+import main
 from data_generator import SOURCES
+from runtime import evaluation
+from runtime.run import data_from_flags, run_from_flags
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
 # A short run of every source, on tiny data. A source without an entry fails test_every_source_has_a_run.
@@ -408,12 +409,12 @@ def test_batched_evaluation_changes_no_figure(small_omniglot):
     values = main.FLAGS
     values.unparse_flags()
     values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
-    run = main.config_from_flags(values, *main.data_from_flags(values))
+    run = run_from_flags(values, *data_from_flags(values))
     tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
     counted = []
-    at_once = evaluation.task_scores(evaluation.evaluate_tasks(model, tasks, 12, 3, counted.append))
+    at_once = evaluation.task_metrics(evaluation.evaluate_tasks(model, tasks, 12, 3, counted.append))
     assert counted == [12]
     evaluation.evaluate_tasks(model.variant(task_chunk=5), tasks, 12, 1, counted.append)
     assert counted == [12, 4, 4, 4]
-    one_by_one = np.concatenate([evaluation.task_scores(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
+    one_by_one = np.concatenate([evaluation.task_metrics(model.evaluate(tasks.draw(task, 1), 3)) for task in range(12)])
     np.testing.assert_array_equal(at_once, one_by_one)

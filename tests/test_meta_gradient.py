@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import maml
 from data_generator import TaskBatch
-from maml import MAML, Adam, ModelConfig, forward, initial_norm_params, initial_weights, inner_loop, learn_task, loss_of
+from maml import MAML, ModelConfig, Parameters, forward, initial_norm_params, initial_weights, inner_loop, loss_of
+from runtime.optimizers import Adam
 from special_grads import batch_standardize, standardize
 from utils import conv2d
 
@@ -39,8 +41,8 @@ def problem(config, seed=0):
 
 
 def objective(config, task, weights, norm_params):
-    outputs, _ = learn_task(config, task, weights, norm_params, config.num_updates)
-    return loss_of(config, outputs.post, task.query_y)
+    _, trajectory = zip(*inner_loop(config, task, Parameters(weights, norm_params), config.num_updates))
+    return maml.objective(config, task, trajectory, norm_params, 0)[0]
 
 
 def gradient(config, task, parameters):
@@ -64,7 +66,7 @@ def test_finite_differences(net, norm):
     rng = np.random.default_rng(1)
     for _ in range(3):
         direction = tf.nest.map_structure(lambda value: tf.constant(rng.normal(size=value.shape)), parameters)
-        at = lambda size: float(objective(config, task, *tf.nest.map_structure(
+        at = lambda size, direction=direction: float(objective(config, task, *tf.nest.map_structure(
             lambda value, along: value + size * along, parameters, direction)))
         step = 1e-6
         difference = (at(step) - at(-step)) / (2 * step)
@@ -98,7 +100,7 @@ def test_one_weight_by_hand():
     by_w = 2 * query_error * ((1 - 0.2 * x * x) * query_x - 0.2 * x)
     by_b = 2 * query_error * (-0.2 * x * query_x + 0.8)
 
-    (support_outputs, fast), = inner_loop(config, task.support_x, task.support_y, weights, {}, 1)
+    (support_outputs, fast), = inner_loop(config, task, Parameters(weights, {}), 1)
     np.testing.assert_allclose([support_outputs[0, 0], fast['w1'][0, 0], fast['b1'][0]], [w * x + b, fast_w, fast_b])
     gradients, _ = gradient(config, task, (weights, {}))
     np.testing.assert_allclose([gradients['w1'][0, 0], gradients['b1'][0]], [by_w, by_b])
@@ -222,7 +224,7 @@ def test_third_derivatives_are_refused():
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [4, 7])
-def test_convolution_by_product(size, stride):
+def test_convolution_as_matmul(size, stride):
     """The same as TensorFlow's, and so are the derivatives with respect to images and kernel."""
     rng = np.random.default_rng(0)
     x, kernel = tf.constant(rng.normal(size=(2, size, size + 1, 3))), tf.constant(rng.normal(size=(3, 3, 3, 5)))
@@ -230,7 +232,7 @@ def test_convolution_by_product(size, stride):
     for function in conv2d, lambda x, kernel, stride, **_: tf.nn.conv2d(x, kernel, stride, 'SAME'):
         with tf.GradientTape() as tape:
             tape.watch((x, kernel))
-            y = function(x, kernel, stride, by_product=True)
+            y = function(x, kernel, stride, as_matmul=True)
             loss = tf.reduce_sum(tf.sin(y))
         results.append([y, *tape.gradient(loss, (x, kernel))])
     for ours, expected in zip(*results):

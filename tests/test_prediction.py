@@ -5,9 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from conftest import error_of, run_ok, write_image_tree
+from PIL import Image
 
 FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
 
@@ -93,7 +92,7 @@ def test_names_that_are_hard_to_draw(trained, folders):
 
 
 def test_many_images_at_a_time(trained, folders, monkeypatch):
-    import prediction
+    from runtime import prediction
     _, once = predict(trained, *folders)
     monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 4)
     _, parts = predict(trained, *folders)

@@ -17,8 +17,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-sys.path.insert(0, os.path.join(ROOT, 'data'))
-import preparation  # noqa: E402
+from data import preparation
 
 SPLITS = ('train', 'val', 'test')
 

@@ -6,9 +6,9 @@ import shlex
 import shutil
 
 import pytest
+from conftest import ROOT, run_ok, run_process
 
 import main
-from conftest import ROOT, run_ok, run_process
 
 with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
     README = file.read()

@@ -12,13 +12,12 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-
-import checkpoints
-import main
-import training
 from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
+
 from maml import MAML, ModelConfig
-from reports import Progress
+from runtime import checkpoints, saving, training
+from runtime.errors import UserError
+from runtime.progress import Progress
 
 sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
 import interruptions  # noqa: E402
@@ -158,7 +157,7 @@ def test_starting_anew_puts_the_summaries_aside(tmp_path):
 
 
 def test_a_score_that_is_no_number_is_not_the_best():
-    run, nan, some = types.SimpleNamespace(score='loss'), {'score': math.nan}, {'score': 0.5}
+    run, nan, some = types.SimpleNamespace(metric='loss'), {'score': math.nan}, {'score': 0.5}
     assert training.better(run, None, nan) is None and training.better(run, some, nan) is some
     assert training.better(run, some, {'score': 0.4}) == {'score': 0.4} and training.better(run, some, {'score': 0.6}) is some
 
@@ -209,8 +208,8 @@ def test_infinite_weights_are_not_saved(tmp_path):
     model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
     run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False)
-    with pytest.raises(main.UserError, match='after iteration 7 w2 holds what is not a number; nothing was saved yet'):
-        training.Saver(run, model, {}, 0, print).save(training.Position(iteration=7))
+    with pytest.raises(UserError, match='after iteration 7 w2 holds what is not a number; nothing was saved yet'):
+        saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7))
     assert not any(tmp_path.iterdir())
 
 
@@ -227,7 +226,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         save(prefix, state, record)
 
     monkeypatch.setattr(checkpoints, 'save', sometimes)
-    monkeypatch.setattr(training, 'RETRY_SECONDS', 0.01)
+    monkeypatch.setattr(saving, 'RETRY_SECONDS', 0.01)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200', '--save_interval=100')
     assert output.count('No space left on device') == 3 and 'The program goes on' in output
     assert attempts == [100, 200, 200, 200] and saved(tmp_path) == [200]

@@ -4,13 +4,13 @@ import os
 
 import numpy as np
 import pytest
+from conftest import error_of, run_ok
 from PIL import Image
 from scipy import stats
 
 import main
-import results
-from conftest import error_of, run_ok
-from data_generator import UserError
+from runtime import comparison, results, statistics
+from runtime.errors import UserError
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
@@ -91,7 +91,7 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
 
 def test_labels_in_pictures_say_what_differs():
     def labels(*paths, methods=('MAML', 'MAML'), flags=({}, {})):
-        return results._short({path: {'method': method, 'flags': flag} for path, method, flag in zip(paths, methods, flags)})
+        return comparison._short({path: {'method': method, 'flags': flag} for path, method, flag in zip(paths, methods, flags)})
     assert labels('a/run1/x, model5', 'a/run2/x, model5') == ['A: run1', 'B: run2']
     assert labels('/deep/a/run/x, model5', 'a/run/x, model6') == ['A: x, model5', 'B: x, model6']
     assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML')) == ['A: oracle', 'B: MAML']
@@ -102,15 +102,15 @@ def test_labels_in_pictures_say_what_differs():
 
 
 def test_a_difference_that_is_none():
-    assert results._p_value(np.arange(3.), np.arange(3.)) == 1
-    assert results.bootstrap(np.ones([1, 2])).tolist() == [[1, 1], [1, 1]]
+    assert statistics.p_value(np.arange(3.), np.arange(3.)) == 1
+    assert statistics.bootstrap(np.ones([1, 2])).tolist() == [[1, 1], [1, 1]]
 
 
-def test_bootstrap_covers(rng=np.random.default_rng(3)):
+def test_bootstrap_covers():
     """Of 200 intervals about 190 hold the true mean."""
-    covered = 0
+    rng, covered = np.random.default_rng(3), 0
     for _ in range(200):
-        low, high = results.bootstrap(rng.exponential(size=(60, 1)))[0]
+        low, high = statistics.bootstrap(rng.exponential(size=(60, 1)))[0]
         covered += low < 1 < high
     assert 175 <= covered <= 199
 
@@ -149,6 +149,7 @@ def test_pictures_of_images(source, small_data, tmp_path):
 def test_a_task_names_its_classes(small_omniglot):
     """The images that class_names promises are those that are drawn."""
     import dataclasses
+
     from data_generator import SOURCES, TaskConfig
     source = dataclasses.replace(SOURCES['omniglot'], rotations=False, invert=False)
     tasks = source.tasks(TaskConfig(5, 1, 1, seed=0, data_path=str(small_omniglot)), 'val')
@@ -173,4 +174,4 @@ def test_results_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError):
         results.write(str(tmp_path / 'nowhere'), 'x', np.ones([3, 2]), {'tasks': {'split': 'val'}})
     with pytest.raises(UserError):
-        results.compare([str(tmp_path)])
+        comparison.compare([str(tmp_path)])

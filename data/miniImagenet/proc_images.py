@@ -26,8 +26,17 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data.preparation import Class, Picture, Zip, arguments, encode, is_plain_name, load_pickle, prepare, \
-    read_classes  # noqa: E402
+from data.preparation import (  # noqa: E402
+    Class,
+    Picture,
+    Zip,
+    arguments,
+    encode,
+    is_plain_name,
+    load_pickle,
+    prepare,
+    read_classes,
+)
 
 SPLITS = ('train', 'val', 'test')
 SIZE = (84, 84)
