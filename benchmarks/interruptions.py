@@ -88,6 +88,27 @@ def differences(one, other):
             if name not in one or name not in other or not same(one[name], other[name])]
 
 
+def run_and_kill(command, seconds, rng):
+    """Runs a command, and sends it SIGKILL or SIGTERM after some seconds: the signal or None, exit status and output.
+
+    Raises:
+        SystemExit: it did not stop and save at SIGTERM.
+    """
+    process, printed = start(command)
+    try:
+        process.wait(timeout=seconds)
+        number = None
+    except subprocess.TimeoutExpired:
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        process.send_signal(number)
+    status, text = finish(process, printed)
+    # SIGTERM makes a training save and stop; before it begins and after its end there is nothing to save.
+    begun, ended = 'Training ' in text and 'iterations/s' in text, 'The last checkpoint is' in text
+    if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
+        raise SystemExit(f'SIGTERM was not heeded: status {status}\n{text}')
+    return number, status, text
+
+
 def torture(arguments, iterations, kills, folder, rng, longest=12.0):
     """Yields a line of text for each kill and each comparison.
 
@@ -110,23 +131,12 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
     killed, round_number, output, running = 0, 0, '', False
     while killed < kills or running:
         logdir = os.path.join(folder, f'killed{round_number}')
-        process, printed = start(command(logdir))
         seconds = rng.uniform(0, longest) if killed < kills else 600
-        try:
-            process.wait(timeout=seconds)
-            number = None
-        except subprocess.TimeoutExpired:
-            number, killed = rng.choice([signal.SIGKILL, signal.SIGTERM]), killed + 1
-            process.send_signal(number)
-        status, text = finish(process, printed)
-        output += text
+        number, status, text = run_and_kill(command(logdir), seconds, rng)
+        output, killed = output + text, killed + bool(number)
         if number:
             saved = [int(name) for name in re.findall(r'model(\d+)\.index', ' '.join(glob.glob(f'{logdir}/*/*.index')))]
             yield f'{number.name} after {seconds:4.1f} s: status {status}, newest checkpoint {max(saved, default="none")}'
-        # A signal to stop is heeded from when training begins to its end; before and after, nothing is there to be saved.
-        begun, ended = 'Training ' in text and 'iterations/s' in text, 'The last checkpoint is' in text
-        if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
-            raise SystemExit(f'SIGTERM was not heeded: status {status}\n{text}')
         running = bool(number) and status in (-number, 128 + number)
         if running:
             continue

@@ -81,7 +81,11 @@ def main():
             for peer, command in peers.items():
                 theirs[peer, name].append(measure_peer(command, name))
 
-    rate = statistics.median(rates)
+    report(args, statistics.median(rates), ours, theirs, peers)
+
+
+def report(args, rate, ours, theirs, peers):
+    """Prints the medians: a row for each workload."""
     print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds a step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
           + ''.join(f'{peer:>15}' for peer in peers))

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from runtime.class_folders import PARTIAL_MANIFEST
+from runtime.class_folders import PARTIAL_MANIFEST, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, write_atomically
 
@@ -161,35 +161,33 @@ def count_classes(pictures, damaged):
 
 def check(pictures, counts, classes, damaged, absent, destination):
     """Sentences on what is not as it should be; [] if all is well."""
-    complaints = []
-    if damaged:
-        name, error = damaged[0]
-        complaints.append(f'{len(damaged)} images cannot be decoded, first {name} ({error})')
-    if absent:
-        complaints.append(f'{len(absent)} images are missing, first {absent[0]}')
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
-    if missing:
-        complaints.append(f'{len(missing)} of {len(classes)} classes are missing, first {missing[0]}')
-    if unknown:
-        complaints.append(f'{len(unknown)} classes are not known, first {unknown[0]}')
     wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
-    if wrong:
-        complaints.append(f'{len(wrong)} classes have another number of images than they should, first {wrong[0]} with '
-                          f'{counts[wrong[0]]} instead of {classes[wrong[0]].images}')
-    # What another preparation left would be taken for images and classes of this one.
+    files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
+    found = [  # a sentence: before, how many, what, the first of them, after
+        ('', [f'{name} ({error})' for name, error in damaged], 'images cannot be decoded', ''),
+        ('', absent, 'images are missing', ''),
+        ('', missing, f'of {len(classes)} classes are missing', ''),
+        ('', unknown, 'classes are not known', ''),
+        ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
+         'classes have another number of images than they should', ''),
+        (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
+        (f'{destination} holds ', folders, 'further class folders', '; remove them')]
+    return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
+
+
+def left_over_files(pictures, counts, destination):
+    """Files of another preparation in our class folders, which would be taken for images of this one."""
     ours = {picture.name for picture in pictures}
-    others = [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
-              if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
-    if others:
-        complaints.append(f'{destination} holds {len(others)} further files in its class folders, first {others[0]}; remove them')
+    return [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
+            if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
+
+
+def left_over_folders(counts, classes, destination):
+    """Folders of another preparation beside our class folders, which would be taken for classes of this one."""
     parents = {os.path.dirname(name) for name in classes}
-    strangers = sorted(
-        f'{parent}/{entry.name}' for parent in parents if os.path.isdir(os.path.join(destination, parent))
-        for entry in os.scandir(os.path.join(destination, parent))
-        if entry.is_dir() and f'{parent}/{entry.name}' not in classes.keys() | counts.keys())
-    if strangers:
-        complaints.append(f'{destination} holds {len(strangers)} further class folders, first {strangers[0]}; remove them')
-    return complaints
+    found = [f'{parent}/{name}' for parent in parents for name in subfolders(os.path.join(destination, parent))]
+    return sorted(set(found) - classes.keys() - counts.keys())
 
 
 def summary(counts, classes, destination, size):

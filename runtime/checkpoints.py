@@ -196,12 +196,15 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
         there = f'there {"are" if len(saved) > 1 else "is"} ' + ', '.join(f'model{iteration}' for iteration in saved)
         hint = 'Give one of these'
     else:
-        logdir = os.path.dirname(directory)
-        others = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
-        there = f'{logdir} holds ' + (', '.join(others) if others else 'nothing')
-        hint = 'Train first'
+        there, hint = _contents(os.path.dirname(directory)), 'Train first'
     raise UserError(f'there is no {what} in {directory}; {there}. {hint}, or give the flags of the training run '
                     '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
+
+
+def _contents(logdir):
+    """What --logdir holds, for an error message."""
+    folders = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
+    return f'{logdir} holds ' + (', '.join(folders) or 'nothing')
 
 
 def check_flags(prefix: str, there: dict, wanted: dict, hint: str) -> None:

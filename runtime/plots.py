@@ -87,7 +87,8 @@ def sinusoids(model, tasks, count=4):
         x = grid[0][task, :, 0]
         axes.plot(x, grid[1][task, :, 0], color='#999999', linewidth=4, alpha=0.6, label='true curve')
         for (updates, outputs), style in zip(outputs_after.items(), (STYLES[3], STYLES[1], STYLES[0])):
-            axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'], label=names[updates])
+            axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'],
+                      label=names[updates])
         axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
         amplitude, phase = tasks.parameters(task, 1)
         axes.set_title(f'amplitude {amplitude.item():.2f}, phase {phase.item():.2f} rad', fontsize='small')

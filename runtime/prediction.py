@@ -39,35 +39,55 @@ def predict(run: Run, task: UserTask) -> None:
     updates = max(run.model.num_updates, TEST_UPDATES)
     probabilities = classify(model, task.batch, updates)
     labels = [int(np.argmax(row)) if row.any() else None for row in task.batch.query_y[0]]
-    predicted = np.argmax(probabilities, axis=-1)
+    path = os.path.join(run.directory, _file_name(run, model.config.query_norm))
+    write_predictions(path + '.csv', task, labels, probabilities)
+    plots.save(plots.prediction_sheet(task, run.flag_values['query_dir'], run.source, labels, probabilities), path + '.png')
+    print(f'{prefix}, adapted to {support_rows} images of {len(classes)} classes by {updates} updates\n')
+    print_predictions(task, labels, probabilities)
+    print(f'\nWritten: {path}.csv and .png')
 
-    support_dir, query_dir = (run.flag_values[name] for name in ('support_dir', 'query_dir'))
-    names = [os.path.basename(os.path.abspath(folder)) for folder in (support_dir, query_dir)]
-    norm = '_querynormbatch' if model.config.query_norm == 'batch' else ''
-    path = os.path.join(run.directory, f'predict_{names[0]}_{names[1]}{norm}')
+
+def _file_name(run: Run, query_norm: str) -> str:
+    """The name of a prediction's files, without suffix: the names of the two folders, and --query_norm=batch."""
+    names = [os.path.basename(os.path.abspath(run.flag_values[name])) for name in ('support_dir', 'query_dir')]
+    return f'predict_{names[0]}_{names[1]}' + ('_querynormbatch' if query_norm == 'batch' else '')
+
+
+def write_predictions(path: str, task: UserTask, labels: list[int | None], probabilities: np.ndarray) -> None:
+    """Writes the csv file of a prediction.
+
+    Args:
+        labels: of the query images, None if not known.
+        probabilities: [query images, classes].
+
+    Raises:
+        UserError: it cannot be written.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(['image', 'class', 'predicted', *classes])
-    writer.writerows([image, '' if known is None else classes[known], classes[label], *(f'{p:.4f}' for p in row)]
-                     for image, known, label, row in zip(task.queries, labels, predicted, probabilities))
+    writer.writerow(['image', 'class', 'predicted', *task.classes])
+    for image, known, row in zip(task.queries, labels, probabilities):
+        predicted = task.classes[np.argmax(row)]
+        writer.writerow([image, '' if known is None else task.classes[known], predicted, *(f'{p:.4f}' for p in row)])
     try:
-        os.makedirs(run.directory, exist_ok=True)
-        write_atomically(path + '.csv', text.getvalue().encode(errors='surrogateescape'))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_atomically(path, text.getvalue().encode(errors='surrogateescape'))
     except OSError as error:
-        raise UserError(f'{path}.csv cannot be written: {error.strerror}') from error
-    plots.save(plots.prediction_sheet(task, query_dir, run.source, labels, probabilities), path + '.png')
+        raise UserError(f'{path} cannot be written: {error.strerror}') from error
 
-    print(f'{prefix}, adapted to {support_rows} images of {len(classes)} classes by {updates} updates\n')
+
+def print_predictions(task: UserTask, labels: list[int | None], probabilities: np.ndarray) -> None:
+    """Prints the first predictions, and how many are right of those whose class is known."""
+    predicted = np.argmax(probabilities, axis=-1)
     width = max(map(len, task.queries[:SHOWN]))
     for image, label, row in list(zip(task.queries, predicted, probabilities))[:SHOWN]:
-        line = f'  {image:{width}}  {classes[label][:WIDEST]} ({row[label]:.0%})'
+        line = f'  {image:{width}}  {task.classes[label][:WIDEST]} ({row[label]:.0%})'
         print(line.encode(errors='replace').decode())
     if len(labels) > SHOWN:
         print(f'  and {len(labels) - SHOWN} more, all in the csv file')
     hits = [known == label for known, label in zip(labels, predicted) if known is not None]
     if hits:
         print(f'\nOf {len(hits)} images whose class their folder tells, {sum(hits)} are right ({sum(hits) / len(hits):.1%}).')
-    print(f'\nWritten: {path}.csv and .png')
 
 
 def classify(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:

@@ -60,7 +60,8 @@ class Run:
     @property
     def worker_flags(self) -> dict[str, Any]:
         """The flags that the workers of a run must have in common: all but names of folders."""
-        return {name: value for name, value in self.flag_values.items() if name not in ('logdir', 'data_path', 'load_from', 'run')}
+        folders = 'logdir', 'data_path', 'load_from', 'run'
+        return {name: value for name, value in self.flag_values.items() if name not in folders}
 
     @property
     def metric(self) -> str:
@@ -85,40 +86,52 @@ class Run:
 
 def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
     """The Run that the flags describe, on the data that `data_from_flags` made of them. Imports TensorFlow."""
-    from maml import ModelConfig
     from runtime.checkpoints import BEST
 
-    if values.predict and not values['query_norm'].present:
-        query_norm = 'support'  # the images to classify may be any number, of any classes
-    else:
-        query_norm = values.query_norm
-    pretrain_iterations, metatrain_iterations = values.pretrain_iterations, values.metatrain_iterations
-    if tasks.baseline == 'oracle':
-        # Reference behaviour: the oracle is trained jointly, also in iterations asked for as meta-training.
-        pretrain_iterations, metatrain_iterations = pretrain_iterations + metatrain_iterations, 0
-    # Fields that have a flag of the same name get its value.
-    same = {field.name: values[field.name].value for field in dataclasses.fields(ModelConfig) if field.name in values}
-    model = ModelConfig(**{
-        **same, 'query_norm': query_norm, 'task_chunk': values.task_chunk or None,
-        'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
-        'clip': source.clip, 'dim_hidden': source.dim_hidden, 'image_shape': source.image_shape if values.conv else None})
+    query_norm = _query_norm(values)
+    pretrain_iterations, metatrain_iterations = _iterations(values)
+    model = _model_config(values, source, tasks, query_norm)
     network = network_flags(values, source)
+    training = {name: values[name].value for name, declared in LEARNING.items() if not declared.network}
     pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
     return Run(
         datasource=values.datasource, source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
         num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
-        directory=run_directory(values) or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only)),
+        directory=(run_directory(values)
+                   or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only))),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
         skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
-        checkpoint=BEST if values.test_best else None if values.test_iter == -1 else values.test_iter,
+        checkpoint=BEST if values.test_best else {-1: None}.get(values.test_iter, values.test_iter),
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
         method=tasks.baseline or ('pre-training' if pretrain_only else method(values)),
         flag_values={name: values[name].value for name in names()},
-        learning_flags={**network, **{name: values[name].value for name, declared in LEARNING.items() if not declared.network}},
-        network_flags=network)
+        learning_flags={**network, **training}, network_flags=network)
+
+
+def _model_config(values, source, tasks, query_norm):
+    """The ModelConfig: fields that have a flag of the same name get its value, the source decides the others."""
+    from maml import ModelConfig
+    same = {field.name: values[field.name].value for field in dataclasses.fields(ModelConfig) if field.name in values}
+    return ModelConfig(**{
+        **same, 'query_norm': query_norm, 'task_chunk': values.task_chunk or None,
+        'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
+        'clip': source.clip, 'dim_hidden': source.dim_hidden, 'image_shape': source.image_shape if values.conv else None})
+
+
+def _query_norm(values):
+    """The value of --query_norm. Predictions default to 'support': the images may be any number, of any classes."""
+    return 'support' if values.predict and not values['query_norm'].present else values.query_norm
+
+
+def _iterations(values):
+    """Iterations of pre-training and of meta-training."""
+    if values.baseline == 'oracle':
+        # Reference behaviour: the oracle is trained jointly, also in iterations asked for as meta-training.
+        return values.pretrain_iterations + values.metatrain_iterations, 0
+    return values.pretrain_iterations, values.metatrain_iterations
 
 
 def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
