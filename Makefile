@@ -1,26 +1,36 @@
-# make demo: trains a short 10-shot sinusoid, evaluates it and draws what it learnt. make test: runs the tests;
-# make test TESTS= : the slow ones too.
-# Both work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
+# make demo:   trains a short 10-shot sinusoid, evaluates it and draws what it learnt.
+# make check:  lint and the tests that need no compilation, for every edit (under 90 seconds).
+# make test:   all tests but the slow ones (under 10 minutes); make test TESTS= : the slow ones too.
+# All work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
+# make demo CONSTRAINTS=constraints.txt installs the versions that were tested.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?=
 DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --norm=None --update_batch_size=10
 
 TESTS ?= -m "not slow"
 
-.PHONY: demo test clean
+.PHONY: demo check test clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
 	$(VENV)/bin/python main.py $(DEMO) --train=False --test_set=True --plot
 
-test: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet -r tests/requirements.txt
+check: $(VENV)/tested
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m quick tests
+
+test: $(VENV)/tested
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(TESTS) tests
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	@echo 'Installing TensorFlow and what else is needed; this takes a minute or two'
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	@echo 'Installing TensorFlow and the other requirements; this takes a minute or two'
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed tests/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet -r tests/requirements.txt $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	touch $@
 
 clean:

@@ -22,8 +22,7 @@ from runtime.optimizers import Adam
 from utils import accuracy, conv_block, dense_block, glorot_uniform, mse, truncated_normal, xent
 
 CONV_LAYERS = (1, 2, 3, 4)
-Step = int | tf.Tensor
-Tensors = dict[str, tf.Tensor]
+Step, Tensors = int | tf.Tensor, dict[str, tf.Tensor]
 TaskBatch = Any  # a data_generator.TaskBatch, of which only the field names are used here
 
 

@@ -72,7 +72,8 @@ def processes(count, name, tasks):
         if count > 1:
             environment['TF_CONFIG'] = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
         running.append(subprocess.Popen([sys.executable, __file__, '--measure', name, str(tasks)], env=environment, text=True,
-                                        stdout=subprocess.PIPE, preexec_fn=lambda index=index: os.sched_setaffinity(0, {cores[index]})))
+                                        stdout=subprocess.PIPE,
+                                        preexec_fn=lambda index=index: os.sched_setaffinity(0, {cores[index]})))
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         sys.exit('scaling.py: a measurement failed')

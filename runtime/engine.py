@@ -108,11 +108,11 @@ class Engine:
         return self._strategy.run(on_replica, (batch,))
 
     def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,
-                        step: tf.Tensor) -> tuple[list[tf.Tensor], Structure]:
+                        step: tf.Tensor) -> tuple[tf.Tensor, Structure]:
         """`map` on all replicas over (batch, state), for a function that returns outputs and a new state of one task.
 
         Returns:
-            The metrics [tasks of all replicas] in the order of their names, and the new states, on each replica its own.
+            The metrics [metrics, tasks of all replicas], in the order of their names, and the new states, on each replica its own.
         """
         def on_replica(batch, state):
             outputs, state = self._map(function, signature, (batch, state), step)
@@ -120,7 +120,7 @@ class Engine:
             return tf.stack([metrics[name] for name in self._metrics]), state
 
         metrics, state = self._strategy.run(on_replica, (batch, state))
-        return tf.unstack(self._replicas.gather(metrics, axis=1)), state
+        return self._replicas.gather(metrics, axis=1), state
 
     def _map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].

@@ -203,8 +203,8 @@ def test_cluster(monkeypatch):
 @pytest.mark.parametrize('tasks, replicas, words', [(25, 2, 'are 24 and 26'), (3, 8, 'is 8'), (33, 32, 'are 32 and 64')])
 def test_tasks_that_cannot_be_divided(tasks, replicas, words):
     with pytest.raises(UserError, match=words):
-        distribution.check_tasks(tasks, replicas)
-    distribution.check_tasks(replicas * 3, replicas)
+        distribution.check_meta_batch(tasks, 0, replicas)
+    distribution.check_meta_batch(replicas * 3, 0, replicas)
 
 
 def test_strategies_that_are_refused(tmp_path):

@@ -264,7 +264,7 @@ def test_a_log_file_on_a_full_disk(monkeypatch):
                 with pytest.raises(OSError):
                     print('a line', file=getattr(sys, stream), flush=True)
                 progress.fp = sys.stderr
-                progress.say('a line')
+                progress.log('a line')
                 progress.display()
 
 

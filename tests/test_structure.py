@@ -1,0 +1,142 @@
+"""The structure of the code: who imports whom, how long files are, how deep the algorithm lies, and that the docs are current."""
+import ast
+import glob
+import os
+import re
+import traceback
+
+import pytest
+
+import main
+import maml
+from conftest import ROOT, run_ok
+from runtime import flags
+
+SCIENCE = {'main', 'maml', 'data_generator', 'utils', 'special_grads'}
+USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'class_folders')}
+ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'engine')}
+
+
+def modules():
+    """{module: path} of the program."""
+    paths = glob.glob(os.path.join(ROOT, '*.py')) + glob.glob(os.path.join(ROOT, 'runtime', '*.py'))
+    return {os.path.relpath(path, ROOT)[:-3].replace(os.sep, '.'): path for path in paths if not path.endswith('__init__.py')}
+
+
+def imports(path):
+    """The program's modules that a file imports anywhere, and all top-level names of other packages."""
+    found = set()
+    with open(path, encoding='utf-8') as file:
+        for node in ast.walk(ast.parse(file.read())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {f'{node.module}.{alias.name}' for alias in node.names} | {node.module}
+    return found
+
+
+GRAPH = {name: {other for other in imports(path) if other in modules()} for name, path in modules().items()}
+
+
+def reachable(name):
+    found, new = set(), {name}
+    while new:
+        found |= new
+        new = set().union(*(GRAPH[one] for one in new)) - found
+    return found - {name}
+
+
+def test_no_circle_of_imports():
+    for name in GRAPH:
+        assert name not in set().union(*(reachable(other) for other in GRAPH[name]), set()), name
+
+
+def test_no_import_upwards():
+    assert all(GRAPH[name] <= USER_DATA for name in USER_DATA)
+    assert all(GRAPH[name] <= ENGINE | {'runtime.errors'} for name in ENGINE)
+    assert GRAPH['special_grads'] == set() and GRAPH['utils'] == {'special_grads'}
+    assert GRAPH['maml'] <= ENGINE | {'utils'} and GRAPH['data_generator'] <= USER_DATA
+    assert not any('main' in GRAPH[name] for name in GRAPH if name != 'runtime.flags_page')
+
+
+def test_the_algorithm_needs_neither_pillow_nor_tqdm():
+    for name in {'maml'} | reachable('maml'):
+        assert not {other.split('.')[0] for other in imports(modules()[name])} & {'PIL', 'tqdm', 'absl'}, name
+
+
+@pytest.mark.parametrize('name, most', [('main', 250), ('maml', 349), ('data_generator', 299), ('README.md', 220)])
+def test_length(name, most):
+    with open(os.path.join(ROOT, name if '.' in name else name + '.py'), encoding='utf-8') as file:
+        assert len(file.readlines()) <= most
+
+
+def test_only_main_speaks_for_main():
+    for name, path in modules().items():
+        with open(path, encoding='utf-8') as file:
+            assert name == 'main' or not re.search(r"""['"]main\.py: """, file.read()), name
+
+
+@pytest.mark.parametrize('more', [[], ['--task_chunk=1', '--norm=batch_norm']])
+def test_frames_between_the_training_loop_and_the_inner_loop(more, tmp_path, monkeypatch):
+    """Six at most, in chunks too."""
+    stacks, inner_loop = [], maml.inner_loop
+
+    def spy(*arguments, **others):
+        stacks.append([frame.name for frame in traceback.extract_stack() if frame.filename.startswith(ROOT + os.sep)
+                       and '/site-packages/' not in frame.filename])
+        return inner_loop(*arguments, **others)
+
+    monkeypatch.setattr(maml, 'inner_loop', spy)
+    run_ok('--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}', '--log=False', *more)
+    training = [stack for stack in stacks if 'meta_gradient' in stack]
+    assert training
+    for stack in training:
+        between = stack[stack.index('loop') + 1:stack.index('spy')]
+        assert len(between) <= 6, between
+
+
+# The docs ---------------------------------------------------------------------------------------------------------------
+
+def usage_commands():
+    return [line.strip().removeprefix('python main.py ') for line in main.__doc__.splitlines() if 'python main.py --data' in line]
+
+
+def test_the_page_of_flags_is_current():
+    """If this fails: python -m runtime.flags_page"""
+    with open(os.path.join(ROOT, 'docs', 'flags.md'), encoding='utf-8') as file:
+        assert file.read() == flags.markdown()
+
+
+def test_each_published_command_is_a_file_of_configs():
+    found = {}
+    for path in glob.glob(os.path.join(ROOT, 'configs', '*.flags')):
+        with open(path, encoding='utf-8') as file:
+            first, *lines = file.read().splitlines()
+        assert first.startswith('# ')
+        found[' '.join(lines)] = os.path.basename(path)
+    assert sorted(found) == sorted(usage_commands())
+    for command, name in found.items():
+        assert name.startswith(re.match(r'--datasource=(\w+)', command)[1] + '_')
+
+
+def test_links_of_the_docs_lead_somewhere():
+    for page in [os.path.join(ROOT, name) for name in ('README.md', 'CONTRIBUTING.md')] + glob.glob(os.path.join(ROOT, 'docs/*.md')):
+        with open(page, encoding='utf-8') as file:
+            for link in re.findall(r'\]\(([^)#\s]+)', file.read()):
+                if not link.startswith(('http', 'mailto')):
+                    assert os.path.exists(os.path.join(os.path.dirname(page), link)), f'{page}: {link}'
+
+
+def test_the_example_of_a_source_works(tmp_path):
+    """docs/adding-a-source.md, as printed: the code block, then a training and an evaluation."""
+    import subprocess
+    import sys
+    with open(os.path.join(ROOT, 'docs', 'adding-a-source.md'), encoding='utf-8') as file:
+        example = re.search(r'```python\n(.*?)```', file.read(), re.S)[1]
+    name = re.search(r"SOURCES\['(\w+)'\]", example)[1]
+    flags = [f'--datasource={name}', '--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path}', '--num_test_tasks=5']
+    program = (f'import sys; sys.path.insert(0, {ROOT!r})\n{example}\nimport main\n'
+               f'main.main(["main.py", *{flags!r}])\nmain.FLAGS.unparse_flags()\n'
+               f'main.main(["main.py", *{flags!r}, "--train=False", "--test_set=True"])\n')
+    process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and 'meta-test, 5 tasks' in process.stdout, process.stderr
