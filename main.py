@@ -26,11 +26,11 @@ Usage:
   5-way, 1-shot on your own images:
     python main.py --datasource=folder --data_path=my_images --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/my_images/ --num_filters=32 --max_pool=True
 
-  Each command is also a file of configs/: python main.py --flagfile=configs/omniglot_5way1shot.flags
+  Each command is also a file of configs/: --flagfile=configs/omniglot_5way1shot.flags stands for it.
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
   To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR.
-  --run=DIR stands for the command that trained in DIR: python main.py --run=logs/sine --train=False --test_set=True
+  --run=DIR stands for the flags of the training in DIR, to evaluate, to predict or to go on.
   All but the sinusoid's data must be prepared first: see docs/data.md.
 """
 import os

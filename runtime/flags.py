@@ -125,7 +125,7 @@ def markdown() -> str:
         lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
         for flag in (FLAGS[name] for name in members if name not in ('h', 'help')):
             default = '' if flag.default is None else str(flag.default)
-            meaning = flag.help.replace('|', '\\|')
+            meaning = re.sub('^<(.*?)>: ', lambda found: ', '.join(f'`{value}`' for value in found[1].split('|')) + ': ', flag.help)
             lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
     return '\n'.join(line.rstrip() for line in lines) + '\n'
 

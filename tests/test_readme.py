@@ -10,10 +10,10 @@ from conftest import ROOT, run_ok, run_process
 
 import main
 
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
-    README = file.read()
-COMMANDS = re.findall(r'^python (main\.py --datasource=.*)$', README, re.M)
-PREDICTION = [command for command in COMMANDS if '--predict' in command]
+README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
+PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}
+COMMANDS = re.findall(r'^python (main\.py --datasource=.*)$', README + PAGES['evaluation.md'], re.M)
+PREDICTION = sorted({command for command in COMMANDS if '--predict' in command})
 TRAINING = [command for command in COMMANDS if '--train=False' not in command and command not in PREDICTION]
 
 
@@ -29,7 +29,7 @@ def test_evaluation_commands_are_training_commands_with_two_flags():
 
 def test_the_table_of_flags_is_that_of_the_help():
     """Each flag, under the same title, with its default."""
-    rows = re.findall(r'^\| (?:`--(\w+)`(?:\\\*)?|\*\*(\w+)\*\*) \| ([^|]*?) ?\|', README, re.M)
+    rows = re.findall(r'^(?:\| `--(\w+)`(?: †)?|## (\w+).*$)(?: \| ([^|]*?) ?\|)?', PAGES['flags.md'], re.M)
     groups, shown = {}, {}
     for name, title, default in rows:
         if title:
@@ -47,8 +47,9 @@ def test_the_table_of_flags_is_that_of_the_help():
 def test_flags_in_the_readme_exist():
     folders = [pathlib.Path(ROOT, folder) for folder in ('data', 'benchmarks')]
     scripts = ''.join(path.read_text() for folder in folders for path in folder.glob('**/*.py'))
-    for name in re.findall(r'--([a-z]\w+)', README):
-        assert name in main.FLAGS or f"'--{name}'" in scripts, name
+    example = {'head_only', 'train_'}  # of docs/changing-the-algorithm.md, and of a group of flags
+    for name in re.findall(r'--([a-z]\w+)', README + ''.join(PAGES.values())):
+        assert name in main.FLAGS or f"'--{name}'" in scripts or name in example, name
 
 
 @pytest.mark.parametrize('command', [
@@ -94,3 +95,13 @@ def test_a_command_as_printed(tmp_path):
     for more, words in ([], 'The last checkpoint is'), (['--train=False', '--test_set=True'], 'meta-test, 600 tasks'):
         process = run_process(*flags, *more)
         assert process.returncode == 0 and words in process.stdout, process.stderr
+
+
+def test_the_inner_loop_shown_is_that_of_the_program():
+    """The README's listing is the code of maml.py, without type hints and docstring."""
+    shown = re.search(r'```python\n(.*?)```', README, re.S)[1]
+    listing = [line.strip() for line in shown.splitlines()[1:] if line.strip()]
+    source = pathlib.Path(ROOT, 'maml.py').read_text(encoding='utf-8')
+    body = source[source.index('def inner_loop('):]
+    body = body[body.index('    weights, norm_params = parameters'):body.index('\n\n\n')]
+    assert listing == [line.strip() for line in body.splitlines()]
