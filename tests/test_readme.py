@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, run_ok, run_process
 
 import main
+from runtime import flags
 
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}
@@ -37,7 +38,7 @@ def test_the_table_of_flags_is_that_of_the_help():
         else:
             shown[name] = default
     wanted = {title.split(':')[0].split(' ')[0]: {name: str(main.FLAGS[name].default) for name in names}
-              for title, names in main.GROUPS.items() if title != 'Help'}
+              for title, names in flags.GROUPS.items() if title != 'Help'}
     assert {title: sorted(names) for title, names in groups.items()} == {title: sorted(names) for title, names in wanted.items()}
     for title, names in wanted.items():
         for name, default in names.items():
@@ -47,7 +48,7 @@ def test_the_table_of_flags_is_that_of_the_help():
 def test_flags_in_the_readme_exist():
     folders = [pathlib.Path(ROOT, folder) for folder in ('data', 'benchmarks')]
     scripts = ''.join(path.read_text() for folder in folders for path in folder.glob('**/*.py'))
-    example = {'head_only', 'train_'}  # of docs/changing-the-algorithm.md, and of a group of flags
+    example = {'head_only', 'train_', 'flagfile'}  # of docs/changing-the-algorithm.md, of a group of flags, of absl
     for name in re.findall(r'--([a-z]\w+)', README + ''.join(PAGES.values())):
         assert name in main.FLAGS or f"'--{name}'" in scripts or name in example, name
 
