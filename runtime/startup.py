@@ -26,8 +26,9 @@ def import_tensorflow(strategy: str = 'one',
         import tensorflow as tf
         if silent:
             tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is intended here.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+        with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
         replicas = distribution.Replicas(distribution.make_strategy(strategy, cluster), cluster)
         tf.function(tf.identity, jit_compile=True)(0.0)
     if silent:
