@@ -20,6 +20,7 @@ import time
 STARTED = time.perf_counter()
 
 import numpy as np  # noqa: E402
+
 from workloads import WORKLOADS, seconds_of_step  # noqa: E402
 
 

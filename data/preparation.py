@@ -4,6 +4,7 @@ A script lists its pictures, each with a function that makes the content of its 
 should be; `prepare` writes those that are not there yet, checks the counts and prints a summary.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import io
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from runtime.class_folders import PARTIAL_MANIFEST, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, write_atomically
+from runtime.images import PREPARED_FORMATS  # noqa: F401  (what a picture in a download may be)
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -86,12 +88,13 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), desc
         for folder in sorted({os.path.dirname(picture.name) for picture in pictures}):
             os.makedirs(os.path.join(destination, folder), exist_ok=True)
         damaged = write_all(pictures, destination)
-        counts = count_classes(pictures, damaged)
+        counts = count_classes(pictures, destination)
         complaints = check(pictures, counts, classes, damaged, absent, destination)
-        write_record(destination, recipe, complete=not complaints or args.allow_missing)
         print(summary(counts, classes, destination, size))
-        print((describe or describe_classes)(counts), 'in', destination)
+        print((describe or describe_classes)(counts), 'in', destination, flush=True)
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
+        # Last: whatever stops this function before leaves a record that says incomplete.
+        write_record(destination, recipe, complete=not complaints or args.allow_missing)
     except OSError as error:
         sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
                  'this again: it goes on where it stopped')
@@ -106,7 +109,7 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), desc
 
 
 def start(destination, recipe, force, pictures):
-    """Notes down that a preparation is going on, having removed the pictures of another recipe (or any, by force)."""
+    """Records that a preparation is going on; then removes the pictures of another recipe (or any, by force)."""
     os.makedirs(destination, exist_ok=True)
     try:
         with open(os.path.join(destination, RECORD), encoding='utf-8') as file:
@@ -115,11 +118,14 @@ def start(destination, recipe, force, pictures):
         same = True
     except (ValueError, AttributeError):
         same = False
+    # The record goes first: a kill while pictures are removed must not leave one that says complete. It keeps the old recipe, or
+    # none, until pictures of another recipe are gone.
+    write_record(destination, recipe if same and not force else None, complete=False)
     if force or not same:
         for picture in pictures:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(destination, picture.name))
-    write_record(destination, recipe, complete=False)
+        write_record(destination, recipe, complete=False)
 
 
 def write_record(destination, recipe, complete):
@@ -150,13 +156,11 @@ def write_all(pictures, destination):
     return sorted(damaged, key=lambda pair: pair[0])
 
 
-def count_classes(pictures, damaged):
-    """{class folder: number of pictures that could be made}."""
-    bad, counts = {name for name, _ in damaged}, {}
-    for picture in pictures:
-        folder = os.path.dirname(picture.name)
-        counts[folder] = counts.get(folder, 0) + (picture.name not in bad)
-    return {folder: count for folder, count in counts.items() if count}
+def count_classes(pictures, destination):
+    """{class folder: number of its pictures that are on the disk}."""
+    names = {picture.name for picture in pictures}
+    counts = collections.Counter(os.path.dirname(name) for name in names if os.path.isfile(os.path.join(destination, name)))
+    return dict(counts)
 
 
 def check(pictures, counts, classes, damaged, absent, destination):
@@ -164,7 +168,9 @@ def check(pictures, counts, classes, damaged, absent, destination):
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
     wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
     files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
+    duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
     found = [  # a sentence: before, how many, what, the first of them, after
+        ('', duplicates, 'file names stand for more than one image of their class', '; download the source again'),
         ('', [f'{name} ({error})' for name, error in damaged], 'images cannot be decoded', ''),
         ('', absent, 'images are missing', ''),
         ('', missing, f'of {len(classes)} classes are missing', ''),

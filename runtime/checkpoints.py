@@ -28,6 +28,8 @@ _ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pret
 _SUFFIXES = ('.data-00000-of-00001', '.index')  # renamed in this order: the index makes the checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
+# Summaries and results, which mean nothing for a run that starts anew in the directory.
+_OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'test_*', 'predict_*'
 
 
 class Damaged(UserError):
@@ -322,20 +324,21 @@ def prune(directory: str, best: int | None) -> None:
 
 
 def move_aside(directory: str, iteration: int) -> str | None:
-    """Moves the checkpoints after an iteration into a new folder beside them; for iteration 0 the summaries, too.
+    """Moves the checkpoints after an iteration into a new folder beside them; for iteration 0 also summaries and results.
 
     Returns:
         The folder, or None if there was nothing to move.
     """
     later = [name for name in iterations(directory) if name > iteration]
-    summaries = [] if iteration else glob.glob(os.path.join(glob.escape(directory), 'events.out.tfevents.*'))
-    if not later and not summaries:
+    found = [glob.glob(os.path.join(glob.escape(directory), pattern)) for pattern in _OF_A_RUN]
+    others = [] if iteration else sum(found, [])
+    if not later and not others:
         return None
     number = 1
     while os.path.exists(folder := os.path.join(directory, f'earlier{number}')):
         number += 1
     os.mkdir(folder)
-    for name in summaries:
+    for name in others:
         os.replace(name, os.path.join(folder, os.path.basename(name)))
     for name in later:
         for suffix in reversed(_SUFFIXES):

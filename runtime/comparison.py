@@ -60,7 +60,7 @@ def _groups(folders: Sequence[str]) -> list[dict[str, dict]]:
             for name, entry in read(path).items():
                 name = os.path.join(os.path.dirname(path), name.removesuffix(f', {entry["tasks"]["split"]}'))
                 label = f'{name}, {os.path.basename(entry["checkpoint"])}'
-                groups.setdefault(json.dumps(entry['tasks'], sort_keys=True), {})[label] = entry
+                groups.setdefault(json.dumps([entry['tasks'], entry['score']], sort_keys=True), {})[label] = entry
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
         if len(without) == len(folders):

@@ -112,7 +112,7 @@ class Engine:
         """`map` on all replicas over (batch, state), for a function that returns outputs and a new state of one task.
 
         Returns:
-            The metrics [metrics, tasks of all replicas], in the order of their names, and the new states, on each replica its own.
+            The metrics [metrics, tasks of all replicas], in the order of their names, and each replica's own new states.
         """
         def on_replica(batch, state):
             outputs, state = self._map(function, signature, (batch, state), step)

@@ -27,6 +27,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     Raises:
         UserError: there is no such checkpoint, it is damaged or another network's, or the results cannot be written.
     """
+    results.existing(run.directory)  # one that is damaged is reported before the work, not after it
     trained, prefix, iterations = restore(run)
     tasks, updates = data[run.split], max(run.model.num_updates, TEST_UPDATES)
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
@@ -63,12 +64,14 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
 
 def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: int | None) -> dict:
     """What results.json says of an evaluation besides its figures."""
+    # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
+    drawn = {'rotations': run.source.rotations, 'image_shape': list(run.source.image_shape)} if run.source.image_shape else {}
     return {
         'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
         'tasks': {'datasource': run.datasource, 'split': run.split,
                   'num_classes': run.tasks.num_classes if run.source.image_shape else None,
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
-                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint},
+                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint, **drawn},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
 
 

@@ -125,7 +125,8 @@ def markdown() -> str:
         lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
         for flag in (FLAGS[name] for name in members):
             default = '' if flag.default is None else str(flag.default)
-            meaning = re.sub('^<(.*?)>: ', lambda found: ', '.join(f'`{value}`' for value in found[1].split('|')) + ': ', flag.help)
+            meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
+                             flag.help)
             lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
     return '\n'.join(line.rstrip() for line in lines) + '\n'
 

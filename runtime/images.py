@@ -20,15 +20,28 @@ warnings.filterwarnings('ignore', 'Palette images with Transparency')
 
 
 class ImageFile(NamedTuple):
-    """An image file as the folder lists it. Size and time tell when a cache of its pixels is stale."""
+    """An image file as the folder lists it, and what tells when a cache of its pixels is stale.
+
+    Size and modification time are not enough: archives restore the time, and two folders may be swapped. A file written anew has
+    another change time, and a file of another folder another inode.
+    """
     name: str
     bytes: int
     mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+# Formats that are opened at all. Pillow knows others that run an interpreter (EPS hands the file to Ghostscript) or that are no
+# images (HDF5, MPEG); it goes by the content, so a suffix protects nobody.
+PREPARED_FORMATS = ('PNG', 'JPEG')
+USER_FORMATS = (*PREPARED_FORMATS, 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000', 'MPO', 'AVIF')
 
 
 def readable_suffixes() -> set[str]:
-    """The file name suffixes, with the dot and in lower case, of the formats that Pillow can read."""
-    return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in Image.OPEN}
+    """The file name suffixes, with the dot and in lower case, of the formats that users' images may have."""
+    return {suffix for suffix, image_format in Image.registered_extensions().items()
+            if image_format in Image.OPEN and image_format in USER_FORMATS}
 
 
 def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
@@ -36,8 +49,11 @@ def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
     def is_image(name):
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
 
-    return sorted(ImageFile(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
-                  for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+    def image_file(entry):
+        status = os.stat(entry.path)
+        return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+    return sorted(image_file(entry) for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
 
 
 def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,
@@ -58,10 +74,11 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
         UserError: a file is not an image or has another size; names it.
     """
     height, width, channels = image_shape
+    formats = [name for name in (USER_FORMATS if resize else PREPARED_FORMATS) if name in Image.OPEN]
 
     def decode(path):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=formats) as image:
                 image = _on_white(ImageOps.exif_transpose(image)) if resize else image
                 size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
         except MemoryError:

@@ -1,4 +1,5 @@
 """Figures: metrics against updates, sinusoids before and after adaptation, and the images of tasks and predictions."""
+import io
 import os
 import re
 import warnings
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from data_generator import TaskBatch
 from runtime.errors import UserError
+from runtime.files import write_atomically
 from runtime.statistics import UNITS, statistics
 
 DPI = 110
@@ -208,6 +210,8 @@ def save(figure, path):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes: names may be in any script
-            figure.savefig(path, dpi=DPI)
+            content = io.BytesIO()
+            figure.savefig(content, dpi=DPI, format=os.path.splitext(path)[1][1:])
+            write_atomically(path, content.getvalue())
     except OSError as error:
         raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error

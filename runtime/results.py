@@ -1,10 +1,12 @@
 """The files of an evaluation, and its table."""
+import contextlib
 import csv
 import io
 import json
 import os
 import pickle
 
+import filelock
 import numpy as np
 
 from runtime.errors import UserError
@@ -61,9 +63,27 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
     columns = zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())
     updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
     path = os.path.join(directory, FILE)
-    results = {**(read(path) if os.path.exists(path) else {}),
-               f'{name}, {facts["tasks"]["split"]}': {**facts, 'updates': updates, 'scores': values.tolist()}}
-    write_atomically(path, json.dumps(results, indent=1).encode())
+    entry = {f'{name}, {facts["tasks"]["split"]}': {**facts, 'updates': updates, 'scores': values.tolist()}}
+    with _lock(directory):  # evaluations that end together must not lose each other's entries
+        write_atomically(path, json.dumps({**existing(directory), **entry}, indent=1).encode())
+
+
+@contextlib.contextmanager
+def _lock(directory: str):
+    """Keeps other processes from changing results.json while entered."""
+    lock = filelock.FileLock(os.path.join(directory, '.results.lock'))
+    with contextlib.suppress(NotImplementedError):  # file systems without locks
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def existing(directory: str) -> dict[str, dict]:
+    """The entries of a directory's results.json; {} if there is none. Raises UserError as `read`."""
+    path = os.path.join(directory, FILE)
+    return read(path) if os.path.exists(path) else {}
 
 
 def read(path: str) -> dict[str, dict]:

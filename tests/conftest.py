@@ -19,7 +19,6 @@ from runtime.errors import UserError  # noqa: E402
 main.import_tensorflow()
 from runtime import evaluation, training  # noqa: E402
 
-
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_input', 'test_resize_images', 'test_structure'}
 QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test_output_shapes', 'test_every_source_has_a_run',

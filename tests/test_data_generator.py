@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-from conftest import class_names, write_image_tree, write_manifest
 from PIL import Image
 
 import data_generator
+from conftest import class_names, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig
 from runtime import class_folders, images
 from runtime.class_folders import SPLITS, read_manifest

@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, error_of, run_ok
 
+from conftest import ROOT, error_of, run_ok
 from runtime import distribution
 from runtime.errors import UserError
 

@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import error_of, run_ok
 
+from conftest import error_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 

@@ -13,12 +13,12 @@ import zlib
 import numpy as np
 import pytest
 from absl import flags
-from conftest import ROOT, error_of, run_main, write_image_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import main
+from conftest import ROOT, error_of, run_main, write_image_tree
 from data import cifar100, preparation
 from data_generator import SOURCES
 from runtime import class_folders, images, rules

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import error_of, run_ok, run_process
 
 import main
+from conftest import error_of, run_ok, run_process
 from data_generator import SOURCES
 from runtime import evaluation
 from runtime.run import data_from_flags, run_from_flags

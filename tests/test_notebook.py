@@ -5,6 +5,7 @@ import shutil
 import nbclient
 import nbformat
 import pytest
+
 from conftest import ROOT
 
 NOTEBOOK = os.path.join(ROOT, 'maml.ipynb')

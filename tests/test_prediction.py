@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import error_of, run_ok, write_image_tree
 from PIL import Image
+
+from conftest import error_of, run_ok, write_image_tree
 
 FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
 

@@ -14,9 +14,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
+from conftest import ROOT
 from data import preparation
 
 SPLITS = ('train', 'val', 'test')

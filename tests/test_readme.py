@@ -6,9 +6,9 @@ import shlex
 import shutil
 
 import pytest
-from conftest import ROOT, run_ok, run_process
 
 import main
+from conftest import ROOT, run_ok, run_process
 from runtime import flags
 
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')

@@ -12,8 +12,8 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
 
+from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
 from maml import MAML, ModelConfig
 from runtime import checkpoints, saving, training
 from runtime.errors import UserError

@@ -6,9 +6,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
+from conftest import ROOT
 from data_generator import SOURCES
 
 SCRIPT = os.path.join(ROOT, 'data', 'omniglot_resized', 'resize_images.py')

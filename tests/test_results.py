@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import error_of, run_ok
 from PIL import Image
 from scipy import stats
 
 import main
+from conftest import error_of, run_ok
 from runtime import comparison, results, statistics
 from runtime.errors import UserError
 

@@ -27,6 +27,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data.preparation import (  # noqa: E402
+    PREPARED_FORMATS,
     Class,
     Picture,
     Zip,
@@ -169,7 +170,7 @@ def read_file(path):
 
 def fit(content):
     """An image file's content if it is 84x84 and can be decoded; resized, else."""
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
         image.load()
         if image.size == SIZE:
             return content

@@ -20,7 +20,7 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data.preparation import Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
+from data.preparation import PREPARED_FORMATS, Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)
@@ -60,7 +60,7 @@ def read_file(path):
 
 def resize(original, antialias):
     """The content of a drawing's small PNG file, from that of the original."""
-    with Image.open(io.BytesIO(original)) as image:
+    with Image.open(io.BytesIO(original), formats=PREPARED_FORMATS) as image:
         return encode(image.convert('L' if antialias else '1').resize(SIZE, Image.Resampling.LANCZOS))
 
 

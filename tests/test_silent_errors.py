@@ -1,0 +1,230 @@
+"""What once was wrong without saying so: kills during a preparation, duplicates, stale caches, mixed or lost results."""
+import builtins
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from conftest import class_names, error_of, run_ok, write_image_tree, write_manifest
+from data import preparation
+from data_generator import SOURCES
+from runtime import evaluation, images, plots, results
+from runtime.errors import UserError
+
+OMNIGLOT = SOURCES['omniglot']
+
+
+def png(value):
+    return preparation.encode(Image.new('RGB', (4, 4), (value, value, value)))
+
+
+def prepare(destination, count=4, names=None, **more):
+    """Prepares one class of small pictures in this process."""
+    flags = [f'--{name}' for name in more if more[name]]
+    args = preparation.arguments('', '', str(destination)).parse_args(flags)
+    names = names or [f'train/a/{number}.png' for number in range(count)]
+    pictures = [preparation.Picture(name, lambda number=number: png(number)) for number, name in enumerate(names)]
+    preparation.prepare(pictures, {'train/a': preparation.Class('train', len(names))}, (4, 4), args)
+
+
+def complete(destination):
+    return json.loads((destination / '.prepared.json').read_text())['complete']
+
+
+# Preparations
+
+@pytest.mark.parametrize('removed', [0, 1, 3])
+def test_a_kill_while_force_removes_pictures(removed, tmp_path, monkeypatch):
+    prepare(tmp_path)
+    assert complete(tmp_path)
+    remove, done = os.remove, []
+
+    def killed(path):
+        if len(done) == removed:
+            raise SystemError('killed')
+        done.append(path)
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'remove', killed)
+        with pytest.raises(SystemError):
+            prepare(tmp_path, force=True)
+    assert not complete(tmp_path)
+    prepare(tmp_path)  # goes on: what is left may be of another recipe, and is made again
+    assert complete(tmp_path) and len(list(tmp_path.glob('train/a/*.png'))) == 4
+
+
+def test_a_preparation_that_cannot_print_is_not_complete(tmp_path, monkeypatch):
+    def broken(*arguments, **others):
+        raise BrokenPipeError(32, 'Broken pipe')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, 'print', broken)
+        with pytest.raises(SystemExit):
+            prepare(tmp_path)
+    assert not complete(tmp_path)
+
+
+def test_images_of_one_name_are_refused(tmp_path):
+    """Six images of four names: the count of what is listed would be right, that of what is on the disk is not."""
+    names = [f'train/a/{number % 4}.png' for number in range(6)]
+    with pytest.raises(SystemExit, match='2 file names stand for more than one image of their class, first train/a/0.png'):
+        prepare(tmp_path, names=names)
+    assert not complete(tmp_path)
+
+
+def test_what_is_counted_is_on_the_disk(tmp_path, monkeypatch):
+    """A file that goes between being written and being counted."""
+    write_all = preparation.write_all
+
+    def lossy(pictures, destination):
+        found = write_all(pictures, destination)
+        os.remove(os.path.join(destination, pictures[0].name))
+        return found
+
+    monkeypatch.setattr(preparation, 'write_all', lossy)
+    with pytest.raises(SystemExit, match='1 classes have another number of images than they should, first train/a with 3 instead'):
+        prepare(tmp_path)
+    assert not complete(tmp_path)
+
+
+# The cache
+
+def omniglot_folder(root):
+    names = class_names(5, 5, 5, 'alphabet/{split}{number:02d}')
+    write_image_tree(root, names, images=3, size=(28, 28))
+    write_manifest(root, names)
+    for path in root.glob('alphabet/*/*.png'):  # one size and one time, as an archive unpacks
+        path.write_bytes(path.read_bytes().ljust(400, b'\0'))
+        os.utime(path, (1e9, 1e9))
+
+
+def decoded(root):
+    return np.array(OMNIGLOT.load('train', str(root)).images)
+
+
+def test_swapped_class_folders(tmp_path):
+    omniglot_folder(tmp_path)
+    before, folder = decoded(tmp_path), tmp_path / 'alphabet'
+    for source, destination in ('train00', 'aside'), ('train01', 'train00'), ('aside', 'train01'):
+        (folder / source).rename(folder / destination)
+    after = decoded(tmp_path)
+    assert np.array_equal(after[:3], before[3:6]) and np.array_equal(after[3:6], before[:3])
+
+
+def test_files_overwritten_in_place_with_their_old_times(tmp_path):
+    omniglot_folder(tmp_path)
+    before, path = decoded(tmp_path), tmp_path / 'alphabet' / 'train00' / '00.png'
+    path.write_bytes((tmp_path / 'alphabet' / 'train03' / '00.png').read_bytes())
+    os.utime(path, (1e9, 1e9))
+    assert np.array_equal(decoded(tmp_path)[0], before[9]) and not np.array_equal(before[0], before[9])
+
+
+# Results
+
+def entry(**tasks):
+    return {'checkpoint': 'model5', 'score': 'accuracy', 'method': 'MAML', 'flags': {},
+            'tasks': {'datasource': 'folder', 'split': 'val', **tasks}}
+
+
+def write(folder, name='x', score='accuracy', **tasks):
+    folder.mkdir(exist_ok=True)
+    results.write(str(folder), name, np.random.default_rng(len(name)).random((4, 3)), {**entry(**tasks), 'score': score})
+
+
+def test_evaluations_of_other_tasks_are_not_compared(tmp_path):
+    write(tmp_path / 'a', rotations=False)
+    write(tmp_path / 'b', rotations=True)
+    assert 'no two evaluations were made on the same tasks' in error_of(f'--compare={tmp_path}')
+    write(tmp_path / 'c', rotations=True)
+    assert 'B - A' in run_ok(f'--compare={tmp_path}')
+
+
+def test_accuracies_are_not_compared_with_losses(tmp_path):
+    write(tmp_path / 'a')
+    write(tmp_path / 'b', score='loss')
+    assert 'no two evaluations were made on the same tasks' in error_of(f'--compare={tmp_path}')
+
+
+def test_an_evaluation_says_how_its_tasks_were_drawn(small_data, tmp_path):
+    flags = ['--datasource=folder', f'--data_path={small_data["folder"]}', '--image_size=20', '--num_classes=2', '--num_filters=2',
+             '--update_batch_size=1', '--meta_batch_size=2', '--metatrain_iterations=1', '--num_test_tasks=3', '--max_pool',
+             f'--logdir={tmp_path}', '--rotations']
+    run_ok(*flags)
+    run_ok(*flags, '--train=False')
+    found, = json.loads(next(tmp_path.glob('*/results.json')).read_text()).values()
+    assert found['tasks']['rotations'] is True and found['tasks']['image_shape'] == [20, 20, 3]
+
+
+def test_evaluations_that_end_together_lose_nothing(tmp_path):
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda number: write(tmp_path, f'name{number}'), range(20)))
+    assert len(results.existing(str(tmp_path))) == 20
+
+
+SINUSOID = ['--norm=None', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_test_tasks=3']
+
+
+def test_starting_anew_leaves_no_old_results(tmp_path):
+    run_ok(*SINUSOID, f'--logdir={tmp_path}')
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+    directory, = tmp_path.iterdir()
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--resume=False')
+    assert not (directory / 'results.json').exists() and not list(directory.glob('test_*'))
+    assert (directory / 'earlier1' / 'results.json').exists() and list((directory / 'earlier1').glob('test_*.csv'))
+
+
+def test_damaged_results_are_found_before_the_work(tmp_path, monkeypatch):
+    run_ok(*SINUSOID, f'--logdir={tmp_path}')
+    directory, = tmp_path.iterdir()
+    (directory / 'results.json').write_text('{')
+    monkeypatch.setattr(evaluation, 'evaluate_tasks', None)  # would fail if called
+    assert 'results.json cannot be read' in error_of(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+
+
+def test_a_picture_is_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / 'x.png'
+    path.write_bytes(b'the old picture')
+    figure = plots.curves({'run': np.ones([3, 2])}, 'loss')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+        with pytest.raises(UserError, match='No space left'):
+            plots.save(figure, str(path))
+    assert path.read_bytes() == b'the old picture' and [other.name for other in tmp_path.iterdir()] == ['x.png']
+    plots.save(figure, str(path))
+    assert Image.open(path).size[0] > 100
+
+
+# Formats
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 setgray 0 0 8 8 rectfill\n%%EOF\n'
+
+
+def test_no_interpreter_is_run_on_an_image(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    def run(*arguments, **others):
+        raise AssertionError('Ghostscript was run')
+
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', run)
+    (tmp_path / 'x.jpg').write_bytes(EPS)
+    for resize in True, False:
+        with pytest.raises(UserError, match='x.jpg cannot be read as an image'):
+            list(images.decode_images([str(tmp_path / 'x.jpg')], (8, 8, 3), resize, 'remove it', ''))
+    assert not images.readable_suffixes() & {'.eps', '.ps', '.h5', '.hdf', '.mpg', '.mpeg', '.wmf', '.emf'}
+    assert images.readable_suffixes() >= {'.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp'}
+
+
+@pytest.mark.parametrize('script', ['miniImagenet', 'omniglot'])
+def test_no_interpreter_is_run_on_a_download(script, tmp_path, monkeypatch):
+    from test_hostile_input import load_script
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_, **__: pytest.fail('Ghostscript was run'))
+    with pytest.raises(preparation.DAMAGE):
+        if script == 'omniglot':
+            load_script('omniglot_resized/resize_images.py').resize(EPS, antialias=False)
+        else:
+            load_script('miniImagenet/proc_images.py').fit(EPS)
+    shutil.rmtree(tmp_path)
