@@ -38,10 +38,16 @@ PREPARED_FORMATS = ('PNG', 'JPEG')
 USER_FORMATS = (*PREPARED_FORMATS, 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000', 'MPO', 'AVIF')
 
 
+def available_formats(names: Sequence[str]) -> list[str]:
+    """Those of some formats that this installation of Pillow can read."""
+    Image.init()  # Pillow registers its formats when they are first needed
+    return [name for name in names if name in Image.OPEN]
+
+
 def readable_suffixes() -> set[str]:
     """The file name suffixes, with the dot and in lower case, of the formats that users' images may have."""
-    return {suffix for suffix, image_format in Image.registered_extensions().items()
-            if image_format in Image.OPEN and image_format in USER_FORMATS}
+    formats = available_formats(USER_FORMATS)
+    return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in formats}
 
 
 def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
@@ -74,7 +80,7 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
         UserError: a file is not an image or has another size; names it.
     """
     height, width, channels = image_shape
-    formats = [name for name in (USER_FORMATS if resize else PREPARED_FORMATS) if name in Image.OPEN]
+    formats = available_formats(USER_FORMATS if resize else PREPARED_FORMATS)
 
     def decode(path):
         try:

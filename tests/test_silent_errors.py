@@ -3,13 +3,15 @@ import builtins
 import json
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from conftest import class_names, error_of, run_ok, write_image_tree, write_manifest
+from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
 from runtime import evaluation, images, plots, results
@@ -216,6 +218,15 @@ def test_no_interpreter_is_run_on_an_image(tmp_path, monkeypatch):
             list(images.decode_images([str(tmp_path / 'x.jpg')], (8, 8, 3), resize, 'remove it', ''))
     assert not images.readable_suffixes() & {'.eps', '.ps', '.h5', '.hdf', '.mpg', '.mpeg', '.wmf', '.emf'}
     assert images.readable_suffixes() >= {'.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp'}
+
+
+def test_prepared_images_are_decoded_in_a_fresh_process(small_omniglot):
+    """Where nothing has made Pillow register its formats before."""
+    program = (f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.images import decode_images\n'
+               f'print(next(decode_images([{str(small_omniglot / "alphabet" / "train00" / "00.png")!r}], (28, 28, 1), False, "", "")'
+               ').shape)')
+    process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert process.stdout == '(1, 28, 28, 1)\n', process.stderr
 
 
 @pytest.mark.parametrize('script', ['miniImagenet', 'omniglot'])
