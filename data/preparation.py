@@ -17,7 +17,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Class(NamedTuple):
     images: int
 
 
-def arguments(description, source, destination):
+def arguments(description: str, source: str, destination: str) -> argparse.ArgumentParser:
     """A parser with the options of every preparation script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
@@ -60,11 +60,13 @@ def arguments(description, source, destination):
     return parser
 
 
-def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), describe=None):
+def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tuple[int, int], args: argparse.Namespace,
+            recipe: str = '', inputs: Sequence[str] = (), absent: Sequence[str] = (),
+            describe: Callable[[dict], str] | None = None) -> None:
     """Writes pictures, checks them against the known counts, and prints a summary.
 
     A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
-    not done again. Each file is written aside and moved into place.
+    not done again. Each file is written atomically.
 
     Args:
         pictures: list of Picture.
@@ -108,7 +110,7 @@ def prepare(pictures, classes, size, args, recipe='', inputs=(), absent=(), desc
         print(text + '\nGoing on with what is there (--allow_missing).', file=sys.stderr)
 
 
-def start(destination, recipe, force, pictures):
+def start(destination: str, recipe: str, force: bool, pictures: Sequence[Picture]) -> None:
     """Records that a preparation is going on; then removes the pictures of another recipe (or any, by force)."""
     os.makedirs(destination, exist_ok=True)
     try:
@@ -128,12 +130,12 @@ def start(destination, recipe, force, pictures):
         write_record(destination, recipe, complete=False)
 
 
-def write_record(destination, recipe, complete):
+def write_record(destination: str, recipe: str | None, complete: bool) -> None:
     """Writes what the program reads before it uses the images: whether all that should be there is."""
     write_atomically(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
 
 
-def write_all(pictures, destination):
+def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, Exception]]:
     """Writes pictures on all cores; returns [(name, error)] of those that cannot be made, sorted."""
     def work(picture):
         path = os.path.join(destination, picture.name)
@@ -156,14 +158,15 @@ def write_all(pictures, destination):
     return sorted(damaged, key=lambda pair: pair[0])
 
 
-def count_classes(pictures, destination):
+def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, int]:
     """{class folder: number of its pictures that are on the disk}."""
     names = {picture.name for picture in pictures}
     counts = collections.Counter(os.path.dirname(name) for name in names if os.path.isfile(os.path.join(destination, name)))
     return dict(counts)
 
 
-def check(pictures, counts, classes, damaged, absent, destination):
+def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
+          damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
     """Sentences on what is not as it should be; [] if all is well."""
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
     wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
@@ -196,7 +199,7 @@ def left_over_folders(counts, classes, destination):
     return sorted(set(found) - classes.keys() - counts.keys())
 
 
-def summary(counts, classes, destination, size):
+def summary(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str, size: tuple[int, int]) -> str:
     """Text: classes, images, and their size in each split."""
     lines = [f'{"split":8}{"classes":>8}{"images":>9}{"pixels":>9}{"megabytes":>11}']
     for split in ('train', 'val', 'test'):
@@ -207,11 +210,11 @@ def summary(counts, classes, destination, size):
     return '\n'.join(lines)
 
 
-def describe_classes(counts):
+def describe_classes(counts: Mapping[str, int]) -> str:
     return f'{len(counts):,} classes / {sum(counts.values()):,} images'
 
 
-def write_partial_manifest(counts, classes, destination, needed):
+def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str, needed: bool) -> None:
     """Where a manifest names the classes and some are missing, writes one that names those that are there.
 
     Class folders below train, val and test need none.
@@ -228,18 +231,18 @@ def write_partial_manifest(counts, classes, destination, needed):
 
 # Reading downloads --------------------------------------------------------------------------------------------------
 
-def read_classes(path):
+def read_classes(path: str) -> list[dict[str, str]]:
     """Rows of a csv file that ships with the scripts, as dicts."""
     with open(path, newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
 
 
-def is_plain_name(name):
+def is_plain_name(name: str) -> bool:
     """Whether a name from a download may become the name of a file or folder: one component, not hidden, printable."""
     return bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:') and len(name) < 200
 
 
-def encode(image, image_format='PNG'):
+def encode(image: Image.Image, image_format: str = 'PNG') -> bytes:
     """The content of an image file; JPEG at quality 95."""
     content = io.BytesIO()
     image.save(content, image_format, quality=95)
@@ -272,7 +275,7 @@ class Zip:
         return content
 
 
-def read_tar_members(path, names, limit):
+def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
     """Reads members of a tar file, found by their last component, into memory; nothing is unpacked.
 
     Returns:
@@ -319,7 +322,7 @@ def _empty_array(kind, shape, dtype):
     return np.ndarray.__new__(np.ndarray, shape, dtype)
 
 
-def load_pickle(content, path):
+def load_pickle(content: bytes, path: str) -> dict:
     """Reads a pickle of plain data, as Python 2 or 3 wrote it, without being able to run code.
 
     Args:

@@ -8,10 +8,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from data_generator import TaskBatch
+from data_generator import ImageSource, ImageTasks, SinusoidTasks, TaskBatch, Tasks
+from maml import MAML
 from runtime.errors import UserError
 from runtime.files import write_atomically
+from runtime.run import Run
 from runtime.statistics import UNITS, statistics
+from runtime.user_task import UserTask
 
 DPI = 110
 # Dashes and markers distinguish the curves too, for the colour-blind and for prints in grey.
@@ -20,7 +23,7 @@ STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, mark
 SHOWN_UPDATES = (0, 1, 10)
 
 
-def evaluation_figures(run, model, tasks, values):
+def evaluation_figures(run: Run, model: MAML, tasks: Tasks, values: np.ndarray) -> dict[str, Figure]:
     """Figures of a model on the tasks of a split.
 
     Args:
@@ -36,7 +39,7 @@ def evaluation_figures(run, model, tasks, values):
     return {'updates': curves({run.description: values}, run.metric), 'tasks': some}
 
 
-def curves(runs, metric):
+def curves(runs: dict[str, np.ndarray], metric: str) -> Figure:
     """A metric against the number of updates, with bands of the 95% interval of the mean (figure 3 of the paper).
 
     Args:
@@ -65,7 +68,7 @@ def curves(runs, metric):
     return figure
 
 
-def sinusoids(model, tasks, count=4):
+def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
     """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
 
     Like figure 2 of the paper.
@@ -103,7 +106,7 @@ def sinusoids(model, tasks, count=4):
     return figure
 
 
-def task_sheet(model, tasks, num_updates, shown_query=4):
+def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: int = 4) -> Figure:
     """A task's images, one row per class: support images, then query images with their predicted classes.
 
     Args:
@@ -141,7 +144,8 @@ def task_sheet(model, tasks, num_updates, shown_query=4):
     return figure
 
 
-def prediction_sheet(task, query_dir, source, labels, probabilities, columns=6, shown_support=6, shown_query=36):
+def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels: list[int | None], probabilities: np.ndarray,
+                     columns: int = 6, shown_support: int = 6, shown_query: int = 36) -> Figure:
     """The images that a model was adapted to, one row per class, and those that it classified, with the predictions.
 
     Args:
@@ -197,7 +201,7 @@ def _plain(name):
     return name.encode(errors='replace').decode().replace('$', r'\$')
 
 
-def pixels(figure):
+def pixels(figure: Figure) -> np.ndarray:
     """A Figure as pixels, uint8 [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(DPI)
@@ -205,7 +209,7 @@ def pixels(figure):
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def save(figure, path):
+def save(figure: Figure, path: str) -> None:
     """Writes a Figure to a file; raises UserError if it cannot."""
     try:
         with warnings.catch_warnings():
