@@ -93,13 +93,18 @@ def parse(argv: Sequence[str]) -> list[str]:
         return FLAGS(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
+    except flags.CantOpenFlagFileError as error:
+        raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
+    except UnicodeDecodeError as error:
+        raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
 
 
 def _plain(message):
     """absl's message on a flag's value, without Python's own message within it."""
     for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
                          ('invalid literal.*', 'it must be a whole number'),
-                         ('could not convert.*', 'it must be a number')):
+                         ('could not convert.*', 'it must be a number'),
+                         ('ERROR:: Unable to open flagfile: ', '')):
         message = re.sub(theirs, ours, message)
     return message
 

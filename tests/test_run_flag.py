@@ -86,6 +86,18 @@ def test_folders_that_are_no_run(trained, tmp_path):
     assert 'holds 2 runs' in error_of(f'--run={trained[0]}') and 'twin' in error_of(f'--run={trained[0]}')
 
 
+def test_files_of_flags(tmp_path):
+    path = tmp_path / 'x.flags'
+    path.write_text('# a comment\n--norm=None\n--metatrain_iterations=2\n--meta_batch_size=2\n')
+    assert '2 iterations of 2 tasks' in run_ok(f'--flagfile={path}', f'--logdir={tmp_path}/logs')
+    assert '2 iterations of 3 tasks' in run_ok(f'--flagfile={path}', '--meta_batch_size=3', f'--logdir={tmp_path}/logs')
+    for content in b'\xff\xfe\x00', os.urandom(500) + b'\xff':
+        path.write_bytes(content)
+        process = run_process(f'--flagfile={path}')
+        assert process.returncode == 1 and process.stderr.startswith('main.py: ') and process.stderr.count('\n') == 1
+    assert '--flagfile cannot be read' in error_of(f'--flagfile={tmp_path}/nowhere')
+
+
 def test_the_shipped_sinusoid(tmp_path):
     """As the README prints it, in a copy."""
     shutil.copytree(os.path.join(ROOT, 'logs', 'sine'), tmp_path / 'logs' / 'sine')
