@@ -79,8 +79,8 @@ def group(title: str) -> None:
 
 
 def names() -> list[str]:
-    """The names of this program's flags, sorted; without --help."""
-    return sorted(set(FLAGS) - _ABSL_FLAGS - {'h', 'help'})
+    """The names of this program's flags, sorted; without --help, and without those that libraries define."""
+    return sorted(set().union(*GROUPS.values()) - {'h', 'help'})
 
 
 def parse(argv: Sequence[str]) -> list[str]:
