@@ -63,7 +63,7 @@ class Engine:
             self._local_means, self._map = on_replica(self._local_means), on_replica(self._map)
         self.train, self.means, self.repeat, self.map_and_measure = map(
             compiled, (self.train, self.means, self.repeat, self.map_and_measure))
-        self.map = on_replica(self._map)
+        self.map = on_replica(self.map)
 
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
 
@@ -83,7 +83,8 @@ class Engine:
             step in which they were not changes nothing; {'stopping'}, bool [steps]: whether any process is about to stop.
         """
         def step(index):
-            sums = self._strategy.run(self._local_means, (task_gradient, signature, batches, iteration, stopping, index))
+            shared = _values(self._shared)  # here, for variables of one device cannot be read on another
+            sums = self._strategy.run(self._local_means, (shared, task_gradient, signature, batches, iteration, stopping, index))
             gradients, metrics, stopped = self._all_reduce(sums, signature)
             # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
             finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics))
@@ -96,7 +97,7 @@ class Engine:
 
     def means(self, task_gradient: Callable, signature: Structure, batch: Structure, iteration: tf.Tensor) -> Structure:
         """({name: gradient}, {metric: value}), averaged over the tasks of a meta-batch; arguments as for `train`."""
-        sums = self._strategy.run(self._local_means, (task_gradient, signature, batch, iteration))
+        sums = self._strategy.run(self._local_means, (_values(self._shared), task_gradient, signature, batch, iteration))
         return self._all_reduce(sums, signature)[:2]
 
     def repeat(self, group: str, batch: Structure) -> dict[str, tf.Tensor]:
@@ -115,14 +116,15 @@ class Engine:
             The metrics [metrics, tasks of all replicas], in the order of their names, and each replica's own new states.
         """
         def on_replica(batch, state):
-            outputs, state = self._map(function, signature, (batch, state), step)
+            outputs, state = self._map(shared, function, signature, (batch, state), step)
             metrics = self._measure(batch, outputs)
             return tf.stack([metrics[name] for name in self._metrics]), state
 
+        shared = _values(self._shared)
         metrics, state = self._strategy.run(on_replica, (batch, state))
         return self._replicas.gather(metrics, axis=1), state
 
-    def _map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
+    def map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].
 
         Args:
@@ -131,9 +133,12 @@ class Engine:
             tasks: a structure of arrays [tasks, ...].
             step: int64 scalar.
         """
-        return self._mapping(signature)(functools.partial(function, _values(self._shared), step), tasks)
+        return self._map(_values(self._shared), function, signature, tasks, step)
 
-    def _local_means(self, task_gradient, signature, batch, iteration, stopping=0., index=None):
+    def _map(self, shared, function, signature, tasks, step):
+        return self._mapping(signature)(functools.partial(function, shared, step), tasks)
+
+    def _local_means(self, shared, task_gradient, signature, batch, iteration, stopping=0., index=None):
         """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.
 
         Args:
@@ -141,7 +146,7 @@ class Engine:
         """
         if index is not None:
             batch, iteration = tf.nest.map_structure(lambda array: array[index], batch), iteration + tf.cast(index, tf.int64)
-        function = functools.partial(task_gradient, _values(self._shared), iteration)
+        function = functools.partial(task_gradient, shared, iteration)
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = self._task_chunk or tasks
         if chunk == tasks:
