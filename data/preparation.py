@@ -237,6 +237,12 @@ def read_classes(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_file(path: str) -> bytes:
+    """A file's content."""
+    with open(path, 'rb') as file:
+        return file.read()
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a name from a download may become the name of a file or folder: one component, not hidden, printable."""
     return bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:') and len(name) < 200

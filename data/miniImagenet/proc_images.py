@@ -37,6 +37,7 @@ from data.preparation import (  # noqa: E402
     load_pickle,
     prepare,
     read_classes,
+    read_file,
 )
 
 SPLITS = ('train', 'val', 'test')
@@ -161,11 +162,6 @@ def check_rows(rows):
         seen[label, os.path.basename(name)] = split
         if split_of.setdefault(label, split) != split:
             sys.exit(f'the class {label} is in {split_of[label]}.csv and in {split}.csv; a class belongs to one split')
-
-
-def read_file(path):
-    with open(path, 'rb') as file:
-        return file.read()
 
 
 def fit(content):

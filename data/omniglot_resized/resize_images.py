@@ -20,7 +20,17 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data.preparation import PREPARED_FORMATS, Class, Picture, Zip, arguments, encode, prepare, read_classes  # noqa: E402
+from data.preparation import (  # noqa: E402
+    PREPARED_FORMATS,
+    Class,
+    Picture,
+    Zip,
+    arguments,
+    encode,
+    prepare,
+    read_classes,
+    read_file,
+)
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)
@@ -51,11 +61,6 @@ def find_drawings(source):
         matches = [(DRAWING.search(path), read) for path, read in found.items()]
         drawings.update({match['name']: read for match, read in matches if match})
     return drawings
-
-
-def read_file(path):
-    with open(path, 'rb') as file:
-        return file.read()
 
 
 def resize(original, antialias):
