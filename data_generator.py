@@ -59,6 +59,7 @@ class Source(Protocol):
     dim_hidden: tuple[int, ...]     # layer sizes of the fully connected net
     validation_updates: int         # inner updates of a validation during training
     print_interval: int             # iterations between console lines
+    task_facts: dict                # what tasks depend on besides the flags and the data: JSON values; see results.json
 
     def tasks(self, config: TaskConfig, split: str) -> Tasks:
         """The tasks of 'train', 'val' or 'test'; raises UserError if the data are not there or do not suffice."""
@@ -201,6 +202,7 @@ class SinusoidSource:
     dim_hidden = (40, 40)
     validation_updates = 5
     print_interval = 1000
+    task_facts = {}
 
     def tasks(self, config: TaskConfig, split: str) -> SinusoidTasks:
         return SinusoidTasks(config, split)
@@ -230,9 +232,14 @@ class ImageSource:
     validation_updates: int = 10
     split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
     split_given: bool = False                # the user asked for these ratios: refuse a manifest with others
+    skip_bad_images: bool = False            # leave out images that cannot be used
     print_interval: int = 100
     loss = 'xent'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
+
+    @property
+    def task_facts(self) -> dict:
+        return {'rotations': self.rotations, 'image_shape': list(self.image_shape)}
 
     @property
     def user_images(self) -> bool:
@@ -246,7 +253,7 @@ class ImageSource:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
         return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), self.split_ratios,
-                            self.split_given)
+                            self.split_given, self.skip_bad_images)
 
     def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""

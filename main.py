@@ -43,7 +43,7 @@ from data_generator import SOURCES
 from runtime import distribution, rules
 from runtime.errors import UserError, first_line
 from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
-from runtime.run import apply_run, data_from_flags, run_from_flags
+from runtime.run import apply_run, data_from_flags, read_data, record_split, run_from_flags
 from runtime.startup import import_tensorflow
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
@@ -55,20 +55,23 @@ string('baseline', None, "'oracle': append each task's amplitude and phase to th
 string('data_path', None, 'folder of the images, if not the one under data/; for --datasource=folder your own, with folders '
        'train, val and test, each with one folder of images per class, or just the latter')
 number('image_size', 84, 'height and width in pixels to which your own images are resized (--datasource=folder)', 1,
-       Learning(network='user images'))
+       Learning(label='.size{}', network='user images'))
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
-       Learning(network='user images'))
+       Learning(label='.channels{}', network='user images'))
 boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
-        '(--datasource=folder)', Learning())
+        '(--datasource=folder)', Learning(label='.rotations'))
 string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet; the '
-       'result is written to splits.csv among them (--datasource=folder)')
+       'result is written to splits.csv among them (--datasource=folder)', Learning(label='.split{}'))
+boolean('skip_bad_images', False, 'leave out images that cannot be decoded, or that have another size than they should')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
-number('seed', 0, 'fixes everything random: the initial weights and the tasks of every iteration', 0, Learning())
+number('seed', 0, 'fixes everything random in training: the initial weights and the tasks of every iteration', 0,
+       Learning(label='.seed{}'))
+number('test_seed', 0, "draws an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of Adam in the outer loop', Learning(), at_least=0)
+real('meta_lr', 0.001, 'step size of Adam in the outer loop', Learning(label='.metalr{}'), at_least=0)
 number('update_batch_size', 5, 'shot K: support examples per class (in all, for sinusoid)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
@@ -106,8 +109,11 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; in '
         'training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-strings('compare', "instead of training or evaluating: a run's folder, or a folder of such, to show side by side with others "
-        'named after it, as far as they were evaluated on the same tasks')
+strings('compare', "instead of training or evaluating: a run's folder, or a folder of runs, to show side by side with others "
+        'named after it, as far as they were evaluated on the same tasks; name=DIR gives its runs a name')
+choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare prints: 'text': tables for a terminal; 'csv': a line for "
+       "each run and number of updates; 'latex': a tabular environment")
+choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 choice('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: 'batch': their "
        "own, so that outputs depend on which others there are (transductive, as the paper's); 'support': those of the support "
@@ -147,22 +153,25 @@ def run_and_data(rest=()):
         from runtime.user_task import read_user_task
         data = read_user_task(source, os.path.expanduser(FLAGS.support_dir), os.path.expanduser(FLAGS.query_dir))
     else:
-        splits = ['train', 'val'] if mode == 'train' else ['test' if FLAGS.test_set else 'val']
-        data = {split: source.tasks(tasks, split) for split in splits}
+        data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
     distribution.report_waiting(cluster)
     replicas = import_tensorflow(strategy, cluster)
     if mode == 'train':
         distribution.check_meta_batch(FLAGS.meta_batch_size, FLAGS.task_chunk, replicas.count)
-    return run_from_flags(FLAGS, source, tasks, replicas), data
+    run = run_from_flags(FLAGS, source, tasks, replicas)
+    if mode != 'predict':
+        record_split(source, tasks)
+    return run, data
 
 
 def compare(rest):
     """Prints a comparison of the folders after --compare, and `rest`."""
-    others = [name for name in names() if FLAGS[name].present and name not in ('compare', 'plot')]
+    takes = 'compare', 'plot', 'format', 'plot_format'
+    others = [name for name in names() if FLAGS[name].present and name not in takes]
     if others:
-        raise UserError(f'--{others[0]} means nothing to --compare, which takes folders and --plot')
+        raise UserError(f'--{others[0]} means nothing to --compare, which takes folders, --plot, --plot_format and --format')
     from runtime.comparison import compare
-    print(compare([*FLAGS.compare, *rest], FLAGS.plot))
+    print(compare([*FLAGS.compare, *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
 
 
 def execute(run, data):

@@ -18,7 +18,7 @@ import numpy as np
 from runtime.errors import UserError
 from runtime.files import write_atomically
 from runtime.image_cache import cached_array
-from runtime.images import decode_images, image_files, readable_suffixes
+from runtime.images import BadImages, decode_images, image_files, readable_suffixes
 
 SPLITS = ('train', 'val', 'test')
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
@@ -46,12 +46,14 @@ class ClassFolders:
         shipped_manifest: the manifest to use if root holds none.
         split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
         split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
+        skip_bad_images: leave out images that cannot be used, instead of refusing the split.
     """
     root: str
     script: str | None = None
     shipped_manifest: str | None = None
     split_ratios: tuple[int, int, int] | None = None
     split_given: bool = False
+    skip_bad_images: bool = False
 
     @property
     def missing_hint(self) -> str:
@@ -68,11 +70,24 @@ class ClassFolders:
                 f'{MANIFEST} there, if there is one')
 
     def names(self, split: str) -> list[str]:
-        """The split's class folders relative to the root, sorted.
+        """The split's class folders relative to the root, sorted. Class folders that are not split yet are split for good.
 
         Raises:
             UserError: the root, the split or a class folder is missing, or the preparation was not completed.
         """
+        self.record_split()
+        return self._names(split)
+
+    def record_split(self) -> None:
+        """Writes a manifest into the root, if class folders there are not split yet. What `load` reads depends on it in nothing.
+
+        Raises:
+            UserError: there are too few classes, or the manifest cannot be written.
+        """
+        if self._unsplit() and os.path.isdir(self.root):
+            write_manifest(os.path.join(self.root, MANIFEST), split_classes(subfolders(self.root), self.split_ratios, self.root))
+
+    def _names(self, split):
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
         if not _preparation_complete(self.root):
@@ -83,6 +98,9 @@ class ClassFolders:
             names = read_manifest(manifest, split)
             if self.split_ratios and split == 'train':  # once a run
                 _report_unlisted(self.root, manifest)
+        elif self._unsplit():
+            rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+            names = sorted(name for where, name in rows if where == split)
         else:
             names = sorted(f'{split}/{name}' for name in subfolders(os.path.join(self.root, split)))
         if not names:
@@ -97,12 +115,30 @@ class ClassFolders:
     def load(self, split: str, image_shape: tuple[int, int, int]) -> ImageClasses:
         """The split's images, decoded and cached beside them on first use.
 
+        Class folders that are not split yet are split in the same way as by `names`, but nothing is written beside them.
+
         Raises:
-            UserError: as for `names`, or an image cannot be decoded or has the wrong size.
+            BadImages: images cannot be decoded or have the wrong size.
+            UserError: as for `names`.
         """
+        files = self._files(split)
+        try:
+            return self._decoded(split, files, image_shape)
+        except BadImages as error:
+            if not self.skip_bad_images:
+                raise
+            print(f'Left out of the {split} split (--skip_bad_images): {error.listing}')
+            bad = {path for path, _ in error.images}
+        return self._decoded(split, [(name, [image for image in images if os.path.join(self.root, name, image.name) not in bad])
+                                     for name, images in files], image_shape)
+
+    def _files(self, split):
+        """[(class folder, its image files)] of a split."""
+        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
+        return [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
+
+    def _decoded(self, split, files, image_shape):
         own, root = self.script is None, self.root
-        suffixes = readable_suffixes() if own else PREPARED_SUFFIXES
-        files = [(name, image_files(os.path.join(root, name), suffixes)) for name in self.names(split)]
         empty = [name for name, images in files if not images]
         if empty:
             others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
@@ -111,7 +147,7 @@ class ClassFolders:
         counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
         fingerprint = hashlib.sha256(repr((image_shape, own and 'on white', files)).encode()).hexdigest()
-        bad_image_hint = 'remove it' if own else f'run python {self.script} --force'
+        bad_image_hint = 'remove them' if own else f'run python {self.script} --force'
         images, checksum = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
             (len(paths), *image_shape),
@@ -119,16 +155,20 @@ class ClassFolders:
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
 
     def _manifest(self) -> str | None:
-        """The path of the manifest that splits the classes, or None if folders do. Writes one if there is neither."""
+        """The path of the manifest that splits the classes, if there is one."""
         candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), self.shipped_manifest]
         found = next((path for path in candidates if path and os.path.exists(path)), None)
         if found and self.split_given:
             self._check_split(found)
-        if found or not self.split_ratios or any(os.path.isdir(os.path.join(self.root, split)) for split in SPLITS):
-            return found
-        path = os.path.join(self.root, MANIFEST)
-        write_manifest(path, split_classes(subfolders(self.root), self.split_ratios, self.root))
-        return path
+        return found
+
+    def _unsplit(self) -> bool:
+        """Whether the root holds class folders that neither a manifest nor folders train, val and test divide.
+
+        A folder called train that holds no folders is a class of that name.
+        """
+        return bool(self.split_ratios and not self._manifest()
+                    and not any(subfolders(os.path.join(self.root, split)) for split in SPLITS))
 
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""

@@ -1,111 +1,301 @@
 """Evaluations of several runs side by side."""
-import glob
+import csv
+import dataclasses
+import io
+import itertools
 import json
 import os
+import re
 import string
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from runtime.errors import UserError
+from runtime.flags import FLAGS
 from runtime.results import FILE, SPLIT_TITLES, read
-from runtime.statistics import UNITS, interval, p_value
+from runtime.statistics import UNITS, interval, number, p_text, p_value, statistics
 
-# Flags that do not influence the figures of an evaluation, or that the method's name tells.
-NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'save_interval', 'skip_nonfinite', 'engine', 'task_chunk',
-                'strategy', 'train', 'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations', 'run'}
+# Flags that do not influence the figures of an evaluation, or that are compared otherwise: by the tasks, the checkpoint, the
+# method's name or the statistics of batch norm.
+NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
+                'task_chunk', 'strategy', 'train', 'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations', 'run',
+                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'query_norm'}
 
 
-def compare(folders: Sequence[str], plot: bool = False) -> str:
-    """Text: the evaluations of several runs side by side, as far as they were made on the same tasks.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An entry of a results.json."""
+    directory: str
+    name: str           # of the evaluation, within the directory
+    given: str | None   # what the user calls it: --compare given=DIR
+    entry: dict
+
+    @property
+    def path(self) -> str:
+        return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
+
+    @property
+    def scores(self) -> np.ndarray:
+        """[tasks, 1 + updates], in the unit that is shown."""
+        return np.array(self.entry['scores'], float) * UNITS[self.entry['score']][1]
+
+    @property
+    def own_updates(self) -> int:
+        """The number of updates at which the method is meant to be evaluated."""
+        asked = self.entry.get('own_updates', self.flag('num_updates'))
+        return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
+
+    def flag(self, name: str) -> Any:
+        """The value of a flag; where the evaluation is older than the flag, its default."""
+        default = FLAGS[name].default if name in FLAGS else None
+        return self.entry.get('flags', {}).get(name, default)
+
+
+def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
+    flags = sorted(set().union(*(one.entry.get('flags', {}) for one in evaluations)) - NOT_COMPARED)
+    return [{'': one.entry.get('method', 'MAML'), **{name: one.flag(name) for name in flags},
+             'query_norm': one.entry.get('query_norm'), 'checkpoint': os.path.basename(one.entry['checkpoint'])}
+            for one in evaluations]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Some evaluations at one number of updates each."""
+    title: str                  # the number of updates, or 'own'
+    values: list[np.ndarray]    # of each evaluation, [tasks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Evaluations on the same tasks."""
+    evaluations: list[Evaluation]
+
+    @property
+    def title(self) -> str:
+        tasks = self.evaluations[0].entry['tasks']
+        return f'{describe_tasks(tasks)}: {UNITS[self.metric][0]}'
+
+    @property
+    def metric(self) -> str:
+        return self.evaluations[0].entry['score']
+
+    @property
+    def letters(self) -> list[str]:
+        return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(self.evaluations))]
+
+    def rows(self) -> list[Row]:
+        """One for each number of updates that all have, and one at each one's own number if these differ."""
+        scores = [evaluation.scores for evaluation in self.evaluations]
+        own = [evaluation.own_updates for evaluation in self.evaluations]
+        rows = [Row(str(updates), [values[:, updates] for values in scores])
+                for updates in range(min(values.shape[1] for values in scores))]
+        if len(set(own)) > 1:
+            rows.append(Row('own', [values[:, updates] for values, updates in zip(scores, own)]))
+        return rows
+
+    def seed_groups(self) -> list[list[int]]:
+        """Numbers of evaluations that differ by their training's seed only, for each such group of two or more."""
+        but_seed = [json.dumps({**one, 'seed': None}, sort_keys=True) for one in settings(self.evaluations)]
+        groups = [[number for number, one in enumerate(but_seed) if one == wanted] for wanted in dict.fromkeys(but_seed)]
+        seeds = [{self.evaluations[number].flag('seed') for number in group} for group in groups]
+        return [group for group, found in zip(groups, seeds) if len(found) == len(group) > 1]
+
+
+def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
+    """The evaluations of several runs side by side, as far as they were made on the same tasks.
 
     The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired t-test,
     are narrower than those of the runs by themselves, because a task that is hard for one run is hard for the other.
 
     Args:
-        folders: experiment directories, or folders of such.
-        plot: also draw the values against updates, into comparison.png in the first folder.
+        folders: experiment directories, or folders of such at any depth; 'name=folder' says what to call its runs.
+        plot: also draw the values against updates, into a new file comparison*.png in the first folder.
+        style: 'text', 'csv' or 'latex'.
+
+    Returns:
+        The tables. What was left out and what was drawn is added as text, or in the other styles printed to stderr.
 
     Raises:
         UserError: there are no results, or no two evaluations were made on the same tasks.
     """
-    groups = _groups(folders)
-    comparable = [group for group in groups if len(group) > 1]
-    single = '; '.join(f'{label} on {_describe(entry["tasks"])}'
-                       for group in groups if len(group) == 1 for label, entry in group.items())
+    named = [split_name(folder) for folder in folders]
+    groups = _groups(named)
+    comparable = [Comparison(group) for group in groups if len(group) > 1]
+    single = '; '.join(f'{group[0].path} on {describe_tasks(group[0].entry["tasks"])}' for group in groups if len(group) == 1)
     if not comparable:
         raise UserError(f'there is only one evaluation, {single}; evaluate another run on the same tasks' if len(groups) == 1
                         else f'no two evaluations were made on the same tasks: {single}')
-    text = [_side_by_side(group) for group in comparable]
-    if single:
-        text.append(f'Left out, for nothing else was evaluated on the same tasks: {single}')
-    for number, group in enumerate(comparable if plot else (), start=1):
+    notes = [f'Left out, for nothing else was evaluated on the same tasks: {single}'] if single else []
+    for comparison in comparable if plot else ():
         from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        path = os.path.join(folders[0], f'comparison{number if len(comparable) > 1 else ""}.png')
-        values = {label: np.array(entry['scores'], float) for label, entry in zip(_short(group), group.values())}
-        plots.save(plots.curves(values, next(iter(group.values()))['score']), path)
-        text.append(f'Drawn: {path}')
-    return '\n\n'.join(text)
+        path = free_path(os.path.join(named[0][1], 'comparison'), plot_format)
+        labels = [f'{letter}: {label}' for letter, label in zip(comparison.letters, what_differs(comparison.evaluations))]
+        scores = [np.array(evaluation.entry['scores'], float) for evaluation in comparison.evaluations]
+        plots.save(plots.curves(dict(zip(labels, scores)), comparison.metric, describe_tasks(comparison.evaluations[0].entry['tasks'])),
+                   path)
+        notes.append(f'Drawn: {path}')
+    tables = {'text': as_text, 'csv': as_csv, 'latex': as_latex}[style]
+    if style == 'text':
+        return '\n\n'.join([*map(tables, comparable), *(['\n'.join(notes)] if notes else [])])
+    print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
+    return '\n'.join(map(tables, comparable)) if style == 'latex' else as_csv(*comparable)
 
 
-def _groups(folders: Sequence[str]) -> list[dict[str, dict]]:
-    """The evaluations in the folders, as [{label: entry}], those on the same tasks together."""
-    groups, without = {}, []
-    for folder in folders:
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), FILE))
-                       + glob.glob(os.path.join(glob.escape(folder), '*', FILE)))
-        without += [] if paths else [folder]
-        for path in paths:
-            for name, entry in read(path).items():
-                name = os.path.join(os.path.dirname(path), name.removesuffix(f', {entry["tasks"]["split"]}'))
-                label = f'{name}, {os.path.basename(entry["checkpoint"])}'
-                groups.setdefault(json.dumps([entry['tasks'], entry['score']], sort_keys=True), {})[label] = entry
+def split_name(argument: str) -> tuple[str | None, str]:
+    """'name=folder' -> (name, folder); 'folder' -> (None, folder)."""
+    name, equals, folder = argument.partition('=')
+    return (name, folder) if equals and name and not os.path.exists(argument) else (None, argument)
+
+
+def free_path(stem: str, suffix: str) -> str:
+    """A path that does not exist yet: <stem>.<suffix>, or <stem>-2.<suffix> and so on."""
+    numbers = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
+    return next(path for path in (f'{stem}{number}.{suffix}' for number in numbers) if not os.path.exists(path))
+
+
+def _groups(named: Sequence[tuple[str | None, str]]) -> list[list[Evaluation]]:
+    """The evaluations in the folders, those on the same tasks together."""
+    groups, seen, without = {}, set(), []
+    for given, folder in named:
+        directories = result_directories(folder)
+        without += [] if directories else [folder]
+        for directory in directories:
+            for name, entry in read(os.path.join(directory, FILE)).items():
+                # A checkpoint that was evaluated as the newest and by its number as well is one evaluation.
+                key = os.path.realpath(directory), json.dumps([entry['checkpoint'], entry['tasks'], entry['scores']], sort_keys=True)
+                if key not in seen:
+                    seen.add(key)
+                    name = name.removesuffix(f', {entry["tasks"]["split"]}')
+                    groups.setdefault(json.dumps([entry['tasks'], entry['score']], sort_keys=True), []).append(
+                        Evaluation(directory, name, given, entry))
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
-        if len(without) == len(folders):
+        if len(without) == len(named):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
     return list(groups.values())
 
 
-def _describe(tasks):
+def result_directories(folder: str) -> list[str]:
+    """The folder, and folders below it at any depth, that hold results; without what --resume=False and --test_iter moved aside."""
+    found = []
+    for directory, below, files in os.walk(folder):
+        below[:] = sorted(name for name in below if not re.fullmatch(r'earlier\d+', name))
+        found += [directory] if FILE in files else []
+    return found
+
+
+def describe_tasks(tasks: dict) -> str:
+    """Text: which tasks these are."""
     way = f'{tasks["num_classes"]}-way ' if tasks.get('num_classes') else ''
     return (f'{tasks.get("count")} tasks of {tasks["datasource"]}, {SPLIT_TITLES.get(tasks["split"], tasks["split"])}, '
             f'{way}{tasks.get("update_batch_size")}-shot, {tasks.get("query_shots")} query, '
             f'seed {tasks.get("seed")}')
 
 
-def _side_by_side(entries):
-    """The table of {label: entry} on the same tasks."""
-    first = next(iter(entries.values()))
-    title, factor, digits = UNITS[first['score']]
-    scores = [np.array(entry['scores'], float) * factor for entry in entries.values()]
-    letters = _letters(entries)
-    lines = [f'{_describe(first["tasks"])}: {title}', '']
-    lines += [f'  {letter}  {label}' for letter, label in zip(letters, entries)]
-    lines += ['', '  updates' + ''.join(f'{letter:>18}' for letter in letters)
-              + ''.join(f'{f"{letter} - A":>18}{"p":>9}' for letter in letters[1:])]
-    for updates in range(min(values.shape[1] for values in scores)):
-        columns = [values[:, updates] for values in scores]
-        row = f'  {updates:7d}' + ''.join(f'{interval(column, digits):>18}' for column in columns)
-        for column in columns[1:]:
-            row += f'{interval(column - columns[0], digits):>18}{p_value(column, columns[0]):9.2g}'
-        lines.append(row)
+def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
+    """For each evaluation the settings in which it differs from others, with the name that the user gave it.
+
+    Where they differ in nothing, or are not told apart by it, those parts of their paths that do are added.
+    """
+    known_settings = settings(evaluations)
+    differing = [name for name in known_settings[0] if len({str(one[name]) for one in known_settings}) > 1]
+    known = [[evaluation.given] if evaluation.given else [] for evaluation in evaluations]
+    if not all(known) or len({tuple(one) for one in known}) < len(known):
+        for parts, one in zip(known, known_settings):
+            parts += [str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
+    if len({tuple(one) for one in known}) < len(known):
+        for parts, path in zip(known, _differing_parts([evaluation.path for evaluation in evaluations])):
+            parts.append(path)
+    return [', '.join(parts) for parts in known]
+
+
+def _differing_parts(paths):
+    """Of each path those components in which it differs from another, compared from the end."""
+    columns = list(itertools.zip_longest(*(os.path.normpath(path).split(os.sep)[::-1] for path in paths), fillvalue=''))[::-1]
+    parts = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
+    return [os.sep.join(filter(None, one)) for one in parts]
+
+
+# The tables ---------------------------------------------------------------------------------------------------------
+
+def as_text(comparison: Comparison) -> str:
+    """The table for a terminal."""
+    evaluations, letters = comparison.evaluations, comparison.letters
+    digits, groups = UNITS[comparison.metric][2], comparison.seed_groups()
+    lines = [comparison.title, '']
+    lines += [f'  {letter}  {evaluation.path}  ({label})'
+              for letter, evaluation, label in zip(letters, evaluations, what_differs(evaluations))]
+    table = [['updates', *letters, *(title for letter in letters[1:] for title in (f'{letter} - A', 'p')),
+              *(_seeds_title(group, letters) for group in groups)]]
+    for row in comparison.rows():
+        cells = [interval(values, digits) for values in row.values]
+        for values in row.values[1:]:
+            cells += [interval(values - row.values[0], digits), p_text(values, row.values[0])]
+        table.append([row.title, *cells, *(_mean_and_deviation(over_seeds(row, group), digits) for group in groups)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines += ['', *('  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table)]
+    if table[-1][0] == 'own':
+        lines.append('  (own: each at its own number of updates, '
+                     + ', '.join(f'{letter} {evaluation.own_updates}' for letter, evaluation in zip(letters, evaluations)) + ')')
+    if groups:
+        lines.append('  (over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation)')
     return '\n'.join(lines)
 
 
-def _letters(entries):
-    return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(entries))]
+def _mean_and_deviation(pair, digits):
+    return f'{number(pair[0], digits)} ({number(pair[1], digits)})'
 
 
-def _short(entries):
-    """For each of {label: entry} its letter, and its method if only that differs, or those parts of the label's path that do."""
-    labels, methods = list(entries), [entry.get('method') for entry in entries.values()]
-    flags = [entry.get('flags', {}) for entry in entries.values()]
-    differing = {name for name in set().union(*flags) - NOT_COMPARED if len({str(one.get(name)) for one in flags}) > 1}
-    if len(set(methods)) == len(methods) and not differing:
-        return [f'{letter}: {method}' for letter, method in zip(_letters(labels), methods)]
-    columns = list(zip(*(os.path.normpath(label).split(os.sep)[::-1] for label in labels)))[::-1]
-    paths = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
-    return [f'{letter}: {os.sep.join(parts)[-80:]}' for letter, parts in zip(_letters(labels), paths)]
+def _seeds_title(group, letters):
+    return f'{"".join(letters[number] for number in group)} over seeds'
+
+
+def over_seeds(row: Row, group: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) over the runs of a group of their means over tasks."""
+    means = [row.values[one].mean() for one in group]
+    return float(np.mean(means)), float(np.std(means, ddof=1))
+
+
+def as_csv(*comparisons: Comparison) -> str:
+    """One line for each run and number of updates."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95',
+                     'p'])
+    for comparison in comparisons:
+        title, labels = describe_tasks(comparison.evaluations[0].entry['tasks']), what_differs(comparison.evaluations)
+        for row in comparison.rows():
+            for letter, label, evaluation, values in zip(comparison.letters, labels, comparison.evaluations, row.values):
+                mean, std, half = (float(column[0]) for column in statistics(values[:, None]))
+                difference, _, other = (float(column[0]) for column in statistics((values - row.values[0])[:, None]))
+                writer.writerow([title, UNITS[comparison.metric][0], letter, label, evaluation.path, evaluation.flag('seed'), row.title,
+                                 mean, std, half, difference, other, float(p_value(values, row.values[0]))])
+    return text.getvalue().rstrip('\n')
+
+
+def as_latex(comparison: Comparison) -> str:
+    """A tabular environment: one row for each run, with its difference from the first at its own number of updates."""
+    digits = UNITS[comparison.metric][2]
+    own = Row('own', [evaluation.scores[:, evaluation.own_updates] for evaluation in comparison.evaluations])
+    lines = [f'% {comparison.title}', r'\begin{tabular}{lrrrr}', r'\hline',
+             rf'run & updates & {_latex(UNITS[comparison.metric][0])} & difference & $p$ \\', r'\hline']
+    for label, evaluation, values in zip(what_differs(comparison.evaluations), comparison.evaluations, own.values):
+        difference = ['', ''] if values is own.values[0] else [
+            interval(values - own.values[0], digits), p_text(values, own.values[0])]
+        cells = [_latex(label), str(evaluation.own_updates), *(f'${cell.replace("±", chr(92) + "pm")}$' if cell else ''
+                                                                for cell in (interval(values, digits), *difference))]
+        lines.append(' & '.join(cells) + r' \\')
+    for group in comparison.seed_groups():
+        mean, std = over_seeds(own, group)
+        lines.append(rf'mean over {len(group)} seeds & {comparison.evaluations[group[0]].own_updates} & '
+                     rf'${number(mean, digits)}$ (std ${number(std, digits)}$) & & \\')
+    return '\n'.join([*lines, r'\hline', r'\end{tabular}'])
+
+
+def _latex(text):
+    return re.sub(r'([&%$#_{}])', r'\\\1', text.replace('\\', '/')).replace('~', r'\textasciitilde{}').replace('^', r'\^{}')

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -35,73 +35,86 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     described = f'{iterations} iterations' if iterations else 'weights of another run'
     print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n',
           flush=True)
-    found, rates, drawn = {}, [], []
+    found, rates, names, written = {}, [], [], []
     for query_norm in run.query_norms:
         model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
-        name, started = results_name(run, prefix, query_norm), time.perf_counter()
+        started = time.perf_counter()
         label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
         with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
-            values = found[name] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
+            values = found[query_norm] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
         seconds = time.perf_counter() - started
         rates.append(run.num_test_tasks / seconds)
         if not run.replicas.chief:
             continue
         try:
             os.makedirs(run.directory, exist_ok=True)
-            results.write(run.directory, name, values, {**facts, 'query_norm': query_norm, 'seconds': seconds,
-                                                        'tasks_per_second': rates[-1]})
+            name, file = results.write(run.directory, results_name(run, prefix, query_norm), values, {
+                **facts, 'query_norm': query_norm, 'seconds': seconds, 'tasks_per_second': rates[-1]})
         except OSError as error:
             raise UserError(f'the results cannot be written to {run.directory}: {error.strerror}') from error
-        if run.plot:
-            drawn += draw(run, model, tasks, values, name, iterations)
+        names.append(name)
+        written.append(file)
 
-    print(results.table({f'--query_norm={norm}': values for norm, values in zip(run.query_norms, found.values())}, run.metric))
+    print(results.table({f'--query_norm={norm}': values for norm, values in found.items()}, run.metric))
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
-          + ', '.join(f'{name}.csv and .pkl' for name in found) + f', {results.FILE}')
-    for path in drawn:
-        print(f'Drawn: {path}')
+          + ', '.join(f'{file}.csv and .pkl' for file in written) + f', {results.FILE}')
+    if run.plot and run.replicas.chief:
+        model = trained.variant(dim_output=run.model.dim_output, query_norm=run.query_norms[0])
+        for path in draw(run, model, tasks, found, names, prefix, iterations):
+            print(f'Drawn: {path}')
 
 
 def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: int | None) -> dict:
     """What results.json says of an evaluation besides its figures."""
-    # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
-    drawn = {'rotations': run.source.rotations, 'image_shape': list(run.source.image_shape)} if run.source.image_shape else {}
     return {
         'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
+        'own_updates': run.model.num_updates,
+        # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
                   'num_classes': run.tasks.num_classes if run.source.image_shape else None,
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
-                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint, **drawn},
+                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint,
+                  **run.source.task_facts},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
 
 
 def results_name(run: Run, prefix: str, query_norm: str) -> str:
-    """The name of an evaluation's files: the reference's, and what it has no flags for."""
+    """The name of an evaluation: the reference's for the newest checkpoint on its usual tasks, else with what differs."""
+    newest = [checkpoints.path(run.directory, iteration) for iteration in checkpoints.iterations(run.directory)[-1:]]
     usual = run.source.query_shots(run.model.update_batch_size, train=False)
     return ''.join([
         f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}',
         f'_cls{run.model.dim_output}' if run.model.dim_output != run.num_outputs else '',
         f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
         f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
+        f'_seed{run.tasks.seed}' if run.tasks.seed else '',
         f'_querynorm{query_norm}' if query_norm != 'batch' else '',
-        f'_{os.path.basename(prefix)}' if run.load_from else ''])
+        f'_{os.path.basename(prefix)}' if run.load_from or [prefix] != newest else ''])
 
 
-def draw(run: Run, model: MAML, tasks: Tasks, values: np.ndarray, name: str, iterations: int | None) -> list[str]:
-    """Writes the figures of an evaluation, named after its files, and for TensorBoard; returns their paths.
+def draw(run: Run, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], names: Sequence[str], prefix: str,
+         iterations: int | None) -> list[str]:
+    """Writes the figures of evaluations, named after the first, and for TensorBoard; returns their paths.
 
-    In TensorBoard it is a run of its own, because TensorBoard reads one file of a run at a time.
+    In TensorBoard each evaluation is a run of its own, because TensorBoard reads one file of a run at a time.
+
+    Args:
+        model: shows what it does with some tasks.
+        found: {query_norm: values}.
+        names: of these evaluations.
     """
     from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
-    drawn = plots.evaluation_figures(run, model, tasks, values)
-    paths = [os.path.join(run.directory, f'{name}_{run.split}_{what}.png') for what in drawn]
+    labels = [os.path.basename(prefix) + (f', --query_norm={norm}' if len(found) > 1 else '') for norm in found]
+    drawn = plots.evaluation_figures(run, model, tasks, run.split, dict(zip(labels, found.values())))
+    paths = [os.path.join(run.directory, f'{names[0]}_{run.split}_{what}.{run.plot_format}') for what in drawn]
     for figure, path in zip(drawn.values(), paths):
         plots.save(figure, path)
-    with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
-        summaries.write_flags(run.learning_flags)
-        summaries.write_means(run.split, run.metric, values.mean(axis=0), iterations or 0)
-        summaries.write_figures(run.split, drawn, iterations or 0)
+    for name, values in zip(names, found.values()):
+        with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
+            summaries.write_flags(run.learning_flags)
+            summaries.write_means(run.split, run.metric, values.mean(axis=0), iterations or 0)
+            summaries.write_figures(run.split, drawn if name == names[0] else {}, iterations or 0)
     return paths
 
 

@@ -131,7 +131,7 @@ def markdown() -> str:
         for flag in (FLAGS[name] for name in members):
             default = '' if flag.default is None else str(flag.default)
             meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
-                             flag.help)
+                             ' '.join(flag.help.split()))
             lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
     return '\n'.join(line.rstrip() for line in lines) + '\n'
 
@@ -147,7 +147,7 @@ def labels(values: flags.FlagValues) -> str:
 def _label(label, value, default):
     if isinstance(label, Mapping):
         return label.get(value, '')
-    return '' if value in (default, 'None') else label.format(value)
+    return '' if value in (default, 'None') else label.format(str(value).replace('/', '-'))
 
 
 def method(values: flags.FlagValues) -> str:

@@ -13,10 +13,28 @@ from tqdm import tqdm
 from runtime.errors import UserError
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
+SHOWN_BAD_IMAGES = 100  # by name in a message
 
 # Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
 warnings.filterwarnings('ignore', 'Palette images with Transparency')
+
+
+class BadImages(UserError):
+    """Images that cannot be used.
+
+    Attributes:
+        images: [(path, reason)].
+        listing: text that counts and names them.
+    """
+
+    def __init__(self, images: Sequence[tuple[str, str]], hint: str):
+        self.images, self.hint = list(images), hint
+        shown = '; '.join(f'{path} {reason}' for path, reason in self.images[:SHOWN_BAD_IMAGES])
+        more = len(self.images) - SHOWN_BAD_IMAGES
+        self.listing = (f'{len(self.images)} images: ' if len(self.images) > 1 else '') + shown + (
+            f'; and {more} more' if more > 0 else '')
+        super().__init__(f'{self.listing}; {hint}, or leave such images out by --skip_bad_images')
 
 
 class ImageFile(NamedTuple):
@@ -77,7 +95,7 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
         uint8 arrays [count, height, width, channels], in the order of `paths`, CHUNK_BYTES or one image at a time.
 
     Raises:
-        UserError: a file is not an image or has another size; names it.
+        BadImages: some files are not images or have another size; all have been tried.
     """
     height, width, channels = image_shape
     formats = available_formats(USER_FORMATS if resize else PREPARED_FORMATS)
@@ -90,20 +108,25 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises almost any exception on damaged images
-            raise UserError(f'{path} cannot be read as an image ({error}); {hint}') from error
+            bad.append((path, f'cannot be read as an image ({error})'))
+            return None
         if size != (width, height):
             if not resize:
-                raise UserError(f'{path} is {size[0]}x{size[1]} pixels, not {width}x{height}; {hint}')
+                bad.append((path, f'is {size[0]}x{size[1]} pixels, not {width}x{height}'))
+                return None
             pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
         return np.asarray(pixels).reshape(image_shape)
 
-    per_chunk = max(1, CHUNK_BYTES // math.prod(image_shape))
+    per_chunk, bad = max(1, CHUNK_BYTES // math.prod(image_shape)), []
     with ThreadPoolExecutor() as pool, tqdm(desc=progress_label, total=len(paths), unit=' images', leave=False,
                                             disable=None) as progress:
         for start in range(0, len(paths), per_chunk):
             chunk = list(pool.map(decode, paths[start:start + per_chunk]))
             progress.update(len(chunk))
-            yield np.stack(chunk)
+            if not bad:
+                yield np.stack(chunk)
+    if bad:
+        raise BadImages(sorted(bad), hint)
 
 
 def _on_white(image):

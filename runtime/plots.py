@@ -7,13 +7,15 @@ import warnings
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.special import softmax
 
 from data_generator import ImageSource, ImageTasks, SinusoidTasks, TaskBatch, Tasks
 from maml import MAML
 from runtime.errors import UserError
 from runtime.files import write_atomically
+from runtime.results import SPLIT_TITLES
 from runtime.run import Run
-from runtime.statistics import UNITS, statistics
+from runtime.statistics import UNITS, number, statistics
 from runtime.user_task import UserTask
 
 DPI = 110
@@ -21,54 +23,80 @@ DPI = 110
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
+DIVERGED = 1000  # a loss that is so many times the median is that of a run that diverged
 
 
-def evaluation_figures(run: Run, model: MAML, tasks: Tasks, values: np.ndarray) -> dict[str, Figure]:
+def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
     """Figures of a model on the tasks of a split.
 
     Args:
         run: a run.Run.
         model: a maml.MAML.
         tasks: SinusoidTasks or ImageTasks, of data_generator.
-        values: their metrics, [tasks, 1 + updates].
+        split: 'val' or 'test'.
+        values: {label: their metrics, [tasks, 1 + updates]}, a line each.
 
     Returns:
         {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
     """
-    some = task_sheet(model, tasks, run.model.num_updates) if run.source.image_shape else sinusoids(model, tasks)
-    return {'updates': curves({run.description: values}, run.metric), 'tasks': some}
+    title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
+    some = task_sheet(model, tasks, run.model.num_updates, title) if run.source.image_shape else sinusoids(model, tasks, title)
+    return {'updates': curves(values, run.metric, title), 'tasks': some}
 
 
-def curves(runs: dict[str, np.ndarray], metric: str) -> Figure:
-    """A metric against the number of updates, with bands of the 95% interval of the mean (figure 3 of the paper).
+def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
+    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean.
+
+    Like figure 3 of the paper. The first column of the values is another quantity, of support rows before adaptation: it is a
+    mark by itself at 0, and where it lies far from the others, it is said in the legend.
 
     Args:
-        runs: {label: values [tasks, 1 + updates]}. The first column is of support rows, which before adaptation are as new to
-            the model as query rows are.
+        runs: {label: values [tasks, 1 + updates]}.
         metric: one of statistics.UNITS.
+        heading: what was evaluated.
 
     Returns:
         A matplotlib Figure.
     """
-    title, factor, _ = UNITS[metric]
-    figure = Figure(figsize=(6, 3.6 + 0.22 * (len(runs) > 1) * len(runs)), layout='constrained')
-    axes = figure.subplots()
+    title, factor, digits = UNITS[metric]
+    figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
+    axes, bounds = figure.subplots(), []
     for (label, values), style in zip(runs.items(), STYLES * len(runs)):
         mean, _, half = (statistic * factor for statistic in statistics(values))
-        updates = np.arange(len(mean))
-        axes.plot(updates, mean, label=_plain(label), markersize=4, clip_on=False, **style)  # markers on the axis are drawn whole
-        axes.fill_between(updates, mean - half, mean + half, color=style['color'], alpha=0.2, linewidth=0)
-    axes.set(xlabel='inner updates (gradient steps; 0: before adaptation)', ylabel=f'{title} (band: 95% interval)',
-             xticks=updates)
-    if metric == 'loss':
-        axes.set_ylim(bottom=0)
+        updates, low, high = np.arange(len(mean)), mean - half, mean + half
+        axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are drawn whole
+                  label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
+        axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
+        axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
+        bounds.append((low, high))
+    _limit(axes, metric, np.array(bounds))
+    axes.set(xlabel='inner updates; the mark at 0 is of support examples, before adaptation', xticks=updates,
+             ylabel=f'query {title}\n(band: 95% interval)', xlim=(-0.3, updates[-1] + 0.3))
+    axes.set_title(_plain(heading), fontsize='small')
     axes.grid(alpha=0.3)
-    if len(runs) > 1:
-        figure.legend(loc='outside lower center', fontsize='small', frameon=False)
+    figure.legend(loc='outside lower center', fontsize='small', frameon=False)
     return figure
 
 
-def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
+def _limit(axes, metric, bounds):
+    """Sets the range of y so that the bands can be seen.
+
+    Args:
+        bounds: ends of the intervals, [runs, 2, 1 + updates].
+    """
+    finite = bounds[:, :, 1:][np.isfinite(bounds[:, :, 1:])]
+    if metric == 'loss':
+        if not np.isfinite(bounds).all() or finite.max(initial=0) > DIVERGED * max(np.median(finite), 1e-9):
+            axes.set_yscale('log', nonpositive='clip')  # a run that diverged leaves nothing to see on a linear axis
+        else:
+            axes.set_ylim(bottom=0)
+    elif finite.size:
+        low, high = finite.min(), finite.max()
+        margin = 0.15 * max(high - low, 1.0)
+        axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
+
+
+def sinusoids(model: MAML, tasks: SinusoidTasks, heading: str, count: int = 4) -> Figure:
     """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
 
     Like figure 2 of the paper.
@@ -76,6 +104,7 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
     Args:
         model: a maml.MAML.
         tasks: a data_generator.SinusoidTasks.
+        heading: which run it is.
 
     Returns:
         A matplotlib Figure.
@@ -85,7 +114,8 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
     post = model.predict(batch, max(SHOWN_UPDATES)).post
     outputs_after = {updates: post[updates - 1] if updates else model.predict_unadapted(batch) for updates in SHOWN_UPDATES}
 
-    figure = Figure(figsize=(8, 2.6 * -(-count // 2)), layout='constrained')
+    figure = Figure(figsize=(8, 2.6 * -(-count // 2) + 0.3), layout='constrained')
+    figure.suptitle(_plain(heading), fontsize='small')
     panels = figure.subplots(-(-count // 2), 2, sharex=True, squeeze=False).ravel()
     names = {0: 'before adaptation', 1: 'after 1 update', 10: 'after 10 updates'}
     for task, axes in enumerate(panels[:count]):
@@ -106,28 +136,33 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
     return figure
 
 
-def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: int = 4) -> Figure:
+def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, shown_query: int = 4) -> Figure:
     """A task's images, one row per class: support images, then query images with their predicted classes.
 
     Args:
         model: a maml.MAML.
         tasks: a data_generator.ImageTasks; its first task is shown.
         num_updates: inner updates before query images are classified.
+        heading: which run it is.
         shown_query: of each class, at the most.
 
     Returns:
         A matplotlib Figure.
     """
     batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
-    after = np.argmax(model.predict(batch, num_updates).post[-1][0], axis=-1)
+    probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
+    after = np.argmax(probabilities, axis=-1)
     before = np.argmax(model.predict_unadapted(batch)[0], axis=-1)
     labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
 
-    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.4), 1.5 * len(names) + 0.7), layout='constrained')
-    figure.suptitle(f'left: support images; right: query images,\nand the class predicted before → after adaptation '
-                    f'({num_updates} update{"s" if num_updates > 1 else ""})', fontsize='small')
+    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(names) + 1.1), layout='constrained')
+    total, right = len(labels['query']), np.mean(after == labels['query'])
+    figure.suptitle(
+        f'{_plain(heading)}: its first task\nleft: support images; right: {queries * len(names)} of {total} query images, with the '
+        f'class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and its probability;\n'
+        f'of all {total}, {right:.0%} are right', fontsize='small')
     panels = figure.subplots(len(names), shots + queries, squeeze=False)
     for label, name in enumerate(names):
         for column, axes in enumerate(panels[label]):
@@ -136,10 +171,11 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: in
             image = (batch.support_x if part == 'support' else batch.query_x)[0, row]
             _show(axes, image, tasks.source)
             if part == 'query':
-                right = after[row] == label
-                axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if right else "✗"}', fontsize='small')
+                correct = after[row] == label
+                axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}',
+                               fontsize='small')
                 for spine in axes.spines.values():
-                    spine.set(color='#2e7d5b' if right else '#c8553d', linewidth=2, linestyle='-' if right else '--')
+                    spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
     return figure
 

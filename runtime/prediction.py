@@ -5,6 +5,7 @@ import math
 import os
 
 import numpy as np
+from scipy.special import softmax
 
 from data_generator import TaskBatch
 from maml import MAML
@@ -41,10 +42,11 @@ def predict(run: Run, task: UserTask) -> None:
     labels = [int(np.argmax(row)) if row.any() else None for row in task.batch.query_y[0]]
     path = os.path.join(run.directory, _file_name(run, model.config.query_norm))
     write_predictions(path + '.csv', task, labels, probabilities)
-    plots.save(plots.prediction_sheet(task, run.flag_values['query_dir'], run.source, labels, probabilities), path + '.png')
+    picture = f'{path}.{run.plot_format}'
+    plots.save(plots.prediction_sheet(task, run.flag_values['query_dir'], run.source, labels, probabilities), picture)
     print(f'{prefix}, adapted to {support_rows} images of {len(classes)} classes by {updates} updates\n')
     print_predictions(task, labels, probabilities)
-    print(f'\nWritten: {path}.csv and .png')
+    print(f'\nWritten: {path}.csv and .{run.plot_format}')
 
 
 def _file_name(run: Run, query_norm: str) -> str:
@@ -102,5 +104,4 @@ def classify(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
     for part in np.array_split(np.arange(rows), parts):
         queries = TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])
         logits.append(model.predict(queries, num_updates).post[-1][0])
-    exponentials = np.exp(np.concatenate(logits) - np.max(np.concatenate(logits), axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return softmax(np.concatenate(logits), axis=-1)

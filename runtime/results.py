@@ -1,17 +1,19 @@
 """The files of an evaluation, and its table."""
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
 import pickle
+import zlib
 
 import filelock
 import numpy as np
 
 from runtime.errors import UserError
 from runtime.files import write_atomically
-from runtime.statistics import UNITS, bootstrap, statistics
+from runtime.statistics import UNITS, bootstrap, number, statistics
 
 FILE = 'results.json'
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
@@ -28,7 +30,7 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     lines = [f'  updates  {title}, with its 95% interval']
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
-    columns = [[f'{mean * factor:8.{digits}f} ± {half * factor:.{digits}f}' for mean, _, half in zip(*statistics(values))]
+    columns = [[f'{number(mean * factor, digits):>8} ± {number(half * factor, digits)}' for mean, _, half in zip(*statistics(values))]
                for values in evaluations.values()]
     for updates, cells in enumerate(zip(*columns)):
         lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
@@ -41,13 +43,20 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     return '\n'.join(lines)
 
 
-def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
-    """Writes an evaluation to <name>.csv and <name>.pkl, as the reference does, and adds it to results.json.
+def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[str, str]:
+    """Writes an evaluation to <file>.csv and <file>.pkl, as the reference does, and adds it to results.json.
+
+    The csv file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}. Nothing of
+    another evaluation is overwritten: the files of another split or of other images keep their names, and those of an earlier
+    checkpoint that was evaluated under this name get a name that ends with the checkpoint's.
 
     Args:
-        name: of the csv file (header update0,update1,..., rows mean, std, ci95) and of the pickle ({'mses': values}).
+        name: of the evaluation.
         values: [tasks, 1 + updates], as returned by `evaluation.task_metrics`.
         facts: what was evaluated and how. `facts['tasks']` says on which tasks; evaluations on the same tasks can be compared.
+
+    Returns:
+        The name that the evaluation got, and that of its files. They are `name`, unless another evaluation has it.
 
     Raises:
         OSError: a file cannot be written.
@@ -57,20 +66,63 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
     writer = csv.writer(text)
     writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
     writer.writerows(statistics(values))
-    write_atomically(os.path.join(directory, name + '.csv'), text.getvalue().encode())
-    write_atomically(os.path.join(directory, name + '.pkl'), lambda file: pickle.dump({'mses': values}, file))
-
     columns = zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())
     updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
-    path = os.path.join(directory, FILE)
-    entry = {f'{name}, {facts["tasks"]["split"]}': {**facts, 'updates': updates, 'scores': values.tolist()}}
     with _lock(directory):  # evaluations that end together must not lose each other's entries
-        write_atomically(path, json.dumps({**existing(directory), **entry}, indent=1).encode())
+        entries = existing(directory)
+        name, file = _claim(entries, name, facts)
+        _keep_earlier(directory, entries, name, facts)
+        entries[_key(name, facts)] = {'file': file, **facts, 'updates': updates, 'scores': values.tolist()}
+        path = os.path.join(directory, file)
+        write_atomically(path + '.csv', text.getvalue().encode())
+        write_atomically(path + '.pkl', lambda file: pickle.dump({'mses': values}, file))
+        write_atomically(os.path.join(directory, FILE), json.dumps(entries, indent=1).encode())
+    return name, file
+
+
+def _key(name, facts):
+    return f'{name}, {facts["tasks"]["split"]}'
+
+
+def _file(key, entry):
+    return entry.get('file', key.removesuffix(_key('', entry)))
+
+
+def _claim(entries: dict[str, dict], name: str, facts: dict) -> tuple[str, str]:
+    """Names for an evaluation and for its files that no other evaluation among `entries` has."""
+    def source(entry):
+        return [entry['tasks'], entry.get('flags', {}).get('load_from')]
+
+    holder = entries.get(_key(name, facts), facts)
+    if source(holder) != source(facts):  # other images, or weights from elsewhere
+        name += f'_{zlib.crc32(json.dumps(source(facts), sort_keys=True).encode()):08x}'
+    taken = {_file(key, entry) for key, entry in entries.items() if key != _key(name, facts)}
+    return name, f'{name}_{facts["tasks"]["split"]}' if name in taken else name
+
+
+def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: dict) -> None:
+    """If another checkpoint was evaluated under a name, renames that evaluation, its files and its pictures."""
+    earlier = entries.get(_key(name, facts))
+    if earlier is None or os.path.basename(earlier['checkpoint']) == os.path.basename(facts['checkpoint']):
+        return
+    checkpoint = os.path.basename(earlier['checkpoint'])
+    file, split = _file(_key(name, facts), earlier), facts['tasks']['split']
+    other, other_file = _claim(entries, f'{name}_{checkpoint}', earlier)
+    renamed = [(file + suffix, other_file + suffix) for suffix in ('.csv', '.pkl')]
+    renamed += [(f'{name}_{split}_{picture}', f'{other}_{split}_{picture}')
+                for picture in ('updates.png', 'updates.pdf', 'updates.svg', 'tasks.png', 'tasks.pdf', 'tasks.svg')]
+    for old, new in renamed:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(directory, old), os.path.join(directory, new))
+    del entries[_key(name, facts)]
+    entries[_key(other, facts)] = {**earlier, 'file': other_file}
 
 
 @contextlib.contextmanager
 def _lock(directory: str):
     """Keeps other processes from changing results.json while entered."""
+    if not os.path.isdir(directory):  # FileLock would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
     lock = filelock.FileLock(os.path.join(directory, '.results.lock'))
     with contextlib.suppress(NotImplementedError):  # file systems without locks
         lock.acquire()

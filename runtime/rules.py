@@ -91,6 +91,7 @@ RULES = [
          '--data_path is a folder of images, but {datasource} has no data on disk'),
     Rule(lambda r: r.user_images and not r.data_path and r.mode != 'predict',
          '--datasource={datasource} needs --data_path, the folder of your images'),
+    Rule(lambda r: r.given('skip_bad_images') and not r.images, '--skip_bad_images is for sources of images'),
     *_only_with(['image_size', 'image_channels', 'rotations', 'split'], lambda r: r.user_images, 'is for --datasource=folder'),
     Rule(lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
          '--split={split} must be three positive whole numbers like 64/16/20'),
@@ -98,6 +99,10 @@ RULES = [
          '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
     Rule(lambda r: r.images and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
     Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
+    Rule(lambda r: r.given('format'), '--format is for --compare'),
+    # Network
+    *_only_with(['max_pool', 'num_filters', 'conv'], lambda r: r.images,
+                'is for networks of images: leave it out'),
     # Training
     *(Rule(lambda r, name=name: not math.isfinite(r.values[name].value), f'--{name} must be a finite number')
       for name in ('meta_lr', 'update_lr', 'train_update_lr')),

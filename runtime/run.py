@@ -7,11 +7,12 @@ from typing import Any
 
 from absl import flags
 
-from data_generator import SOURCES, Source, TaskConfig
+from data_generator import SOURCES, Source, TaskConfig, Tasks
 from runtime.distribution import Replicas
 from runtime.errors import UserError, first_line
 from runtime.files import write_atomically
 from runtime.flags import FLAGS, GROUPS, LEARNING, labels, method, names
+from runtime.images import BadImages
 from runtime.rules import mode
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
@@ -44,6 +45,7 @@ class Run:
     split: str                  # what to evaluate: 'val' | 'test'
     num_test_tasks: int
     plot: bool
+    plot_format: str            # 'png' | 'pdf' | 'svg'
     method: str                 # for tables and pictures
     flag_values: dict[str, Any]     # {flag: value} of all flags
     learning_flags: dict[str, Any]  # of those that determine what is learnt: the identity of the run
@@ -106,6 +108,7 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         checkpoint=BEST if values.test_best else {-1: None}.get(values.test_iter, values.test_iter),
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
+        plot_format=values.plot_format,
         method=tasks.baseline or ('pre-training' if pretrain_only else method(values)),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
@@ -141,15 +144,50 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
         source = dataclasses.replace(
             source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
             split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
+    if source.image_shape:
+        source = dataclasses.replace(source, skip_bad_images=values.skip_bad_images)
     train = mode(values) == 'train'
     query_shots = -1 if train else values.test_query
     return source, TaskConfig(
         num_classes=values.num_classes,
         update_batch_size=values.update_batch_size,
         query_shots=source.query_shots(values.update_batch_size, train) if query_shots == -1 else query_shots,
-        seed=values.seed,
+        seed=values.test_seed if mode(values) == 'evaluate' else values.seed,
         baseline='oracle' if values.baseline == 'oracle' else None,
         data_path=values.data_path and os.path.expanduser(values.data_path))
+
+
+def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[str, Tasks]:
+    """{split: tasks}: for training those of train and val, else those of `split`.
+
+    Before a training the images of the test split are read as well, if there are any: a bad one should not be found after it.
+
+    Raises:
+        BadImages: images of any of these splits cannot be used.
+        UserError: the data are not there or do not suffice.
+    """
+    data, bad, hint = {}, [], ''
+    for name in ['train', 'val'] if mode == 'train' else [split]:
+        try:
+            data[name] = source.tasks(tasks, name)
+        except BadImages as error:
+            bad, hint = bad + error.images, error.hint
+    if mode == 'train' and source.image_shape:
+        try:
+            source.tasks(tasks, 'test')
+        except BadImages as error:
+            bad, hint = bad + error.images, error.hint
+        except UserError:
+            pass  # a training needs no test split, and not one that suffices
+    if bad:
+        raise BadImages(bad, hint)
+    return data
+
+
+def record_split(source: Source, tasks: TaskConfig) -> None:
+    """Writes down how the user's class folders are split, now that the flags are known to fit them."""
+    if source.image_shape and source.user_images:
+        source.folders(tasks.data_path).record_split()
 
 
 def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:
@@ -222,8 +260,6 @@ def apply_run(values: flags.FlagValues) -> None:
         if not values[name].present:
             values[name].value = value
         elif name in LEARNING and values[name].value != value:
-            if mode(values) != 'train' and name == 'seed':
-                continue  # the seed of the evaluation's tasks
             if mode(values) != 'train' and name in TRAINED_WITH:
                 if not values[TRAINED_WITH[name]].present:
                     values[TRAINED_WITH[name]].value = value

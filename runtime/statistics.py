@@ -1,9 +1,12 @@
 """Means over tasks and their intervals."""
+import math
+import warnings
 
 import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
+LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
 
@@ -38,12 +41,27 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return np.stack([interval.low, interval.high], axis=1)
 
 
+def number(value: float, digits: int) -> str:
+    """Text: a number with some digits after the point, or if it is very large, as of diverged runs, with an exponent."""
+    return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS else f'{value:.2e}'
+
+
 def interval(values: np.ndarray, digits: int) -> str:
     """Text: mean and half-width of the 95% interval of values [tasks]."""
     mean, _, half = statistics(values[:, None])
-    return f'{mean[0]:.{digits}f} ± {half[0]:.{digits}f}'
+    return f'{number(mean[0], digits)} ± {number(half[0], digits)}'
 
 
 def p_value(one: np.ndarray, other: np.ndarray) -> float:
-    """Of a two-sided paired t-test on values [tasks]; 1 if they are equal."""
-    return 1.0 if np.array_equal(one, other) else stats.ttest_rel(one, other).pvalue
+    """Of a two-sided paired t-test on values [tasks]; 1 if they are equal, not a number if one is not finite."""
+    if np.array_equal(one, other, equal_nan=True):
+        return 1.0
+    with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
+        warnings.simplefilter('ignore')
+        return float(stats.ttest_rel(one, other).pvalue)
+
+
+def p_text(one: np.ndarray, other: np.ndarray) -> str:
+    """Text: `p_value`, or '-' where there is none."""
+    found = p_value(one, other)
+    return '-' if math.isnan(found) else f'{found:.2g}'

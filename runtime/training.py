@@ -102,7 +102,9 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
     """Prints where the run ended; raises SystemExit if it was interrupted."""
     newest = checkpoints.path(run.directory, saver.iteration)
     if not interruption.signal or saver.iteration == run.iterations:
-        print(f'The last checkpoint is {newest}')
+        best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
+                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g}')
+        print(f'The last checkpoint is {newest}{best or ""}')
         return
     back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
     further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
@@ -131,6 +133,9 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
              f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
              f'  shown    {run.metric} before and after adaptation']
+    if config.loss == 'mse' and config.norm == 'batch_norm':
+        lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
+                     '--norm=None')
     if run.replicas.count > 1:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         each = run.meta_batch_size // run.replicas.count
@@ -210,7 +215,7 @@ class Trainer:
                                  max(run.model.num_updates, run.source.validation_updates))
         self.summarise_validation(metrics, saving)
         pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
-        if validating and run.metric == 'accuracy':
+        if run.metric == 'accuracy':  # Reference behaviour: no line in regression
             self.progress.log(f'Validation results: {pre:.6g}, {post:.6g}')
         return better(run, self.state.best, {'iteration': iteration, 'score': float(post)}) if saving else self.state.best
 
@@ -220,7 +225,8 @@ class Trainer:
         self.summaries.write('metaval', metrics, iteration)
         if saving and run.plot and run.log and run.replicas.chief:
             from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-            figures = plots.evaluation_figures(run, self.model, self.data['val'], task_metrics(metrics))
+            figures = plots.evaluation_figures(run, self.model, self.data['val'], 'val',
+                                               {f'model{iteration}': task_metrics(metrics)})
             self.summaries.write_figures('metaval', figures, iteration)
 
     def save(self, best: dict | None) -> None:

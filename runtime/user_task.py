@@ -7,7 +7,7 @@ import numpy as np
 from data_generator import ImageSource, TaskBatch
 from runtime.class_folders import subfolders
 from runtime.errors import UserError
-from runtime.images import decode_images, image_files, readable_suffixes
+from runtime.images import BadImages, decode_images, image_files, readable_suffixes
 
 
 class UserTask(NamedTuple):
@@ -17,31 +17,43 @@ class UserTask(NamedTuple):
     queries: list[str]  # paths of the query images, in the order of the rows
 
 
-def read_user_task(source: ImageSource, support_dir: str, query_dir: str) -> UserTask:
+def read_user_task(source: ImageSource, support_dir: str, query_dir: str, left_out: frozenset[str] = frozenset()) -> UserTask:
     """Reads the images of two folders.
 
     Args:
         support_dir: has one folder of images for each class.
         query_dir: has images to classify, directly or in folders; a folder named like a class says that its images are of it.
+        left_out: paths of images that are not looked at.
 
     Raises:
-        UserError: a folder or its images are missing, or an image cannot be read.
+        BadImages: images cannot be read, and the source does not say to leave them out.
+        UserError: a folder or its images are missing.
     """
     for name, folder in ('support_dir', support_dir), ('query_dir', query_dir):
         if not os.path.isdir(folder):
             raise UserError(f'--{name}={folder} is not a folder')
     classes = sorted(subfolders(support_dir))
-    support = [(path, label) for label, name in enumerate(classes) for path in _images(os.path.join(support_dir, name))]
+    support = [(path, label) for label, name in enumerate(classes) for path in _images(os.path.join(support_dir, name))
+               if path not in left_out]
     empty = set(range(len(classes))) - {label for _, label in support}
     if len(classes) < 2 or empty:
         which = f'{classes[min(empty)]} has no image' if empty else f'there {"is" if classes else "are"} {len(classes)}'
         raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes; {which}')
-    queries = _queries(query_dir, classes)
+    queries = [query for query in _queries(query_dir, classes) if query[0] not in left_out]
     if not queries:
         raise UserError(f'--query_dir={query_dir} holds no images, nor do the folders in it (further below is not looked)')
-    support_x, support_y = _rows(source, support, len(classes), 'decoding support images')
-    query_x, query_y = _rows(source, queries, len(classes), 'decoding query images')
-    return UserTask(TaskBatch(support_x, support_y, query_x, query_y), classes, [path for path, _ in queries])
+    arrays, bad = [], []
+    for part, images in ('support', support), ('query', queries):
+        try:
+            arrays += _rows(source, images, len(classes), f'decoding {part} images')
+        except BadImages as error:
+            bad += error.images
+    if bad and not source.skip_bad_images:
+        raise BadImages(bad, 'remove them')
+    if bad:
+        print(f'Left out (--skip_bad_images): {BadImages(bad, "").listing}')
+        return read_user_task(source, support_dir, query_dir, frozenset(path for path, _ in bad))
+    return UserTask(TaskBatch(*arrays), classes, [path for path, _ in queries])
 
 
 def _images(folder: str) -> list[str]:
@@ -59,6 +71,6 @@ def _queries(query_dir: str, classes: list[str]) -> list[tuple[str, int]]:
 def _rows(source: ImageSource, images: list[tuple[str, int]], way: int, progress_label: str) -> tuple[np.ndarray, np.ndarray]:
     """x [1, images, dim_input] and one-hot y [1, images, way] of [(path, label)]; y is 0 for the label `way`."""
     paths, labels = zip(*images)
-    decoded = decode_images(paths, source.image_shape, True, 'remove it', progress_label)
+    decoded = decode_images(paths, source.image_shape, True, 'remove them', progress_label)
     x = source.preprocess(np.concatenate(list(decoded)))
     return x[None], np.eye(way + 1, way, dtype=np.float32)[list(labels)][None]

@@ -1,6 +1,10 @@
 """What evaluations leave behind: results.json, comparisons of runs, and pictures."""
+import csv
 import json
 import os
+import pickle
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import main
 from conftest import error_of, run_ok
 from runtime import comparison, results, statistics
 from runtime.errors import UserError
+from runtime.run import experiment_name
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
@@ -89,16 +94,145 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
         assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
 
 
-def test_labels_in_pictures_say_what_differs():
-    def labels(*paths, methods=('MAML', 'MAML'), flags=({}, {})):
-        return comparison._short({path: {'method': method, 'flags': flag} for path, method, flag in zip(paths, methods, flags)})
-    assert labels('a/run1/x, model5', 'a/run2/x, model5') == ['A: run1', 'B: run2']
-    assert labels('/deep/a/run/x, model5', 'a/run/x, model6') == ['A: x, model5', 'B: x, model6']
-    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML')) == ['A: oracle', 'B: MAML']
-    same, other = {'baseline': 'oracle', 'num_updates': 1}, {'baseline': None, 'num_updates': 5}
-    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML'), flags=(same, {**other, 'num_updates': 1})) == [
-        'A: oracle', 'B: MAML']
-    assert labels('a/run1/x', 'a/run2/x', methods=('oracle', 'MAML'), flags=(same, other)) == ['A: run1', 'B: run2']
+def evaluation(path, method='MAML', given=None, checkpoint='model5', scores=((1., 2.), (3., 5.)), **flags):
+    directory, name = os.path.split(path)
+    return comparison.Evaluation(directory, name, given, {
+        'method': method, 'flags': flags, 'checkpoint': checkpoint, 'scores': scores, 'score': 'loss',
+        'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 2}})
+
+
+def test_labels_say_what_differs():
+    def labels(*evaluations):
+        return comparison.what_differs(evaluations)
+    assert labels(evaluation('a/run1/x'), evaluation('a/run2/x')) == ['run1', 'run2']
+    assert labels(evaluation('/deep/a/run/x'), evaluation('a/run/x', checkpoint='model6')) == ['model5', 'model6']
+    assert labels(evaluation('a/run1/x', 'oracle', baseline='oracle'), evaluation('a/run2/x', baseline=None)) == ['oracle', 'MAML']
+    assert labels(evaluation('a/run1/x', num_updates=1), evaluation('a/run2/x', num_updates=5)) == ['num_updates=1', 'num_updates=5']
+    assert labels(evaluation('a', seed=0), evaluation('b')) == ['a, model5', 'b, model5'], 'an evaluation older than a flag has its default'
+    assert labels(evaluation('a', given='old'), evaluation('b', given='new', norm='None')) == ['old', 'new']
+    assert labels(evaluation('a', given='m', seed=0), evaluation('b', given='m', seed=1)) == ['m, seed=0', 'm, seed=1']
+
+
+def test_each_at_its_own_number_of_updates():
+    """The paired test of methods that are meant at different numbers of updates."""
+    scores = np.random.default_rng(0).normal(size=[2, 9, 4])
+    pair = [evaluation('a', num_updates=1, scores=scores[0].tolist()), evaluation('b', num_updates=3, scores=scores[1].tolist())]
+    own = comparison.Comparison(pair).rows()[-1]
+    assert own.title == 'own'
+    np.testing.assert_array_equal(own.values, [scores[0, :, 1], scores[1, :, 3]])
+    text = comparison.as_text(comparison.Comparison(pair))
+    p = stats.ttest_rel(scores[1, :, 3], scores[0, :, 1]).pvalue
+    assert f'{p:.2g}' in text.splitlines()[-2] and '(own: each at its own number of updates, A 1, B 3)' in text
+    alike = comparison.Comparison([evaluation('a', num_updates=1), evaluation('b', num_updates=1)])
+    assert [row.title for row in alike.rows()] == ['0', '1']
+
+
+def test_runs_that_differ_by_seed_only_are_averaged():
+    scores = np.random.default_rng(0).normal(size=[4, 9, 2])
+    runs = [evaluation(f'run{seed}', seed=seed, scores=one.tolist()) for seed, one in enumerate(scores[:3])]
+    found = comparison.Comparison([*runs, evaluation('other', seed=0, num_updates=5, scores=scores[3].tolist())])
+    assert found.seed_groups() == [[0, 1, 2]]
+    means = scores[:3, :, 1].mean(axis=1)
+    assert comparison.over_seeds(found.rows()[1], [0, 1, 2]) == pytest.approx((means.mean(), means.std(ddof=1)))
+    text = comparison.as_text(found)
+    assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
+    assert 'std' in comparison.as_latex(found)
+
+
+def test_tables_of_other_programs(two_runs, capsys):
+    short, long = two_runs
+    rows = list(csv.DictReader(run_ok('--compare', f'brief={short}', f'long={long}', '--format=csv').splitlines()))
+    entry, = json.loads((long / 'results.json').read_text()).values()
+    row, = (row for row in rows if row['label'] == 'long' and row['updates'] == '5')
+    assert float(row['mean']) == pytest.approx(np.mean(entry['scores'], axis=0)[5]) and row['seed'] == '0'
+    assert len(rows) == 22 and float(row['difference']) < 0 and 0 < float(row['p']) < 1
+    latex = run_ok('--compare', f'a_b={short}', f'long={long}', '--format=latex', '--plot')
+    assert latex.count(r'\\') == 3 and r'a\_b' in latex and r'\pm' in latex and 'Drawn' not in latex
+    assert 'Drawn: ' in capsys.readouterr().err
+    assert '--format is for --compare' in error_of('--format=csv')
+
+
+def test_comparisons_look_at_every_level_and_overwrite_no_picture(two_runs, tmp_path):
+    shutil.copytree(two_runs[0], tmp_path / 'a' / 'deep' / 'down' / 'short')
+    shutil.copytree(two_runs[1], tmp_path / 'b' / 'long')
+    shutil.copytree(two_runs[1], tmp_path / 'b' / 'long' / 'earlier1')
+    output = run_ok(f'--compare={tmp_path}', '--plot')
+    assert 'B - A' in output and 'C - A' not in output and 'earlier' not in output
+    (tmp_path / 'comparison.png').write_text('mine')
+    assert 'comparison-2.svg' not in run_ok(f'--compare={tmp_path}', '--plot', '--plot_format=svg')
+    assert 'Drawn: ' + str(tmp_path / 'comparison-2.png') in run_ok(f'--compare={tmp_path}', '--plot')
+    assert (tmp_path / 'comparison.png').read_text() == 'mine' and (tmp_path / 'comparison.svg').read_text().startswith('<?xml')
+
+
+def test_evaluations_live_side_by_side(tmp_path):
+    """Of the newest and of other checkpoints, of other tasks and of both splits."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--num_test_tasks=5', '--save_interval=2', '--metatrain_iterations=4']
+    run_ok(*flags)
+    flags += ['--train=False']
+    name = 'test_ubs10_stepsize0.001_tasks5'
+    for more in [], ['--test_set=True'], ['--test_iter=2'], ['--test_iter=4'], ['--test_seed=1'], ['--test_best']:
+        run_ok(*flags, *more)
+    directory = directory_of(tmp_path)
+    entries = json.loads((directory / 'results.json').read_text())
+    assert {f'{name}, val', f'{name}, test', f'{name}_model2, val', f'{name}_seed1, val'} == set(entries)
+    files = [entry['file'] for entry in entries.values()]
+    assert len(set(files)) == 4 and files[0] == name
+    for entry in entries.values():
+        with open(directory / f'{entry["file"]}.pkl', 'rb') as file:
+            assert pickle.load(file)['mses'].tolist() == entry['scores']
+    assert entries[f'{name}_seed1, val']['tasks']['seed'] == 1
+    # Training goes on: what was the newest gets the name of its checkpoint.
+    before = entries[f'{name}, val']
+    run_ok(*flags[:-2], '--metatrain_iterations=6')
+    run_ok(*flags[:-2], '--metatrain_iterations=6', '--train=False')
+    entries = json.loads((directory / 'results.json').read_text())
+    assert entries[f'{name}_model4, val']['scores'] == before['scores'] and entries[f'{name}, val']['iterations'] == 6
+    with open(directory / f'{name}_model4.pkl', 'rb') as file:
+        assert pickle.load(file)['mses'].tolist() == before['scores']
+    assert 'C - A' in run_ok(f'--compare={directory}')
+
+
+def test_other_images_do_not_overwrite_results(tmp_path, small_omniglot):
+    flags = [*IMAGES, f'--logdir={tmp_path}', '--metatrain_iterations=2', '--num_test_tasks=3']
+    run_ok(*flags, f'--data_path={small_omniglot}')
+    shutil.copytree(small_omniglot, tmp_path / 'other', ignore=shutil.ignore_patterns('.cache', '00.png'))
+    for path in small_omniglot, tmp_path / 'other':
+        run_ok(*flags, f'--data_path={path}', '--train=False')
+    entries = json.loads(next(tmp_path.glob('cls*/results.json')).read_text())
+    assert len(entries) == 2 and len({entry['file'] for entry in entries.values()}) == 2
+
+
+def test_seeds_are_evaluated_on_the_same_tasks(tmp_path):
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--num_test_tasks=5', '--metatrain_iterations=2']
+    for seed in 0, 1, 2:
+        run_ok(*flags, f'--seed={seed}')
+        run_ok(*flags, f'--seed={seed}', '--train=False')
+    assert sorted(path.name.rpartition('nonorm')[2] for path in tmp_path.iterdir()) == ['', '.seed1', '.seed2']
+    assert 'ABC over seeds' in run_ok(f'--compare={tmp_path}')
+
+
+def directory_name(*flags):
+    main.FLAGS.unparse_flags()
+    main.parse(['main.py', *flags])
+    return experiment_name(main.FLAGS, pretrain_only=False)
+
+
+def test_what_makes_a_run_is_in_its_name():
+    assert directory_name('--meta_lr=0.01', '--norm=None').endswith('nonorm.metalr0.01')
+    assert directory_name('--seed=3') == directory_name() + '.seed3'
+    assert directory_name('--datasource=folder', '--data_path=x', '--split=8/1/1', '--image_size=20', '--rotations',
+                          '--image_channels=1').endswith('batchnorm.size20.channels1.rotations.split8-1-1')
+    assert directory_name('--datasource=folder', '--split=64/16/20', '--seed=0', '--meta_lr=0.001') == directory_name()
+
+
+def test_numbers_of_runs_that_diverged():
+    huge = np.array([[1., 1e18], [2., np.inf], [3., np.nan]])
+    pair = comparison.Comparison([evaluation('a', scores=huge.tolist()), evaluation('b', scores=np.ones([3, 2]).tolist())])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        text = comparison.as_text(pair)
+    assert '1000000000000' not in text and max(map(len, text.splitlines())) < 120
+    assert statistics.number(451142711936811008.0, 4) == '4.51e+17' and statistics.number(3.25, 4) == '3.2500'
 
 
 def test_a_difference_that_is_none():

@@ -191,7 +191,7 @@ def test_damaged_results_are_found_before_the_work(tmp_path, monkeypatch):
 def test_a_picture_is_whole_or_as_before(tmp_path, monkeypatch):
     path = tmp_path / 'x.png'
     path.write_bytes(b'the old picture')
-    figure = plots.curves({'run': np.ones([3, 2])}, 'loss')
+    figure = plots.curves({'run': np.ones([3, 2])}, 'loss', 'x')
     with monkeypatch.context() as patch:
         patch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
         with pytest.raises(UserError, match='No space left'):

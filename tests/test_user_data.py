@@ -1,0 +1,148 @@
+"""Users' own images: bad ones are listed at once, folders are taken for what they are, nothing is written that is not wanted."""
+import os
+
+import pytest
+from PIL import Image
+
+from conftest import class_names, error_of, run_ok, write_image_tree
+from data_generator import SOURCES
+from runtime.class_folders import ClassFolders
+from runtime.images import BadImages
+
+SMALL = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
+         '--metatrain_iterations=2', '--test_query=1']
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Class folders in three splits, with two bad images in train and one in test."""
+    write_image_tree(tmp_path / 'data', class_names(3, 2, 2), images=4, size=(12, 20, 3))
+    for name in 'train/train00/00.png', 'train/train01/01.png', 'test/test00/00.png':
+        (tmp_path / 'data' / name).write_bytes(b'no image')
+    return tmp_path / 'data'
+
+
+def test_all_bad_images_are_named_before_training(damaged, tmp_path):
+    """Those of the test split too, which a training does not read."""
+    flags = [*SMALL, f'--data_path={damaged}', f'--logdir={tmp_path / "logs"}']
+    error = error_of(*flags)
+    for name in '3 images: ', 'train/train00/00.png', 'train/train01/01.png', 'test/test00/00.png', '--skip_bad_images':
+        assert name in error, error
+    assert not (tmp_path / 'logs').exists()
+
+
+def test_bad_images_can_be_left_out(damaged, tmp_path):
+    flags = [*SMALL, f'--data_path={damaged}', f'--logdir={tmp_path / "logs"}', '--skip_bad_images']
+    output = run_ok(*flags)
+    assert 'Left out of the train split (--skip_bad_images): 2 images: ' in output and '3 classes, 10 images' in output
+    assert 'Left out of the test split' in run_ok(*flags, '--train=False', '--test_set', '--num_test_tasks=2')
+    assert '--skip_bad_images is for sources of images' in error_of('--datasource=sinusoid', '--skip_bad_images')
+
+
+def test_a_class_without_good_images(damaged):
+    for path in (damaged / 'train' / 'train00').iterdir():
+        path.write_bytes(b'no image')
+    source = ClassFolders(str(damaged), split_ratios=(1, 1, 1), skip_bad_images=True)
+    with pytest.raises(Exception, match='train00 .* holds no image'):
+        source.load('train', (20, 20, 3))
+
+
+def test_many_bad_images_are_counted():
+    error = BadImages([(f'{number}.png', 'is no image') for number in range(250)], 'remove them')
+    assert '250 images: ' in str(error) and 'and 150 more' in str(error)
+
+
+def test_bad_images_of_a_prediction(tmp_path):
+    run_ok(*SMALL[:-1], f'--data_path={tree(tmp_path)}', f'--logdir={tmp_path / "logs"}')
+    write_image_tree(tmp_path / 'support', ['one', 'two'], images=2, size=(12, 20, 3))
+    write_image_tree(tmp_path, ['query'], images=3, size=(12, 20, 3))
+    for name in 'support/one/00.png', 'query/01.png':
+        (tmp_path / name).write_bytes(b'no image')
+    flags = [*SMALL[:-1], f'--data_path={tmp_path / "data"}', f'--logdir={tmp_path / "logs"}', '--predict',
+             f'--support_dir={tmp_path / "support"}', f'--query_dir={tmp_path / "query"}']
+    error = error_of(*flags)
+    assert '2 images: ' in error and 'one/00.png' in error and 'query/01.png' in error
+    output = run_ok(*flags, '--skip_bad_images')
+    assert 'Left out' in output and 'adapted to 3 images of 2 classes' in output and '02.png' in output
+
+
+def tree(tmp_path):
+    write_image_tree(tmp_path / 'data', class_names(3, 2, 2), images=4, size=(12, 20, 3))
+    return tmp_path / 'data'
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """CIFAR-100 has such a class. Folders are the splits only if they hold folders."""
+    names = ['train', 'bus', *(f'class{number}' for number in range(8))]
+    write_image_tree(tmp_path, names, images=2, size=(8, 8, 3))
+    source = SOURCES['folder']
+    found = [name for split in ('train', 'val', 'test') for name in source.class_folders(split, str(tmp_path))]
+    assert sorted(found) == sorted(names)
+
+
+def test_no_split_is_written_for_flags_that_do_not_fit(tmp_path):
+    write_image_tree(tmp_path / 'data', [f'class{number}' for number in range(10)], images=2, size=(8, 8, 3))
+    flags = [*SMALL[:-1], f'--data_path={tmp_path / "data"}', f'--logdir={tmp_path / "logs"}']
+    for wrong in '--num_classes=4', '--update_batch_size=3':
+        error_of(*flags, '--split=5/1/4' if 'classes' in wrong else '--split=4/3/3', wrong)
+        assert not (tmp_path / 'data' / 'splits.csv').exists()
+    assert 'Split the classes into 4 / 3 / 3' in run_ok(*flags, '--split=4/3/3')
+    assert (tmp_path / 'data' / 'splits.csv').exists()
+
+
+def test_a_training_needs_no_test_split(tmp_path):
+    write_image_tree(tmp_path / 'data', [name for name in class_names(3, 2, 2) if 'test' not in name], images=4, size=(8, 8, 3))
+    assert 'Training' in run_ok(*SMALL, f'--data_path={tmp_path / "data"}', f'--logdir={tmp_path / "logs"}')
+
+
+def test_every_validation_is_shown(tmp_path):
+    """Below 500 iterations too: --test_best chooses among them."""
+    output = run_ok(*SMALL, f'--data_path={tree(tmp_path)}', f'--logdir={tmp_path / "logs"}', '--save_interval=1')
+    assert output.count('Validation results: ') == 2 and 'did best (--test_best), with an accuracy of' in output
+
+
+def test_what_hardly_learns_is_said(tmp_path):
+    flags = ['--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
+    assert 'hardly learns' in run_ok(*flags) and 'hardly learns' not in run_ok(*flags, '--norm=None')
+
+
+@pytest.mark.parametrize('flag', ['--max_pool', '--num_filters=32'])
+def test_the_sinusoid_has_no_convolutions(flag):
+    assert 'is for networks of images' in error_of('--datasource=sinusoid', flag)
+
+
+def test_a_picture_of_a_run_that_diverged_is_logarithmic():
+    import numpy as np
+
+    from runtime import plots
+    good, bad = np.ones([3, 4]), np.array([[1, 1e3, 1e9, np.inf]] * 3)
+    assert plots.curves({'good': good}, 'loss', 'x').axes[0].get_yscale() == 'linear'
+    assert plots.curves({'good': good, 'bad': bad}, 'loss', 'x').axes[0].get_yscale() == 'log'
+    accuracy = np.full([50, 4], 0.99) + np.random.default_rng(0).normal(0, 0.02, [50, 4]) * [0, 1, 1, 1]
+    accuracy[:, 0] = 0.2
+    low, high = plots.curves({'run': accuracy}, 'accuracy', 'x').axes[0].get_ylim()
+    assert low > 90 and high - low < 10, 'the band can be seen'
+
+
+@pytest.mark.parametrize('image_format', ['pdf', 'svg'])
+def test_formats_of_pictures(tmp_path, image_format):
+    flags = ['--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
+    run_ok(*flags)
+    output = run_ok(*flags, '--train=False', '--num_test_tasks=3', '--plot', f'--plot_format={image_format}')
+    paths = [line.removeprefix('Drawn: ') for line in output.splitlines() if line.startswith('Drawn: ')]
+    start = {'pdf': b'%PDF', 'svg': b'<?xml'}[image_format]
+    assert len(paths) == 2
+    for path in paths:
+        with open(path, 'rb') as file:
+            assert file.read(5).startswith(start)
+    assert not [name for name in os.listdir(os.path.dirname(paths[0])) if name.endswith('.png')]
+
+
+def test_both_norms_in_one_picture(small_omniglot, tmp_path):
+    flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', f'--logdir={tmp_path}',
+             f'--data_path={small_omniglot}', '--metatrain_iterations=1']
+    run_ok(*flags)
+    output = run_ok(*flags, '--train=False', '--num_test_tasks=3', '--query_norm=both', '--plot')
+    assert output.count('_updates.png') == 1
+    with Image.open(next(tmp_path.glob('*/*_updates.png'))) as image:
+        assert min(image.size) > 300
