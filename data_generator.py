@@ -59,6 +59,7 @@ class Source(Protocol):
     dim_hidden: tuple[int, ...]     # layer sizes of the fully connected net
     validation_updates: int         # inner updates of a validation during training
     print_interval: int             # iterations between console lines
+    baselines: tuple[str, ...]      # values of --baseline that it offers
     task_facts: dict                # what tasks depend on besides the flags and the data: JSON values; see results.json
 
     def tasks(self, config: TaskConfig, split: str) -> Tasks:
@@ -202,6 +203,7 @@ class SinusoidSource:
     dim_hidden = (40, 40)
     validation_updates = 5
     print_interval = 1000
+    baselines = ('oracle',)
     task_facts = {}
 
     def tasks(self, config: TaskConfig, split: str) -> SinusoidTasks:
@@ -236,6 +238,7 @@ class ImageSource:
     print_interval: int = 100
     loss = 'xent'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
+    baselines = ()
 
     @property
     def task_facts(self) -> dict:

@@ -26,12 +26,12 @@ Usage:
   5-way, 1-shot on your own images:
     python main.py --datasource=folder --data_path=my_images --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/my_images/ --num_filters=32 --max_pool=True
 
-  Each command is also a file of configs/: --flagfile=configs/omniglot_5way1shot.flags stands for it.
+  Each command is also a file in configs/, as in --flagfile=configs/omniglot_5way1shot.flags.
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
   To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR.
-  --run=DIR stands for the flags of the training in DIR, to evaluate, to predict or to go on.
-  All but the sinusoid's data must be prepared first: see docs/data.md.
+  --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
+  All data sets but the sinusoid's must be prepared first: see docs/data.md.
 """
 import os
 import signal
@@ -49,11 +49,11 @@ from runtime.startup import import_tensorflow
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
-number('num_classes', 5, 'way N: classes per task (without meaning for sinusoid)', 1, Learning(network='images'))
+number('num_classes', 5, 'way N: classes per task (ignored for sinusoid)', 1, Learning(network='images'))
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
        'meta-training (sinusoid only)', Learning(label='{}', network='regression'))
 string('data_path', None, 'folder of the images, if not the one under data/; for --datasource=folder your own, with folders '
-       'train, val and test, each with one folder of images per class, or just the latter')
+       'train, val and test, each with one folder of images per class, or class folders only')
 number('image_size', 84, 'height and width in pixels to which your own images are resized (--datasource=folder)', 1,
        Learning(label='.size{}', network='user images'))
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
@@ -96,11 +96,11 @@ choice('strategy', 'auto', distribution.STRATEGIES, "what the tasks of a meta-ba
 group('Computing: these change the numbers by rounding only')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, "directory of a run: stands for the flags that it was trained with, to evaluate, to predict or to go on "
-       'training; flags that are given as well win')
-boolean('resume', True, 'go on from the newest checkpoint, if there is one')
+string('run', None, 'directory of a run: use the flags that it was trained with, to evaluate, to predict or to continue '
+       'training; flags on the command line override them')
+boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints', 1)
-group('Saving and going on')
+group('Saving and resuming')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, "prefix of a checkpoint, of this program or of the reference, whose weights are evaluated, or from "
        'which training starts if there is nothing to resume')
@@ -109,8 +109,8 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; in '
         'training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-strings('compare', "instead of training or evaluating: a run's folder, or a folder of runs, to show side by side with others "
-        'named after it, as far as they were evaluated on the same tasks; name=DIR gives its runs a name')
+strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
+        'several were evaluated; name=DIR gives the runs in DIR a name')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare prints: 'text': tables for a terminal; 'csv': a line for "
        "each run and number of updates; 'latex': a tabular environment")
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
@@ -118,7 +118,7 @@ boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 choice('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: 'batch': their "
        "own, so that outputs depend on which others there are (transductive, as the paper's); 'support': those of the support "
        "examples, each query example by itself, the default of --predict; 'both': evaluate one after the other")
-number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; not less than that', -1)
+number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; at least as large', -1)
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size', -1)
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
 group('Evaluation')

@@ -18,13 +18,14 @@ class Request:
     Attributes:
         values: the absl FlagValues; they are attributes of the request too.
         mode: 'train', 'evaluate' or 'predict'.
+        source: the entry of SOURCES.
         images: whether the source has images.
         user_images: whether these are the user's own.
     """
 
     def __init__(self, values: flags.FlagValues):
         self.values, self.mode = values, mode(values)
-        source = SOURCES[values.datasource]
+        self.source = source = SOURCES[values.datasource]
         self.images = source.image_shape is not None
         self.user_images = self.images and source.user_images
 
@@ -85,7 +86,7 @@ RULES = [
          '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} is more examples than memories hold'),
     # Data
     Rule(lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
-    Rule(lambda r: r.baseline == 'oracle' and r.images,
+    Rule(lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
          '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
     Rule(lambda r: r.data_path is not None and not r.images,
          '--data_path is a folder of images, but {datasource} has no data on disk'),
@@ -101,8 +102,8 @@ RULES = [
     Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
     Rule(lambda r: r.given('format'), '--format is for --compare'),
     # Network
-    *_only_with(['max_pool', 'num_filters', 'conv'], lambda r: r.images,
-                'is for networks of images: leave it out'),
+    *(Rule(lambda r, name=name: not r.images and r.values[name].value != r.values[name].default,
+           f'--{name} is for networks of images: leave it out') for name in ('max_pool', 'num_filters')),
     # Training
     *(Rule(lambda r, name=name: not math.isfinite(r.values[name].value), f'--{name} must be a finite number')
       for name in ('meta_lr', 'update_lr', 'train_update_lr')),

@@ -111,7 +111,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     np.testing.assert_allclose(std, values.std(axis=0), rtol=1e-6)
     np.testing.assert_allclose(ci95, 1.96 * std / np.sqrt(len(values)), rtol=1e-6)
     table = re.findall(r'^ +(\d+) +([\d.]+) ± ([\d.]+)', output, re.M)
-    scale = 1 if source == 'sinusoid' else 100
+    scale = 1 if SOURCES[source].loss == 'mse' else 100
     np.testing.assert_allclose([float(row[1]) for row in table], scale * mean, atol=0.0051)
     assert [int(row[0]) for row in table] == list(range(11))
 

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def test_save_interval(tmp_path):
 def test_contradictions_are_spelt_out(tmp_path):
     run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
     on = [*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200']
+    for other in '.metalr0.01', '.metalr0.01.seed3', '.seed3.metalr0.01':  # runs of these flags would have directories of their own
+        shutil.copytree(next(tmp_path.glob('*nonorm')), f'{next(tmp_path.glob("*nonorm"))}{other}')
     error = error_of(*on, '--meta_lr=0.01', '--seed=3')
     assert 'model100 was made with --seed=0, --meta_lr=0.001, and not with --seed=3, --meta_lr=0.01; give the flags' in error
     assert '--resume=False' in error
