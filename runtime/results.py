@@ -1,16 +1,14 @@
 """The files of an evaluation, and its table."""
-import contextlib
 import csv
 import io
 import json
 import os
 import pickle
 
-import filelock
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import locked, write_atomically
 from runtime.statistics import UNITS, bootstrap, statistics
 
 FILE = 'results.json'
@@ -64,20 +62,8 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
     updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
     path = os.path.join(directory, FILE)
     entry = {f'{name}, {facts["tasks"]["split"]}': {**facts, 'updates': updates, 'scores': values.tolist()}}
-    with _lock(directory):  # evaluations that end together must not lose each other's entries
+    with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
         write_atomically(path, json.dumps({**existing(directory), **entry}, indent=1).encode())
-
-
-@contextlib.contextmanager
-def _lock(directory: str):
-    """Keeps other processes from changing results.json while entered."""
-    lock = filelock.FileLock(os.path.join(directory, '.results.lock'))
-    with contextlib.suppress(NotImplementedError):  # file systems without locks
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def existing(directory: str) -> dict[str, dict]:
