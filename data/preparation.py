@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import sys
 import tarfile
 import threading
@@ -21,10 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data import pickles
 from runtime.class_folders import PARTIAL_MANIFEST, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, write_atomically
@@ -306,28 +305,6 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
     return found
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numbers, texts, lists, dicts and numpy arrays, and calls nothing else that a pickle names."""
-    _NUMPY = [f'numpy.{core}.{module}' for core in ('core', '_core') for module in ('multiarray', 'numeric')]
-
-    def find_class(self, module, name):
-        if (module, name) == ('numpy', 'ndarray'):
-            return np.ndarray
-        if (module, name) == ('numpy', 'dtype'):
-            return np.dtype
-        if name == '_reconstruct' and module in self._NUMPY:
-            return _empty_array
-        if name == '_frombuffer' and module in self._NUMPY:
-            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
-        if (module, name) == ('_codecs', 'encode'):
-            return lambda text, encoding: text.encode('latin1')
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which data do not need')
-
-
-def _empty_array(kind, shape, dtype):
-    return np.ndarray.__new__(np.ndarray, shape, dtype)
-
-
 def load_pickle(content: bytes, path: str) -> dict:
     """Reads a pickle of plain data, as Python 2 or 3 wrote it, without being able to run code.
 
@@ -342,9 +319,9 @@ def load_pickle(content: bytes, path: str) -> dict:
         SystemExit: it is damaged, asks for anything but plain data, or is no dict.
     """
     try:
-        data = _ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
-    except Exception as error:  # damaged pickles raise about anything
-        sys.exit(f'{path} cannot be read as a pickle of plain data ({error or type(error).__name__}); download it again')
-    if not isinstance(data, dict):
-        sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
-    return {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in data.items()}
+        data = pickles.load(content)
+        if not isinstance(data, dict):
+            sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
+        return pickles.with_text_keys(data)
+    except pickles.Refused as error:
+        sys.exit(f'{path} cannot be read as a pickle of plain data ({error}); download it again')
