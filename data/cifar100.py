@@ -43,7 +43,7 @@ def read_parts(source):
     if os.path.isdir(folder):
         contents, where = {}, folder
         for name in PARTS:
-            if os.path.isfile(os.path.join(folder, name)):
+            if os.path.exists(os.path.join(folder, name)):
                 contents[name] = read_part(os.path.join(folder, name))
     elif os.path.exists(archive):
         contents, where = read_tar_members(archive, PARTS, limit=512 * MEGABYTE), archive
