@@ -16,7 +16,7 @@ import pickletools
 
 import numpy as np
 
-MOST_INSTRUCTIONS = 4_000_000  # CIFAR-100 has some 400,000
+MOST_INSTRUCTIONS = 4_000_000  # CIFAR-100 has 200,000
 PLAIN_TYPES = {'b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f4', 'f8', 'bool', 'int8', 'uint8', 'int16', 'uint16',
                'int32', 'uint32', 'int64', 'uint64', 'float32', 'float64'}
 BYTE_ORDERS = {'<', '>', '=', '|'}

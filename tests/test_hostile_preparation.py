@@ -36,12 +36,15 @@ def cifar():
 
 
 def load(content):
-    """What `load_pickle` makes of a pickle in a process of its own: its status, what it said, and its memory in megabytes."""
+    """What `load_pickle` makes of a pickle in a process of its own: its status, what it said, and its peak memory in megabytes.
+
+    The peak is from /proc: that of getrusage may be this process's, from before the other program was started.
+    """
     process = subprocess.run(
-        [sys.executable, '-c', f'import sys; sys.path.insert(0, {ROOT!r})\nimport resource\nfrom data import preparation\n'
+        [sys.executable, '-c', f'import sys; sys.path.insert(0, {ROOT!r})\nimport re, resource\nfrom data import preparation\n'
          'resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))\n'
          'try:\n    preparation.load_pickle(sys.stdin.buffer.read(), "it")\n'
-         'finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)'],
+         'finally:\n    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)'],
         input=content, capture_output=True, timeout=60)
     return process.returncode, process.stderr.decode(), int(process.stdout or 0)
 
