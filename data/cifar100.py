@@ -5,6 +5,7 @@ import sys
 import numpy as np
 from PIL import Image
 
+from data import pickles
 from data.preparation import (
     MEGABYTE,
     Class,
@@ -15,12 +16,14 @@ from data.preparation import (
     load_pickle,
     prepare,
     read_classes,
+    read_part,
     read_tar_members,
 )
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
 SIZE = (32, 32)
 IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
+IMAGES = 60_000
 
 
 def read_parts(source):
@@ -40,9 +43,8 @@ def read_parts(source):
     if os.path.isdir(folder):
         contents, where = {}, folder
         for name in PARTS:
-            if os.path.isfile(os.path.join(folder, name)):
-                with open(os.path.join(folder, name), 'rb') as file:
-                    contents[name] = file.read()
+            if os.path.exists(os.path.join(folder, name)):
+                contents[name] = read_part(os.path.join(folder, name))
     elif os.path.exists(archive):
         contents, where = read_tar_members(archive, PARTS, limit=512 * MEGABYTE), archive
     else:
@@ -62,18 +64,21 @@ def read_images(source):
     """
     parts = read_parts(source)
     where, meta = parts.pop('meta')
-    labels = [_text(name) for name in _field(meta, 'fine_label_names', where)]
+    labels = _names(meta, 'fine_label_names', where)
+    if len(set(labels)) < len(labels):
+        sys.exit(f'{where} gives two classes the same name; download CIFAR-100 again')
     images = []
     for where, part in parts.values():
-        data = np.asarray(_field(part, 'data', where))
-        numbers, names = _field(part, 'fine_labels', where), _field(part, 'filenames', where)
-        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-            sys.exit(f'{where} holds data of shape {list(data.shape)} and type {data.dtype} instead of rows of 3072 bytes; '
-                     'download CIFAR-100 again')
+        data, names = _field(part, 'data', where), _names(part, 'filenames', where)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
+            kind = (f'of shape {list(data.shape)} and type {data.dtype}' if isinstance(data, np.ndarray) else
+                    f'of type {type(data).__name__}')
+            sys.exit(f'{where} holds data {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
+        numbers = _values(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))
         if not len(data) == len(numbers) == len(names) or not set(numbers) <= set(range(len(labels))):
             sys.exit(f'the labels or names in {where} do not fit its {len(data)} images; download CIFAR-100 again')
         pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        images += [(labels[number], _text(name), image) for number, name, image in zip(numbers, names, pixels)]
+        images += [(labels[number], name, image) for number, name, image in zip(numbers, names, pixels)]
     hostile = [name for label, name, _ in images if not is_plain_name(name) or not is_plain_name(label)]
     if hostile:
         sys.exit(f'{source} names an image {hostile[0]!r}, which cannot be the name of a file; download CIFAR-100 again')
@@ -86,8 +91,16 @@ def _field(part, name, where):
     return part[name]
 
 
-def _text(name):
-    return name.decode('latin1') if isinstance(name, bytes) else str(name)
+def _names(part, name, where):
+    return _values(part, name, where, pickles.texts)
+
+
+def _values(part, name, where, read):
+    """An entry's values as a list, by one of the functions of `pickles`."""
+    try:
+        return read(_field(part, name, where))
+    except pickles.Refused as error:
+        sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 
 
 def main(description, here):

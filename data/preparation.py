@@ -7,34 +7,38 @@ import argparse
 import collections
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
-import pickle
+import signal
+import stat
 import sys
 import tarfile
 import threading
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
-import numpy as np
+import filelock
 from PIL import Image
 from tqdm import tqdm
 
+from data import pickles
 from runtime.class_folders import PARTIAL_MANIFEST, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
-from runtime.files import PART_SUFFIX, write_atomically
+from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
 from runtime.images import PREPARED_FORMATS  # noqa: F401  (what a picture in a download may be)
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
-# What reading a damaged or hostile picture raises. Of large ones Pillow would only warn, at half the size that it refuses.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
-          Image.DecompressionBombWarning)
+LONGEST_NAME = 150  # in bytes, of a file or folder; the file's temporary name is longer, and most systems end at 255
+LOCK = '.lock'
+# What reading a damaged or hostile picture or archive raises: Pillow, zipfile and tarfile raise almost anything.
+DAMAGE = Exception
+# Of large pictures Pillow would only warn, at half the size that it refuses.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
 
 
@@ -58,6 +62,20 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
     parser.add_argument('--allow_missing', action='store_true', help='go on with what is there')
     parser.add_argument('--force', action='store_true', help='make again what an earlier run has made')
     return parser
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a preparation script's main. What may end it anywhere, ends it with a sentence: Ctrl-C, little memory, a bad file."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
+        print('Interrupted. Run this again: it goes on where it stopped.', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except MemoryError:
+        sys.exit('there is not enough memory to read the download; close other programs, or download it again if it is damaged')
+    except OSError as error:
+        sys.exit(f'the download cannot be read: {error}; make its files readable, or download it again')
 
 
 def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tuple[int, int], args: argparse.Namespace,
@@ -86,23 +104,14 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
-        start(destination, recipe, args.force, pictures)
-        for folder in sorted({os.path.dirname(picture.name) for picture in pictures}):
-            os.makedirs(os.path.join(destination, folder), exist_ok=True)
-        damaged = write_all(pictures, destination)
-        counts = count_classes(pictures, destination)
-        complaints = check(pictures, counts, classes, damaged, absent, destination)
-        print(summary(counts, classes, destination, size))
-        print((describe or describe_classes)(counts), 'in', destination, flush=True)
-        write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
-        # Last: whatever stops this function before leaves a record that says incomplete.
-        write_record(destination, recipe, complete=not complaints or args.allow_missing)
+        with locked_folder(destination):
+            complaints = _prepare(pictures, classes, size, args, recipe, absent, describe or describe_classes, destination)
+    except filelock.Timeout:
+        sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
+                 '--destination')
     except OSError as error:
         sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
                  'this again: it goes on where it stopped')
-    except KeyboardInterrupt:
-        print('Interrupted. Run this again: it goes on where it stopped.', file=sys.stderr)
-        sys.exit(130)
     if complaints:
         text = 'Not as it should be:\n' + '\n'.join('  ' + line for line in complaints)
         if not args.allow_missing:
@@ -110,15 +119,47 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         print(text + '\nGoing on with what is there (--allow_missing).', file=sys.stderr)
 
 
+@contextlib.contextmanager
+def locked_folder(folder: str):
+    """Creates the folder and, while entered, keeps other preparations out. Raises filelock.Timeout if one is at work there.
+
+    The lock file is removed before the lock ends, so that nothing is left; the file of a killed process locks nothing.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, LOCK)
+    with locked(path, wait=False):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # some systems remove no open file
+                os.remove(path)
+
+
+def _prepare(pictures, classes, size, args, recipe, absent, describe, destination):
+    """`prepare`, under the lock; returns the complaints."""
+    start(destination, recipe, args.force, pictures)
+    remove_parts(destination)  # of killed preparations, for under the lock none is at work
+    for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
+        os.makedirs(folder, exist_ok=True)
+        remove_parts(folder)
+    damaged = write_all(pictures, destination)
+    counts = count_classes(pictures, destination)
+    complaints = check(pictures, counts, classes, damaged, absent, destination)
+    print(summary(counts, classes, destination, size))
+    print(describe(counts), 'in', destination, flush=True)
+    write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
+    # Last: whatever stops this function before leaves a record that says incomplete.
+    write_record(destination, recipe, complete=not complaints or args.allow_missing)
+    return complaints
+
+
 def start(destination: str, recipe: str, force: bool, pictures: Sequence[Picture]) -> None:
     """Records that a preparation is going on; then removes the pictures of another recipe (or any, by force)."""
-    os.makedirs(destination, exist_ok=True)
     try:
-        with open(os.path.join(destination, RECORD), encoding='utf-8') as file:
-            same = json.load(file).get('recipe') == recipe
+        same = json.loads(read_file(os.path.join(destination, RECORD))).get('recipe') == recipe
     except FileNotFoundError:
         same = True
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         same = False
     # The record goes first: a kill while pictures are removed must not leave one that says complete. It keeps the old recipe, or
     # none, until pictures of another recipe are gone.
@@ -174,7 +215,7 @@ def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mappi
     duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
     found = [  # a sentence: before, how many, what, the first of them, after
         ('', duplicates, 'file names stand for more than one image of their class', '; download the source again'),
-        ('', [f'{name} ({error})' for name, error in damaged], 'images cannot be decoded', ''),
+        ('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
         ('', absent, 'images are missing', ''),
         ('', missing, f'of {len(classes)} classes are missing', ''),
         ('', unknown, 'classes are not known', ''),
@@ -237,15 +278,50 @@ def read_classes(path: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_file(path: str) -> bytes:
-    """A file's content."""
+def read_file(path: str, limit: int | None = None) -> bytes:
+    """A file's content.
+
+    Raises:
+        OSError: it cannot be read, is larger than the limit in bytes, or is no regular file: pipes, for example, may never end.
+    """
+    check_regular(path)
+    if limit is not None and os.path.getsize(path) > limit:
+        raise OSError(errno.EFBIG, f'Larger than {limit // MEGABYTE} MB', path)
     with open(path, 'rb') as file:
         return file.read()
 
 
+def read_picture(path: str) -> bytes:
+    """The content of a picture's file; raises one of DAMAGE."""
+    return read_file(path, LARGEST_PICTURE)
+
+
+def read_part(path: str) -> bytes:
+    """The content of a file without which there is nothing to prepare. Raises SystemExit if it cannot be read."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        sys.exit(f'{path} cannot be read ({error.strerror}); put the downloaded file there, readable')
+
+
+def check_regular(path: str) -> None:
+    """Raises OSError if there is no regular file: to open a pipe or a device might take for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, 'Not a regular file', path)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says of damaged input, on one line, short and printable, since the input may have had a hand in it."""
+    text = ' '.join(str(error).split())
+    text = text if ' ' in text else f'{type(error).__name__} {text}'.strip()
+    text = ''.join(character if character.isprintable() else '?' for character in text)
+    return text if len(text) <= 200 else text[:200] + '...'
+
+
 def is_plain_name(name: str) -> bool:
-    """Whether a name from a download may become the name of a file or folder: one component, not hidden, printable."""
-    return bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:') and len(name) < 200
+    """Whether a name from a download may become the name of a file or folder: one component, not hidden, printable, short."""
+    return (bool(name) and not name.startswith('.') and name.isprintable() and not set(name) & set('/\\:')
+            and len(name.encode()) <= LONGEST_NAME)
 
 
 def encode(image: Image.Image, image_format: str = 'PNG') -> bytes:
@@ -261,9 +337,10 @@ class Zip:
     def __init__(self, path):
         """Raises SystemExit where it is missing or damaged."""
         try:
+            check_regular(path)
             self._file = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            sys.exit(f'{path} is damaged ({error}); download it again')
+        except DAMAGE as error:
+            sys.exit(f'{path} is damaged ({reason(error)}); download it again')
         self._lock = threading.Lock()
 
     def names(self):
@@ -273,12 +350,8 @@ class Zip:
         """A member's content; raises one of DAMAGE."""
         if self._file.getinfo(name).file_size > LARGEST_PICTURE:
             raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
-        try:
-            with self._lock, self._file.open(name) as file:
-                content = file.read(LARGEST_PICTURE + 1)
-        except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
-            raise ValueError(str(error)) from error
-        return content
+        with self._lock, self._file.open(name) as file:
+            return file.read(LARGEST_PICTURE)
 
 
 def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
@@ -292,8 +365,11 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
     """
     found = {}
     try:
+        check_regular(path)
         with tarfile.open(path) as archive:
             for member in archive:
+                if member.size < 0:  # some versions of tarfile would go back by that, and round in circles
+                    raise tarfile.ReadError('a member has a negative size')
                 name = member.name.rsplit('/', 1)[-1]
                 if not member.isreg() or name not in names or name in found:
                     continue
@@ -301,31 +377,9 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
                     sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
                              'download it again')
                 found[name] = archive.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        sys.exit(f'{path} is damaged ({error}); download it again')
+    except DAMAGE as error:
+        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
     return found
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numbers, texts, lists, dicts and numpy arrays, and calls nothing else that a pickle names."""
-    _NUMPY = [f'numpy.{core}.{module}' for core in ('core', '_core') for module in ('multiarray', 'numeric')]
-
-    def find_class(self, module, name):
-        if (module, name) == ('numpy', 'ndarray'):
-            return np.ndarray
-        if (module, name) == ('numpy', 'dtype'):
-            return np.dtype
-        if name == '_reconstruct' and module in self._NUMPY:
-            return _empty_array
-        if name == '_frombuffer' and module in self._NUMPY:
-            return lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype).reshape(shape, order=order)
-        if (module, name) == ('_codecs', 'encode'):
-            return lambda text, encoding: text.encode('latin1')
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}, which data do not need')
-
-
-def _empty_array(kind, shape, dtype):
-    return np.ndarray.__new__(np.ndarray, shape, dtype)
 
 
 def load_pickle(content: bytes, path: str) -> dict:
@@ -342,9 +396,9 @@ def load_pickle(content: bytes, path: str) -> dict:
         SystemExit: it is damaged, asks for anything but plain data, or is no dict.
     """
     try:
-        data = _ArrayUnpickler(io.BytesIO(content), encoding='latin1').load()
-    except Exception as error:  # damaged pickles raise about anything
-        sys.exit(f'{path} cannot be read as a pickle of plain data ({error or type(error).__name__}); download it again')
-    if not isinstance(data, dict):
-        sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
-    return {key.decode('latin1') if isinstance(key, bytes) else key: value for key, value in data.items()}
+        data = pickles.load(content)
+        if not isinstance(data, dict):
+            sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
+        return pickles.with_text_keys(data)
+    except pickles.Refused as error:
+        sys.exit(f'{path} cannot be read as a pickle of plain data ({error}); download it again')

@@ -20,6 +20,7 @@ import filelock
 import tensorflow as tf
 
 from runtime.errors import UserError, first_line
+from runtime.files import locked
 
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 BEST = 'best'
@@ -50,24 +51,20 @@ def exclusive(directory: str):
     Raises:
         UserError: another process trains there, or it cannot be written to.
     """
-    lock = filelock.FileLock(os.path.join(directory, '.lock'))
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # file systems without locks
-            lock.acquire(timeout=0)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        _finish_saving(directory)
-    except filelock.Timeout as error:
-        raise UserError(f'another process is training in {directory}; wait for its end, stop it, or choose another '
-                        '--logdir') from error
-    except OSError as error:
-        raise UserError(f'the experiment directory {directory} cannot be written to: {error.strerror}; choose another '
-                        '--logdir') from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            stack.enter_context(locked(os.path.join(directory, '.lock'), wait=False))
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+            _finish_saving(directory)
+        except filelock.Timeout as error:
+            raise UserError(f'another process is training in {directory}; wait for its end, stop it, or choose another '
+                            '--logdir') from error
+        except OSError as error:
+            raise UserError(f'the experiment directory {directory} cannot be written to: {error.strerror}; choose another '
+                            '--logdir') from error
         yield
-    finally:
-        lock.release()
 
 
 def iterations(directory: str) -> list[int]:

@@ -2,13 +2,17 @@
 import contextlib
 import glob
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
+import filelock
+
 PART_SUFFIX = '.part'
 STALE_SECONDS = 3600   # a part file not written to for this long belongs to a process that was killed
+_PART = re.compile(r'\.\d+' + re.escape(PART_SUFFIX) + '$')  # ends in the process number and the suffix
 Result = TypeVar('Result')
 
 
@@ -45,3 +49,32 @@ def remove_stale_parts(path: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(part) > STALE_SECONDS:
                 os.unlink(part)
+
+
+def remove_parts(folder: str) -> None:
+    """Removes all part files in a folder, for use under a lock that keeps others from writing there."""
+    for name in os.listdir(folder):
+        if _PART.search(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def locked(path: str, wait: bool = True):
+    """While entered, holds the lock of a file against other processes. The lock ends with the process, however that ends.
+
+    Args:
+        path: the lock file, which is made if it is not there and has no content.
+        wait: whether to wait for the lock.
+
+    Raises:
+        filelock.Timeout: another process has the lock, and `wait` is False.
+        OSError: the file cannot be made.
+    """
+    lock = filelock.FileLock(path)
+    with contextlib.suppress(NotImplementedError):  # file systems without locks
+        lock.acquire(timeout=-1 if wait else 0)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,5 +1,4 @@
 """The files of an evaluation, and its table."""
-import contextlib
 import csv
 import errno
 import io
@@ -8,11 +7,10 @@ import os
 import pickle
 import zlib
 
-import filelock
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import locked, write_atomically
 from runtime.statistics import UNITS, bootstrap, number, statistics
 
 FILE = 'results.json'
@@ -68,7 +66,9 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[s
     writer.writerows(statistics(values))
     columns = zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())
     updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
-    with _lock(directory):  # evaluations that end together must not lose each other's entries
+    if not os.path.isdir(directory):  # the lock would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+    with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
         entries = existing(directory)
         name, file = _claim(entries, name, facts)
         _keep_earlier(directory, entries, name, facts)
@@ -116,20 +116,6 @@ def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: di
             os.replace(os.path.join(directory, old), os.path.join(directory, new))
     del entries[_key(name, facts)]
     entries[_key(other, facts)] = {**earlier, 'file': other_file}
-
-
-@contextlib.contextmanager
-def _lock(directory: str):
-    """Keeps other processes from changing results.json while entered."""
-    if not os.path.isdir(directory):  # FileLock would make it
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
-    lock = filelock.FileLock(os.path.join(directory, '.results.lock'))
-    with contextlib.suppress(NotImplementedError):  # file systems without locks
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def existing(directory: str) -> dict[str, dict]:

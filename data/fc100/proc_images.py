@@ -14,7 +14,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data import cifar100  # noqa: E402
+from data import cifar100, preparation  # noqa: E402
 
 if __name__ == '__main__':
-    cifar100.main(__doc__, HERE)
+    preparation.run_script(lambda: cifar100.main(__doc__, HERE))

@@ -4,7 +4,8 @@ Put into data/miniImagenet/ one of
 
     images.zip, or its unpacked folder images/, with train.csv, val.csv and test.csv (columns filename,label); without the
         csv files the classes are told by the images' names (n01532829...jpg) or folders (images/n01532829/...)
-    mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl and mini-imagenet-cache-test.pkl
+    mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl (or else mini-imagenet-cache-validation.pkl, which is not read
+        if both are there) and mini-imagenet-cache-test.pkl
 
 and run, there or anywhere,
 
@@ -26,18 +27,22 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import pickles  # noqa: E402
 from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
     Picture,
     Zip,
     arguments,
+    check_regular,
     encode,
     is_plain_name,
     load_pickle,
     prepare,
     read_classes,
-    read_file,
+    read_part,
+    read_picture,
+    run_script,
 )
 
 SPLITS = ('train', 'val', 'test')
@@ -84,14 +89,15 @@ def find_images(source):
     folder, archive = os.path.join(source, 'images'), os.path.join(source, 'images.zip')
     if os.path.isdir(folder):
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-        readers = {os.path.relpath(path, folder).replace(os.sep, '/'): lambda path=path: read_file(path) for path in paths}
+        readers = {os.path.relpath(path, folder).replace(os.sep, '/'): lambda path=path: read_picture(path) for path in paths}
     elif os.path.exists(archive):
         members = Zip(archive)
         readers = {name: lambda name=name: members.read(name) for name in members.names()}
     else:
         sys.exit(f'{source} holds neither images.zip, nor a folder images, nor mini-imagenet-cache-train.pkl; put one of '
                  'them there, or name its folder with --source')
-    readers = {name: read for name, read in sorted(readers.items()) if IMAGE.search(name)}
+    readers = {name: read for name, read in sorted(readers.items())
+               if IMAGE.search(name) and is_plain_name(name.rsplit('/', 1)[-1])}
     if not readers:
         sys.exit(f'there are no images in {folder if os.path.isdir(folder) else archive}')
     return readers
@@ -137,6 +143,7 @@ def rows_from_names(files):
 def read_rows(path):
     """[(filename, label)] of a csv file."""
     try:
+        check_regular(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -173,31 +180,56 @@ def fit(content):
         return encode(image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS), image.format)
 
 
+def find_pickle(source, split):
+    """The path of a split's cached pickle, or None."""
+    names = [f'mini-imagenet-cache-{name}.pkl' for name in ([split, 'validation'] if split == 'val' else [split])]
+    return next((path for path in (os.path.join(source, name) for name in names) if os.path.exists(path)), None)
+
+
 def from_pickles(source):
     """Pictures from the three cached pickles; returns as `from_images`."""
     pictures = []
     for split in SPLITS:
-        path = os.path.join(source, f'mini-imagenet-cache-{split}.pkl')
-        if not os.path.exists(path):
-            sys.exit(f'{path} is missing')
-        data = load_pickle(read_file(path), path)
-        images, members = np.asarray(data.get('image_data')), data.get('class_dict')
-        if images.dtype != np.uint8 or images.shape[1:] != (*SIZE, 3) or not isinstance(members, dict):
-            sys.exit(f'{path} does not hold image_data, bytes of shape [images, 84, 84, 3], and class_dict; download it again')
-        for label, indices in sorted(members.items()):
-            label = label.decode() if isinstance(label, bytes) else str(label)
+        path = find_pickle(source, split)
+        if path is None:
+            sys.exit(f'{os.path.join(source, f"mini-imagenet-cache-{split}.pkl")} is missing')
+        images, members = read_pickle(path)
+        pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png',
+                             lambda image=images[index]: encode(Image.fromarray(image)))
+                     for label, indices in sorted(members.items()) for number, index in enumerate(indices)]
+    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
+
+
+def read_pickle(path):
+    """The images of a cached pickle, uint8 [images, 84, 84, 3], and {class: indices of its images}.
+
+    Raises:
+        SystemExit: it is not such a pickle; or an image belongs to two classes, or twice to one.
+    """
+    data = load_pickle(read_part(path), path)
+    images, classes = data.get('image_data'), data.get('class_dict')
+    if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (*SIZE, 3) and
+            isinstance(classes, dict)):
+        sys.exit(f'{path} does not hold image_data, bytes of shape [images, 84, 84, 3], and class_dict; download it again')
+    seen = set()
+    try:
+        members = pickles.with_text_keys(classes)
+        for label, indices in members.items():
+            members[label] = indices = pickles.integers(indices, most=len(images))
             if not is_plain_name(label) or not all(0 <= index < len(images) for index in indices):
                 sys.exit(f'the class {label!r} in {path} has a name or indices that cannot be; download it again')
-            pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png',
-                                 lambda image=images[index]: encode(Image.fromarray(image)))
-                         for number, index in enumerate(indices)]
-    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
+            if len(set(indices)) < len(indices) or not seen.isdisjoint(indices):
+                sys.exit(f'the class {label!r} in {path} lists an image that is listed already; download it again')
+            seen.update(indices)
+    except pickles.Refused as error:
+        sys.exit(f'class_dict in {path} cannot be used ({error}); download it again')
+    return images, members
 
 
 def main():
     args = arguments(__doc__, HERE, HERE).parse_args()
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
-    has_pickles = any(os.path.exists(os.path.join(args.source, f'mini-imagenet-cache-{split}.pkl')) for split in SPLITS)
+    has_pickles = any(find_pickle(args.source, split) for split in SPLITS)
     pictures, expected, absent = (from_pickles if has_pickles and not has_images else from_images)(args.source)
     classes = {f'{split}/{label}': Class(split, expected.get((split, label), IMAGES_PER_CLASS))
                for split, label in class_list()}
@@ -205,4 +237,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

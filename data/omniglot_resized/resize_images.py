@@ -27,9 +27,11 @@ from data.preparation import (  # noqa: E402
     Zip,
     arguments,
     encode,
+    is_plain_name,
     prepare,
     read_classes,
-    read_file,
+    read_picture,
+    run_script,
 )
 
 PARTS = ('images_background', 'images_evaluation')
@@ -51,7 +53,7 @@ def find_drawings(source):
         folder, archive = os.path.join(source, part), os.path.join(source, part + '.zip')
         if os.path.isdir(folder):
             paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-            found = {path.replace(os.sep, '/'): lambda path=path: read_file(path) for path in paths}
+            found = {path.replace(os.sep, '/'): lambda path=path: read_picture(path) for path in paths}
         elif os.path.exists(archive):
             members = Zip(archive)
             found = {name: lambda name=name, members=members: members.read(name) for name in members.names()}
@@ -59,7 +61,8 @@ def find_drawings(source):
             sys.exit(f'{source} holds neither {part}.zip nor a folder {part}; put the Omniglot archives there, '
                      'or name their folder with --source')
         matches = [(DRAWING.search(path), read) for path, read in found.items()]
-        drawings.update({match['name']: read for match, read in matches if match})
+        drawings.update({match['name']: read for match, read in matches
+                         if match and all(map(is_plain_name, match['name'].split('/')))})
     return drawings
 
 
@@ -86,4 +89,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)
