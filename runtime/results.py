@@ -1,4 +1,5 @@
 """The files of an evaluation, and its table."""
+import contextlib
 import csv
 import errno
 import io
