@@ -21,6 +21,7 @@ DPI = 110
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
+SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
 def evaluation_figures(run: Run, model: MAML, tasks: Tasks, values: np.ndarray) -> dict[str, Figure]:
@@ -107,7 +108,7 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, count: int = 4) -> Figure:
 
 
 def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: int = 4) -> Figure:
-    """A task's images, one row per class: support images, then query images with their predicted classes.
+    """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
 
     Args:
         model: a maml.MAML.
@@ -125,11 +126,12 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: in
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
 
-    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.4), 1.5 * len(names) + 0.7), layout='constrained')
+    shown = names[:SHOWN_CLASSES]
+    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.4), 1.5 * len(shown) + 0.7), layout='constrained')
     figure.suptitle(f'left: support images; right: query images,\nand the class predicted before → after adaptation '
-                    f'({num_updates} update{"s" if num_updates > 1 else ""})', fontsize='small')
-    panels = figure.subplots(len(names), shots + queries, squeeze=False)
-    for label, name in enumerate(names):
+                    f'({num_updates} update{"s" if num_updates > 1 else ""}){_first_classes(len(names))}', fontsize='small')
+    panels = figure.subplots(len(shown), shots + queries, squeeze=False)
+    for label, name in enumerate(shown):
         for column, axes in enumerate(panels[label]):
             part, index = ('support', column) if column < shots else ('query', column - shots)
             row = rows[part][label][index]
@@ -144,9 +146,14 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, shown_query: in
     return figure
 
 
+def _first_classes(count):
+    """What a title says if not all classes are shown."""
+    return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
+
+
 def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels: list[int | None], probabilities: np.ndarray,
                      columns: int = 6, shown_support: int = 6, shown_query: int = 36) -> Figure:
-    """The images that a model was adapted to, one row per class, and those that it classified, with the predictions.
+    """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
 
     Args:
         task: a user_task.UserTask.
@@ -162,7 +169,7 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     classes, batch = task.classes, task.batch
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
     marks = ['' if known is None else ' ✓' if known == label else ' ✗' for known, label in zip(labels, predicted)]
-    support = [(image, _clipped(classes[label]), '') for label in range(len(classes))
+    support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
                for image in batch.support_x[0][support_labels == label][:shown_support]]
     query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
              for image, label, row, mark, path
@@ -171,7 +178,7 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
-    titles = ['support: what the model was adapted to', f'query: the class predicted, and its probability{more}']
+    titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
     for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
         part.suptitle(title, fontsize='medium')
         panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
@@ -187,7 +194,8 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
 def _show(axes, image, source):
     """Draws an image [dim_input] as it was before preprocessing."""
     image = image.reshape(source.image_shape)
-    axes.imshow(1 - image[..., 0] if source.invert else image.squeeze(), cmap='gray', vmin=0, vmax=1)
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    axes.imshow(1 - image if source.invert else image, cmap='gray', vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
 
 

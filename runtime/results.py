@@ -1,4 +1,5 @@
 """The files of an evaluation, and its table."""
+import codecs
 import contextlib
 import csv
 import io
@@ -10,7 +11,7 @@ import filelock
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import refuse_no_file, write_atomically
 from runtime.statistics import UNITS, bootstrap, statistics
 
 FILE = 'results.json'
@@ -65,7 +66,9 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> None:
     path = os.path.join(directory, FILE)
     entry = {f'{name}, {facts["tasks"]["split"]}': {**facts, 'updates': updates, 'scores': values.tolist()}}
     with _lock(directory):  # evaluations that end together must not lose each other's entries
-        write_atomically(path, json.dumps({**existing(directory), **entry}, indent=1).encode())
+        entries = {**existing(directory), **entry}
+        # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
+        write_atomically(path, lambda file: json.dump(entries, codecs.getwriter('ascii')(file), indent=1))
 
 
 @contextlib.contextmanager
@@ -93,6 +96,7 @@ def read(path: str) -> dict[str, dict]:
         UserError: it cannot be read, or is malformed.
     """
     try:
+        refuse_no_file(path)
         with open(path, encoding='utf-8') as file:
             results = json.load(file)
         for entry in results.values():
@@ -101,6 +105,6 @@ def read(path: str) -> dict[str, dict]:
             entry['checkpoint'] = str(entry['checkpoint'])
             UNITS[entry['score']], entry['tasks']['split'], entry['tasks']['datasource']  # raises KeyError if missing
         return results
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f'{path} cannot be read, or no evaluation wrote it ({type(error).__name__}); remove it and evaluate '
                         'again') from error
