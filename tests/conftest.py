@@ -26,8 +26,7 @@ QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test
                'test_refusal', 'test_nonsense_is_refused', 'test_labels_in_pictures_say_what_differs', 'test_bootstrap_covers',
                'test_usage_text_and_readme_agree', 'test_cluster', 'test_a_configuration_that_makes_no_sense'}
 NOT_QUICK = {'test_frames_between_the_training_loop_and_the_inner_loop', 'test_the_example_of_a_source_works',
-             'test_something_in_the_way_of_saving', 'test_saving_that_cannot_work_is_said_at_the_start',
-             'test_printing_where_nothing_can_be_printed', 'test_a_pipe_as_checkpoint', 'test_hangups_of_a_training'}
+             'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training'}
 
 
 def pytest_collection_modifyitems(items):

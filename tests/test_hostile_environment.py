@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import types
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from scipy import stats
 
 from conftest import ROOT, error_of, run_ok, write_image_tree
-from runtime import checkpoints, class_folders, console, distribution, images, interruption, plots, results, statistics
+from runtime import checkpoints, class_folders, console, distribution, images, interruption, plots, results, statistics, training
 from runtime.errors import UserError
 
+STATE = {'w': tf.zeros([1000])}
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 WHOLE_PROGRAM = [sys.executable, os.path.join(ROOT, 'main.py')]
 
@@ -41,6 +44,25 @@ def alarm(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def limited_files(most):
+    """As on a full disk: no file grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The --logdir of a training of 100 iterations."""
+    logdir = tmp_path_factory.mktemp('trained')
+    run_ok(*SINUSOID, f'--logdir={logdir}', '--metatrain_iterations=100', '--log=False')
+    return logdir
+
+
 # Paths
 
 @pytest.mark.parametrize('flags', [
@@ -57,26 +79,33 @@ def test_a_zero_byte_in_a_path(tmp_path):
     assert '--logdir holds bytes that no name' in error_of(f'--flagfile={tmp_path}/flags')
 
 
-def test_something_in_the_way_of_saving(tmp_path):
-    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
-    directory = directory_of(tmp_path)
-    (directory / '.saving').write_text('')
-    error = error_of(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200')
-    assert f'{directory}/.saving is not a folder' in error and 'remove it' in error
-    os.remove(directory / '.saving')
-    os.symlink(tmp_path, directory / '.saving')
-    assert '.saving is not a folder' in error_of(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200')
+@pytest.mark.parametrize('make', [lambda path: path.write_text(''), lambda path: path.symlink_to('/tmp'), os.mkfifo])
+def test_something_in_the_way_of_saving(make, tmp_path):
+    make(tmp_path / '.saving')
+    with pytest.raises(UserError, match=f'{tmp_path}/.saving is not a folder, .* remove it'):
+        with checkpoints.exclusive(str(tmp_path)):
+            pass
 
 
-def test_saving_that_cannot_work_is_said_at_the_start(tmp_path, monkeypatch):
-    """Once; and that training goes on."""
-    def full(*_):
-        raise OSError(28, 'No space left on device')
+def test_a_trial_of_saving(tmp_path):
+    """It leaves nothing behind, and fails where saving would."""
+    with limited_files(100), pytest.raises(OSError, match='File too large'):
+        checkpoints.try_saving(str(tmp_path), STATE)
+    checkpoints.try_saving(str(tmp_path), STATE)
+    assert not any(tmp_path.iterdir())
+    (tmp_path / '.saving').write_text('')
+    with pytest.raises(OSError):
+        checkpoints.try_saving(str(tmp_path), STATE)
 
-    monkeypatch.setattr(checkpoints, 'try_saving', full)
-    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
-    assert output.index('Warning: checkpoints cannot be saved in') < output.index('Training ')
-    assert output.count('No space left on device') == 1 and 'model100' in output
+
+def test_saving_that_cannot_work_is_said_at_the_start(tmp_path, capsys):
+    run = types.SimpleNamespace(directory=str(tmp_path), write_flag_file=lambda: None)
+    model = types.SimpleNamespace(state=lambda: STATE)
+    with limited_files(100):
+        training.prepare_directory(run, training.TrainState(), model)
+    assert re.fullmatch(f'Warning: checkpoints cannot be saved in {tmp_path} now .*File too large.*\n', capsys.readouterr().out)
+    training.prepare_directory(run, training.TrainState(), model)
+    assert capsys.readouterr().out == ''
 
 
 # The console
@@ -115,13 +144,12 @@ def test_what_cannot_be_written_is_left_out():
         print('a line', file=console.Console(open(writer, 'w')), flush=True)
 
 
-def test_printing_where_nothing_can_be_printed(tmp_path):
+def test_printing_where_nothing_can_be_printed(trained, tmp_path):
     """Each by a whole program, side by side: a full disk, closed outputs, an encoding without ±; all do their work."""
-    run_ok(*SINUSOID, f'--logdir={tmp_path}/ascii', '--metatrain_iterations=100')
     train = ' '.join([*WHOLE_PROGRAM, *SINUSOID, '--metatrain_iterations=100'])
     commands = {'full': f'{train} --logdir={tmp_path}/full > /dev/full',
-                'closed': f'{train} --logdir={tmp_path}/closed >&- 2>&- <&-',
-                'ascii': f'{train} --logdir={tmp_path}/ascii --train=False'}
+                'closed': f'{train} --help >&- <&-',
+                'ascii': f'{train} --logdir={trained} --train=False --num_test_tasks=2 2>&- <&-'}
     processes = {name: subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                         env={**os.environ, 'PYTHONIOENCODING': 'ascii'}) for name, command in commands.items()}
     outputs = {name: process.communicate(timeout=100) for name, process in processes.items()}
@@ -129,7 +157,6 @@ def test_printing_where_nothing_can_be_printed(tmp_path):
         assert process.returncode == 0 and 'Error' not in outputs[name][1], outputs[name]
     assert outputs['full'][1] == '' or 'it/s' in outputs['full'][1]
     assert (directory_of(tmp_path / 'full') / 'model100.index').exists()
-    assert (directory_of(tmp_path / 'closed') / 'model100.index').exists()
     assert re.search(r' 1  [ \d.]+ \+- [\d.]+', outputs['ascii'][0])
 
 
@@ -175,12 +202,15 @@ def test_a_pipe_as_results(pipe, tmp_path):
 
 @pytest.mark.parametrize('suffix', ['.index', '.data-00000-of-00001'])
 def test_a_pipe_as_checkpoint(suffix, pipe, tmp_path):
-    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--save_interval=50', '--log=False')
-    directory = directory_of(tmp_path)
-    os.remove(directory / f'model100{suffix}')
-    pipe(f'{directory.name}/model100{suffix}')
-    assert f'model100{suffix}' in error_of(*SINUSOID, f'--logdir={tmp_path}', '--train=False', '--test_iter=100')
-    assert checkpoints.newest(str(directory)).record['iteration'] == 50
+    """It is damaged, and the one before it is used."""
+    record = dict.fromkeys(checkpoints._ENTRIES)
+    for iteration in 1, 2:
+        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
+    os.remove(tmp_path / f'model2{suffix}')
+    path = pipe(f'model2{suffix}')
+    with pytest.raises(checkpoints.Damaged, match=f'it is not a file: .*{path}'):
+        checkpoints.load(str(tmp_path / 'model2'))
+    assert checkpoints.newest(str(tmp_path)).record['iteration'] == 1
 
 
 def test_a_pipe_as_flag_file(pipe):
@@ -300,13 +330,13 @@ def test_hangups_of_a_training(tmp_path):
                 assert process.poll() is None
             process.send_signal(signal.SIGWINCH)
             process.send_signal(signal.SIGHUP)
-        _, error = processes['plain'].communicate(timeout=60)
+        _, error = processes['plain'].communicate(timeout=100)
         assert processes['plain'].returncode == 129 and 'Stopped by SIGHUP after iteration' in error
-        assert int(re.search(r'newest checkpoint is .*model(\d+)', error)[1]) > 1000
-        while not processes['nohup'].stdout.readline().startswith('Iteration 3000:'):
+        assert int(re.search(r'newest checkpoint is .*model(\d+)', error)[1]) >= 1000
+        while not processes['nohup'].stdout.readline().startswith('Iteration 2000:'):
             assert processes['nohup'].poll() is None
         processes['nohup'].terminate()
-        processes['nohup'].communicate(timeout=60)
+        processes['nohup'].communicate(timeout=100)
         assert processes['nohup'].returncode == 143
     finally:
         for process in processes.values():
