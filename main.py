@@ -40,9 +40,10 @@ import sys
 from absl import flags as absl_flags
 
 from data_generator import SOURCES
-from runtime import distribution, rules
+from runtime import console, distribution, rules
 from runtime.errors import UserError, first_line
 from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
+from runtime.interruption import ENDING
 from runtime.run import apply_run, data_from_flags, read_data, record_split, run_from_flags
 from runtime.startup import import_tensorflow
 
@@ -200,19 +201,24 @@ def main(argv):
     rest = parse(argv)
     if FLAGS.help:
         print(help_text(__doc__))
-    elif FLAGS.compare is not None:
+        return
+    rules.check_paths(FLAGS)
+    if FLAGS.compare is not None:
         compare(rest)
     else:
         execute(*run_and_data(rest))
 
 
 def stop(number, frame):
-    """The handler of SIGTERM while there is nothing to save: ends the program and cleans up unfinished files."""
+    """The handler of SIGTERM and SIGHUP while there is nothing to save: ends the program and cleans up unfinished files."""
     sys.exit(128 + number)
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, stop)
+    console.protect()
+    for ending in ENDING:
+        if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(ending, stop)
     try:
         main(sys.argv)
         sys.stdout.flush()

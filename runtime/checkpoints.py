@@ -20,7 +20,7 @@ import filelock
 import tensorflow as tf
 
 from runtime.errors import UserError, first_line
-from runtime.files import locked
+from runtime.files import locked, refuse_no_file
 
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 BEST = 'best'
@@ -89,14 +89,8 @@ def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    tensors = {**state, _RECORD: tf.constant(json.dumps(record))}
     directory, name = os.path.split(prefix)
-    folder = os.path.join(directory, _TEMPORARY)
-    temporary = os.path.join(folder, name)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tf.raw_ops.SaveV2(prefix=temporary, tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
-                          tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
+    with _written(directory, name, {**state, _RECORD: tf.constant(json.dumps(record))}) as temporary:
         for suffix in _SUFFIXES:
             _sync(temporary + suffix)
         data, index = (prefix + suffix for suffix in _SUFFIXES)
@@ -108,6 +102,24 @@ def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
             raise
         with contextlib.suppress(OSError):  # some systems cannot sync folders
             _sync(directory)
+
+
+def try_saving(directory: str, state: dict[str, tf.Variable]) -> None:
+    """Raises OSError if a checkpoint of a state cannot be written there now; leaves nothing behind."""
+    with _written(directory, 'trial', state) as temporary:
+        for suffix in _SUFFIXES:
+            os.stat(temporary + suffix)
+
+
+@contextlib.contextmanager
+def _written(directory, name, tensors):
+    """The prefix, in a temporary folder that is removed at the end, of a tensor bundle; failures are OSErrors."""
+    folder = os.path.join(directory, _TEMPORARY)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tf.raw_ops.SaveV2(prefix=os.path.join(folder, name), tensor_names=list(tensors), shape_and_slices=[''] * len(tensors),
+                          tensors=[tf.convert_to_tensor(tensor) for tensor in tensors.values()])
+        yield os.path.join(folder, name)
     except tf.errors.OpError as error:
         raise OSError(first_line(error)) from error
     finally:
@@ -126,6 +138,8 @@ def _sync(path):
 def _finish_saving(directory):
     """Completes a checkpoint of which a killed process had renamed one of two files; removes unfinished ones."""
     temporary = os.path.join(directory, _TEMPORARY)
+    if os.path.lexists(temporary) and (os.path.islink(temporary) or not os.path.isdir(temporary)):
+        raise UserError(f'{temporary} is not a folder, and checkpoints are written in a folder of this name; remove it')
     for name in os.listdir(temporary) if os.path.isdir(temporary) else []:
         match = _FILE.match(name)
         if match and match[2] == '.index' and not os.path.exists(path(temporary, match[1]) + _SUFFIXES[0]) and os.path.exists(
@@ -225,16 +239,19 @@ def check_flags(prefix: str, there: dict, wanted: dict, hint: str) -> None:
 
 def _read(prefix):
     try:
+        for suffix in '.index', '.data-*':
+            for name in glob.glob(glob.escape(prefix) + suffix):
+                refuse_no_file(name)
         reader = tf.train.load_checkpoint(prefix)
         return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
+    except (OSError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         raise Damaged(f'the checkpoint {prefix} cannot be read: {first_line(error)}') from error
 
 
 def _decode(prefix, record):
     try:
         return dict(json.loads(record))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program') from error
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import refuse_no_file, write_atomically
 from runtime.image_cache import cached_array
 from runtime.images import BadImages, decode_images, image_files, readable_suffixes
 
@@ -193,6 +193,7 @@ def read_manifest(path: str, split: str) -> list[str]:
         UserError: the file cannot be read, or a line is malformed.
     """
     try:
+        refuse_no_file(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or ()
@@ -275,6 +276,7 @@ def _split_flag(ratios: tuple[int, int, int]) -> str:
 def _preparation_complete(root: str) -> bool:
     """Whether the preparation record says so, or there is no record."""
     try:
+        refuse_no_file(os.path.join(root, PREPARATION_RECORD))
         with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
             return bool(json.load(file)['complete'])
     except FileNotFoundError:

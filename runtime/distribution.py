@@ -44,15 +44,21 @@ def cluster_from_environment(strategy: str) -> Cluster:
         config = json.loads(text)
         hosts, task = config['cluster'], config['task']
         chiefs, workers = len(hosts.get('chief', [])), len(hosts.get('worker', []))
-        index = int(task['index'])
+        index = int(str(task['index']))  # by way of text: 1.5 and 1e999 are no indices
         addresses = hosts.get('chief', []) + hosts.get('worker', [])
-        if not all(re.fullmatch(r'[^:]+:\d+', address) for address in addresses) or len(set(addresses)) < len(addresses):
-            raise ValueError('addresses must be of the form host:port, each another')
+        if not all(map(_is_address, addresses)) or len(set(addresses)) < len(addresses):
+            raise ValueError('addresses must be of the form host:port, with a port from 1 to 65535, each another')
         if set(hosts) - {'chief', 'worker'} or not 0 <= index < len(hosts[task['type']]) or chiefs > 1:
             raise ValueError('unknown kinds of tasks, or an index out of range')
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f'TF_CONFIG cannot be understood ({type(error).__name__}: {error}); {example}') from error
     return Cluster(chiefs + workers, index if task['type'] == 'chief' else chiefs + index)
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is host:port; TensorFlow would wait for ever for others."""
+    match = re.fullmatch(r'[\w.-]+:([0-9]{1,5})', text)
+    return bool(match) and 1 <= int(match[1]) <= 65535
 
 
 def make_strategy(name: str, cluster: Cluster):
@@ -80,19 +86,20 @@ def make_strategy(name: str, cluster: Cluster):
 
 @contextlib.contextmanager
 def _ctrl_c_as_usual():
-    """Lets Ctrl-C end the process at once: Python's own handler would wait as long as TensorFlow waits for other workers.
+    """Lets Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow waits for workers.
 
     SIGTERM cannot be helped: TensorFlow handles it itself meanwhile, and goes on waiting.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    term = signal.getsignal(signal.SIGTERM)
+    hangup = getattr(signal, 'SIGHUP', signal.SIGINT)  # not all systems have it
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, hangup)}
+    for number, handler in before.items():
+        if number != signal.SIGTERM and handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, term)  # TensorFlow replaced it
+        for number, handler in before.items():
+            signal.signal(number, handler)  # that of SIGTERM was replaced by TensorFlow
 
 
 def report_waiting(cluster: Cluster) -> None:

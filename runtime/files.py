@@ -1,5 +1,6 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading nothing but files."""
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -41,6 +42,12 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
         raise
+
+
+def refuse_no_file(path: str | os.PathLike) -> None:
+    """Raises OSError for a pipe, a device or a folder, which would be read without an end or not at all."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, 'it is not a file', os.fspath(path))
 
 
 def remove_stale_parts(path: str) -> None:

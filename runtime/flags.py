@@ -4,6 +4,7 @@ main.py declares each flag once. A flag that changes what is learnt is declared 
 of a run (what it can be resumed with), the name of its directory, the name of its method and the page docs/flags.md.
 """
 import dataclasses
+import os
 import re
 import shutil
 import textwrap
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 
 from runtime.errors import UserError
+from runtime.files import refuse_no_file
 
 FLAGS = flags.FLAGS
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
@@ -90,13 +92,26 @@ def parse(argv: Sequence[str]) -> list[str]:
         UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
     """
     try:
+        for path in _flag_files(argv):
+            if not path.startswith(('/dev/fd/', '/dev/stdin')):  # a shell's <(...) is a pipe, but somebody writes into it
+                refuse_no_file(path)
         return FLAGS(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
     except flags.CantOpenFlagFileError as error:
         raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
+    except OSError as error:
+        raise UserError(f'--flagfile={error.filename} cannot be read: {error.strerror}') from error
     except UnicodeDecodeError as error:
         raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
+
+
+def _flag_files(arguments):
+    """The values of --flagfile among arguments."""
+    following = zip(arguments, [*arguments[1:], ''])
+    paths = [match[1] or after for match, after in
+             ((re.fullmatch(r'--?flagfile(?:=(.*))?', argument.strip(), re.S), after) for argument, after in following) if match]
+    return [path for path in map(os.path.expanduser, paths) if path]
 
 
 def _plain(message):

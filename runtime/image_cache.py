@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from runtime.files import remove_stale_parts, write_atomically
+from runtime.files import refuse_no_file, remove_stale_parts, write_atomically
 from runtime.images import CHUNK_BYTES
 
 
@@ -51,6 +51,8 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...],
 def _read(path: str, fingerprint: str, shape: tuple[int, ...]) -> tuple[np.ndarray, int] | None:
     """The array and its checksum, or None. The file is read in pieces for its checksum, to save memory."""
     try:
+        refuse_no_file(path + '.json')
+        refuse_no_file(path + '.npy')
         with open(path + '.json', encoding='utf-8') as file:
             record = json.load(file)
         array = np.load(path + '.npy', mmap_mode='r')

@@ -1,13 +1,17 @@
-"""Stopping on SIGINT and SIGTERM without losing work."""
+"""Stopping on SIGINT, SIGTERM and SIGHUP without losing work."""
 import contextlib
 import os
 import signal
 
+# SIGHUP comes when the terminal is closed or the connection to it breaks. Not all systems have it.
+ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM is recorded in `signal`, and the second ends the process at once.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP is recorded in `signal`; another SIGINT or SIGTERM ends at once.
 
-    Signals that the process ignores stay ignored (in background jobs of a script, for example).
+    Another SIGHUP is ignored: the shell and the system may both send one when a terminal is closed.
+    Signals that the process ignores stay ignored (in background jobs of a script and under nohup, for example).
 
     Attributes:
         signal: number of the signal, or None.
@@ -22,7 +26,7 @@ class Interruption:
         self.agreed, self.signal = True, self.signal or signal.SIGTERM
 
     def __enter__(self):
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in ENDING}
         self._handle(self._record)
         return self
 
@@ -38,5 +42,7 @@ class Interruption:
     def _record(self, number, frame):
         self.signal = number
         self._handle(signal.SIG_DFL)
+        for hangup in set(ENDING) - {signal.SIGINT, signal.SIGTERM}:
+            signal.signal(hangup, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b'\nFinishing the iteration in hand and saving it; a second signal ends the program at once.\n')

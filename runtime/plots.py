@@ -24,6 +24,7 @@ STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, mark
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
 DIVERGED = 1000  # a loss that is so many times the median is that of a run that diverged
+SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
 def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
@@ -137,7 +138,7 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, heading: str, count: int = 4) -
 
 
 def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, shown_query: int = 4) -> Figure:
-    """A task's images, one row per class: support images, then query images with their predicted classes.
+    """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
 
     Args:
         model: a maml.MAML.
@@ -157,14 +158,15 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, s
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
 
-    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(names) + 1.1), layout='constrained')
+    shown = names[:SHOWN_CLASSES]
+    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(shown) + 1.1), layout='constrained')
     total, right = len(labels['query']), np.mean(after == labels['query'])
     figure.suptitle(
-        f'{_plain(heading)}: its first task\nleft: support images; right: {queries * len(names)} of {total} query images, with the '
-        f'class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and its probability;\n'
-        f'of all {total}, {right:.0%} are right', fontsize='small')
-    panels = figure.subplots(len(names), shots + queries, squeeze=False)
-    for label, name in enumerate(names):
+        f'{_plain(heading)}: its first task{_first_classes(len(names))}\nleft: support images; right: {queries * len(shown)} of {total} '
+        f'query images, with the class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and '
+        f'its probability;\nof all {total}, {right:.0%} are right', fontsize='small')
+    panels = figure.subplots(len(shown), shots + queries, squeeze=False)
+    for label, name in enumerate(shown):
         for column, axes in enumerate(panels[label]):
             part, index = ('support', column) if column < shots else ('query', column - shots)
             row = rows[part][label][index]
@@ -180,9 +182,14 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, s
     return figure
 
 
+def _first_classes(count):
+    """What a title says if not all classes are shown."""
+    return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
+
+
 def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels: list[int | None], probabilities: np.ndarray,
                      columns: int = 6, shown_support: int = 6, shown_query: int = 36) -> Figure:
-    """The images that a model was adapted to, one row per class, and those that it classified, with the predictions.
+    """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
 
     Args:
         task: a user_task.UserTask.
@@ -198,7 +205,7 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     classes, batch = task.classes, task.batch
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
     marks = ['' if known is None else ' ✓' if known == label else ' ✗' for known, label in zip(labels, predicted)]
-    support = [(image, _clipped(classes[label]), '') for label in range(len(classes))
+    support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
                for image in batch.support_x[0][support_labels == label][:shown_support]]
     query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
              for image, label, row, mark, path
@@ -207,7 +214,7 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
-    titles = ['support: what the model was adapted to', f'query: the class predicted, and its probability{more}']
+    titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
     for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
         part.suptitle(title, fontsize='medium')
         panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
@@ -223,7 +230,8 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
 def _show(axes, image, source):
     """Draws an image [dim_input] as it was before preprocessing."""
     image = image.reshape(source.image_shape)
-    axes.imshow(1 - image[..., 0] if source.invert else image.squeeze(), cmap='gray', vmin=0, vmax=1)
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    axes.imshow(1 - image if source.invert else image, cmap='gray', vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
 
 

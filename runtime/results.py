@@ -1,4 +1,5 @@
 """The files of an evaluation, and its table."""
+import codecs
 import contextlib
 import csv
 import errno
@@ -11,7 +12,7 @@ import zlib
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import locked, write_atomically
+from runtime.files import locked, refuse_no_file, write_atomically
 from runtime.statistics import UNITS, bootstrap, number, statistics
 
 FILE = 'results.json'
@@ -77,7 +78,8 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[s
         path = os.path.join(directory, file)
         write_atomically(path + '.csv', text.getvalue().encode())
         write_atomically(path + '.pkl', lambda file: pickle.dump({'mses': values}, file))
-        write_atomically(os.path.join(directory, FILE), json.dumps(entries, indent=1).encode())
+        # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
+        write_atomically(os.path.join(directory, FILE), lambda file: json.dump(entries, codecs.getwriter('ascii')(file), indent=1))
     return name, file
 
 
@@ -132,6 +134,7 @@ def read(path: str) -> dict[str, dict]:
         UserError: it cannot be read, or is malformed.
     """
     try:
+        refuse_no_file(path)
         with open(path, encoding='utf-8') as file:
             results = json.load(file)
         for entry in results.values():
@@ -140,6 +143,6 @@ def read(path: str) -> dict[str, dict]:
             entry['checkpoint'] = str(entry['checkpoint'])
             UNITS[entry['score']], entry['tasks']['split'], entry['tasks']['datasource']  # raises KeyError if missing
         return results
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f'{path} cannot be read, or no evaluation wrote it ({type(error).__name__}); remove it and evaluate '
                         'again') from error

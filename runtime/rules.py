@@ -9,7 +9,7 @@ from absl import flags
 from data_generator import SOURCES
 from runtime.errors import UserError
 
-PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'run')
+PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'run', 'compare')
 
 
 class Request:
@@ -48,6 +48,24 @@ def mode(values: flags.FlagValues) -> str:
     return 'predict' if values.predict else 'train' if values.train else 'evaluate'
 
 
+def check_paths(values: flags.FlagValues) -> None:
+    """Refuses folders and files that cannot be meant, before anything is read from them; raises UserError.
+
+    TensorFlow takes gs://bucket, file:///tmp and ram://x for places of other kinds, and Python for folders of these names.
+    """
+    problems = []
+    for name in PATHS:
+        value = values[name].value
+        for path in value if isinstance(value, list) else [value or '']:
+            if not _text(path) or '\0' in path:
+                problems.append(f'--{name} holds bytes that no name in UTF-8 text has; rename the folder')
+            elif re.match(r'[A-Za-z][\w.+-]*://', path):
+                problems.append(f'--{name}={path} is an address, and not a path in a file system of this machine; '
+                                'mount what is there and give the path')
+    if problems:
+        raise UserError('; '.join(problems))
+
+
 def check_flags(values: flags.FlagValues) -> None:
     """Refuses combinations of flags that make no sense.
 
@@ -63,7 +81,7 @@ def check_flags(values: flags.FlagValues) -> None:
 def _text(value):
     """Whether a flag's value is text that can be encoded."""
     try:
-        return (value or '').encode() is not None
+        return value.encode() is not None
     except UnicodeEncodeError:
         return False
 
@@ -79,8 +97,6 @@ def _needs(r: Request, name: str) -> bool:
 
 RULES = [
     Rule(lambda r: not r.logdir, '--logdir must name a folder'),
-    *(Rule(lambda r, name=name: not _text(r.values[name].value),
-           f'--{name} holds bytes that are not UTF-8 text; rename the folder') for name in PATHS),
     Rule(lambda r: r.run is not None and r.given('logdir'), '--run names the directory of a run: leave out --logdir'),
     Rule(lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
          '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} is more examples than memories hold'),

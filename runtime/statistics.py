@@ -7,6 +7,7 @@ from scipy import stats
 
 RESAMPLES = 2000
 LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
+NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; how many changes no figure
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
 
@@ -35,8 +36,9 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     """
     if len(values) < 2:
         return np.repeat(values.T, 2, axis=1)
+    batch = min(max(NUMBERS_AT_A_TIME // values.size, 2), 100)
     with np.errstate(invalid='ignore', over='ignore'):
-        interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=100,
+        interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=batch,
                                    random_state=np.random.default_rng(0)).confidence_interval
     return np.stack([interval.low, interval.high], axis=1)
 

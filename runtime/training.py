@@ -27,13 +27,14 @@ from runtime.summaries import Summaries
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
 VALIDATION_TASKS = 100
+MANY_UPDATES = 50  # inner updates from which on a user is told why nothing seems to happen
 
 
 def train(run: Run, data: dict[str, Tasks]) -> None:
     """Trains from fresh weights, or from a checkpoint, to the last iteration.
 
-    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT or SIGTERM ends
-    the run after the iteration in hand, with a checkpoint.
+    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
+    SIGHUP ends the run after the iteration in hand, with a checkpoint.
 
     Args:
         data: {split: tasks}, for train and val.
@@ -55,8 +56,8 @@ def train(run: Run, data: dict[str, Tasks]) -> None:
                   'To evaluate, add --train=False.')
             return
         if replicas.chief:
-            prepare_directory(run, state)
-        print(description(run, data, model))
+            prepare_directory(run, state, model)
+        print(description(run, data, model), flush=True)
         with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
                 Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
             if state.iteration == 0:
@@ -90,12 +91,17 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
     return TrainState()
 
 
-def prepare_directory(run: Run, state: TrainState) -> None:
-    """Moves later checkpoints out of the way, and writes the file of flags that --run reads."""
+def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
+    """Moves later checkpoints out of the way, writes the file of flags that --run reads, and says if saving does not work."""
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'Later checkpoints were moved to {moved}')
     run.write_flag_file()
+    try:
+        checkpoints.try_saving(run.directory, model.state())
+    except OSError as error:
+        print(f'Warning: checkpoints cannot be saved in {run.directory} now ({error}); if that does not change, nothing of this '
+              'training is kept', flush=True)
 
 
 def report_end(run: Run, state: TrainState, interruption: Interruption, saver: Saver) -> None:
@@ -136,6 +142,9 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     if config.loss == 'mse' and config.norm == 'batch_norm':
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
+    if config.num_updates > MANY_UPDATES:
+        lines.append(f'  note     the graph of an iteration grows with --num_updates={config.num_updates}: the first iteration '
+                     'may begin after many minutes only')
     if run.replicas.count > 1:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         each = run.meta_batch_size // run.replicas.count

@@ -1,0 +1,74 @@
+"""The standard output and error of the program: they never stop its work, and never carry out what a file name says."""
+import contextlib
+import os
+import sys
+import unicodedata
+
+ASCII = {'±': '+-', '→': '->'}  # what to print where an encoding lacks these
+
+
+def printable(text: str) -> str:
+    """The text with escapes, like \\x1b, for what would steer a terminal or is no character; lines are kept.
+
+    A carriage return at the beginning is kept too: with it a progress bar goes back to the beginning of its line.
+    """
+    if text.isprintable():
+        return text
+    kept = '\r' if text.startswith('\r') else ''
+    return kept + ''.join(character if character.isprintable() or character == '\n' or unicodedata.category(character) == 'Zs'
+                          else character.encode('unicode_escape').decode() for character in text[len(kept):])
+
+
+class Console:
+    """A text stream on which what cannot be written is left out: on a full disk, a closed terminal, in another encoding.
+
+    Only a reader that has gone away is told of, by BrokenPipeError.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._left_out():
+            self._stream.write(self._encodable(printable(text)))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._left_out():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _left_out(self):
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            pass
+
+    def _encodable(self, text):
+        encoding = self._stream.encoding or 'utf-8'
+        try:
+            text.encode(encoding)
+            return text
+        except UnicodeEncodeError:
+            text = ''.join(ASCII.get(character, character) for character in text)
+            return text.encode(encoding, 'backslashreplace').decode(encoding)
+
+
+def protect() -> None:
+    """Makes sys.stdout and sys.stderr Consoles, and gives file descriptors to standard streams that were closed.
+
+    Else the next file that is opened would get the descriptor of the closed one, and with it what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+    for number, name in (1, 'stdout'), (2, 'stderr'):
+        stream = getattr(sys, name) or open(number, 'w', closefd=False)
+        setattr(sys, name, Console(stream))
