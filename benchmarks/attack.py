@@ -1,0 +1,320 @@
+"""Attacks everything that reads a file or a setting with spoilt input, and counts what happens.
+
+    python benchmarks/attack.py --cases 20000
+
+Each case takes a valid input and spoils it: bits are flipped; pieces cut, repeated, exchanged or replaced by numbers and words that
+programs stumble over. It must be refused by the exception that is meant for it (printed as one sentence), or be accepted. Another
+exception, a crash of the process, or more than SECONDS is a failure. This is not the fuzzer of tests/test_hostile_input.py, which
+draws whole inputs from a grammar. Cases run in processes of their own, CASES_PER_PROCESS each, so that a crash is found.
+"""
+import argparse
+import collections
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+SECONDS, CASES_PER_PROCESS, MEMORY = 10, 500, 4 * 2 ** 30
+WORDS = [b'', b'\0', b'\xff' * 8, b'-1', b'1e999', b'nan', b'99999999999999999999', b'../', b'/', b'"', b'[' * 2000, b'{', b'\n',
+         b'\x80', b'(', b'True', b'null', b'\xe2\x80\xae', b'%s', b'--', b'=', b',', b'\x1b[2J']
+
+
+def spoil(content: bytes, rng: random.Random) -> bytes:
+    """A spoilt copy: one to four changes at random places."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(content) + 1)
+        end = min(start + rng.choice([1, 1, 2, 8, 64, 1000]), len(content))
+        change = rng.randrange(6)
+        if change == 0 and content:
+            content[min(start, len(content) - 1)] ^= 1 << rng.randrange(8)
+        elif change == 1:
+            del content[start:end]
+        elif change == 2:
+            content[start:start] = content[start:end] * rng.choice([1, 2, 100])
+        elif change == 3:
+            content[start:end] = rng.choice(WORDS)
+        elif change == 4:
+            content[start:start] = rng.choice(WORDS)
+        else:
+            content[start:] = b''
+    return bytes(content)
+
+
+class Target:
+    """Something that reads input: a valid input, what is done with one, and the exceptions by which it may be refused."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def path(self, name, content):
+        path = os.path.join(self.folder, name)
+        with open(path, 'wb') as file:
+            file.write(content)
+        return path
+
+
+def _user_error():
+    from runtime.errors import UserError
+    return UserError
+
+
+class Pickles(Target):
+    def valid(self, rng):
+        data = {'data': np.arange(48, dtype=rng.choice(['u1', '<f4', 'i8'])).reshape(4, 12), 'fine_labels': [1, 2, 3, 0],
+                b'filenames': [b'a.png', 'b.png'], 'nested': [[(1, 2.5, None, True)], {'x': 10 ** 30}]}
+        return pickle.dumps(data, protocol=rng.randrange(6))
+
+    def read(self, content):
+        from data import pickles
+        try:
+            pickles.load(content)
+        except pickles.Refused as error:
+            raise SystemExit(str(error)) from error
+
+
+class Cifar(Target):
+    """The archive of CIFAR-100, with a few images."""
+
+    def valid(self, rng):
+        parts = {'meta': {'fine_label_names': ['cat', 'dog']}}
+        for part in 'train', 'test':
+            parts[part] = {'data': np.zeros([2, 3072], np.uint8), 'fine_labels': [0, 1], 'filenames': [f'{part}1.png', f'{part}2.png']}
+        archive, content = io.BytesIO(), {name: pickle.dumps(part, 2) for name, part in parts.items()}
+        if rng.random() < 0.5:  # a sound archive with a spoilt part in it
+            name = rng.choice(sorted(content))
+            content[name] = spoil(content[name], rng)
+        with tarfile.open(fileobj=archive, mode=rng.choice(['w', 'w:gz', 'w:xz', 'w:bz2'])) as file:
+            for name, part in content.items():
+                member = tarfile.TarInfo(f'cifar-100-python/{name}')
+                member.size = len(part)
+                file.addfile(member, io.BytesIO(part))
+        return archive.getvalue()
+
+    def read(self, content):
+        from data import cifar100
+        cifar100.read_images(self.path('cifar-100-python.tar.gz', content))
+
+
+class Zips(Target):
+    def valid(self, rng):
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, 'w', rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])) as file:
+            for name in 'images/a.png', 'images/é.png', 'x/y/z.jpg':
+                file.writestr(name, os.urandom(40))
+        return archive.getvalue()
+
+    def read(self, content):
+        from data.preparation import Zip
+        archive = Zip(self.path('x.zip', content))
+        for name in archive.names():
+            try:
+                archive.read(name)
+            except Exception:  # a picture that cannot be read is reported with the others: see DAMAGE
+                pass
+
+
+class Images(Target):
+    FORMATS = ['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000']
+
+    def valid(self, rng):
+        content = io.BytesIO()
+        mode = rng.choice(['RGB', 'L', 'P'])
+        try:
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).convert(mode).save(
+                content, rng.choice(self.FORMATS))
+        except OSError:  # a format that lacks the mode
+            return self.valid(rng)
+        return content.getvalue()
+
+    def read(self, content):
+        from runtime.images import decode_images
+        array, = decode_images([self.path('x.png', content)], (16, 16, 3), True, 'remove it', '')
+        assert array.shape == (1, 16, 16, 3) and array.dtype == np.uint8
+
+
+class Manifests(Target):
+    def valid(self, rng):
+        return b'split,class\ntrain,a\ntrain,b/c\nval,"d e"\ntest,\xc3\xa9\n'
+
+    def read(self, content):
+        from runtime.class_folders import read_manifest
+        for name in read_manifest(self.path('splits.csv', content), 'train'):
+            assert not os.path.isabs(name) and '..' not in name.split('/')
+
+
+class Results(Target):
+    def valid(self, rng):
+        entry = {'checkpoint': 'model1', 'score': 'loss', 'method': 'MAML', 'flags': {'num_updates': 1, 'seed': 0}, 'own_updates': 1,
+                 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 2}, 'scores': [[1.5, 2.0], [2.5, 1.0]]}
+        return json.dumps({'a, val': entry, 'b, val': {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}}).encode()
+
+    def read(self, content):
+        from runtime.comparison import compare
+        self.path('results.json', content)
+        compare([self.folder], style=['text', 'csv', 'latex'][len(content) % 3])
+
+
+class RunFlags(Target):
+    def valid(self, rng):
+        return b'--norm=None\n--update_batch_size=10\n--meta_lr=0.01\n--max_pool=True\n--split=64/16/20\n--data_path=x\n'
+
+    def read(self, content):
+        import main
+        from runtime.rules import check_flags
+        from runtime.run import apply_run
+        self.path('run.flags', content)
+        main.FLAGS.unparse_flags()
+        main.parse(['main.py', f'--run={self.folder}', '--train=False'])
+        apply_run(main.FLAGS)
+        check_flags(main.FLAGS)
+
+
+class FlagFiles(Target):
+    def valid(self, rng):
+        return b'# a comment\n--datasource=sinusoid\n--norm=None\n--metatrain_iterations=10\n--test_query=3\n--plot\n'
+
+    def read(self, content):
+        from absl import flags
+
+        import main
+        from runtime.rules import check_flags
+        from runtime.run import data_from_flags
+        if any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
+            return
+        main.FLAGS.unparse_flags()
+        try:
+            main.parse(['main.py', f'--flagfile={self.path("x.flags", content)}'])
+            check_flags(main.FLAGS)
+            data_from_flags(main.FLAGS)
+        except flags.Error as error:
+            raise SystemExit(str(error)) from error
+
+
+class Clusters(Target):
+    def valid(self, rng):
+        return json.dumps({'cluster': {'worker': ['host1:12345', '127.0.0.1:2']}, 'task': {'type': 'worker', 'index': 1}}).encode()
+
+    def read(self, content):
+        from runtime.distribution import cluster_from_environment
+        try:
+            os.environ['TF_CONFIG'] = content.decode('utf-8', 'surrogateescape')
+        except ValueError:  # a NUL: no environment can hold it
+            return
+        try:
+            cluster = cluster_from_environment('multiworker')
+            assert 0 <= cluster.worker < cluster.workers
+        finally:
+            os.environ.pop('TF_CONFIG', None)
+
+
+class Checkpoints(Target):
+    """One of the two files of a checkpoint."""
+
+    def valid(self, rng):
+        import tensorflow as tf
+
+        from runtime import checkpoints
+        self.prefix = os.path.join(self.folder, 'model5')
+        self.variables = {'w1': np.arange(6.).reshape(2, 3), 'step': np.int64(7)}
+        record = {'iteration': 5, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain', 'pretrain_iterations': 0,
+                  'data': {}}
+        checkpoints.save(self.prefix, {name: tf.Variable(value) for name, value in self.variables.items()}, record)
+        self.suffix = rng.choice(['.index', '.data-00000-of-00001'])
+        with open(self.prefix + self.suffix, 'rb') as file:
+            return file.read()
+
+    def read(self, content):
+        from runtime import checkpoints
+        self.path('model5' + self.suffix, content)
+        found = checkpoints.load(self.prefix)
+        assert found.record['iteration'] == 5 and all(np.array_equal(found.arrays[name], value)
+                                                      for name, value in self.variables.items())
+
+
+TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,
+           'results.json': Results, 'run.flags': RunFlags, 'flag files': FlagFiles, 'TF_CONFIG': Clusters, 'checkpoints': Checkpoints}
+
+
+def attack(name, seeds, counts, failures):
+    """Runs cases in this process; counts[0] tells the parent which is going on."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.stdout = sys.stderr = open(os.devnull, 'w')
+    signal.signal(signal.SIGALRM, _late)
+    expected = (_user_error(), SystemExit)
+    with tempfile.TemporaryDirectory() as folder:
+        target = TARGETS[name](folder)
+        for seed in seeds:
+            rng = random.Random(seed)
+            content = spoil(target.valid(rng), rng)
+            counts[0] = seed
+            signal.alarm(SECONDS)
+            try:
+                target.read(content)
+                counts[1] += 1
+            except expected as error:
+                message = str(error)
+                # sys.exit(status) instead of a sentence, and nothing said
+                counts[2] += 1
+                if not message or isinstance(error, SystemExit) and isinstance(error.code, int):
+                    failures.put((name, seed, 'refused without a sentence'))
+            except BaseException as error:
+                failures.put((name, seed, f'{type(error).__name__}: {str(error)[:200]}'))
+            finally:
+                signal.alarm(0)
+
+
+def _late(number, frame):
+    raise TimeoutError(f'not finished after {SECONDS} seconds')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--cases', type=int, default=20_000)
+    parser.add_argument('--only', choices=TARGETS, help='attack this only')
+    parser.add_argument('--seed', type=int, default=0, help='of the first case')
+    options = parser.parse_args()
+    names = [options.only] if options.only else list(TARGETS)
+    context, wrong = multiprocessing.get_context('spawn'), 0
+    for name in names:
+        last = options.seed + options.cases // len(names)
+        first, totals, found = options.seed, collections.Counter(), []
+        while first < last:
+            counts, failures = context.Array('q', 3), context.Queue()
+            process = context.Process(target=attack, args=(name, range(first, min(first + CASES_PER_PROCESS, last)), counts, failures))
+            process.start()
+            while process.is_alive() or not failures.empty():
+                try:
+                    found.append(failures.get(timeout=0.2))
+                except Exception:  # queue.Empty: nothing to report
+                    pass
+            process.join()
+            totals.update(accepted=counts[1], refused=counts[2])
+            if process.exitcode:
+                found.append((name, counts[0], f'the process died with status {process.exitcode}'))
+                first = counts[0] + 1
+            else:
+                first += CASES_PER_PROCESS
+        print(f'{name}: {last - options.seed} cases, {totals["refused"]} refused, {totals["accepted"]} accepted, {len(found)} failures',
+              flush=True)
+        for failure in found[:10]:
+            print('  ', *failure, flush=True)
+        wrong += len(found)
+    sys.exit(bool(wrong))
+
+
+if __name__ == '__main__':
+    main()
