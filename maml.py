@@ -43,6 +43,15 @@ class ModelConfig:
     max_pool: bool = False
     head: str | None = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
+    inner_weights: str = 'all'              # what the inner loop moves: 'all' weights, the last layer 'head', or the others 'body'
+    adapt_norm: bool = False                # the inner loop moves offsets and scales of normalisation too
+    norm_scale: bool = False                # batch norm has a scale
+    norm_per_step: bool = False             # offsets and scales of each inner step
+    learn_lr: str = 'no'                    # learned step sizes of each tensor: 'layer'; and step: 'step'; or number: 'weight'
+    mean_loss: bool = False                 # 'xent' divides by the number of rows
+    multi_step_loss: int = 0                # iterations in which the objective holds the loss after every inner update
+    first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
+    schedule_interval: int = 1              # iterations between changes of the two schedules above
     query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
     clip: float | None = None            # elementwise bound of the meta-gradient
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
@@ -52,8 +61,15 @@ class ModelConfig:
 
 class Parameters(NamedTuple):
     """What all tasks share and the outer loop trains."""
-    weights: Tensors       # where the inner loop starts from
-    norm_params: Tensors   # offsets and scales of normalisation
+    weights: Tensors              # where the inner loop starts from
+    norm_params: Tensors          # offsets and scales of normalisation
+    learning_rates: Tensors = {}  # {'lr/<name>': step size} of tensors that the inner loop moves, if they are learned
+
+
+class TaskState(NamedTuple):
+    """What a task has while it is adapted."""
+    fast: Tensors                     # its fast weights
+    features: tuple[tf.Tensor, ...]   # of its support and query rows, if the inner loop does not change them; else ()
 
 
 class Outputs(NamedTuple):
@@ -99,15 +115,29 @@ def initial_weights(config: ModelConfig, seed: int) -> Tensors:
 
 
 def initial_norm_params(config: ModelConfig) -> Tensors:
-    """Offsets (beta, 0) and, for layer norm, scales (gamma, 1) of all tasks: {'<scope>/beta': float32 [channels], ...}."""
+    """Offsets (beta, 0) and scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}; [num_updates, channels] if per step.
+
+    Batch norm has scales if `norm_scale` says so, layer norm always.
+    """
     sizes = config.dim_hidden if config.image_shape is None else [config.num_filters] * len(CONV_LAYERS)
-    params = {}
+    params, scaled = {}, config.norm == 'layer_norm' or config.norm == 'batch_norm' and config.norm_scale
     for layer, channels in enumerate(sizes, start=1):
         if config.norm in ('batch_norm', 'layer_norm'):
             params[f'{_norm_scope(config, layer)}/beta'] = tf.zeros([channels])
-        if config.norm == 'layer_norm':
+        if scaled:
             params[f'{_norm_scope(config, layer)}/gamma'] = tf.ones([channels])
-    return params
+    return {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in params.items()} if config.norm_per_step else params
+
+
+def initial_learning_rates(config: ModelConfig, parameters: Parameters) -> Tensors:
+    """Learned step sizes, all alpha: {'lr/<name>': float32} for what the inner loop moves; {} if they are fixed.
+
+    Their shapes are [] for `learn_lr='layer'`, [num_updates] for 'step', and that of the tensor itself for 'weight'.
+    """
+    moved = fast_weights(config, parameters)
+    shapes = {name: {'layer': [], 'step': [config.num_updates]}.get(config.learn_lr, moved[name].shape)
+              for name in adapted_names(config, moved)} if config.learn_lr != 'no' else {}
+    return {f'lr/{name}': tf.fill(shape, tf.constant(config.update_lr, config.dtype)) for name, shape in shapes.items()}
 
 
 def _norm_scope(config, layer):
@@ -116,93 +146,167 @@ def _norm_scope(config, layer):
 
 def forward(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
             stats_rows: int | None = None) -> tf.Tensor:
-    """The network's output for a set of rows: predictions, or logits in classification.
+    """The network's output for a set of rows [rows, dim_output]: predictions, or logits in classification.
+
+    Under batch norm, each row's output depends on the rows that the statistics are from. For the arguments see `features`.
+    """
+    return classify(config, features(config, x, weights, norm_params, stats_rows), weights)
+
+
+def head_names(config: ModelConfig) -> tuple[str, str]:
+    """The names of the last layer's matrix and bias."""
+    last = 5 if config.image_shape else len(config.dim_hidden) + 1
+    return f'w{last}', f'b{last}'
+
+
+def classify(config: ModelConfig, hidden: tf.Tensor, weights: Tensors) -> tf.Tensor:
+    """The last layer: [rows, features] -> [rows, dim_output]."""
+    matrix, bias = head_names(config)
+    return hidden @ weights[matrix] + weights[bias]
+
+
+def features(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
+             stats_rows: int | None = None) -> tf.Tensor:
+    """The input of the last layer, [rows, features].
 
     Args:
         x: float [rows, dim_input]; images in [0, 1], flattened.
+        norm_params: offsets and scales [channels].
         stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
-
-    Returns:
-        [rows, dim_output]. Under batch norm, each row's output depends on the rows that the statistics are from.
     """
     if config.image_shape is None:
         for layer in range(1, len(config.dim_hidden) + 1):
             x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
                             norm_params, stats_rows)
-        last = len(config.dim_hidden) + 1
-        return x @ weights[f'w{last}'] + weights[f'b{last}']
+        return x
 
     x = tf.reshape(x, [-1, *config.image_shape])
     for layer in CONV_LAYERS:
         x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
                        norm_params, config.max_pool, config.engine == 'wide', stats_rows)
-    x = tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
-    return x @ weights['w5'] + weights['b5']
+    return tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
 
 
 def loss_of(config: ModelConfig, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """The task loss, [..., rows, dim_output] -> [...]; `mse` and `xent` say what is divided by what."""
-    return mse(outputs, targets) if config.loss == 'mse' else xent(outputs, targets, config.update_batch_size)
+    if config.loss == 'mse':
+        return mse(outputs, targets)
+    return xent(outputs, targets, targets.shape[-2] if config.mean_loss else config.update_batch_size)
 
 
 # Learning one task: the inner loop ----------------------------------------------------------------------------------
 
-def adapted_names(config: ModelConfig, weights: Tensors) -> Sequence[str]:
-    """Names of the tensors that the inner loop moves: all weights. A method that adapts fewer changes this function."""
-    return list(weights)
+def adapted_names(config: ModelConfig, fast: Tensors) -> Sequence[str]:
+    """Names of the tensors that the inner loop moves, of those that `fast_weights` returns."""
+    head = head_names(config)
+    wanted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}
+    return [name for name in fast if '/' in name or wanted[config.inner_weights](name)]
 
 
-def step_sizes(config: ModelConfig, names: Sequence[str], step: Step) -> dict[str, float]:
-    """{name: step size} of inner step number `step`: alpha. A method with other step sizes changes this function."""
-    return dict.fromkeys(names, config.update_lr)
+def fast_weights(config: ModelConfig, parameters: Parameters) -> Tensors:
+    """Where a task's fast weights start: the shared weights, with `adapt_norm` those of normalisation as well."""
+    return {**parameters.norm_params, **parameters.weights} if config.adapt_norm else parameters.weights
 
 
-def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
-               first_step: Step = 0) -> Iterator[tuple[tf.Tensor, Tensors]]:
-    """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
-
-    Args:
-        task: a TaskBatch of one task, without the leading axis.
-        first_step: number of the first step; not 0 if the weights are already adapted.
-
-    Yields:
-        After each step: the support outputs *before* it, [N*K, dim_output], and the fast weights after it, a dict like
-        `parameters.weights` and differentiable with respect to it (with `stop_grad` as if the inner gradient were constant).
-    """
-    weights, norm_params = parameters
-    for step in range(num_updates):
-        moved = {name: weights[name] for name in adapted_names(config, weights)}
-        with tf.GradientTape() as tape:
-            tape.watch(moved)
-            outputs = forward(config, task.support_x, weights, norm_params)
-            loss = loss_of(config, outputs, task.support_y)
-        gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
-        if config.stop_grad:
-            gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
-        rates = step_sizes(config, list(moved), first_step + step)
-        weights = {**weights, **{name: moved[name] - rates[name] * gradients[name] for name in moved}}
-        yield outputs, weights
+def at_step(config: ModelConfig, value: tf.Tensor, step: Step) -> tf.Tensor:
+    """Entry number `step` of [num_updates, ...]; the last one beyond it."""
+    last = config.num_updates - 1
+    return value[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
 
 
-def predict_query(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
-    """The network's output for a task's query rows, [N*Q, dim_output].
+def norm_at(config: ModelConfig, norm_params: Tensors, fast: Tensors, step: Step) -> Tensors:
+    """The offsets and scales in force at an inner step: those among the fast weights, or else the shared ones."""
+    found = {name: fast.get(name, value) for name, value in norm_params.items()}
+    return {name: at_step(config, value, step) for name, value in found.items()} if config.norm_per_step else found
+
+
+def step_sizes(config: ModelConfig, learning_rates: Tensors, names: Sequence[str], step: Step) -> dict[str, Any]:
+    """{name: step size} of inner step number `step`: alpha, or the learned one, a scalar or shaped like the tensor."""
+    if config.learn_lr == 'no':
+        return dict.fromkeys(names, config.update_lr)
+    rates = {name: learning_rates[f'lr/{name}'] for name in names}
+    return {name: at_step(config, rate, step) for name, rate in rates.items()} if config.learn_lr == 'step' else rates
+
+
+def support_features(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
+    """`features` of a task's support rows, [N*K, features]."""
+    return features(config, task.support_x, weights, norm_params)
+
+
+def query_features(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
+    """`features` of a task's query rows, [N*Q, features].
 
     Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so evaluation is transductive), or
     with `query_norm='support'` by those of the support rows, each row independently of the others.
     """
     if config.query_norm == 'batch':
-        return forward(config, task.query_x, weights, norm_params)
+        return features(config, task.query_x, weights, norm_params)
     support_rows = task.support_x.shape[0]
     rows = tf.concat([task.support_x, task.query_x], axis=0)
-    return forward(config, rows, weights, norm_params, stats_rows=support_rows)[support_rows:]
+    return features(config, rows, weights, norm_params, stats_rows=support_rows)[support_rows:]
+
+
+def features_stay(config: ModelConfig) -> bool:
+    """Whether no inner step changes what the last layer gets (ANIL): it can be computed once per task."""
+    return config.inner_weights == 'head' and not config.adapt_norm and not config.norm_per_step
+
+
+def fixed_features(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> tuple[tf.Tensor, ...]:
+    """The features of a task's support and query rows, if no inner step changes them; else ()."""
+    return tuple(of(config, task, parameters.weights, parameters.norm_params)
+                 for of in (support_features, query_features) if features_stay(config))
+
+
+def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> TaskState:
+    """A task before its first inner step."""
+    return TaskState(fast_weights(config, parameters), fixed_features(config, parameters, task))
+
+
+def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
+    """The network's output for a task's support or query rows, with the fast weights and the normalisation of a step."""
+    if state.features:
+        return classify(config, state.features[query], state.fast)
+    of = query_features if query else support_features
+    return classify(config, of(config, task, {**parameters.weights, **state.fast},
+                               norm_at(config, parameters.norm_params, state.fast, step)), state.fast)
+
+
+def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int, first_step: Step = 0,
+               state: TaskState | None = None) -> Iterator[tuple[tf.Tensor, TaskState]]:
+    """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
+
+    Args:
+        task: a TaskBatch of one task, without the leading axis.
+        first_step: number of the first step; not 0 if the task is already adapted.
+        state: of the task before that step; None: `initial_state`.
+
+    Yields:
+        After each step: the support outputs *before* it, [N*K, dim_output], and the task's state after it, whose fast weights are
+        differentiable with respect to the parameters (with `stop_grad` as if the inner gradient were constant).
+    """
+    state = state or initial_state(config, parameters, task)
+    for step in range(num_updates):
+        step = first_step + step
+        moved = {name: state.fast[name] for name in adapted_names(config, state.fast)}
+        with tf.GradientTape() as tape:
+            tape.watch(moved)
+            outputs = answer(config, parameters, task, state, step, query=False)
+            loss = loss_of(config, outputs, task.support_y)
+        gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
+        if config.stop_grad:
+            gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
+        rates = step_sizes(config, parameters.learning_rates, list(moved), step)
+        fast = {**state.fast, **{name: moved[name] - rates[name] * gradients[name] for name in moved}}
+        state = state._replace(fast=fast)
+        yield outputs, state
 
 
 def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
-                      task_and_weights: tuple[TaskBatch, Tensors]) -> tuple[Outputs, Tensors]:
-    """Inner step number `step` of a task, from fast weights of its own: Outputs, and the fast weights after it."""
-    task, weights = task_and_weights
-    (pre, weights), = inner_loop(config, task, parameters._replace(weights=weights), num_updates=1, first_step=step)
-    return Outputs(pre, predict_query(config, task, weights, parameters.norm_params)), weights
+                      task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
+    """Inner step number `step` of a task: Outputs, and its state after it."""
+    task, state = task_and_state
+    (pre, state), = inner_loop(config, task, parameters, 1, step, state)
+    return Outputs(pre, answer(config, parameters, task, state, step, query=True)), state
 
 
 def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tensors:
@@ -214,18 +318,36 @@ def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tenso
 
 # Learning to learn: the outer loop ----------------------------------------------------------------------------------
 
-def objective(config: ModelConfig, task: TaskBatch, trajectory: Sequence[Tensors], norm_params: Tensors,
+def multi_step_weights(config: ModelConfig, iteration: Step) -> list[tf.Tensor]:
+    """The weight of the query loss after each inner update, which sum to 1; they move to the last as the iterations go on.
+
+    MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
+    """
+    updates, epochs = config.num_updates, config.multi_step_loss / config.schedule_interval
+    epoch = tf.cast(iteration // config.schedule_interval, config.dtype)
+    others = tf.maximum(1 / updates - epoch / (updates * epochs), 0.03 / updates)
+    last = tf.minimum(1 / updates + epoch * (updates - 1) / (updates * epochs), 1 - (updates - 1) * 0.03 / updates)
+    return [others] * (updates - 1) + [last]
+
+
+def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, trajectory: Sequence[TaskState],
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
 
-    `trajectory` holds the fast weights after each inner update, `iteration` is that of the outer loop: a method with losses on
-    the way, or one that changes during training, changes this function.
+    With `multi_step_loss`, a weighted mean of those after every one; `trajectory` holds the task's states after each.
 
     Returns:
         The loss, and the query outputs after the last update, [N*Q, dim_output].
     """
-    outputs = predict_query(config, task, trajectory[-1], norm_params)
-    return loss_of(config, outputs, task.query_y), outputs
+    def outputs_after(step):
+        return answer(config, parameters, task, trajectory[step], step, query=True)
+
+    last = outputs_after(len(trajectory) - 1)
+    loss = loss_of(config, last, task.query_y)
+    if config.multi_step_loss:
+        *weights, weight = multi_step_weights(config, iteration)
+        loss = weight * loss + sum(weight * loss_of(config, outputs_after(step), task.query_y) for step, weight in enumerate(weights))
+    return loss, last
 
 
 def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
@@ -237,11 +359,25 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
     with tf.GradientTape() as tape:
         tape.watch(parameters)
         support_outputs, trajectory = zip(*inner_loop(config, task, parameters, config.num_updates))
-        loss, query_outputs = objective(config, task, trajectory, parameters.norm_params, iteration)
+        loss, query_outputs = objective(config, task, parameters, trajectory, iteration)
         if phase == 'pretrain':
             loss = loss_of(config, support_outputs[0], task.support_y)
-    gradients = tape.gradient(loss, {**parameters.weights, **parameters.norm_params}, unconnected_gradients='zero')
-    return gradients, Outputs(support_outputs[0], query_outputs)
+    sources = {name: tensor for group in parameters for name, tensor in group.items()}
+    return tape.gradient(loss, sources, unconnected_gradients='zero'), Outputs(support_outputs[0], query_outputs)
+
+
+def stage(config: ModelConfig, iteration: int) -> ModelConfig:
+    """The config that is in force in an iteration of meta-training, without schedules that are over or not yet at work."""
+    start = iteration // config.schedule_interval * config.schedule_interval
+    return dataclasses.replace(config, first_order_iterations=0, stop_grad=config.stop_grad or start < config.first_order_iterations,
+                               multi_step_loss=config.multi_step_loss if start < config.multi_step_loss else 0)
+
+
+def stage_end(config: ModelConfig, iteration: int) -> float:
+    """The first later iteration in which another `stage` is in force; infinity if there is none."""
+    ends = (-(-last // config.schedule_interval) * config.schedule_interval
+            for last in (config.first_order_iterations, config.multi_step_loss))
+    return min((end for end in ends if end > iteration), default=math.inf)
 
 
 class MAML:
@@ -250,7 +386,7 @@ class MAML:
     Attributes:
         weights: {'conv1': tf.Variable, ...}, adapted in the inner loop; the reference's names.
         norm_params: {'0/beta': tf.Variable, ...}, trained by the outer loop only.
-        learning_rates: {name: tf.Variable} of learned inner step sizes; {}, for MAML's are fixed.
+        learning_rates: {name: tf.Variable} of learned inner step sizes; {} if they are fixed.
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
@@ -261,28 +397,43 @@ class MAML:
         """
         self.replicas, convolutional = replicas or Replicas(), config.image_shape is not None
         self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional))
-        self.weights, self.norm_params = (
-            {name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
-            for values in (initial_weights(config, seed), initial_norm_params(config)))
-        self.learning_rates, variables = {}, {**self.weights, **self.norm_params}
+        initial = Parameters(initial_weights(config, seed), initial_norm_params(config))
+        initial = initial._replace(learning_rates=initial_learning_rates(config, initial))
+        self._parameters = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
+                                        for values in initial))
+        self.weights, self.norm_params, rates = self._parameters
+        self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self._variables()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         # Reference behaviour: the gradient of pre-training is not clipped.
         self._optimizers = {phase: Adam(variables, config.meta_lr, clip)
                             for phase, clip in (('metatrain', config.clip), ('pretrain', None))}
         metrics = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (config.loss == 'xent')
         self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.dtype, self.replicas,
-                                     Parameters(self.weights, self.norm_params), functools.partial(metrics_of, config), metrics)
-        # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
-        self._gradients = {phase: (functools.partial(meta_gradient, config, phase), (dict.fromkeys(variables), Outputs(0, 0)))
-                           for phase in self._optimizers}
+                                     self._parameters, functools.partial(metrics_of, config), metrics)
         self._updates = {phase: adam.apply for phase, adam in self._optimizers.items()}
-        self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), dict.fromkeys(self.weights))
-        self._predict_unadapted = (lambda parameters, _, task: predict_query(config, task, *parameters)), None
+        # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
+        self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0))
+        state = TaskState(dict.fromkeys(fast_weights(config, self._parameters)), (0, 0) if features_stay(config) else ())
+        self._features = (lambda parameters, _, task: fixed_features(config, parameters, task)), state.features
+        self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), state)
+        self._predict_unadapted = (lambda parameters, _, task: answer(
+            config, parameters, task, initial_state(config, parameters, task), 0, query=True)), None
+
+    def _variables(self):
+        return {name: variable for group in self._parameters for name, variable in group.items()}
+
+    def _gradient(self, phase, iteration):
+        """`meta_gradient` as it is in an iteration, and the structure of what it returns."""
+        config = stage(self.config, iteration)
+        key = phase, config.stop_grad, config.multi_step_loss
+        if key not in self._gradients:
+            self._gradients[key] = functools.partial(meta_gradient, config, phase)
+        return self._gradients[key], self._gradient_structure
 
     def state(self) -> dict[str, tf.Variable]:
         """{name: variable}: everything that a training run needs to go on."""
         metatrain, pretrain = (adam.state(f'{phase}/adam/') for phase, adam in self._optimizers.items())
-        return {**self.weights, **self.norm_params, **metatrain, **pretrain}
+        return {**self._variables(), **metatrain, **pretrain}
 
     def variant(self, **changes) -> 'MAML':
         """A MAML with the same weights, another config and a fresh optimizer.
@@ -291,10 +442,14 @@ class MAML:
         in random order, so all outputs have learnt the same.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
-        for ours, variables in (self.weights, other.weights), (self.norm_params, other.norm_params):
-            for name, variable in variables.items():
-                variable.assign(ours[name][..., :variable.shape[-1]])
+        ours = self._variables()
+        for name, variable in other._variables().items():
+            variable.assign(ours[name] if variable.shape == ours[name].shape else ours[name][..., :variable.shape[-1]])
         return other
+
+    def stage_end(self, iteration: int) -> float:
+        """The first later iteration that learns otherwise by a schedule: steps of one call must be on one side of it."""
+        return stage_end(self.config, iteration)
 
     def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.
@@ -306,8 +461,8 @@ class MAML:
             The metrics of `metrics_of` before each step, averaged over tasks; 'finite': whether losses and gradients were finite
             (a step in which they were not changes nothing); 'stopping': whether any process is about to stop. Each [steps].
         """
-        return self._engine.train(*self._gradients[phase], self._updates[phase], batches, tf.constant(iteration, tf.int64),
-                                  tf.cast(stopping, self.config.dtype))
+        return self._engine.train(*self._gradient(phase, iteration), self._updates[phase], batches,
+                                  tf.constant(iteration, tf.int64), tf.cast(stopping, self.config.dtype))
 
     def metatrain_step(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
         """One outer update with a meta-batch; returns scalars named as by `train_steps`."""
@@ -320,27 +475,33 @@ class MAML:
         return {name: values[0] for name, values in found.items()}
 
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
-        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, parameters' names."""
-        return self._engine.means(*self._gradients['metatrain'], batch, tf.constant(iteration, tf.int64))[0]
+        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, with the names of parameters;
+        'lr/<name>' for learned step sizes."""
+        return self._engine.means(*self._gradient('metatrain', iteration), batch, tf.constant(iteration, tf.int64))[0]
 
     def pretrain_gradients(self, batch: TaskBatch) -> Tensors:
         """The gradient of the support loss before adaptation, averaged over tasks; like `meta_gradients`."""
-        return self._engine.means(*self._gradients['pretrain'], batch, tf.constant(0, tf.int64))[0]
+        return self._engine.means(*self._gradient('pretrain', 0), batch, tf.constant(0, tf.int64))[0]
+
+    def _initial_state(self, batch, mapping):
+        """`initial_state` of each task of a meta-batch."""
+        fast = self._engine.repeat(tuple(fast_weights(self.config, self._parameters)), batch)
+        return TaskState(fast, mapping(*self._features, batch, tf.constant(0, tf.int64)) if features_stay(self.config) else ())
 
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
-        fast_weights, found = self._engine.repeat('weights', batch), []
+        state, found = self._initial_state(batch, self._engine.map_on_replicas), []
         for step in tf.range(num_updates, dtype=tf.int64):
-            metrics, fast_weights = self._engine.map_and_measure(*self._adapt, batch, fast_weights, step)
+            metrics, state = self._engine.map_and_measure(*self._adapt, batch, state, step)
             found.append(metrics)
         columns = zip(*found)  # each a metric after each update
         return Metrics(*(tf.stack(column) if post else column[0] for column, post in zip(columns, itertools.cycle([0, 1]))))
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
         """Outputs before adaptation [tasks, N*K, dim_output], and after each update [num_updates, tasks, N*Q, dim_output]."""
-        fast_weights, found = self._engine.repeat('weights', batch), []
+        state, found = self._initial_state(batch, self._engine.map), []
         for step in tf.range(num_updates, dtype=tf.int64):
-            outputs, fast_weights = self._engine.map(*self._adapt, (batch, fast_weights), step)
+            outputs, state = self._engine.map(*self._adapt, (batch, state), step)
             found.append(outputs)
         return Outputs(found[0].pre, tf.stack([outputs.post for outputs in found]))
 

@@ -14,7 +14,7 @@ def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Ten
               stats_rows: int | None = None) -> tf.Tensor:
     """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
 
-    `batch_norm` takes mean and biased variance over all axes but the last and adds the offset beta; it has no scale.
+    `batch_norm` takes mean and biased variance over all axes but the last, scales by gamma if there is one, and adds beta.
     `layer_norm` takes them over all axes but the first, then scales by gamma and adds beta.
 
     Args:
@@ -28,7 +28,8 @@ def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Ten
     """
     axes = list(range(len(x.shape)))
     if norm == 'batch_norm':
-        return standardize(x, axes[:-1], BATCH_NORM_EPSILON, stats_rows) + norm_params[f'{scope}/beta']
+        x, scale = standardize(x, axes[:-1], BATCH_NORM_EPSILON, stats_rows), norm_params.get(f'{scope}/gamma')
+        return (x if scale is None else x * scale) + norm_params[f'{scope}/beta']
     if norm == 'layer_norm':
         return (standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma']
                 + norm_params[f'{scope}/beta'])
@@ -68,10 +69,16 @@ def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scop
     Returns:
         [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
-    x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, as_matmul), bias, norm)
+    scale = norm_params.get(f'{scope}/gamma')
     if norm == 'batch_norm' and stats_rows is None:
-        # Without a scale, normalisation and ReLU are increasing: the largest of a window can be picked before them.
-        return tf.nn.relu(batch_standardize(x, BATCH_NORM_EPSILON, max_pool) + norm_params[f'{scope}/beta'])
+        # Normalisation and ReLU are increasing, so the largest of a window can be picked before them. With a negative scale
+        # they are not; its sign can be moved onto the kernel, for batch-norm(sign z) = sign batch-norm(z).
+        if scale is not None and max_pool:
+            sign = tf.where(tf.stop_gradient(scale) < 0, -tf.ones_like(scale), tf.ones_like(scale))
+            kernel, scale = kernel * sign, scale * sign
+        x = batch_standardize(conv2d(x, kernel, 1 if max_pool else 2, as_matmul), BATCH_NORM_EPSILON, max_pool)
+        return tf.nn.relu((x if scale is None else x * scale) + norm_params[f'{scope}/beta'])
+    x = add_bias(conv2d(x, kernel, 1 if max_pool else 2, as_matmul), bias, norm)
     x = tf.nn.relu(normalize(x, norm, scope, norm_params, stats_rows))
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 

@@ -61,8 +61,8 @@ class Engine:
         on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
         if not single:
             self._local_means, self._map = on_replica(self._local_means), on_replica(self._map)
-        self.train, self.means, self.repeat, self.map_and_measure = map(
-            compiled, (self.train, self.means, self.repeat, self.map_and_measure))
+        self.train, self.means, self.repeat, self.map_on_replicas, self.map_and_measure = map(
+            compiled, (self.train, self.means, self.repeat, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
 
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
@@ -100,12 +100,20 @@ class Engine:
         sums = self._strategy.run(self._local_means, (_values(self._shared), task_gradient, signature, batch, iteration))
         return self._all_reduce(sums, signature)[:2]
 
-    def repeat(self, group: str, batch: Structure) -> dict[str, tf.Tensor]:
-        """A group of the shared parameters, repeated for each task of each replica's meta-batch: {name: [tasks, ...]}."""
+    def repeat(self, names: Sequence[str], batch: Structure) -> dict[str, tf.Tensor]:
+        """Shared parameters, repeated for each task of each replica's meta-batch: {name: [tasks, ...]}."""
         def on_replica(batch):
             return {name: tf.repeat(value[None], batch[0].shape[0], axis=0) for name, value in values.items()}
 
-        values = _values(getattr(self._shared, group))
+        values = {name: value for group in _values(self._shared) for name, value in group.items() if name in names}
+        return self._strategy.run(on_replica, (batch,))
+
+    def map_on_replicas(self, function: Callable, signature: Structure, batch: Structure, step: tf.Tensor) -> Structure:
+        """`map` on all replicas: what the function returns for each replica's tasks stays there."""
+        def on_replica(batch):
+            return self._map(shared, function, signature, batch, step)
+
+        shared = _values(self._shared)
         return self._strategy.run(on_replica, (batch,))
 
     def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,

@@ -12,7 +12,7 @@ class Adam:
         """
         Args:
             variables: {name: tf.Variable}, updated in place.
-            clip: elementwise bound of the gradients; None: none.
+            clip: elementwise bound of the gradients of weights, not of learned step sizes; None: none.
         """
         def zeros():
             return {name: tf.Variable(tf.zeros_like(v), trainable=False) for name, v in variables.items()}
@@ -26,7 +26,7 @@ class Adam:
         rate = self.learning_rate * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
             gradient, mean, square = gradients[name], self.means[name], self.squares[name]
-            if self.clip is not None:
+            if self.clip is not None and not name.startswith('lr/'):
                 gradient = tf.clip_by_value(gradient, -self.clip, self.clip)
             mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
             square.assign(ADAM_BETA2 * square + (1 - ADAM_BETA2) * tf.square(gradient))

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from data_generator import TaskBatch
-from maml import CONV_LAYERS, MAML, ModelConfig, Parameters, adapt_and_predict
+from maml import CONV_LAYERS, MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)
@@ -90,10 +90,10 @@ def outputs_in_float64(golden):
     batch = TaskBatch(*(tf.constant(array, tf.float64) for array in golden.batch))
     before, after = [], [[] for _ in range(golden.updates)]
     for task in range(len(batch.support_x)):
-        fast_weights = weights
+        one_task, shared = TaskBatch(*(array[task] for array in batch)), Parameters(weights, norm_params)
+        state = initial_state(golden.config, shared, one_task)
         for update in range(golden.updates):
-            one_task = TaskBatch(*(array[task] for array in batch)), fast_weights
-            outputs, fast_weights = adapt_and_predict(golden.config, Parameters(weights, norm_params), update, one_task)
+            outputs, state = adapt_and_predict(golden.config, shared, update, (one_task, state))
             after[update].append(outputs.post)
             if update == 0:
                 before.append(outputs.pre)

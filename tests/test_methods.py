@@ -1,0 +1,238 @@
+"""The methods of the family: their fixtures, closed forms on a tiny net, and what must hold whatever the numbers."""
+import dataclasses
+import glob
+import json
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import maml
+from data_generator import TaskBatch
+from maml import MAML, ModelConfig, inner_loop, multi_step_weights, objective, stage_end
+
+FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
+FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def ours(name):
+    """This program's name of a fixture's tensor: '0_beta' is '0/beta'."""
+    return name.replace('_', '/')
+
+
+class Fixture:
+    def __init__(self, path):
+        self.arrays = np.load(path)
+        self.flags = flags = json.loads(str(self.arrays['config']))
+        flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+        self.config = ModelConfig(**{name: value for name, value in flags.items() if name in FIELDS})
+        self.updates, self.iteration = flags['num_updates_evaluated'], flags['iteration']
+
+    def group(self, name):
+        return {ours(key.removeprefix(name + '/')): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
+
+    def batch(self, dtype):
+        x, y, rows = self.arrays['x'].astype(dtype), self.arrays['y'].astype(dtype), self.flags['support_rows']
+        return TaskBatch(x[:, :rows], y[:, :rows], x[:, rows:], y[:, rows:])
+
+    def model(self, dtype, **changes):
+        model = MAML(dataclasses.replace(self.config, dtype=dtype, **changes))
+        variables = {**model.weights, **model.norm_params, **{f'lr/{name}': rate for name, rate in model.learning_rates.items()}}
+        initial = self.group('init')
+        assert variables.keys() == initial.keys()
+        for name, variable in variables.items():
+            variable.assign(tf.cast(initial[name], dtype))
+        return model
+
+
+def relative(found, expected):
+    """Norm of the difference over norm of the expected, over {name: array} with the same names."""
+    assert found.keys() == expected.keys()
+    difference = sum(np.sum(np.square(np.asarray(found[name], np.float64) - expected[name])) for name in expected)
+    return np.sqrt(difference / sum(np.sum(np.square(value)) for value in expected.values()))
+
+
+@pytest.mark.parametrize('engine', ['tasks', 'wide'])
+@pytest.mark.parametrize('name', FIXTURES)
+def test_fixtures_in_double_precision(name, engine):
+    fixture = Fixture(FIXTURES[name])
+    if engine == 'wide' and name not in ('anil_conv', 'maml_plus_plus', 'layer_rates_fc'):
+        pytest.skip('one engine is enough')
+    model, batch = fixture.model('float64', engine=engine), fixture.batch(np.float64)
+    assert relative(model.meta_gradients(batch, fixture.iteration), fixture.group('metagrad')) < 1e-8
+    metrics, outputs = model.evaluate(batch, fixture.updates), model.predict(batch, fixture.updates)
+    np.testing.assert_allclose(metrics.pre_loss, fixture.arrays['pre_loss'], rtol=1e-8)
+    np.testing.assert_allclose(metrics.post_losses, fixture.arrays['post_losses'], rtol=1e-8)
+    np.testing.assert_allclose(outputs.post, fixture.arrays['post_outputs'], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', FIXTURES)
+def test_fixtures_in_single_precision(name):
+    fixture = Fixture(FIXTURES[name])
+    model, batch = fixture.model('float32'), fixture.batch(np.float32)
+    assert relative(model.meta_gradients(batch, fixture.iteration), fixture.group('metagrad')) < 1e-4
+    np.testing.assert_allclose(model.evaluate(batch, fixture.updates).post_losses, fixture.arrays['post_losses'], rtol=1e-4)
+
+
+# A net small enough for closed forms ----------------------------------------------------------------------------------
+
+TINY = ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1, num_updates=2, norm='None',
+                   dim_hidden=(1,), dtype='float64')
+BATCH = TaskBatch(*(np.array(column, np.float64).reshape(1, 2, 1) for column in ([1, 2], [1, 0.5], [0.5, 1.5], [0, 1])))
+START = {'w1': 0.8, 'b1': 0.1, 'w2': 0.5, 'b2': -0.2}
+# The meta-gradients of w1, b1, w2, b2, by exact rational arithmetic.
+CLOSED_FORMS = {
+    'MAML': ({}, [-0.04935390594854663, 0.011270038080525187, -0.06550347767356007, 0.05870000134383024]),
+    'first order': ({'stop_grad': True}, [-0.24096524074332326, -0.09049252658980939, -0.3880067206701206, -0.16627080635418767]),
+    'ANIL': ({'inner_weights': 'head'}, [-0.099821119608, -0.030297835976, -0.1133673946, 0.00435902648]),
+    'BOIL': ({'inner_weights': 'body'}, [-0.239743134765625, -0.1356553369140625, -0.5023239228515625, -0.271310673828125])}
+RATES = {0: [-0.016893880965656024, -0.00007882476285184622, -0.04841165264999912, 0.01308151560397497],
+         1: [0.002658427331629047, -0.0147972194027558, -0.008721755719659214, -0.05016307092302665]}
+FIRST_ORDER_RATES = [-0.051558751835618685, -0.041944977379698614, -0.17168457840110984, -0.14992555473553926]
+
+
+def tiny(**changes):
+    model = MAML(dataclasses.replace(TINY, **changes))
+    for name, value in START.items():
+        model.weights[name].assign(np.full(model.weights[name].shape, value))
+    return model
+
+
+def numbers(gradients, prefix=''):
+    return [np.asarray(gradients[prefix + name]).ravel() for name in START]
+
+
+@pytest.mark.parametrize('name', CLOSED_FORMS)
+def test_closed_forms(name):
+    changes, expected = CLOSED_FORMS[name]
+    np.testing.assert_allclose(np.ravel(numbers(tiny(**changes).meta_gradients(BATCH))), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_closed_forms_of_learned_rates():
+    steps = np.array(numbers(tiny(learn_lr='step').meta_gradients(BATCH), 'lr/'))
+    np.testing.assert_allclose(steps, np.array([RATES[0], RATES[1]]).T, rtol=1e-11, atol=1e-12)
+    for kind in 'layer', 'weight':  # in this net every tensor is one number
+        found = np.ravel(numbers(tiny(learn_lr=kind).meta_gradients(BATCH), 'lr/'))
+        np.testing.assert_allclose(found, steps.sum(axis=1), rtol=1e-11)
+        first_order = tiny(learn_lr=kind, stop_grad=True).meta_gradients(BATCH)
+        np.testing.assert_allclose(np.ravel(numbers(first_order, 'lr/')), FIRST_ORDER_RATES, rtol=1e-11)
+
+
+# Identities -----------------------------------------------------------------------------------------------------------
+
+def test_weights_of_the_multi_step_loss():
+    """The table of MAML++'s program, E = 10 epochs and T = 5 updates."""
+    config = dataclasses.replace(TINY, num_updates=5, multi_step_loss=5000, schedule_interval=500)
+    for epoch, expected in (0, [0.2] * 5), (1, [0.18] * 4 + [0.28]), (5, [0.1] * 4 + [0.6]), (9, [0.02] * 4 + [0.92]):
+        for iteration in 500 * epoch, 500 * epoch + 499:
+            found = [float(weight) for weight in multi_step_weights(config, iteration)]
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+            assert sum(found) == pytest.approx(1)
+
+
+def test_schedules_end_where_they_should():
+    config = dataclasses.replace(TINY, multi_step_loss=7500, first_order_iterations=5500, schedule_interval=500)
+    assert [stage_end(config, iteration) for iteration in (0, 5499, 5500, 7499)] == [5500, 5500, 7500, 7500]
+    assert stage_end(config, 7500) == stage_end(TINY, 0) == np.inf
+    model, plain = tiny(multi_step_loss=10, first_order_iterations=20), tiny()
+    np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 20)), numbers(plain.meta_gradients(BATCH)))
+    np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 19)), numbers(tiny(stop_grad=True).meta_gradients(BATCH)))
+    assert not np.allclose(numbers(model.meta_gradients(BATCH, 9)), numbers(model.meta_gradients(BATCH, 10)))
+
+
+@pytest.mark.parametrize('kind', ['layer', 'step', 'weight'])
+def test_equal_rates_are_one_rate(kind):
+    """MAML with learned rates that are all alpha is MAML; the sum of their gradients is the derivative by alpha."""
+    model = tiny(learn_lr=kind)
+    found = model.meta_gradients(BATCH)
+    np.testing.assert_allclose(numbers(found), numbers(tiny().meta_gradients(BATCH)), rtol=1e-12)
+
+    def loss_at(rate):
+        return float(np.mean(tiny(update_lr=rate).evaluate(BATCH, 2).post_losses[-1]))
+    derivative = (loss_at(0.1 + 1e-6) - loss_at(0.1 - 1e-6)) / 2e-6
+    assert sum(map(np.sum, numbers(found, 'lr/'))) == pytest.approx(derivative, rel=1e-6)
+
+
+@pytest.mark.parametrize('moved', ['head', 'body'])
+def test_what_the_inner_loop_leaves_alone(moved):
+    """The other tensors stay as they are to the last bit inside, and are trained by the outer loop."""
+    fixture = Fixture(FIXTURES['anil_conv'])
+    model, batch = fixture.model('float64', inner_weights=moved), fixture.batch(np.float64)
+    gradients = model.meta_gradients(batch)
+    task, parameters = TaskBatch(*(tf.constant(array[0]) for array in batch)), model._parameters
+    *_, (_, state) = inner_loop(model.config, task, parameters, 2)
+    for name, variable in model.weights.items():
+        same = np.array_equal(state.fast[name], variable)
+        if name in ('w5', 'b5'):
+            assert same == (moved == 'body'), name
+        elif name.startswith('conv'):
+            assert same == (moved == 'head') and np.abs(gradients[name]).max() > 0, name
+
+
+def test_features_that_stay_are_computed_once_or_again(monkeypatch):
+    """ANIL with features computed once is ANIL with features computed in every step."""
+    fixture = Fixture(FIXTURES['anil_conv'])
+    batch, found = fixture.batch(np.float64), fixture.model('float64')
+    once = found.evaluate(batch, 4), found.meta_gradients(batch)
+    monkeypatch.setattr(maml, 'features_stay', lambda config: False)
+    again = fixture.model('float64')
+    for one, other in zip(tf.nest.flatten(once), tf.nest.flatten((again.evaluate(batch, 4), again.meta_gradients(batch)))):
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
+
+
+def test_equal_norm_sets_are_one_set():
+    fixture = Fixture(FIXTURES['norm_scale_stride'])
+    shared, batch = fixture.model('float64'), fixture.batch(np.float64)
+    sets = MAML(dataclasses.replace(shared.config, norm_per_step=True))
+    for group in 'weights', 'norm_params':
+        for name, variable in getattr(shared, group).items():
+            getattr(sets, group)[name].assign(tf.broadcast_to(variable, getattr(sets, group)[name].shape))
+    one, other = shared.meta_gradients(batch), sets.meta_gradients(batch)
+    for name, gradient in one.items():
+        np.testing.assert_allclose(gradient, tf.reduce_sum(other[name], axis=0) if '/' in name else other[name], rtol=1e-9, atol=1e-14)
+    for mine, theirs in zip(shared.evaluate(batch, 4), sets.evaluate(batch, 4)):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+
+
+SWITCHES = {
+    'ANIL with learned rates': dict(inner_weights='head', learn_lr='step'),
+    'BOIL with a multi-step loss': dict(inner_weights='body', adapt_norm=True, norm_scale=True, multi_step_loss=10),
+    'first-order Meta-SGD': dict(learn_lr='weight', stop_grad=True, num_updates=1),
+    'all at once': dict(learn_lr='step', adapt_norm=True, norm_scale=True, norm_per_step=True, mean_loss=True, multi_step_loss=10,
+                        query_norm='support'),
+    'ANIL, adapting norms': dict(inner_weights='head', adapt_norm=True),
+    'layer norm, adapted': dict(norm='layer_norm', adapt_norm=True, norm_per_step=True)}
+
+
+@pytest.mark.parametrize('switches', SWITCHES.values(), ids=SWITCHES)
+def test_finite_differences_through_switches(switches):
+    """Central differences of the objective along random directions, in every parameter, learned rates included."""
+    config = ModelConfig(**{**dict(dim_input=196, dim_output=3, loss='xent', update_batch_size=1, update_lr=0.1, num_updates=2,
+                                   dtype='float64', image_shape=(14, 14, 1), num_filters=4), **switches})
+    rng = np.random.default_rng(0)
+    model = MAML(config)
+    parameters = tf.nest.map_structure(lambda v: v.numpy() + 0.3 * rng.normal(size=v.shape), model._parameters)
+    x, y = rng.random((1, 9, 196)), np.eye(3)[np.tile(np.arange(3), 3)][None]
+    batch = TaskBatch(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
+    task = TaskBatch(*(tf.constant(array[0]) for array in batch))
+
+    def assign(values):
+        tf.nest.map_structure(lambda variable, value: variable.assign(value), model._parameters, values)
+
+    def objective_at(values):
+        values = tf.nest.map_structure(tf.constant, values)
+        _, trajectory = zip(*inner_loop(model.config, task, values, config.num_updates))
+        return float(objective(model.config, task, values, trajectory, 3)[0])
+
+    assign(parameters)
+    exact = model.meta_gradients(batch, 3)
+    for _ in range(2):
+        direction = tf.nest.map_structure(lambda value: rng.normal(size=np.shape(value)), parameters)
+        if config.stop_grad:  # the gradient is that of the objective with respect to learned rates only
+            direction = tf.nest.map_structure(np.zeros_like, direction)._replace(learning_rates=direction.learning_rates)
+        at = [objective_at(tf.nest.map_structure(lambda value, along, size=size: value + size * along, parameters, direction))
+              for size in (1e-7, -1e-7)]
+        slope = sum(float(np.sum(exact[name] * along)) for group in direction for name, along in group.items())
+        assert (at[0] - at[1]) / 2e-7 == pytest.approx(slope, rel=1e-6, abs=1e-6)
