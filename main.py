@@ -44,6 +44,7 @@ from runtime import console, distribution, rules
 from runtime.errors import UserError, first_line
 from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
 from runtime.interruption import ENDING
+from runtime.methods import PRESETS, apply_method
 from runtime.run import apply_run, data_from_flags, read_data, record_split, run_from_flags
 from runtime.startup import import_tensorflow
 
@@ -77,9 +78,23 @@ number('update_batch_size', 5, 'shot K: support examples per class (in all, for 
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant',
-        Learning(label='stopgrad', method='first-order'))
+        Learning(label='stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 group('Training')
+choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
+choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop moves: 'all' weights; the last layer, 'head'; or "
+       "all but that, 'body'", Learning(label='.inner{}'))
+boolean('adapt_norm', False, 'the inner loop moves offsets and scales of normalisation too', Learning(label='.adaptnorm'))
+boolean('norm_scale', False, 'batch norm has a scale', Learning(label='.normscale'))
+boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning(label='.normperstep'))
+choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr on: one for each tensor, "
+       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
+boolean('mean_loss', False, 'divide the cross-entropy by the number of rows; False: by the shots, as the reference does',
+        Learning(label='.meanloss'))
+number('multi_step_loss', 0, 'so many first iterations minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
+number('first_order_iterations', 0, 'so many first iterations are computed as with --stop_grad', 0, Learning(label='.fo{}'))
+number('schedule_interval', 1, 'the last two flags take effect in steps of so many iterations', 1, Learning(label='.every{}'))
+group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
 number('num_filters', 64, 'filters of each convolution (the paper has 32 for miniImagenet)', 1,
@@ -110,6 +125,7 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; in '
         'training, what every checkpoint does with meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1)
 strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare prints: 'text': tables for a terminal; 'csv': a line for "
@@ -144,6 +160,7 @@ def run_and_data(rest=()):
     if rest:
         raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
     apply_run(FLAGS)
+    apply_method(FLAGS)
     rules.check_flags(FLAGS)
     mode = rules.mode(FLAGS)
     strategy = 'one' if mode == 'predict' else FLAGS.strategy
@@ -167,10 +184,7 @@ def run_and_data(rest=()):
 
 def compare(rest):
     """Prints a comparison of the folders after --compare, and `rest`."""
-    takes = 'compare', 'plot', 'format', 'plot_format'
-    others = [name for name in names() if FLAGS[name].present and name not in takes]
-    if others:
-        raise UserError(f'--{others[0]} means nothing to --compare, which takes folders, --plot, --plot_format and --format')
+    rules.check_comparison(FLAGS, names())
     from runtime.comparison import compare
     print(compare([*FLAGS.compare, *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
 

@@ -10,18 +10,18 @@ import dataclasses
 import functools
 import itertools
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+import utils
 from runtime import engine
 from runtime.distribution import Replicas
 from runtime.optimizers import Adam
-from utils import accuracy, conv_block, dense_block, glorot_uniform, mse, truncated_normal, xent
+from runtime.schedules import multi_step_weights, stage
+from utils import CONV_LAYERS, accuracy, at_step, conv_block, dense_block, mse, norm_scope, xent
 
-CONV_LAYERS = (1, 2, 3, 4)
 Step, Tensors = int | tf.Tensor, dict[str, tf.Tensor]
 TaskBatch = Any  # a data_generator.TaskBatch, of which only the field names are used here
 
@@ -88,62 +88,6 @@ class Metrics(NamedTuple):
 
 # The network: a pure function of its weights ------------------------------------------------------------------------
 
-def initial_weights(config: ModelConfig, seed: int) -> Tensors:
-    """The weights that the inner loop adapts, float32, each a function of (seed, name) only.
-
-    They have the reference's names: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
-    """
-    def draw(name, distribution, *shape):
-        weights[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
-        weights['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
-
-    weights = {}
-    if config.image_shape is None:
-        sizes = (config.dim_input, *config.dim_hidden, config.dim_output)
-        for layer, (inputs, units) in enumerate(zip(sizes, sizes[1:]), start=1):
-            draw(f'w{layer}', truncated_normal, inputs, units)
-        return weights
-    height, width, channels = config.image_shape
-    for layer in CONV_LAYERS:
-        draw(f'conv{layer}', glorot_uniform, 3, 3, channels, config.num_filters)
-        channels = config.num_filters
-        height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
-    distribution, features = ((tf.random.stateless_normal, channels) if config.head == 'mean' else
-                              (glorot_uniform, height * width * channels))
-    draw('w5', distribution, features, config.dim_output)
-    return weights
-
-
-def initial_norm_params(config: ModelConfig) -> Tensors:
-    """Offsets (beta, 0) and scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}; [num_updates, channels] if per step.
-
-    Batch norm has scales if `norm_scale` says so, layer norm always.
-    """
-    sizes = config.dim_hidden if config.image_shape is None else [config.num_filters] * len(CONV_LAYERS)
-    params, scaled = {}, config.norm == 'layer_norm' or config.norm == 'batch_norm' and config.norm_scale
-    for layer, channels in enumerate(sizes, start=1):
-        if config.norm in ('batch_norm', 'layer_norm'):
-            params[f'{_norm_scope(config, layer)}/beta'] = tf.zeros([channels])
-        if scaled:
-            params[f'{_norm_scope(config, layer)}/gamma'] = tf.ones([channels])
-    return {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in params.items()} if config.norm_per_step else params
-
-
-def initial_learning_rates(config: ModelConfig, parameters: Parameters) -> Tensors:
-    """Learned step sizes, all alpha: {'lr/<name>': float32} for what the inner loop moves; {} if they are fixed.
-
-    Their shapes are [] for `learn_lr='layer'`, [num_updates] for 'step', and that of the tensor itself for 'weight'.
-    """
-    moved = fast_weights(config, parameters)
-    shapes = {name: {'layer': [], 'step': [config.num_updates]}.get(config.learn_lr, moved[name].shape)
-              for name in adapted_names(config, moved)} if config.learn_lr != 'no' else {}
-    return {f'lr/{name}': tf.fill(shape, tf.constant(config.update_lr, config.dtype)) for name, shape in shapes.items()}
-
-
-def _norm_scope(config, layer):
-    return str(layer - 1 if config.image_shape or layer == 1 else layer)  # Reference behaviour: dense nets have no scope 1.
-
-
 def forward(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
             stats_rows: int | None = None) -> tf.Tensor:
     """The network's output for a set of rows [rows, dim_output]: predictions, or logits in classification.
@@ -176,13 +120,13 @@ def features(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: T
     """
     if config.image_shape is None:
         for layer in range(1, len(config.dim_hidden) + 1):
-            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
+            x = dense_block(x, weights[f'w{layer}'], weights[f'b{layer}'], config.norm, norm_scope(config, layer),
                             norm_params, stats_rows)
         return x
 
     x = tf.reshape(x, [-1, *config.image_shape])
     for layer in CONV_LAYERS:
-        x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, _norm_scope(config, layer),
+        x = conv_block(x, weights[f'conv{layer}'], weights[f'b{layer}'], config.norm, norm_scope(config, layer),
                        norm_params, config.max_pool, config.engine == 'wide', stats_rows)
     return tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
 
@@ -208,16 +152,10 @@ def fast_weights(config: ModelConfig, parameters: Parameters) -> Tensors:
     return {**parameters.norm_params, **parameters.weights} if config.adapt_norm else parameters.weights
 
 
-def at_step(config: ModelConfig, value: tf.Tensor, step: Step) -> tf.Tensor:
-    """Entry number `step` of [num_updates, ...]; the last one beyond it."""
-    last = config.num_updates - 1
-    return value[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
-
-
 def norm_at(config: ModelConfig, norm_params: Tensors, fast: Tensors, step: Step) -> Tensors:
     """The offsets and scales in force at an inner step: those among the fast weights, or else the shared ones."""
     found = {name: fast.get(name, value) for name, value in norm_params.items()}
-    return {name: at_step(config, value, step) for name, value in found.items()} if config.norm_per_step else found
+    return {name: at_step(value, step) for name, value in found.items()} if config.norm_per_step else found
 
 
 def step_sizes(config: ModelConfig, learning_rates: Tensors, names: Sequence[str], step: Step) -> dict[str, Any]:
@@ -225,12 +163,7 @@ def step_sizes(config: ModelConfig, learning_rates: Tensors, names: Sequence[str
     if config.learn_lr == 'no':
         return dict.fromkeys(names, config.update_lr)
     rates = {name: learning_rates[f'lr/{name}'] for name in names}
-    return {name: at_step(config, rate, step) for name, rate in rates.items()} if config.learn_lr == 'step' else rates
-
-
-def support_features(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
-    """`features` of a task's support rows, [N*K, features]."""
-    return features(config, task.support_x, weights, norm_params)
+    return {name: at_step(rate, step) for name, rate in rates.items()} if config.learn_lr == 'step' else rates
 
 
 def query_features(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
@@ -253,8 +186,10 @@ def features_stay(config: ModelConfig) -> bool:
 
 def fixed_features(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> tuple[tf.Tensor, ...]:
     """The features of a task's support and query rows, if no inner step changes them; else ()."""
-    return tuple(of(config, task, parameters.weights, parameters.norm_params)
-                 for of in (support_features, query_features) if features_stay(config))
+    if not features_stay(config):
+        return ()
+    shared = parameters.weights, parameters.norm_params
+    return features(config, task.support_x, *shared), query_features(config, task, *shared)
 
 
 def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> TaskState:
@@ -266,9 +201,9 @@ def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: 
     """The network's output for a task's support or query rows, with the fast weights and the normalisation of a step."""
     if state.features:
         return classify(config, state.features[query], state.fast)
-    of = query_features if query else support_features
-    return classify(config, of(config, task, {**parameters.weights, **state.fast},
-                               norm_at(config, parameters.norm_params, state.fast, step)), state.fast)
+    at = state.fast, norm_at(config, parameters.norm_params, state.fast, step)
+    hidden = query_features(config, task, *at) if query else features(config, task.support_x, *at)
+    return classify(config, hidden, state.fast)
 
 
 def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int, first_step: Step = 0,
@@ -318,18 +253,6 @@ def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tenso
 
 # Learning to learn: the outer loop ----------------------------------------------------------------------------------
 
-def multi_step_weights(config: ModelConfig, iteration: Step) -> list[tf.Tensor]:
-    """The weight of the query loss after each inner update, which sum to 1; they move to the last as the iterations go on.
-
-    MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
-    """
-    updates, epochs = config.num_updates, config.multi_step_loss / config.schedule_interval
-    epoch = tf.cast(iteration // config.schedule_interval, config.dtype)
-    others = tf.maximum(1 / updates - epoch / (updates * epochs), 0.03 / updates)
-    last = tf.minimum(1 / updates + epoch * (updates - 1) / (updates * epochs), 1 - (updates - 1) * 0.03 / updates)
-    return [others] * (updates - 1) + [last]
-
-
 def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, trajectory: Sequence[TaskState],
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
@@ -366,20 +289,6 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
     return tape.gradient(loss, sources, unconnected_gradients='zero'), Outputs(support_outputs[0], query_outputs)
 
 
-def stage(config: ModelConfig, iteration: int) -> ModelConfig:
-    """The config that is in force in an iteration of meta-training, without schedules that are over or not yet at work."""
-    start = iteration // config.schedule_interval * config.schedule_interval
-    return dataclasses.replace(config, first_order_iterations=0, stop_grad=config.stop_grad or start < config.first_order_iterations,
-                               multi_step_loss=config.multi_step_loss if start < config.multi_step_loss else 0)
-
-
-def stage_end(config: ModelConfig, iteration: int) -> float:
-    """The first later iteration in which another `stage` is in force; infinity if there is none."""
-    ends = (-(-last // config.schedule_interval) * config.schedule_interval
-            for last in (config.first_order_iterations, config.multi_step_loss))
-    return min((end for end in ends if end > iteration), default=math.inf)
-
-
 class MAML:
     """The shared parameters, and what is done with them on meta-batches: TaskBatches of arrays [tasks, rows, dim].
 
@@ -397,12 +306,14 @@ class MAML:
         """
         self.replicas, convolutional = replicas or Replicas(), config.image_shape is not None
         self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional))
-        initial = Parameters(initial_weights(config, seed), initial_norm_params(config))
-        initial = initial._replace(learning_rates=initial_learning_rates(config, initial))
+        initial = Parameters(utils.initial_weights(config, seed), utils.initial_norm_params(config))
+        fast = fast_weights(config, initial)
+        moved = {name: fast[name] for name in adapted_names(config, fast)}
+        initial = initial._replace(learning_rates=utils.initial_learning_rates(config, moved))
         self._parameters = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
                                         for values in initial))
         self.weights, self.norm_params, rates = self._parameters
-        self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self._variables()
+        self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self.parameters()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         # Reference behaviour: the gradient of pre-training is not clipped.
         self._optimizers = {phase: Adam(variables, config.meta_lr, clip)
@@ -413,13 +324,14 @@ class MAML:
         self._updates = {phase: adam.apply for phase, adam in self._optimizers.items()}
         # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
         self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0))
-        state = TaskState(dict.fromkeys(fast_weights(config, self._parameters)), (0, 0) if features_stay(config) else ())
+        state = TaskState(dict.fromkeys(fast), (0, 0) if features_stay(config) else ())
         self._features = (lambda parameters, _, task: fixed_features(config, parameters, task)), state.features
         self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), state)
         self._predict_unadapted = (lambda parameters, _, task: answer(
             config, parameters, task, initial_state(config, parameters, task), 0, query=True)), None
 
-    def _variables(self):
+    def parameters(self) -> dict[str, tf.Variable]:
+        """{name: variable} of all that the outer loop trains; 'lr/<name>' for learned step sizes."""
         return {name: variable for group in self._parameters for name, variable in group.items()}
 
     def _gradient(self, phase, iteration):
@@ -433,7 +345,7 @@ class MAML:
     def state(self) -> dict[str, tf.Variable]:
         """{name: variable}: everything that a training run needs to go on."""
         metatrain, pretrain = (adam.state(f'{phase}/adam/') for phase, adam in self._optimizers.items())
-        return {**self._variables(), **metatrain, **pretrain}
+        return {**self.parameters(), **metatrain, **pretrain}
 
     def variant(self, **changes) -> 'MAML':
         """A MAML with the same weights, another config and a fresh optimizer.
@@ -442,20 +354,16 @@ class MAML:
         in random order, so all outputs have learnt the same.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
-        ours = self._variables()
-        for name, variable in other._variables().items():
+        ours = self.parameters()
+        for name, variable in other.parameters().items():
             variable.assign(ours[name] if variable.shape == ours[name].shape else ours[name][..., :variable.shape[-1]])
         return other
-
-    def stage_end(self, iteration: int) -> float:
-        """The first later iteration that learns otherwise by a schedule: steps of one call must be on one side of it."""
-        return stage_end(self.config, iteration)
 
     def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.
 
-        `phase` is 'metatrain' or 'pretrain' (see `meta_gradient`), `iteration` that of the first step; `stopping` says that this
-        process is about to stop.
+        `phase` is 'metatrain' or 'pretrain' (see `meta_gradient`), `iteration` that of the first step; all must be in one
+        stage (`schedules.stage_end`). `stopping` says that this process is about to stop.
 
         Returns:
             The metrics of `metrics_of` before each step, averaged over tasks; 'finite': whether losses and gradients were finite
@@ -475,8 +383,7 @@ class MAML:
         return {name: values[0] for name, values in found.items()}
 
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
-        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, with the names of parameters;
-        'lr/<name>' for learned step sizes."""
+        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, named as `parameters`."""
         return self._engine.means(*self._gradient('metatrain', iteration), batch, tf.constant(iteration, tf.int64))[0]
 
     def pretrain_gradients(self, batch: TaskBatch) -> Tensors:

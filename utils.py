@@ -1,6 +1,8 @@
-"""Small pure functions: network building blocks and losses."""
+"""Small pure functions: network building blocks, initial values and losses."""
 import math
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -8,6 +10,8 @@ from special_grads import batch_standardize, im2col, standardize
 
 NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
+CONV_LAYERS = (1, 2, 3, 4)
+Config, Tensors = Any, dict[str, tf.Tensor]  # a maml.ModelConfig, of which only the field names are used here
 
 
 def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
@@ -89,6 +93,12 @@ def dense_block(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor, norm: str, sco
     return tf.nn.relu(normalize(add_bias(x @ matrix, bias, norm), norm, scope, norm_params, stats_rows))
 
 
+def at_step(values: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
+    """Entry number `step` of values [steps, ...]; the last one beyond them."""
+    last = values.shape[0] - 1
+    return values[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
+
+
 def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Mean squared error over the last two axes: [..., rows, dim] -> [...]."""
     return tf.reduce_mean(tf.square(outputs - targets), axis=(-2, -1))
@@ -119,3 +129,62 @@ def glorot_uniform(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
     receptive_field = math.prod(shape[:-2])
     limit = math.sqrt(6 / (receptive_field * (shape[-2] + shape[-1])))
     return tf.random.stateless_uniform(shape, seed, -limit, limit)
+
+
+# Initial values -------------------------------------------------------------------------------------------------------
+
+def initial_weights(config: Config, seed: int) -> Tensors:
+    """The weights that the inner loop adapts, float32, each a function of (seed, name) only.
+
+    They have the reference's names: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
+    """
+    def draw(name, distribution, *shape):
+        weights[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
+        weights['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
+
+    weights = {}
+    if config.image_shape is None:
+        sizes = (config.dim_input, *config.dim_hidden, config.dim_output)
+        for layer, (inputs, units) in enumerate(zip(sizes, sizes[1:]), start=1):
+            draw(f'w{layer}', truncated_normal, inputs, units)
+        return weights
+    height, width, channels = config.image_shape
+    for layer in CONV_LAYERS:
+        draw(f'conv{layer}', glorot_uniform, 3, 3, channels, config.num_filters)
+        channels = config.num_filters
+        height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
+    distribution, features = ((tf.random.stateless_normal, channels) if config.head == 'mean' else
+                              (glorot_uniform, height * width * channels))
+    draw('w5', distribution, features, config.dim_output)
+    return weights
+
+
+def initial_norm_params(config: Config) -> Tensors:
+    """Offsets (beta, 0) and scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}; [num_updates, channels] if per step.
+
+    Batch norm has scales if `norm_scale` says so, layer norm always.
+    """
+    sizes = config.dim_hidden if config.image_shape is None else [config.num_filters] * len(CONV_LAYERS)
+    params, scaled = {}, config.norm == 'layer_norm' or config.norm == 'batch_norm' and config.norm_scale
+    for layer, channels in enumerate(sizes, start=1):
+        if config.norm in ('batch_norm', 'layer_norm'):
+            params[f'{norm_scope(config, layer)}/beta'] = tf.zeros([channels])
+        if scaled:
+            params[f'{norm_scope(config, layer)}/gamma'] = tf.ones([channels])
+    return {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in params.items()} if config.norm_per_step else params
+
+
+def initial_learning_rates(config: Config, moved: Tensors) -> Tensors:
+    """Learned inner step sizes, all alpha: {'lr/<name>': tensor} of the tensors that the inner loop moves; {} if they are fixed.
+
+    Their shapes are [] for `learn_lr='layer'`, [num_updates] for 'step', and that of the tensor itself for 'weight'.
+    """
+    if config.learn_lr == 'no':
+        return {}
+    shapes = {name: {'layer': [], 'step': [config.num_updates]}.get(config.learn_lr, value.shape) for name, value in moved.items()}
+    return {f'lr/{name}': tf.fill(shape, tf.constant(config.update_lr, config.dtype)) for name, shape in shapes.items()}
+
+
+def norm_scope(config: Config, layer: int) -> str:
+    """The name of a layer's normalisation."""
+    return str(layer - 1 if config.image_shape or layer == 1 else layer)  # Reference behaviour: dense nets have no scope 1.

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import filelock
+import numpy as np
 import tensorflow as tf
 
 from runtime.errors import UserError, first_line
@@ -268,7 +269,10 @@ def restore(checkpoint: Checkpoint, state: dict[str, tf.Variable]) -> None:
 
 
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
-    """Assigns the values of a checkpoint, of this program or of the reference, to a model's weights and norm parameters.
+    """Assigns the values of a checkpoint, of this program or of the reference, to a model's parameters.
+
+    What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, scales of batch norm. Where a network has
+    offsets and scales for each inner step and the checkpoint has one set, all become that set.
 
     Args:
         prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
@@ -292,9 +296,15 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         record = _decode(prefix, arrays.pop(_RECORD))
         found = {name: array for name, array in arrays.items() if '/adam/' not in name}
     else:
-        record, ours = {}, {theirs: name for name, theirs in reference_names(variables).items()}
+        record, ours = {}, {theirs: name for name, theirs in reference_names(
+            name for name in variables if not name.startswith('lr/')).items()}
         found = {ours.get(name, name): array for name, array in arrays.items()
                  if name.startswith('model/') and 'Adam' not in name}
+    for name, variable in variables.items():
+        if name not in found and (name.startswith('lr/') or name.endswith('/gamma') and network_flags.get('norm') == 'batch_norm'):
+            found[name] = variable.numpy()
+        elif '/' in name and name in found and found[name].shape == variable.shape[1:]:
+            found[name] = np.broadcast_to(found[name], variable.shape)
     _assign(prefix, found, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
     return record

@@ -17,7 +17,7 @@ from runtime.progress import Progress
 from runtime.run import Run
 from runtime.summaries import Summaries
 
-TEST_TASKS, TEST_UPDATES = 600, 10
+TEST_TASKS = 600
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
@@ -29,7 +29,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     """
     results.existing(run.directory)  # one that is damaged is reported before the work, not after it
     trained, prefix, iterations = restore(run)
-    tasks, updates = data[run.split], max(run.model.num_updates, TEST_UPDATES)
+    tasks, updates = data[run.split], run.test_updates
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
     facts = evaluation_facts(run, tasks, prefix, iterations)
     described = f'{iterations} iterations' if iterations else 'weights of another run'
@@ -68,7 +68,8 @@ def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: int | None
     """What results.json says of an evaluation besides its figures."""
     return {
         'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
-        'own_updates': run.model.num_updates,
+        # The number at which the method is meant: see --compare.
+        'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
                   'num_classes': run.tasks.num_classes if run.source.image_shape else None,
@@ -129,7 +130,7 @@ def restore(run: Run) -> tuple[MAML, str, int | None]:
     """
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
+        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         return model, run.load_from, record.get('iteration')
     checkpoint = checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record

@@ -1,7 +1,7 @@
 """Declaring, parsing and documenting flags.
 
 main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
-of a run (what it can be resumed with), the name of its directory, the name of its method and the page docs/flags.md.
+of a run (what it can be resumed with), the name of its directory and the page docs/flags.md.
 """
 import dataclasses
 import os
@@ -30,12 +30,10 @@ class Learning:
     Attributes:
         label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
             counts for the default too. '': nothing.
-        method: what a value other than the default adds before 'MAML' in the name of the method.
         network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
             'convolutions' or 'user images'; None: it says how they are trained.
     """
     label: str | Mapping[str, str] = ''
-    method: str = ''
     network: str | None = None
 
 
@@ -102,6 +100,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
     except OSError as error:
         raise UserError(f'--flagfile={error.filename} cannot be read: {error.strerror}') from error
+    except RecursionError as error:  # absl looks for similar names
+        raise UserError('a flag has a name of thousands of characters; write --name=value, one a line in a --flagfile') from error
     except UnicodeDecodeError as error:
         raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
 
@@ -163,10 +163,3 @@ def _label(label, value, default):
     if isinstance(label, Mapping):
         return label.get(value, '')
     return '' if value in (default, 'None') else label.format(str(value).replace('/', '-'))
-
-
-def method(values: flags.FlagValues) -> str:
-    """The name of the method: 'MAML', with what differs from it."""
-    changes = [declared.method for name, declared in LEARNING.items()
-               if declared.method and values[name].value != values[name].default]
-    return ' '.join([*changes, 'MAML'])

@@ -11,7 +11,7 @@ from data_generator import TaskBatch
 from maml import MAML
 from runtime import plots
 from runtime.errors import UserError
-from runtime.evaluation import TEST_UPDATES, restore
+from runtime.evaluation import restore
 from runtime.files import write_atomically
 from runtime.run import Run
 from runtime.user_task import UserTask
@@ -37,7 +37,7 @@ def predict(run: Run, task: UserTask) -> None:
     # The loss is divided by the shots; if classes have different numbers of them, by the mean.
     model = trained.variant(dim_output=len(classes), update_batch_size=support_rows / len(classes),
                             query_norm=run.query_norms[0])
-    updates = max(run.model.num_updates, TEST_UPDATES)
+    updates = run.test_updates
     probabilities = classify(model, task.batch, updates)
     labels = [int(np.argmax(row)) if row.any() else None for row in task.batch.query_y[0]]
     path = os.path.join(run.directory, _file_name(run, model.config.query_norm))

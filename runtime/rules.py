@@ -78,6 +78,13 @@ def check_flags(values: flags.FlagValues) -> None:
         raise UserError('; '.join(dict.fromkeys(broken)))
 
 
+def check_comparison(values: flags.FlagValues, names: list[str]) -> None:
+    """Refuses flags, of those named, that mean nothing to --compare; raises UserError."""
+    others = [name for name in names if values[name].present and name not in ('compare', 'plot', 'format', 'plot_format')]
+    if others:
+        raise UserError(f'--{others[0]} means nothing to --compare, which takes folders, --plot, --plot_format and --format')
+
+
 def _text(value):
     """Whether a flag's value is text that can be encoded."""
     try:
@@ -97,6 +104,7 @@ def _needs(r: Request, name: str) -> bool:
 
 RULES = [
     Rule(lambda r: not r.logdir, '--logdir must name a folder'),
+    Rule(lambda r: r.run is not None and r.given('method'), '--run names a run, whose method is known: leave out --method'),
     Rule(lambda r: r.run is not None and r.given('logdir'), '--run names the directory of a run: leave out --logdir'),
     Rule(lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
          '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} is more examples than memories hold'),
@@ -120,6 +128,17 @@ RULES = [
     # Network
     *(Rule(lambda r, name=name: not r.images and r.values[name].value != r.values[name].default,
            f'--{name} is for networks of images: leave it out') for name in ('max_pool', 'num_filters')),
+    # Method
+    Rule(lambda r: r.norm_scale and r.norm != 'batch_norm', '--norm_scale is for batch norm: with --norm={norm} leave it out'),
+    *(Rule(lambda r, name=name: r.values[name].value and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
+      for name in ('adapt_norm', 'norm_per_step')),
+    Rule(lambda r: r.mean_loss and not r.images, '--mean_loss is about classification; the loss of {datasource} is a mean already'),
+    Rule(lambda r: r.given('schedule_interval') and not (r.multi_step_loss or r.first_order_iterations),
+         '--schedule_interval needs a schedule: --multi_step_loss or --first_order_iterations'),
+    Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
+         '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
+    Rule(lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
+    Rule(lambda r: r.given('test_updates') and r.mode == 'train', '--test_updates is for evaluation: add --train=False'),
     # Training
     *(Rule(lambda r, name=name: not math.isfinite(r.values[name].value), f'--{name} must be a finite number')
       for name in ('meta_lr', 'update_lr', 'train_update_lr')),

@@ -11,13 +11,15 @@ from data_generator import SOURCES, Source, TaskConfig, Tasks
 from runtime.distribution import Replicas
 from runtime.errors import UserError, first_line
 from runtime.files import write_atomically
-from runtime.flags import FLAGS, GROUPS, LEARNING, labels, method, names
+from runtime.flags import FLAGS, GROUPS, LEARNING, labels, names
 from runtime.images import BadImages
+from runtime.methods import title
 from runtime.rules import mode
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
-DESCRIBING_GROUPS = ('Data', 'Training', 'Network')  # the groups of flags that FLAG_FILE holds
+DESCRIBING_GROUPS = ('Data', 'Training', 'Method', 'Network')  # the groups of flags that FLAG_FILE holds
 # What an evaluation may have otherwise than the training, and the flags that tell it what the training had.
+TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
 TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr')}
 
 
@@ -44,6 +46,7 @@ class Run:
     load_from: str | None    # prefix of a checkpoint elsewhere
     split: str                  # what to evaluate: 'val' | 'test'
     num_test_tasks: int
+    test_updates: int           # inner updates of an evaluation
     plot: bool
     plot_format: str            # 'png' | 'pdf' | 'svg'
     method: str                 # for tables and pictures
@@ -108,8 +111,9 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         checkpoint=BEST if values.test_best else {-1: None}.get(values.test_iter, values.test_iter),
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
+        test_updates=max(values.num_updates, TEST_UPDATES) if values.test_updates == -1 else values.test_updates,
         plot_format=values.plot_format,
-        method=tasks.baseline or ('pre-training' if pretrain_only else method(values)),
+        method=tasks.baseline or ('pre-training' if pretrain_only else title(values)),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
 
@@ -217,7 +221,7 @@ def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
 # --run=DIR ----------------------------------------------------------------------------------------------------------
 
 def _describing_flags():
-    return [name for title in DESCRIBING_GROUPS for name in GROUPS[title]]
+    return [name for group in DESCRIBING_GROUPS for name in GROUPS[group] if name != 'method']
 
 
 def run_directory(values: flags.FlagValues) -> str | None:

@@ -22,6 +22,7 @@ from runtime.interruption import Interruption
 from runtime.progress import Progress
 from runtime.run import Run
 from runtime.saving import Saver, TrainState, diverged
+from runtime.schedules import stage_end
 from runtime.summaries import Summaries
 
 SUMMARY_INTERVAL = 100
@@ -86,7 +87,7 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
         print(f'Going on from {checkpoint.prefix}')
         return TrainState(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(TrainState)})
     if run.load_from:
-        checkpoints.load_weights(run.load_from, {**model.weights, **model.norm_params}, run.network_flags)
+        checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         print(f'Starting from the weights of {run.load_from}')
     return TrainState()
 
@@ -174,7 +175,9 @@ class Trainer:
                                            math.gcd(self.model.steps_per_call, run.save_interval)):
             self.summarise_training(first)
             phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
-            means = self.model.train_steps(phase, batches, first, self.interruption.signal is not None)
+            # Schedules count the iterations of meta-training.
+            iteration = first - run.pretrain_iterations if phase == 'metatrain' else 0
+            means = self.model.train_steps(phase, batches, iteration, self.interruption.signal is not None)
             self.count(first, {name: values.numpy() for name, values in means.items()})
             self.print_means(phase)
             saving = due(state.iteration, run.save_interval) or state.iteration == run.iterations
@@ -288,12 +291,13 @@ def better(run: Run, best: dict | None, candidate: dict) -> dict | None:
 def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
     """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
 
-    A block ends at a multiple of steps_per_call, at the end of pre-training, or at the end of the run.
+    A block ends at a multiple of steps_per_call, at the end of pre-training, of a stage of meta-training, or of the run.
     """
     def blocks():
         first = start
         while first < run.iterations:
-            phase_end = run.pretrain_iterations if first < run.pretrain_iterations else run.iterations
+            before = run.pretrain_iterations
+            phase_end = before if first < before else min(run.iterations, before + stage_end(run.model, first - before))
             end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
             yield first, end - first
             first = end

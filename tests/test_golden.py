@@ -9,7 +9,8 @@ import pytest
 import tensorflow as tf
 
 from data_generator import TaskBatch
-from maml import CONV_LAYERS, MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
+from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
+from utils import CONV_LAYERS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)

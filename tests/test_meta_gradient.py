@@ -7,10 +7,10 @@ import tensorflow as tf
 
 import maml
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, Parameters, forward, initial_norm_params, initial_weights, inner_loop, loss_of
+from maml import MAML, ModelConfig, Parameters, forward, inner_loop, loss_of
 from runtime.optimizers import Adam
 from special_grads import batch_standardize, standardize
-from utils import conv2d
+from utils import conv2d, initial_norm_params, initial_weights
 
 IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
              image_shape=(8, 8, 1), num_filters=4)

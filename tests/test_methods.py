@@ -1,5 +1,6 @@
 """The methods of the family: their fixtures, closed forms on a tiny net, and what must hold whatever the numbers."""
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import main
 import maml
+from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, multi_step_weights, objective, stage_end
+from maml import MAML, ModelConfig, inner_loop, objective
+from runtime import methods
+from runtime.schedules import multi_step_weights, stage_end
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
 FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
@@ -236,3 +241,92 @@ def test_finite_differences_through_switches(switches):
               for size in (1e-7, -1e-7)]
         slope = sum(float(np.sum(exact[name] * along)) for group in direction for name, along in group.items())
         assert (at[0] - at[1]) / 2e-7 == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=5', '--norm=None', '--meta_batch_size=2']
+IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
+
+
+def trained_variables(logdir):
+    index, = (path for path in logdir.glob('*/model6.index'))
+    prefix = str(index)[:-len('.index')]
+    return {name: tf.train.load_variable(prefix, name) for name, _ in tf.train.list_variables(prefix)}
+
+
+def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
+    """An interruption within a stage and at its end; the first stage ends within what is one call else."""
+    flags = [*SINUSOID, '--num_updates=2', '--learn_lr=step', '--multi_step_loss=5', '--first_order_iterations=2']
+    run_ok(*flags, f'--logdir={tmp_path / "whole"}', '--metatrain_iterations=6')
+    for last in 1, 2, 5, 6:
+        run_ok(*flags, f'--logdir={tmp_path / "parts"}', f'--metatrain_iterations={last}')
+    whole, parts = trained_variables(tmp_path / 'whole'), trained_variables(tmp_path / 'parts')
+    assert whole.keys() == parts.keys() and 'lr/w1' in whole and not np.array_equal(whole['lr/w1'], [0.001, 0.001])
+    for name in whole.keys() - {'record'}:  # it says which checkpoint was best, and there are more of them
+        assert np.array_equal(whole[name], parts[name]), name
+
+
+def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
+    """Learned rates start at --update_lr, scales at 1, and each inner step's offsets at the trained ones."""
+    data = [*IMAGES, f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
+    run_ok(*data, '--metatrain_iterations=2')
+    prefix = next(tmp_path.glob('*/model2.index')).with_suffix('')
+    more = [*data, '--metatrain_iterations=1', '--num_updates=2', '--learn_lr=step', '--norm_scale', '--norm_per_step', '--meta_lr=0']
+    assert 'Starting from the weights' in run_ok(*more, f'--load_from={prefix}')
+    found, = tmp_path.glob('*normscale*/model1.index')
+    read = functools.partial(tf.train.load_variable, str(found.with_suffix('')))
+    plain = tf.train.load_variable(str(prefix), '0/beta')
+    assert np.array_equal(read('0/beta'), [plain, plain]) and np.array_equal(read('0/gamma'), np.ones([2, 4]))
+    assert np.allclose(read('lr/conv1'), 0.4) and np.array_equal(read('conv1'), tf.train.load_variable(str(prefix), 'conv1'))
+
+
+@pytest.mark.parametrize('method, name, label', [('anil', 'ANIL', '.innerhead'), pytest.param(
+    'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
+    'metasgd', 'Meta-SGD', '.learnlrweight')])
+def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
+    data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
+    flags = [*data, f'--method={method}', '--metatrain_iterations=2']
+    run_ok(*flags)
+    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert directory.name.endswith(label)
+    run_ok(*flags, '--train=False', '--num_test_tasks=3')
+    run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=4', '--test_updates=2')
+    entries = list(json.loads((directory / 'results.json').read_text()).values())
+    assert [entry['method'] for entry in entries] == [name, name] and entries[0]['flags']['method'] == method
+    assert len(entries[1]['updates']) == 3 and entries[1]['own_updates'] == 2
+    assert '--run names a run, whose method is known' in error_of(f'--run={directory}', '--method=maml', '--train=False')
+
+
+def preset(*flags):
+    main.FLAGS.unparse_flags()
+    main.parse(['main.py', *flags])
+    methods.apply_method(main.FLAGS)
+    return main.FLAGS
+
+
+def test_presets_are_the_table_and_flags_override_them():
+    assert not any(preset(f'--method={name}')[flag].value != value
+                   for name, entry in methods.PRESETS.items() for flag, value in entry.flags.items())
+    assert preset('--method=boil', '--update_lr=0.1').update_lr == 0.1
+    assert methods.title(preset('--method=fomaml')) == methods.title(preset('--stop_grad')) == 'first-order MAML'
+    assert methods.title(preset('--method=anil', '--learn_lr=step')) == 'MAML with inner_weights=head, learn_lr=step'
+    assert methods.title(preset()) == 'MAML'
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm needs'),
+    (['--norm=None', '--norm_per_step'], '--norm_per_step needs'), (['--mean_loss'], '--mean_loss is about classification'),
+    (['--schedule_interval=5'], '--schedule_interval needs a schedule'),
+    (['--stop_grad', '--first_order_iterations=5'], 'leave out --first_order_iterations'), (['--test_updates=5'], 'add --train=False'),
+    (['--method=protonet'], 'method')])
+def test_what_means_nothing_is_refused(flags, words):
+    assert words in error_of(*flags)
+
+
+def test_the_page_of_methods_lists_the_presets():
+    with open(os.path.join(ROOT, 'docs', 'methods.md'), encoding='utf-8') as file:
+        page = file.read()
+    for name, entry in methods.PRESETS.items():
+        flags = ' '.join(f'--{flag}' if value is True else f'--{flag}={value}' for flag, value in entry.flags.items())
+        assert f'| `{name}` | {entry.title} | ' in page and (not flags or f'`{flags}`' in page), name

@@ -96,6 +96,8 @@ def test_files_of_flags(tmp_path):
         process = run_process(f'--flagfile={path}')
         assert process.returncode == 1 and process.stderr.startswith('main.py: ') and process.stderr.count('\n') == 1
     assert '--flagfile cannot be read' in error_of(f'--flagfile={tmp_path}/nowhere')
+    path.write_text('--n' + '[' * 3000)
+    assert 'a name of thousands of characters' in error_of(f'--flagfile={path}')
 
 
 def test_the_shipped_sinusoid(tmp_path):

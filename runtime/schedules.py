@@ -1,0 +1,34 @@
+"""Schedules of meta-training: what changes with the iteration. `config` is a maml.ModelConfig."""
+import dataclasses
+import math
+from typing import Any
+
+import tensorflow as tf
+
+Config = Any
+
+
+def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Tensor]:
+    """The weight of the query loss after each inner update, which sum to 1; they move to the last as the iterations go on.
+
+    MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
+    """
+    updates, epochs = config.num_updates, config.multi_step_loss / config.schedule_interval
+    epoch = tf.cast(iteration // config.schedule_interval, config.dtype)
+    others = tf.maximum(1 / updates - epoch / (updates * epochs), 0.03 / updates)
+    last = tf.minimum(1 / updates + epoch * (updates - 1) / (updates * epochs), 1 - (updates - 1) * 0.03 / updates)
+    return [others] * (updates - 1) + [last]
+
+
+def stage(config: Config, iteration: int) -> Config:
+    """The config that is in force in an iteration of meta-training, without schedules that are over or not yet at work."""
+    start = iteration // config.schedule_interval * config.schedule_interval
+    return dataclasses.replace(config, first_order_iterations=0, stop_grad=config.stop_grad or start < config.first_order_iterations,
+                               multi_step_loss=config.multi_step_loss if start < config.multi_step_loss else 0)
+
+
+def stage_end(config: Config, iteration: int) -> float:
+    """The first later iteration in which another `stage` is in force; infinity if there is none."""
+    ends = (-(-last // config.schedule_interval) * config.schedule_interval
+            for last in (config.first_order_iterations, config.multi_step_loss))
+    return min((end for end in ends if end > iteration), default=math.inf)
