@@ -228,7 +228,8 @@ class Trainer:
         self.summarise_validation(metrics, saving)
         pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
         if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-            self.progress.log(f'Validation results: {pre:.6g}, {post:.6g}')
+            what = 'Validation results' if validating else f'Validation of model{iteration}'
+            self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
         return better(run, self.state.best, {'iteration': iteration, 'score': float(post)}) if saving else self.state.best
 
     def summarise_validation(self, metrics: Metrics, saving: bool) -> None:
