@@ -24,7 +24,7 @@ def footprint(process):
 
 def main():
     with tempfile.TemporaryDirectory() as logdir:
-        # Some iterations more than are watched, for the process to be still there.
+        # Some more iterations than are measured, so that the process is still running.
         command = [sys.executable, os.path.join(ROOT, 'main.py'), '--datasource=sinusoid', '--norm=None',
                    '--update_batch_size=10', f'--metatrain_iterations={ITERATIONS + FIRST}', f'--logdir={logdir}']
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)

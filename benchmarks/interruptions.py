@@ -2,9 +2,9 @@
 
     python benchmarks/interruptions.py --kills 50
 
-Half of the kills go to a sinusoid run, half to one on images (small ones made up for the purpose). Each is SIGKILL or SIGTERM, by
-lot, at a moment between the start of the process and a while after its first iterations. A run that comes to its end is compared
-with the undisturbed one, bit for bit: variables, record, console lines, summaries, evaluation. Ends with status 1 if anything
+Half of the kills go to a sinusoid run, half to one on images (small ones made up for the purpose). Each is SIGKILL or SIGTERM, drawn at
+random, at a time between the start of the process and a while after its first iterations. A finished run is compared with the
+undisturbed one, bit for bit: variables, record, console lines, summaries, evaluation. Ends with status 1 if anything
 differs.
 """
 import argparse
@@ -57,7 +57,7 @@ def finish(process, printed):
 
 
 def results(logdir, output, iterations, arguments):
-    """All that a run comes to, as one dict of comparable values."""
+    """The results of a run as one dict of comparable values."""
     import tensorflow as tf
     directory, = glob.glob(os.path.join(logdir, 'cls_*'))
     reader = tf.train.load_checkpoint(os.path.join(directory, f'model{iterations}'))

@@ -51,7 +51,7 @@ class ImageFile(NamedTuple):
 
 
 # Formats that are opened at all. Pillow knows others that run an interpreter (EPS hands the file to Ghostscript) or that are no
-# images (HDF5, MPEG); it goes by the content, so a suffix protects nobody.
+# images (HDF5, MPEG); it looks at the content, so checking suffixes would not help.
 PREPARED_FORMATS = ('PNG', 'JPEG')
 USER_FORMATS = (*PREPARED_FORMATS, 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000', 'MPO', 'AVIF')
 

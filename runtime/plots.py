@@ -19,7 +19,7 @@ from runtime.statistics import UNITS, number, statistics
 from runtime.user_task import UserTask
 
 DPI = 110
-# Dashes and markers distinguish the curves too, for the colour-blind and for prints in grey.
+# Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)

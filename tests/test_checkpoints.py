@@ -1,4 +1,4 @@
-"""Checkpoint files: what goes in comes out, damage is noticed and passed over, the newest ten stay."""
+"""Checkpoint files: round trips, damaged files are reported and skipped, the newest ten are kept."""
 import os
 
 import numpy as np

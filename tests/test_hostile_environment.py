@@ -151,7 +151,7 @@ def test_printing_where_nothing_can_be_printed(trained, tmp_path):
 
 @pytest.fixture
 def pipe(tmp_path):
-    """Makes pipes that nobody writes into; nobody may wait for that."""
+    """Makes pipes without a writer: reading one would block for ever."""
     paths, waited, over = [], [], threading.Event()
 
     def make(name):
@@ -254,7 +254,7 @@ def test_clusters_that_cannot_be(text, monkeypatch):
 # Pictures and figures
 
 def test_a_picture_of_many_classes_shows_the_first():
-    """A row of panels for each of 420 classes took longer than anybody waits."""
+    """A row of panels for each of 420 classes took too long to lay out."""
     source = types.SimpleNamespace(image_shape=(2, 2, 1), invert=False)
     classes = [f'class {number}' for number in range(420)]
     x, y = np.zeros([1, 420, 4], np.float32), np.eye(420, dtype=np.float32)[None]
@@ -319,7 +319,7 @@ def test_a_closed_terminal(hangup):
 
 
 def test_hangups_of_a_training(tmp_path):
-    """One is told by its terminal, one runs under nohup; the size of the terminal changes too."""
+    """One training gets SIGHUP, another ignores it as under nohup; the terminal is resized as well."""
     def start(name, before=signal.SIG_DFL):
         return subprocess.Popen([*WHOLE_PROGRAM, *SINUSOID, f'--logdir={tmp_path}/{name}', '--metatrain_iterations=10000000'],
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -144,7 +144,7 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     error = error_of(*evaluate, '--test_iter=1000')
     assert 'no checkpoint model1000 in' in error and 'there are model3000, model4000,' in error
 
-    # Going back: the later checkpoints are kept aside, and the run comes to the same end.
+    # Going back: the later checkpoints are kept aside, and the run ends with the same numbers.
     end = variables(directory / 'model12000')
     output = run_ok(*arguments, '--metatrain_iterations=12000', '--test_iter=11000')
     assert 'Later checkpoints were moved to' in output

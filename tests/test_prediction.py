@@ -22,7 +22,7 @@ def trained(small_data, tmp_path_factory):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Support and query folders of three classes that nobody has seen; in another size than the network's."""
+    """Support and query folders of three new classes, in another size than the network's."""
     for name, images in ('all', 5),:
         write_image_tree(tmp_path / name, ['cat', 'dog, big', 'ünï'], images=images, size=(32, 32, 3), seed=5)
     for name in os.listdir(tmp_path / 'all'):

@@ -136,7 +136,7 @@ def test_miniimagenet(mini, download, archive, lists):
 
 
 def test_miniimagenet_by_folders(mini, download):
-    """Same file names in every class folder; other folders are passed over."""
+    """Same file names in every class folder; other folders are ignored."""
     download.images = {f'images/{wnid}/{number}.jpg': picture(number + index) for index, (_, _, wnid) in enumerate(ROWS)
                        for number in (1, 2)} | {'images/n99999999/1.jpg': picture(0), 'images/readme.txt': b'text'}
     _, prepared = mini('--allow_missing', lists=False)

@@ -106,6 +106,17 @@ def test_what_hardly_learns_is_said(tmp_path):
     assert 'hardly learns' in run_ok(*flags) and 'hardly learns' not in run_ok(*flags, '--norm=None')
 
 
+def test_the_graph_of_many_updates_is_announced(tmp_path):
+    import main
+    from maml import MAML
+    from runtime.training import description
+    for updates, expected in (50, False), (51, True):
+        main.FLAGS.unparse_flags()
+        main.parse(['main.py', '--norm=None', f'--num_updates={updates}', f'--logdir={tmp_path}'])
+        run, data = main.run_and_data()
+        assert ('grows with --num_updates=51' in description(run, data, MAML(run.model))) == expected
+
+
 @pytest.mark.parametrize('flag', ['--max_pool', '--num_filters=32'])
 def test_the_sinusoid_has_no_convolutions(flag):
     assert 'is for networks of images' in error_of('--datasource=sinusoid', flag)

@@ -3,7 +3,7 @@
 Put into data/miniImagenet/ one of
 
     images.zip, or its unpacked folder images/, with train.csv, val.csv and test.csv (columns filename,label); without the
-        csv files the classes are told by the images' names (n01532829...jpg) or folders (images/n01532829/...)
+        csv files the classes are taken from the images' names (n01532829...jpg) or folders (images/n01532829/...)
     mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl (or else mini-imagenet-cache-validation.pkl, which is not read
         if both are there) and mini-imagenet-cache-test.pkl
 
@@ -62,7 +62,7 @@ def from_images(source):
     lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
     missing = [path for path in lists.values() if not os.path.exists(path)]
     if missing:
-        print(f'{missing[0]} is not there: classes are told by the names of images and folders')
+        print(f'{missing[0]} is missing: classes are taken from the names of images and folders')
         rows, expected = rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
     else:
         rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
@@ -127,7 +127,7 @@ def class_list():
 
 
 def rows_from_names(files):
-    """[(split, path, label)]: a class is told by an image's folder, or else by the beginning of its name."""
+    """[(split, path, label)]: the class is an image's folder, or else the beginning of its name."""
     split_of, rows = {label: split for split, label in class_list()}, []
     for path in files:
         *folders, name = path.split('/')

@@ -40,7 +40,7 @@ DRAWING = re.compile(r'(?P<name>[^/.][^/]*/character\d+/\d+_\d+\.png)$')
 
 
 def find_drawings(source):
-    """Every drawing in the source, archive or folder; passes over anything else that is there.
+    """Every drawing in the source, archive or folder; ignores other files.
 
     Args:
         source: the folder that holds images_background and images_evaluation, each as a folder or as a .zip file.
