@@ -1,6 +1,7 @@
 # make demo:   trains a short 10-shot sinusoid, evaluates it and draws what it learnt.
 # make check:  lint and the tests that need no compilation, for every edit (under 90 seconds).
 # make test:   all tests but the slow ones (under 10 minutes); make test TESTS= : the slow ones too.
+# make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
 # All work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
 # make demo CONSTRAINTS=constraints.txt installs the versions that were tested.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 
 TESTS ?= -m "not slow"
 
-.PHONY: demo check test clean
+.PHONY: demo check test table clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
@@ -22,6 +23,9 @@ check: $(VENV)/tested
 
 test: $(VENV)/tested
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(TESTS) tests
+
+table: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/table.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
