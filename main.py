@@ -56,8 +56,7 @@ string('baseline', None, "'oracle': append each task's amplitude and phase to th
        'meta-training (sinusoid only)', Learning(label='{}', network='regression'))
 string('data_path', None, 'folder of the images, if not the one under data/; for --datasource=folder your own, with folders '
        'train, val and test, each with one folder of images per class, or class folders only')
-number('image_size', 84, 'height and width in pixels to which your own images are resized (--datasource=folder)', 1,
-       Learning(label='.size{}', network='user images'))
+number('image_size', 84, 'side, in pixels, to which your own images are resized', 1, Learning('.size{}', network='user images'))
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
        Learning(label='.channels{}', network='user images'))
 boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
@@ -66,14 +65,13 @@ string('split', '64/16/20', 'proportions in which class folders are split into t
        'result is written to splits.csv among them (--datasource=folder)', Learning(label='.split{}'))
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded, or that have another size than they should')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
-number('seed', 0, 'fixes everything random in training: the initial weights and the tasks of every iteration', 0,
-       Learning(label='.seed{}'))
+number('seed', 0, 'fixes all that is random in training: the initial weights and the tasks', 0, Learning(label='.seed{}'))
 number('test_seed', 0, "draws an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of Adam in the outer loop', Learning(label='.metalr{}'), at_least=0)
+real('meta_lr', 0.001, 'step size of the outer loop', Learning(label='.metalr{}'), at_least=0)
 number('update_batch_size', 5, 'shot K: support examples per class (in all, for sinusoid)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
@@ -89,11 +87,13 @@ boolean('norm_scale', False, 'batch norm has a scale', Learning(label='.normscal
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning(label='.normperstep'))
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr on: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
-boolean('mean_loss', False, 'divide the cross-entropy by the number of rows; False: by the shots, as the reference does',
-        Learning(label='.meanloss'))
-number('multi_step_loss', 0, 'so many first iterations minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
-number('first_order_iterations', 0, 'so many first iterations are computed as with --stop_grad', 0, Learning(label='.fo{}'))
-number('schedule_interval', 1, 'the last two flags take effect in steps of so many iterations', 1, Learning(label='.every{}'))
+boolean('mean_loss', False, 'divide the cross-entropy by rows; False: by shots, as the reference does', Learning('.meanloss'))
+number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
+number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning(label='.fo{}'))
+choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'))
+real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning(label='.final{}'))
+choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning(label='.{}'))
+number('schedule_interval', 1, 'iterations between changes of the three schedules above', 1, Learning(label='.every{}'))
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))

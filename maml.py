@@ -18,8 +18,8 @@ import tensorflow as tf
 import utils
 from runtime import engine
 from runtime.distribution import Replicas
-from runtime.optimizers import Adam
-from runtime.schedules import multi_step_weights, stage
+from runtime.optimizers import OPTIMIZERS
+from runtime.schedules import meta_lr, multi_step_weights, stage
 from utils import CONV_LAYERS, accuracy, at_step, conv_block, dense_block, mse, norm_scope, xent
 
 Step, Tensors = int | tf.Tensor, dict[str, tf.Tensor]
@@ -35,7 +35,7 @@ class ModelConfig:
     update_batch_size: float                # K, by which 'xent' divides
     update_lr: float                        # inner step size, alpha
     num_updates: int = 1                    # inner updates of a training step
-    meta_lr: float = 0.001                  # Adam step size of the outer loop, beta
+    meta_lr: float = 0.001                  # step size of the outer loop, beta
     norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
     image_shape: tuple[int, int, int] | None = None  # (height, width, channels); None: fully connected net
     dim_hidden: tuple[int, ...] = (40, 40)  # fully connected layer sizes
@@ -51,7 +51,11 @@ class ModelConfig:
     mean_loss: bool = False                 # 'xent' divides by the number of rows
     multi_step_loss: int = 0                # iterations in which the objective holds the loss after every inner update
     first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
-    schedule_interval: int = 1              # iterations between changes of the two schedules above
+    meta_optimizer: str = 'adam'            # of the outer loop: 'adam' | 'sgd'
+    meta_lr_schedule: str = 'constant'      # how the outer step size moves to meta_lr_final: 'constant' | 'linear' | 'cosine'
+    meta_lr_final: float = -1               # -1: 0
+    metatrain_iterations: int = 0           # after which it gets there; unused if it is constant
+    schedule_interval: int = 1              # iterations between changes of the schedules
     query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
     clip: float | None = None            # elementwise bound of the meta-gradient
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
@@ -300,10 +304,8 @@ class MAML:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
-        """The initial weights are a function of config and seed.
-
-        With several replicas, a meta-batch is what `Replicas.distribute` makes, except for `predict` and `predict_unadapted`.
-        """
+        """The initial weights are a function of config and seed. With several replicas, meta-batches are what
+        `Replicas.distribute` makes, except for `predict` and `predict_unadapted`."""
         self.replicas, convolutional = replicas or Replicas(), config.image_shape is not None
         self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional))
         initial = Parameters(utils.initial_weights(config, seed), utils.initial_norm_params(config))
@@ -316,12 +318,12 @@ class MAML:
         self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self.parameters()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         # Reference behaviour: the gradient of pre-training is not clipped.
-        self._optimizers = {phase: Adam(variables, config.meta_lr, clip)
+        self._optimizers = {phase: OPTIMIZERS[config.meta_optimizer](variables, functools.partial(meta_lr, config), clip)
                             for phase, clip in (('metatrain', config.clip), ('pretrain', None))}
         metrics = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (config.loss == 'xent')
         self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.dtype, self.replicas,
                                      self._parameters, functools.partial(metrics_of, config), metrics)
-        self._updates = {phase: adam.apply for phase, adam in self._optimizers.items()}
+        self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}
         # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
         self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0))
         state = TaskState(dict.fromkeys(fast), (0, 0) if features_stay(config) else ())
@@ -344,7 +346,7 @@ class MAML:
 
     def state(self) -> dict[str, tf.Variable]:
         """{name: variable}: everything that a training run needs to go on."""
-        metatrain, pretrain = (adam.state(f'{phase}/adam/') for phase, adam in self._optimizers.items())
+        metatrain, pretrain = (optimizer.state(f'{phase}/adam/') for phase, optimizer in self._optimizers.items())
         return {**self.parameters(), **metatrain, **pretrain}
 
     def variant(self, **changes) -> 'MAML':

@@ -74,7 +74,7 @@ class Engine:
         Args:
             task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs).
             signature: the structure of what it returns, with None for each tensor.
-            update: updates the shared parameters, given the gradients averaged over tasks.
+            update: updates the shared parameters, given the gradients averaged over tasks, and the iteration.
             iteration: int64 scalar, of the first step.
             stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
 
@@ -88,7 +88,7 @@ class Engine:
             gradients, metrics, stopped = self._all_reduce(sums, signature)
             # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
             finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics))
-            tf.cond(finite, lambda: update(gradients), lambda: None)
+            tf.cond(finite, lambda: update(gradients, iteration + tf.cast(index, tf.int64)), lambda: None)
             return {**metrics, 'finite': finite, 'stopping': stopped > 0}
 
         steps = self._replicas.first_local(batches[0]).shape[0]

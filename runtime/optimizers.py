@@ -1,4 +1,5 @@
 """Optimizers of the outer loop."""
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -8,10 +9,11 @@ ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 class Adam:
     """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: float, clip: float | None = None):
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: float | Callable, clip: float | None = None):
         """
         Args:
             variables: {name: tf.Variable}, updated in place.
+            learning_rate: a number, or a function of the iteration.
             clip: elementwise bound of the gradients of weights, not of learned step sizes; None: none.
         """
         def zeros():
@@ -20,14 +22,12 @@ class Adam:
         self.variables, self.learning_rate, self.clip = variables, learning_rate, clip
         self.step, self.means, self.squares = tf.Variable(0, dtype=tf.int64, trainable=False), zeros(), zeros()
 
-    def apply(self, gradients: dict[str, tf.Tensor]) -> None:
+    def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
         step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
-        rate = self.learning_rate * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
+        rate = _rate(self.learning_rate, iteration) * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
-            gradient, mean, square = gradients[name], self.means[name], self.squares[name]
-            if self.clip is not None and not name.startswith('lr/'):
-                gradient = tf.clip_by_value(gradient, -self.clip, self.clip)
+            gradient, mean, square = _clipped(name, gradients[name], self.clip), self.means[name], self.squares[name]
             mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
             square.assign(ADAM_BETA2 * square + (1 - ADAM_BETA2) * tf.square(gradient))
             variable.assign_sub(rate * mean / (tf.sqrt(square) + ADAM_EPSILON))
@@ -37,3 +37,30 @@ class Adam:
         state = {'step': self.step, **{f'm/{name}': v for name, v in self.means.items()},
                  **{f'v/{name}': v for name, v in self.squares.items()}}
         return {prefix + name: variable for name, variable in state.items()}
+
+
+class SGD:
+    """Plain gradient descent. Arguments and methods as of Adam."""
+
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: float | Callable, clip: float | None = None):
+        self.variables, self.learning_rate, self.clip = variables, learning_rate, clip
+
+    def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
+        """One update of every variable by {name: gradient}."""
+        for name, variable in self.variables.items():
+            variable.assign_sub(_rate(self.learning_rate, iteration) * _clipped(name, gradients[name], self.clip))
+
+    def state(self, prefix: str = '') -> dict[str, tf.Variable]:
+        """{}: there is nothing to go on with."""
+        return {}
+
+
+def _rate(learning_rate, iteration):
+    return learning_rate(iteration) if callable(learning_rate) else learning_rate
+
+
+def _clipped(name, gradient, clip):
+    return gradient if clip is None or name.startswith('lr/') else tf.clip_by_value(gradient, -clip, clip)
+
+
+OPTIMIZERS = {'adam': Adam, 'sgd': SGD}

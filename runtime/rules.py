@@ -133,15 +133,17 @@ RULES = [
     *(Rule(lambda r, name=name: r.values[name].value and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
       for name in ('adapt_norm', 'norm_per_step')),
     Rule(lambda r: r.mean_loss and not r.images, '--mean_loss is about classification; the loss of {datasource} is a mean already'),
-    Rule(lambda r: r.given('schedule_interval') and not (r.multi_step_loss or r.first_order_iterations),
-         '--schedule_interval needs a schedule: --multi_step_loss or --first_order_iterations'),
+    Rule(lambda r: r.given('schedule_interval') and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
+         '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
+    Rule(lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
+    Rule(lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
     Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
          '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     Rule(lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
     Rule(lambda r: r.given('test_updates') and r.mode == 'train', '--test_updates is for evaluation: add --train=False'),
     # Training
     *(Rule(lambda r, name=name: not math.isfinite(r.values[name].value), f'--{name} must be a finite number')
-      for name in ('meta_lr', 'update_lr', 'train_update_lr')),
+      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr')),
     Rule(lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
          'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
     Rule(lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,

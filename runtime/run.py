@@ -98,6 +98,8 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
     model = _model_config(values, source, tasks, query_norm)
     network = network_flags(values, source)
     training = {name: values[name].value for name, declared in LEARNING.items() if not declared.network}
+    if values.meta_lr_schedule != 'constant':
+        training['metatrain_iterations'] = values.metatrain_iterations  # the step size of each iteration depends on it
     pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
     return Run(
         datasource=values.datasource, source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),

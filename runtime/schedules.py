@@ -32,3 +32,14 @@ def stage_end(config: Config, iteration: int) -> float:
     ends = (-(-last // config.schedule_interval) * config.schedule_interval
             for last in (config.first_order_iterations, config.multi_step_loss))
     return min((end for end in ends if end > iteration), default=math.inf)
+
+
+def meta_lr(config: Config, iteration: int | tf.Tensor) -> float | tf.Tensor:
+    """The step size of the outer loop in an iteration of meta-training; constant within `schedule_interval` iterations."""
+    if config.meta_lr_schedule == 'constant':
+        return config.meta_lr
+    start = iteration // config.schedule_interval * config.schedule_interval
+    done = tf.minimum(tf.cast(start, config.dtype) / max(config.metatrain_iterations, 1), 1)
+    left = 1 - done if config.meta_lr_schedule == 'linear' else (1 + tf.cos(math.pi * done)) / 2
+    final = max(config.meta_lr_final, 0)
+    return final + (config.meta_lr - final) * left

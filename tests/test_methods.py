@@ -15,7 +15,7 @@ from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, objective
 from runtime import methods
-from runtime.schedules import multi_step_weights, stage_end
+from runtime.schedules import meta_lr, multi_step_weights, stage_end
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
 FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
@@ -243,6 +243,29 @@ def test_finite_differences_through_switches(switches):
         assert (at[0] - at[1]) / 2e-7 == pytest.approx(slope, rel=1e-6, abs=1e-6)
 
 
+def test_the_outer_step_size_moves():
+    config = dataclasses.replace(TINY, meta_lr=0.1, meta_lr_final=0.02, metatrain_iterations=1000, schedule_interval=100)
+    for kind, expected in ('linear', {0: 0.1, 99: 0.1, 100: 0.092, 500: 0.06, 1000: 0.02, 2000: 0.02}), (
+            'cosine', {0: 0.1, 250: 0.02 + 0.04 * (1 + np.cos(0.2 * np.pi)), 500: 0.06, 1000: 0.02}):
+        moving = dataclasses.replace(config, meta_lr_schedule=kind)
+        for iteration, rate in expected.items():
+            assert float(meta_lr(moving, iteration)) == pytest.approx(rate, rel=1e-12), (kind, iteration)
+    assert meta_lr(config, 5) == 0.1
+    assert float(meta_lr(dataclasses.replace(config, meta_lr_schedule='linear', meta_lr_final=-1), 1000)) == 0
+
+
+@pytest.mark.parametrize('schedule, factor', [('constant', 1), ('linear', 0.75)])
+def test_plain_gradient_descent_outside(schedule, factor):
+    """The weights move by the step size of the iteration times the meta-gradient."""
+    model = tiny(meta_optimizer='sgd', meta_lr=0.5, meta_lr_schedule=schedule, metatrain_iterations=40)
+    gradients = model.meta_gradients(BATCH)
+    before = {name: variable.numpy() for name, variable in model.weights.items()}
+    model.metatrain_step(BATCH, 10)
+    for name, variable in model.weights.items():
+        np.testing.assert_allclose(variable, before[name] - 0.5 * factor * gradients[name], rtol=1e-12)
+    assert set(model.state()) == set(before)
+
+
 # The program ----------------------------------------------------------------------------------------------------------
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=5', '--norm=None', '--meta_batch_size=2']
@@ -265,6 +288,13 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
     assert whole.keys() == parts.keys() and 'lr/w1' in whole and not np.array_equal(whole['lr/w1'], [0.001, 0.001])
     for name in whole.keys() - {'record'}:  # it says which checkpoint was best, and there are more of them
         assert np.array_equal(whole[name], parts[name]), name
+
+
+def test_a_run_with_another_end_is_another_run(tmp_path):
+    """Where the outer step size depends on the last iteration, that is part of the run."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--meta_lr_schedule=cosine', '--meta_optimizer=sgd']
+    run_ok(*flags, '--metatrain_iterations=2')
+    assert 'made with --metatrain_iterations=2, and not with' in error_of(*flags, '--metatrain_iterations=4')
 
 
 def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
@@ -317,7 +347,8 @@ def test_presets_are_the_table_and_flags_override_them():
 @pytest.mark.parametrize('flags, words', [
     (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm needs'),
     (['--norm=None', '--norm_per_step'], '--norm_per_step needs'), (['--mean_loss'], '--mean_loss is about classification'),
-    (['--schedule_interval=5'], '--schedule_interval needs a schedule'),
+    (['--schedule_interval=5'], '--schedule_interval needs a schedule'), (['--meta_lr_final=0.1'], 'needs --meta_lr_schedule'),
+    (['--meta_lr_schedule=linear', '--meta_lr_final=-2'], 'must not be negative'),
     (['--stop_grad', '--first_order_iterations=5'], 'leave out --first_order_iterations'), (['--test_updates=5'], 'add --train=False'),
     (['--method=protonet'], 'method')])
 def test_what_means_nothing_is_refused(flags, words):
