@@ -59,12 +59,13 @@ def relative(found, expected):
     return np.sqrt(difference / sum(np.sum(np.square(value)) for value in expected.values()))
 
 
-@pytest.mark.parametrize('engine', ['tasks', 'wide'])
-@pytest.mark.parametrize('name', FIXTURES)
-def test_fixtures_in_double_precision(name, engine):
+def fixtures(quick):
+    """Those that `quick` names, and the others marked slow: what is in them is in one of the quick ones too."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES]
+
+
+def assert_agrees_in_double_precision(name, engine):
     fixture = Fixture(FIXTURES[name])
-    if engine == 'wide' and name not in ('anil_conv', 'maml_plus_plus', 'layer_rates_fc'):
-        pytest.skip('one engine is enough')
     model, batch = fixture.model('float64', engine=engine), fixture.batch(np.float64)
     assert relative(model.meta_gradients(batch, fixture.iteration), fixture.group('metagrad')) < 1e-8
     metrics, outputs = model.evaluate(batch, fixture.updates), model.predict(batch, fixture.updates)
@@ -73,7 +74,18 @@ def test_fixtures_in_double_precision(name, engine):
     np.testing.assert_allclose(outputs.post, fixture.arrays['post_outputs'], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize('name', FIXTURES)
+@pytest.mark.parametrize('name', fixtures(['anil_conv', 'boil_conv_adapt_norm_scale', 'first_order_step_rates', 'layer_rates_fc',
+                                           'maml_plus_plus', 'meta_sgd_conv', 'meta_sgd_mse', 'train_support_norm']))
+def test_fixtures_in_double_precision(name):
+    assert_agrees_in_double_precision(name, 'tasks')
+
+
+@pytest.mark.parametrize('name', fixtures(['layer_rates_fc']))
+def test_fixtures_in_one_graph(name):
+    assert_agrees_in_double_precision(name, 'wide')
+
+
+@pytest.mark.parametrize('name', fixtures(['anil_conv', 'maml_plus_plus']))
 def test_fixtures_in_single_precision(name):
     fixture = Fixture(FIXTURES[name])
     model, batch = fixture.model('float32'), fixture.batch(np.float32)
