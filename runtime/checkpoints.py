@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import filelock
@@ -297,7 +297,7 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         found = {name: array for name, array in arrays.items() if '/adam/' not in name}
     else:
         record, ours = {}, {theirs: name for name, theirs in reference_names(
-            name for name in variables if not name.startswith('lr/')).items()}
+            [name for name in variables if not name.startswith('lr/')]).items()}
         found = {ours.get(name, name): array for name, array in arrays.items()
                  if name.startswith('model/') and 'Adam' not in name}
     for name, variable in variables.items():
@@ -323,7 +323,7 @@ def _assign(prefix, arrays, variables):
         variable.assign(arrays[name])
 
 
-def reference_names(names: Iterable[str]) -> dict[str, str]:
+def reference_names(names: Sequence[str]) -> dict[str, str]:
     """{our name: the reference's}, for names of weights in the order of `maml.initial_weights`, and of norm parameters.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
