@@ -143,9 +143,7 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     if config.loss == 'mse' and config.norm == 'batch_norm':
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
-    if config.num_updates > MANY_UPDATES:
-        lines.append(f'  note     the graph of an iteration grows with --num_updates={config.num_updates}: the first iteration '
-                     'may begin after many minutes only')
+    lines += many_updates(config.num_updates)
     if run.replicas.count > 1:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         each = run.meta_batch_size // run.replicas.count
@@ -153,6 +151,12 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     elif run.flag_values['strategy'] not in ('auto', 'one'):
         lines.append(f'  strategy {run.flag_values["strategy"]}, on one device, because there is no other')
     return '\n'.join(lines)
+
+
+def many_updates(count: int) -> list[str]:
+    """A line for the user who sees no iteration for a long time, if there are so many inner updates."""
+    return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={count} that may take many minutes '
+            'and gigabytes of memory before the first one'] if count > MANY_UPDATES else []
 
 
 @dataclasses.dataclass

@@ -347,6 +347,12 @@ def test_hangups_of_a_training(tmp_path):
 
 # What is said of what takes long, and of results that are large
 
+def test_what_takes_long_is_said_before():
+    assert training.many_updates(50) == []
+    line, = training.many_updates(200)
+    assert '--num_updates=200 that may take many minutes' in line
+
+
 def test_results_are_written_piece_by_piece(tmp_path):
     values = np.random.default_rng(0).random((3, 2)).astype(np.float32)
     facts = {'tasks': {'datasource': 'x', 'split': 'val'}, 'checkpoint': 'model1', 'score': 'loss'}
