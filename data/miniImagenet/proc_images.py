@@ -62,7 +62,7 @@ def from_images(source):
     lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
     missing = [path for path in lists.values() if not os.path.exists(path)]
     if missing:
-        print(f'{missing[0]} is missing: classes are taken from the names of images and folders')
+        print(f'{missing[0]} is not there: classes are taken from the names of images and folders')
         rows, expected = rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
     else:
         rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
