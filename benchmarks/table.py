@@ -34,6 +34,7 @@ from runtime.methods import apply_method  # noqa: E402
 from runtime.run import data_from_flags, experiment_name  # noqa: E402
 from runtime.statistics import UNITS, number  # noqa: E402
 
+PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TIMES = 'training_time.json'  # in a run's directory: {machine: seconds of training}
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
@@ -97,14 +98,15 @@ def state_of(row: Row) -> State:
 
 
 def run(arguments: list[str]) -> int:
-    """main.py at the lowest priority; SIGINT and SIGTERM reach it, so that it saves. Returns its status."""
-    process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lambda: os.nice(19))
-    handlers = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status."""
+    # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
+    process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lambda: os.nice(19), start_new_session=True)
+    handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
     try:
         return process.wait()
     finally:
-        for number_, handler in handlers.items():
-            signal.signal(number_, handler)
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
 
 
 def times(directory: str) -> dict[str, float]:
@@ -132,10 +134,14 @@ def evaluate(row: Row, state: State) -> None:
     for more in [], ['--test_best']:
         entries = results.existing(state.directory).values()
         best = checkpoints.find(state.directory, checkpoints.BEST if more else None)
-        done = any(os.path.basename(entry['checkpoint']) == os.path.basename(best.prefix) and entry['tasks']['split'] == 'test'
-                   for entry in entries)
+        done = any(os.path.basename(entry['checkpoint']) == os.path.basename(best.prefix) and belongs(entry) for entry in entries)
         if not done and run([*row.arguments, '--train=False', '--test_set=True', *more]):
             sys.exit(f'the evaluation of {row.name} failed')
+
+
+def belongs(entry: dict) -> bool:
+    """Whether an evaluation is one that the table shows."""
+    return entry['tasks']['split'] == 'test' and entry['tasks']['count'] == 600 and entry.get('query_norm') == 'batch'
 
 
 def figure(entry: dict, updates: int) -> str:
@@ -149,7 +155,7 @@ def line(row: Row) -> str:
     state = state_of(row)
     cells = {'own': '', 'ten': '', 'best': ''}
     for entry in results.existing(state.directory).values():
-        if entry['tasks']['split'] != 'test' or entry['tasks']['count'] != 600 or entry.get('query_norm') != 'batch':
+        if not belongs(entry):
             continue
         own = entry.get('own_updates', entry['flags']['num_updates'])
         if entry['iterations'] == state.newest:

@@ -9,9 +9,9 @@ What a pickle can cost is bounded. An instruction makes at most one object, and 
 index that the pickle claims reserves no memory. Texts that stand for bytes are converted once. Nothing nested is ever hashed,
 compared or printed here, however deep it is.
 """
+import codecs
 import io
 import math
-import pickle
 import pickletools
 
 import numpy as np
@@ -269,11 +269,8 @@ for _core in 'numpy.core', 'numpy._core':
 
 
 def _read_python2_text(file):
-    """The argument of the instruction STRING: a text in quotes, on a line of its own.
-
-    The standard unpickler reads it best. It gets this one line, which holds no other instruction.
-    """
-    return pickle.loads(b'S' + file.readline() + b'.', encoding='latin1')
+    """The argument of the instruction STRING: a text in quotes, on a line of its own. (pickletools decodes ASCII only.)"""
+    return codecs.escape_decode(pickletools.read_stringnl(file, decode=False))[0].decode('latin1')
 
 
 def _unknown(code):

@@ -75,9 +75,13 @@ class Comparison:
     evaluations: list[Evaluation]
 
     @property
+    def tasks(self) -> str:
+        """Text: which tasks they have in common."""
+        return describe_tasks(self.evaluations[0].entry['tasks'])
+
+    @property
     def title(self) -> str:
-        tasks = self.evaluations[0].entry['tasks']
-        return f'{describe_tasks(tasks)}: {UNITS[self.metric][0]}'
+        return f'{self.tasks}: {UNITS[self.metric][0]}'
 
     @property
     def metric(self) -> str:
@@ -135,8 +139,7 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         path = free_path(os.path.join(named[0][1], 'comparison'), plot_format)
         labels = [f'{letter}: {label}' for letter, label in zip(comparison.letters, what_differs(comparison.evaluations))]
         scores = [np.array(evaluation.entry['scores'], float) for evaluation in comparison.evaluations]
-        plots.save(plots.curves(dict(zip(labels, scores)), comparison.metric, describe_tasks(comparison.evaluations[0].entry['tasks'])),
-                   path)
+        plots.save(plots.curves(dict(zip(labels, scores)), comparison.metric, comparison.tasks), path)
         notes.append(f'Drawn: {path}')
     tables = {'text': as_text, 'csv': as_csv, 'latex': as_latex}[style]
     if style == 'text':
@@ -268,12 +271,12 @@ def as_csv(*comparisons: Comparison) -> str:
     writer.writerow(['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95',
                      'p'])
     for comparison in comparisons:
-        title, labels = describe_tasks(comparison.evaluations[0].entry['tasks']), what_differs(comparison.evaluations)
+        labels = what_differs(comparison.evaluations)
         for row in comparison.rows():
             for letter, label, evaluation, values in zip(comparison.letters, labels, comparison.evaluations, row.values):
                 mean, std, half = (float(column[0]) for column in statistics(values[:, None]))
                 difference, _, other = (float(column[0]) for column in statistics((values - row.values[0])[:, None]))
-                writer.writerow([title, UNITS[comparison.metric][0], letter, label, evaluation.path, evaluation.flag('seed'), row.title,
+                writer.writerow([comparison.tasks, UNITS[comparison.metric][0], letter, label, evaluation.path, evaluation.flag('seed'), row.title,
                                  mean, std, half, difference, other, float(p_value(values, row.values[0]))])
     return text.getvalue().rstrip('\n')
 

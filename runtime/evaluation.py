@@ -36,8 +36,8 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n',
           flush=True)
     found, rates, names, written = {}, [], [], []
-    for query_norm in run.query_norms:
-        model = trained.variant(dim_output=run.model.dim_output, query_norm=query_norm)
+    models = {norm: trained.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
+    for query_norm, model in models.items():
         started = time.perf_counter()
         label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
         with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
@@ -59,8 +59,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
           + ', '.join(f'{file}.csv and .pkl' for file in written) + f', {results.FILE}')
     if run.plot and run.replicas.chief:
-        model = trained.variant(dim_output=run.model.dim_output, query_norm=run.query_norms[0])
-        for path in draw(run, model, tasks, found, names, prefix, iterations):
+        for path in draw(run, models[run.query_norms[0]], tasks, found, names, prefix, iterations):
             print(f'Drawn: {path}')
 
 

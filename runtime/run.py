@@ -172,22 +172,19 @@ def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[
         BadImages: images of any of these splits cannot be used.
         UserError: the data are not there or do not suffice.
     """
+    wanted = ['train', 'val'] if mode == 'train' else [split]
     data, bad, hint = {}, [], ''
-    for name in ['train', 'val'] if mode == 'train' else [split]:
+    for name in [*wanted, 'test'] if mode == 'train' and source.image_shape else wanted:
         try:
             data[name] = source.tasks(tasks, name)
         except BadImages as error:
             bad, hint = bad + error.images, error.hint
-    if mode == 'train' and source.image_shape:
-        try:
-            source.tasks(tasks, 'test')
-        except BadImages as error:
-            bad, hint = bad + error.images, error.hint
         except UserError:
-            pass  # a training needs no test split, and not one that suffices
+            if name in wanted:  # a training needs no test split, and not one that suffices
+                raise
     if bad:
         raise BadImages(bad, hint)
-    return data
+    return {name: data[name] for name in wanted}
 
 
 def record_split(source: Source, tasks: TaskConfig) -> None:
