@@ -44,9 +44,8 @@ from runtime import console, distribution, rules
 from runtime.errors import UserError, first_line
 from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
 from runtime.interruption import ENDING
-from runtime.methods import PRESETS, apply_method
-from runtime.run import apply_run, data_from_flags, read_data, record_split, run_from_flags
-from runtime.startup import import_tensorflow
+from runtime.methods import PRESETS
+from runtime.startup import run_and_data
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
@@ -88,12 +87,22 @@ boolean('norm_per_step', False, 'each inner step has its own offsets and scales'
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr on: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
 boolean('mean_loss', False, 'divide the cross-entropy by rows; False: by shots, as the reference does', Learning('.meanloss'))
+choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "whose statistics batch norm gives query examples: 'batch': their "
+       "own, so that outputs depend on which others there are (transductive, as the paper's); 'support': those of the support "
+       "examples, each query example by itself, the default of --predict; 'each': those of the support examples and the one query "
+       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning(label='.querynorm{}'))
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning(label='.fo{}'))
 choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'))
 real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning(label='.final{}'))
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning(label='.{}'))
-number('schedule_interval', 1, 'iterations between changes of the three schedules above', 1, Learning(label='.every{}'))
+number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning(label='.every{}'))
+choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the way from the "
+       'shared weights to the adapted ones, with no query examples', Learning(label='.{}'))
+choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: each task goes "
+       'on with the second moments that the one before it left', Learning(label='.inner{}'))
+number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning(label='.batch{}'))
+number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1)
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
@@ -106,6 +115,8 @@ group('Network')
 choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are cores; 'wide': all "
        'tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
+boolean('recompute', False, 'keep the activations of one inner step only, and compute the others again in the backward pass: for many '
+        'inner updates')
 choice('strategy', 'auto', distribution.STRATEGIES, "what the tasks of a meta-batch are divided between: 'one' device; "
        "'mirrored': all GPUs of this machine; 'multiworker': the machines of TF_CONFIG; auto: multiworker if TF_CONFIG is set, "
        'mirrored if there are several GPUs, else one')
@@ -132,12 +143,11 @@ choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare prints: 't
        "each run and number of updates; 'latex': a tabular environment")
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
-choice('query_norm', 'batch', ['batch', 'support', 'both'], "whose statistics batch norm gives query examples: 'batch': their "
-       "own, so that outputs depend on which others there are (transductive, as the paper's); 'support': those of the support "
-       "examples, each query example by itself, the default of --predict; 'both': evaluate one after the other")
 number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; at least as large', -1)
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size', -1)
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
+number('train_inner_batch', -1, 'inner batch that the model was trained with, if not --inner_batch', -1)
+choice('train_query_norm', 'batch', ['batch', 'support', 'each'], 'the --query_norm that the model was trained with')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir')
@@ -146,40 +156,6 @@ string('query_dir', None, 'folder of images to classify')
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
-
-
-def run_and_data(rest=()):
-    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask.
-
-    Args:
-        rest: arguments that are not flags, which are refused.
-
-    Raises:
-        UserError: the flags or the data are wrong.
-    """
-    if rest:
-        raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
-    apply_run(FLAGS)
-    apply_method(FLAGS)
-    rules.check_flags(FLAGS)
-    mode = rules.mode(FLAGS)
-    strategy = 'one' if mode == 'predict' else FLAGS.strategy
-    cluster = distribution.cluster_from_environment(strategy)
-    # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
-    source, tasks = data_from_flags(FLAGS)
-    if mode == 'predict':
-        from runtime.user_task import read_user_task
-        data = read_user_task(source, os.path.expanduser(FLAGS.support_dir), os.path.expanduser(FLAGS.query_dir))
-    else:
-        data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
-    distribution.report_waiting(cluster)
-    replicas = import_tensorflow(strategy, cluster)
-    if mode == 'train':
-        distribution.check_meta_batch(FLAGS.meta_batch_size, FLAGS.task_chunk, replicas.count)
-    run = run_from_flags(FLAGS, source, tasks, replicas)
-    if mode != 'predict':
-        record_split(source, tasks)
-    return run, data
 
 
 def compare(rest):

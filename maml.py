@@ -20,7 +20,9 @@ from runtime import engine
 from runtime.distribution import Replicas
 from runtime.optimizers import OPTIMIZERS
 from runtime.schedules import meta_lr, multi_step_weights, stage
-from utils import CONV_LAYERS, accuracy, at_step, conv_block, dense_block, mse, norm_scope, xent
+from special_grads import recomputing_loop
+from switches import adapted_names, fast_weights, features_stay, head_names, minibatch, norm_at, step_sizes
+from utils import CONV_LAYERS, accuracy, adam_step, conv_block, dense_block, loss_of, norm_scope
 
 Step, Tensors = int | tf.Tensor, dict[str, tf.Tensor]
 TaskBatch = Any  # a data_generator.TaskBatch, of which only the field names are used here
@@ -56,7 +58,11 @@ class ModelConfig:
     meta_lr_final: float = -1               # -1: 0
     metatrain_iterations: int = 0           # after which it gets there; unused if it is constant
     schedule_interval: int = 1              # iterations between changes of the schedules
-    query_norm: str = 'batch'               # whose statistics batch norm gives query rows: their own, 'batch', or 'support'
+    query_norm: str = 'batch'               # whose statistics query rows get: 'batch' | 'support' | 'each', see `query_features`
+    outer: str = 'gradient'                 # what the outer step follows: the meta-'gradient', or the adapted weights, 'reptile'
+    inner_optimizer: str = 'sgd'            # 'sgd', or with 'reptile' also 'adam'
+    inner_batch: int = 0                    # support rows of an inner step; 0: all
+    recompute: bool = False                 # keep the activations of one inner step only, and compute the others again
     clip: float | None = None            # elementwise bound of the meta-gradient
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
     task_chunk: int | None = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
@@ -68,12 +74,18 @@ class Parameters(NamedTuple):
     weights: Tensors              # where the inner loop starts from
     norm_params: Tensors          # offsets and scales of normalisation
     learning_rates: Tensors = {}  # {'lr/<name>': step size} of tensors that the inner loop moves, if they are learned
+    carried: Tensors = {}         # the state of the inner optimizer, if it has one, which each task takes over from the one before
+
+    def trained(self) -> Tensors:
+        """{name: tensor} of what the outer loop trains."""
+        return {**self.weights, **self.norm_params, **self.learning_rates}
 
 
 class TaskState(NamedTuple):
     """What a task has while it is adapted."""
     fast: Tensors                     # its fast weights
     features: tuple[tf.Tensor, ...]   # of its support and query rows, if the inner loop does not change them; else ()
+    optimizer: Tensors = {}           # the state of the inner optimizer, if it has one
 
 
 class Outputs(NamedTuple):
@@ -92,21 +104,6 @@ class Metrics(NamedTuple):
 
 # The network: a pure function of its weights ------------------------------------------------------------------------
 
-def forward(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
-            stats_rows: int | None = None) -> tf.Tensor:
-    """The network's output for a set of rows [rows, dim_output]: predictions, or logits in classification.
-
-    Under batch norm, each row's output depends on the rows that the statistics are from. For the arguments see `features`.
-    """
-    return classify(config, features(config, x, weights, norm_params, stats_rows), weights)
-
-
-def head_names(config: ModelConfig) -> tuple[str, str]:
-    """The names of the last layer's matrix and bias."""
-    last = 5 if config.image_shape else len(config.dim_hidden) + 1
-    return f'w{last}', f'b{last}'
-
-
 def classify(config: ModelConfig, hidden: tf.Tensor, weights: Tensors) -> tf.Tensor:
     """The last layer: [rows, features] -> [rows, dim_output]."""
     matrix, bias = head_names(config)
@@ -115,7 +112,7 @@ def classify(config: ModelConfig, hidden: tf.Tensor, weights: Tensors) -> tf.Ten
 
 def features(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
              stats_rows: int | None = None) -> tf.Tensor:
-    """The input of the last layer, [rows, features].
+    """The input of the last layer, [rows, features]. Under batch norm, each row's depends on the rows that the statistics are from.
 
     Args:
         x: float [rows, dim_input]; images in [0, 1], flattened.
@@ -135,70 +132,31 @@ def features(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: T
     return tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
 
 
-def loss_of(config: ModelConfig, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """The task loss, [..., rows, dim_output] -> [...]; `mse` and `xent` say what is divided by what."""
-    if config.loss == 'mse':
-        return mse(outputs, targets)
-    return xent(outputs, targets, targets.shape[-2] if config.mean_loss else config.update_batch_size)
-
-
 # Learning one task: the inner loop ----------------------------------------------------------------------------------
-
-def adapted_names(config: ModelConfig, fast: Tensors) -> Sequence[str]:
-    """Names of the tensors that the inner loop moves, of those that `fast_weights` returns."""
-    head = head_names(config)
-    wanted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}
-    return [name for name in fast if '/' in name or wanted[config.inner_weights](name)]
-
-
-def fast_weights(config: ModelConfig, parameters: Parameters) -> Tensors:
-    """Where a task's fast weights start: the shared weights, with `adapt_norm` those of normalisation as well."""
-    return {**parameters.norm_params, **parameters.weights} if config.adapt_norm else parameters.weights
-
-
-def norm_at(config: ModelConfig, norm_params: Tensors, fast: Tensors, step: Step) -> Tensors:
-    """The offsets and scales in force at an inner step: those among the fast weights, or else the shared ones."""
-    found = {name: fast.get(name, value) for name, value in norm_params.items()}
-    return {name: at_step(value, step) for name, value in found.items()} if config.norm_per_step else found
-
-
-def step_sizes(config: ModelConfig, learning_rates: Tensors, names: Sequence[str], step: Step) -> dict[str, Any]:
-    """{name: step size} of inner step number `step`: alpha, or the learned one, a scalar or shaped like the tensor."""
-    if config.learn_lr == 'no':
-        return dict.fromkeys(names, config.update_lr)
-    rates = {name: learning_rates[f'lr/{name}'] for name in names}
-    return {name: at_step(rate, step) for name, rate in rates.items()} if config.learn_lr == 'step' else rates
-
 
 def query_features(config: ModelConfig, task: TaskBatch, weights: Tensors, norm_params: Tensors) -> tf.Tensor:
     """`features` of a task's query rows, [N*Q, features].
 
     Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so evaluation is transductive), or
-    with `query_norm='support'` by those of the support rows, each row independently of the others.
+    each row independently of the others: with `query_norm='support'` by those of the support rows, with 'each' by those of the
+    support rows and itself (Reptile's evaluation without transduction).
     """
     if config.query_norm == 'batch':
         return features(config, task.query_x, weights, norm_params)
-    support_rows = task.support_x.shape[0]
-    rows = tf.concat([task.support_x, task.query_x], axis=0)
+    if config.query_norm == 'each':
+        return tf.vectorized_map(lambda row: features(
+            config, tf.concat([task.support_x, row[None]], axis=0), weights, norm_params)[-1], task.query_x)
+    rows, support_rows = tf.concat([task.support_x, task.query_x], axis=0), task.support_x.shape[0]
     return features(config, rows, weights, norm_params, stats_rows=support_rows)[support_rows:]
-
-
-def features_stay(config: ModelConfig) -> bool:
-    """Whether no inner step changes what the last layer gets (ANIL): it can be computed once per task."""
-    return config.inner_weights == 'head' and not config.adapt_norm and not config.norm_per_step
-
-
-def fixed_features(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> tuple[tf.Tensor, ...]:
-    """The features of a task's support and query rows, if no inner step changes them; else ()."""
-    if not features_stay(config):
-        return ()
-    shared = parameters.weights, parameters.norm_params
-    return features(config, task.support_x, *shared), query_features(config, task, *shared)
 
 
 def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> TaskState:
     """A task before its first inner step."""
-    return TaskState(fast_weights(config, parameters), fixed_features(config, parameters, task))
+    fast, fixed = fast_weights(config, parameters), ()
+    if features_stay(config):
+        shared = parameters.weights, parameters.norm_params
+        fixed = features(config, task.support_x, *shared), query_features(config, task, *shared)
+    return TaskState(fast, fixed, parameters.carried)
 
 
 def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
@@ -211,40 +169,60 @@ def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: 
 
 
 def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int, first_step: Step = 0,
-               state: TaskState | None = None) -> Iterator[tuple[tf.Tensor, TaskState]]:
+               state: TaskState | None = None, iteration: Step = 0) -> Iterator[tuple[tf.Tensor, TaskState]]:
     """Adapts the weights to one task by gradient descent on its support set (line 6 of algorithm 1).
 
     Args:
         task: a TaskBatch of one task, without the leading axis.
         first_step: number of the first step; not 0 if the task is already adapted.
         state: of the task before that step; None: `initial_state`.
+        iteration: of meta-training; with `inner_batch` it draws the order of the rows.
 
     Yields:
-        After each step: the support outputs *before* it, [N*K, dim_output], and the task's state after it, whose fast weights are
-        differentiable with respect to the parameters (with `stop_grad` as if the inner gradient were constant).
+        After each step: the outputs for its support rows *before* it, [N*K, dim_output] or [inner_batch, dim_output], and the
+        task's state after it, whose fast weights are differentiable with respect to the parameters (with `stop_grad` as if the
+        inner gradient were constant).
     """
     state = state or initial_state(config, parameters, task)
     for step in range(num_updates):
         step = first_step + step
+        config_of_step, part = minibatch(config, task, step, iteration)
         moved = {name: state.fast[name] for name in adapted_names(config, state.fast)}
         with tf.GradientTape() as tape:
             tape.watch(moved)
-            outputs = answer(config, parameters, task, state, step, query=False)
-            loss = loss_of(config, outputs, task.support_y)
+            outputs = answer(config, parameters, part, state, step, query=False)
+            loss = loss_of(config_of_step, outputs, part.support_y)
         gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
-        rates = step_sizes(config, parameters.learning_rates, list(moved), step)
+        rates, optimizer = step_sizes(config, parameters.learning_rates, list(moved), step), state.optimizer
+        if config.inner_optimizer == 'adam':
+            gradients, optimizer = adam_step(gradients, optimizer)
         fast = {**state.fast, **{name: moved[name] - rates[name] * gradients[name] for name in moved}}
-        state = state._replace(fast=fast)
+        state = state._replace(fast=fast, optimizer=optimizer)
         yield outputs, state
+
+
+def learn(config: ModelConfig, task: TaskBatch, parameters: Parameters, iteration: Step) -> tuple[tf.Tensor, Sequence[TaskState]]:
+    """The support outputs before adaptation, [N*K, dim_output], and a task's states after each of `num_updates` inner steps."""
+    initial, updates = initial_state(config, parameters, task), config.num_updates
+    if config.recompute:
+        states = recomputing_loop(lambda number, state, parameters: next(
+            inner_loop(config, task, parameters, 1, number, state, iteration))[1], updates, initial, parameters)
+        trajectory = [tf.nest.map_structure(lambda value, index=index: value[index], states) for index in range(updates)]
+    else:
+        outputs, trajectory = zip(*inner_loop(config, task, parameters, updates, state=initial, iteration=iteration))
+        if not config.inner_batch:
+            return outputs[0], trajectory
+    return answer(config, parameters, task, initial, 0, query=False), trajectory
 
 
 def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
                       task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
     """Inner step number `step` of a task: Outputs, and its state after it."""
-    task, state = task_and_state
-    (pre, state), = inner_loop(config, task, parameters, 1, step, state)
+    task, before = task_and_state
+    (pre, state), = inner_loop(config, task, parameters, 1, step, before)
+    pre = answer(config, parameters, task, before, step, query=False) if config.inner_batch else pre  # else of a part of the rows
     return Outputs(pre, answer(config, parameters, task, state, step, query=True)), state
 
 
@@ -278,19 +256,34 @@ def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, traj
 
 
 def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
-                  task: TaskBatch) -> tuple[Tensors, Outputs]:
-    """The exact gradient of one task's objective, through its inner loop (line 8 of algorithm 1, equation 1), and Outputs.
+                  task: TaskBatch) -> tuple[Tensors, Outputs, Tensors]:
+    """The exact gradient of one task's objective, through its inner loop (line 8 of algorithm 1, equation 1).
 
     In phase 'pretrain', joint training, it is the gradient of the support loss before adaptation instead.
+
+    Returns:
+        {name: gradient} of `Parameters.trained`, Outputs, and `Parameters.carried` for the next task.
     """
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        support_outputs, trajectory = zip(*inner_loop(config, task, parameters, config.num_updates))
+        support_outputs, trajectory = learn(config, task, parameters, iteration)
         loss, query_outputs = objective(config, task, parameters, trajectory, iteration)
         if phase == 'pretrain':
-            loss = loss_of(config, support_outputs[0], task.support_y)
-    sources = {name: tensor for group in parameters for name, tensor in group.items()}
-    return tape.gradient(loss, sources, unconnected_gradients='zero'), Outputs(support_outputs[0], query_outputs)
+            loss = loss_of(config, support_outputs, task.support_y)
+    gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
+    return gradients, Outputs(support_outputs, query_outputs), parameters.carried
+
+
+def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
+                     task: TaskBatch) -> tuple[Tensors, Outputs, Tensors]:
+    """The shared weights minus the adapted ones, which Reptile takes for a gradient (Nichol, Achiam & Schulman, 2018, algorithm 1).
+
+    Query rows are answered for the metrics only. Returns the same as `meta_gradient`.
+    """
+    support_outputs, (*_, last) = learn(config, task, parameters, iteration)
+    query_outputs = answer(config, parameters, task, last, config.num_updates - 1, query=True)
+    gradients = {name: value - last.fast.get(name, value) for name, value in parameters.trained().items()}
+    return gradients, Outputs(support_outputs, query_outputs), last.optimizer
 
 
 class MAML:
@@ -307,41 +300,44 @@ class MAML:
         """The initial weights are a function of config and seed. With several replicas, meta-batches are what
         `Replicas.distribute` makes, except for `predict` and `predict_unadapted`."""
         self.replicas, convolutional = replicas or Replicas(), config.image_shape is not None
-        self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional))
+        self.config = config = dataclasses.replace(config, engine=engine.resolve(config.engine, convolutional, config.recompute))
         initial = Parameters(utils.initial_weights(config, seed), utils.initial_norm_params(config))
         fast = fast_weights(config, initial)
         moved = {name: fast[name] for name in adapted_names(config, fast)}
-        initial = initial._replace(learning_rates=utils.initial_learning_rates(config, moved))
+        initial = initial._replace(learning_rates=utils.initial_learning_rates(config, moved),
+                                   carried=utils.initial_inner_optimizer(config, moved))
         self._parameters = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in values.items()}
                                         for values in initial))
-        self.weights, self.norm_params, rates = self._parameters
-        self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self.parameters()
+        self.weights, self.norm_params, rates, carried = self._parameters
+        self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self._parameters.trained()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
-        # Reference behaviour: the gradient of pre-training is not clipped.
+        # Reference behaviour: the gradient of pre-training is not clipped. What Reptile follows is none.
+        clips = {'metatrain': config.clip if config.outer == 'gradient' else None, 'pretrain': None}
         self._optimizers = {phase: OPTIMIZERS[config.meta_optimizer](variables, functools.partial(meta_lr, config), clip)
-                            for phase, clip in (('metatrain', config.clip), ('pretrain', None))}
+                            for phase, clip in clips.items()}
         metrics = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (config.loss == 'xent')
-        self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.dtype, self.replicas,
-                                     self._parameters, functools.partial(metrics_of, config), metrics)
+        self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.recompute, config.dtype,
+                                     self.replicas, self._parameters, functools.partial(metrics_of, config), metrics)
         self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}
         # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
-        self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0))
-        state = TaskState(dict.fromkeys(fast), (0, 0) if features_stay(config) else ())
-        self._features = (lambda parameters, _, task: fixed_features(config, parameters, task)), state.features
+        self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0), dict.fromkeys(carried))
+        state = TaskState(dict.fromkeys(fast), (0, 0) if features_stay(config) else (), dict.fromkeys(carried))
+        self._initial_state = (lambda parameters, _, task: tf.nest.map_structure(  # tf.vectorized_map needs an operation
+            tf.identity, initial_state(config, parameters, task))), state
         self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), state)
         self._predict_unadapted = (lambda parameters, _, task: answer(
             config, parameters, task, initial_state(config, parameters, task), 0, query=True)), None
 
     def parameters(self) -> dict[str, tf.Variable]:
-        """{name: variable} of all that the outer loop trains; 'lr/<name>' for learned step sizes."""
+        """{name: variable} of all that tasks share; 'lr/<name>' for learned step sizes."""
         return {name: variable for group in self._parameters for name, variable in group.items()}
 
     def _gradient(self, phase, iteration):
-        """`meta_gradient` as it is in an iteration, and the structure of what it returns."""
-        config = stage(self.config, iteration)
+        """`meta_gradient`, or `reptile_gradient`, as it is in an iteration, and the structure of what it returns."""
+        config, reptile = stage(self.config, iteration), phase == 'metatrain' and self.config.outer == 'reptile'
         key = phase, config.stop_grad, config.multi_step_loss
         if key not in self._gradients:
-            self._gradients[key] = functools.partial(meta_gradient, config, phase)
+            self._gradients[key] = functools.partial(reptile_gradient if reptile else meta_gradient, config, phase)
         return self._gradients[key], self._gradient_structure
 
     def state(self) -> dict[str, tf.Variable]:
@@ -385,30 +381,24 @@ class MAML:
         return {name: values[0] for name, values in found.items()}
 
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
-        """The exact gradient of `objective`, averaged over tasks, before clipping: {name: tensor}, named as `parameters`."""
+        """`meta_gradient`, or `reptile_gradient`, averaged over tasks, before clipping: {name: tensor}."""
         return self._engine.means(*self._gradient('metatrain', iteration), batch, tf.constant(iteration, tf.int64))[0]
 
     def pretrain_gradients(self, batch: TaskBatch) -> Tensors:
-        """The gradient of the support loss before adaptation, averaged over tasks; like `meta_gradients`."""
+        """The gradient of the support loss before adaptation; otherwise like `meta_gradients`."""
         return self._engine.means(*self._gradient('pretrain', 0), batch, tf.constant(0, tf.int64))[0]
-
-    def _initial_state(self, batch, mapping):
-        """`initial_state` of each task of a meta-batch."""
-        fast = self._engine.repeat(tuple(fast_weights(self.config, self._parameters)), batch)
-        return TaskState(fast, mapping(*self._features, batch, tf.constant(0, tf.int64)) if features_stay(self.config) else ())
 
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
-        state, found = self._initial_state(batch, self._engine.map_on_replicas), []
+        state, found = self._engine.map_on_replicas(*self._initial_state, batch, tf.constant(0, tf.int64)), []
         for step in tf.range(num_updates, dtype=tf.int64):
             metrics, state = self._engine.map_and_measure(*self._adapt, batch, state, step)
             found.append(metrics)
-        columns = zip(*found)  # each a metric after each update
-        return Metrics(*(tf.stack(column) if post else column[0] for column, post in zip(columns, itertools.cycle([0, 1]))))
+        return Metrics(*(tf.stack(each) if post else each[0] for each, post in zip(zip(*found), itertools.cycle([0, 1]))))
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
         """Outputs before adaptation [tasks, N*K, dim_output], and after each update [num_updates, tasks, N*Q, dim_output]."""
-        state, found = self._initial_state(batch, self._engine.map), []
+        state, found = self._engine.map(*self._initial_state, batch, tf.constant(0, tf.int64)), []
         for step in tf.range(num_updates, dtype=tf.int64):
             outputs, state = self._engine.map(*self._adapt, (batch, state), step)
             found.append(outputs)

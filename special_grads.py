@@ -10,10 +10,13 @@ are large. `im2col` makes convolutions of small images matrix products.
 """
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+Structure = Any  # nested tensors
 
 
 def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: int | None = None) -> tf.Tensor:
@@ -255,3 +258,56 @@ def _with_zero(x):
 
 def _gather_sum(y, table):
     return tf.reduce_sum(tf.gather(_with_zero(y), table, axis=1), axis=2)
+
+
+def recomputing_loop(step: Callable, count: int, state: Structure, shared: Structure) -> Structure:
+    """The states after each of `count` steps, differentiable (once) with respect to `state` and `shared`.
+
+    The gradient keeps the state before each step and computes the step itself again, so that what it holds besides states is what
+    one step needs, and the graph has one step whatever the count (Chen et al., 2016, arXiv:1604.06174, with every state kept).
+
+    Args:
+        step: function (number of the step, int32 scalar; state; shared) -> state of the same structure, shapes and dtypes.
+        state: before the first step, nested tensors.
+        shared: nested tensors that each step uses.
+
+    Returns:
+        The structure of `state`, with tensors [count, ...].
+    """
+    flat, both = tf.nest.flatten((state, shared)), (state, shared)
+
+    def loop(body, *values):
+        return tf.while_loop(lambda number, *_: number < count, lambda number, *values: (number + 1, *body(number, *values)),
+                             (tf.constant(0), *values), parallel_iterations=1, maximum_iterations=count)[1:]
+
+    @tf.custom_gradient
+    def run(*tensors):
+        state, shared = tf.nest.pack_sequence_as(both, tensors)
+        arrays = [tf.TensorArray(value.dtype, count, element_shape=value.shape) for value in tf.nest.flatten(state)]
+
+        def forward(number, state, before):
+            before = [array.write(number, value) for array, value in zip(before, tf.nest.flatten(state))]
+            return step(number, state, shared), before
+
+        last, before = loop(forward, state, arrays)
+        before = [array.stack() for array in before]
+
+        def gradient(*upstream):
+            def backward(number, towards_state, towards_shared):
+                number = count - 1 - number
+                at = tf.nest.pack_sequence_as(state, [values[number] for values in before])
+                with tf.GradientTape() as tape:
+                    tape.watch((at, shared))
+                    after = step(number, at, shared)
+                into = [total + values[number] for total, values in zip(towards_state, upstream)]
+                found = tape.gradient(tf.nest.flatten(after), tf.nest.flatten((at, shared)), output_gradients=into,
+                                      unconnected_gradients='zero')
+                states = len(into)
+                return found[:states], [total + more for total, more in zip(towards_shared, found[states:])]
+
+            zeros = [[tf.zeros_like(value) for value in tf.nest.flatten(part)] for part in (state, shared)]
+            return [value for part in loop(backward, *zeros) for value in part]
+
+        return [tf.concat([values[1:], value[None]], axis=0) for values, value in zip(before, tf.nest.flatten(last))], gradient
+
+    return tf.nest.pack_sequence_as(state, run(*flat))

@@ -11,6 +11,7 @@ from special_grads import batch_standardize, im2col, standardize
 NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 CONV_LAYERS = (1, 2, 3, 4)
+ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8  # of the inner optimizer
 Config, Tensors = Any, dict[str, tf.Tensor]  # a maml.ModelConfig, of which only the field names are used here
 
 
@@ -99,6 +100,38 @@ def at_step(values: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
     return values[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
 
 
+def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | tf.Tensor) -> tf.Tensor:
+    """The numbers of the rows that an inner step sees, int32 [size]: of `rows` in random order, then of them in another, and so on.
+
+    Args:
+        rows: of the support set.
+        size: of each step's part; it may be larger than `rows`.
+        step: the number of the step. Its parts follow each other without a gap.
+        iteration: with it, the orders change.
+    """
+    first = tf.cast(step, tf.int32) * size
+    passes = [tf.random.experimental.stateless_shuffle(tf.range(rows), [tf.cast(iteration, tf.int32), first // rows + number])
+              for number in range(1 + -(-(size - 1) // rows))]
+    return tf.slice(tf.concat(passes, axis=0), [first % rows], [size])
+
+
+def adam_step(gradients: dict[str, tf.Tensor], state: dict[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+    """Adam without momentum: {name: what is to be multiplied by the step size and subtracted}, and the new state.
+
+    Reptile's inner optimizer (openai/supervised-reptile), with epsilon added to the uncorrected root as TensorFlow 1 did.
+
+    Args:
+        gradients: {name: tensor}.
+        state: {'inner/t': steps so far, 'inner/v/<name>': decaying mean of squared gradients}.
+    """
+    steps = state['inner/t'] + 1
+    squares = {name: ADAM_BETA2 * state[f'inner/v/{name}'] + (1 - ADAM_BETA2) * tf.square(gradient)
+               for name, gradient in gradients.items()}
+    correction = tf.sqrt(1 - ADAM_BETA2 ** steps)
+    moves = {name: correction * gradient / (tf.sqrt(squares[name]) + ADAM_EPSILON) for name, gradient in gradients.items()}
+    return moves, {'inner/t': steps, **{f'inner/v/{name}': square for name, square in squares.items()}}
+
+
 def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Mean squared error over the last two axes: [..., rows, dim] -> [...]."""
     return tf.reduce_mean(tf.square(outputs - targets), axis=(-2, -1))
@@ -111,6 +144,13 @@ def xent(outputs: tf.Tensor, targets: tf.Tensor, shots: float) -> tf.Tensor:
     ones for N-way support sets. The inner step sizes people use are tuned to that.
     """
     return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, outputs), axis=-1) / shots
+
+
+def loss_of(config: Config, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The task loss, [..., rows, dim_output] -> [...]; `mse` and `xent` say what is divided by what."""
+    if config.loss == 'mse':
+        return mse(outputs, targets)
+    return xent(outputs, targets, targets.shape[-2] if config.mean_loss else config.update_batch_size)
 
 
 def accuracy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -183,6 +223,13 @@ def initial_learning_rates(config: Config, moved: Tensors) -> Tensors:
         return {}
     shapes = {name: {'layer': [], 'step': [config.num_updates]}.get(config.learn_lr, value.shape) for name, value in moved.items()}
     return {f'lr/{name}': tf.fill(shape, tf.constant(config.update_lr, config.dtype)) for name, shape in shapes.items()}
+
+
+def initial_inner_optimizer(config: Config, moved: Tensors) -> Tensors:
+    """The state of `adam_step` before the first step, all 0, for the tensors that the inner loop moves; {} for inner SGD."""
+    if config.inner_optimizer == 'sgd':
+        return {}
+    return {'inner/t': tf.zeros([]), **{f'inner/v/{name}': tf.zeros_like(value) for name, value in moved.items()}}
 
 
 def norm_scope(config: Config, layer: int) -> str:

@@ -155,8 +155,8 @@ def main():
     parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
     args = parser.parse_args()
     sys.path.insert(0, ROOT)
-    import main as program
-    program.import_tensorflow()
+    from runtime import startup
+    startup.import_tensorflow()
     started, rng = time.monotonic(), random.Random(args.seed)
     for name, (arguments, iterations) in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:

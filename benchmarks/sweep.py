@@ -52,8 +52,8 @@ def main():
     parser.add_argument('--plot', metavar='FILE', help='draw the curves too')
     args = parser.parse_args()
 
-    import main as program
-    program.import_tensorflow()
+    from runtime import startup
+    startup.import_tensorflow()
     workload, results = WORKLOADS[args.workload], {}
     for quantity, values in SWEEPS.items():
         seconds = seconds_a_step([dataclasses.replace(workload, **{quantity: value}) for value in values], args.rounds)

@@ -2,6 +2,7 @@
 
     make table                                   (or: nice python benchmarks/table.py)
     python benchmarks/table.py --only fc100      rows whose name contains that
+    python benchmarks/table.py --evaluate        trains nothing: evaluates what is trained so far, and writes the table
     python benchmarks/table.py --write           only writes the table, from what is there
 
 A row is a file of configs/ and further flags. Rows are trained in order, each to its end; what is trained already is not trained again.
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -46,6 +46,7 @@ class Row(NamedTuple):
     paper: str = ''
     reference: str = ''
     flags: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ()  # further flags of its evaluations
 
     @property
     def name(self) -> str:
@@ -63,9 +64,16 @@ ROWS = [
     Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (T-NAS)'),
     Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3'),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', '56.19 ± 3.39 (PaddleFSL)', flags=('--method=anil',)),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Meta-SGD', flags=('--method=metasgd',)),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, BOIL', '58.03 ± 0.43', flags=('--method=boil', '--num_filters=64')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, first order', '57.06 ± 3.83 (PaddleFSL)', flags=('--method=fomaml',)),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Meta-SGD', flags=('--method=metasgd', '--num_updates=1')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, BOIL', '58.03 ± 0.43', flags=(
+        '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
+        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000'), evaluation=('--test_query=1', '--test_updates=10')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
+        '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
+        '--metatrain_iterations=100000'), evaluation=(
+        '--update_batch_size=1', '--train_update_batch_size=15', '--inner_batch=5', '--train_inner_batch=10')),
     *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}',)) for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot, no convolutions', '89.7 ± 1.1', flags=('--conv=False', '--logdir=logs/omniglot5way_dense/')),
     Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84'),
@@ -78,7 +86,9 @@ class State(NamedTuple):
     directory: str
     wanted: int             # iterations
     newest: int             # iterations of the newest checkpoint; 0: none
+    ranking: list[int]      # iterations of the checkpoints that did best on meta-validation
     prepared: str           # '' or why its data cannot be used
+    ensemble: int           # checkpoints of the method's ensemble; 1: it has none
 
 
 def state_of(row: Row) -> State:
@@ -94,7 +104,9 @@ def state_of(row: Row) -> State:
         missing = ''
     except UserError as error:
         missing = str(error)
-    return State(directory, values.metatrain_iterations, max(checkpoints.iterations(directory), default=0), missing)
+    record = checkpoints.find(directory, None).record if checkpoints.iterations(directory) else {'iteration': 0, 'best': None}
+    ranking = [entry['iteration'] for entry in record.get('ranking', [record['best']] if record['best'] else [])]
+    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble)
 
 
 def run(arguments: list[str]) -> int:
@@ -130,13 +142,21 @@ def train(row: Row, state: State) -> None:
 
 
 def evaluate(row: Row, state: State) -> None:
-    """Evaluates the newest and the best checkpoint on meta-test, unless results.json has them."""
-    for more in [], ['--test_best']:
-        entries = results.existing(state.directory).values()
-        best = checkpoints.find(state.directory, checkpoints.BEST if more else None)
-        done = any(os.path.basename(entry['checkpoint']) == os.path.basename(best.prefix) and belongs(entry) for entry in entries)
-        if not done and run([*row.arguments, '--train=False', '--test_set=True', *more]):
-            sys.exit(f'the evaluation of {row.name} failed')
+    """Evaluates the newest and the best checkpoint on meta-test, and the ensemble if the method has one, unless results.json has them."""
+    wanted = {'newest': (state.newest, ['--ensemble=1'])}
+    if state.ranking:
+        wanted['best'] = state.ranking[0], ['--ensemble=1', '--test_best']
+    if len(state.ranking) >= state.ensemble > 1:
+        wanted['ensemble'] = state.ranking[:state.ensemble], []
+    for what, (of, more) in wanted.items():
+        if of not in evaluated(state).values() and run([*row.arguments, *row.evaluation, '--train=False', '--test_set=True', *more]):
+            sys.exit(f'the evaluation of {row.name} ({what}) failed')
+
+
+def evaluated(state: State) -> dict[str, int | list[int]]:
+    """{name of an evaluation that the table shows: the iterations of its checkpoint, or of its ensemble}."""
+    return {name: entry.get('ensemble', entry['iterations'])
+            for name, entry in results.existing(state.directory).items() if belongs(entry)}
 
 
 def belongs(entry: dict) -> bool:
@@ -153,24 +173,27 @@ def figure(entry: dict, updates: int) -> str:
 def line(row: Row) -> str:
     """A row of the table, in Markdown."""
     state = state_of(row)
-    cells = {'own': '', 'ten': '', 'best': ''}
-    for entry in results.existing(state.directory).values():
-        if not belongs(entry):
-            continue
-        own = entry.get('own_updates', entry['flags']['num_updates'])
-        if entry['iterations'] == state.newest:
-            cells['own'], cells['ten'] = f'{figure(entry, own)} ({own})', figure(entry, 10)
-        else:
-            cells['best'] = f'{figure(entry, 10)} (model{entry["iterations"]})'
+    entries, found = results.existing(state.directory), evaluated(state)
+    cells = [', '.join(scores(entries[name]) for name in found if found[name] == wanted)
+             for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
+    best = cells[1] and f'{cells[1]} (model{state.ranking[0]})'
+    ensemble = cells[2] and f'; {state.ensemble} best together: {cells[2]}'
     hours = ', '.join(f'{seconds / 3600:.1f} h on {machine}' for machine, seconds in times(state.directory).items())
-    return (f'| {row.title} | {row.paper} | {row.reference} | {cells["own"]} | {cells["ten"]} | {cells["best"]} | '
-            f'{state.newest:,} of {state.wanted:,} | {hours} |')
+    return (f'| {row.title} | {row.paper} | {row.reference} | {cells[0]} | {best}{ensemble} | {state.newest:,} of {state.wanted:,} | '
+            f'{hours} |')
+
+
+def scores(entry: dict) -> str:
+    """The scores of an evaluation after as many updates as the method is meant for, and after 10."""
+    own = entry.get('own_updates', entry['flags']['num_updates'])
+    numbers = dict.fromkeys([own, 10])
+    return ', '.join(f'{figure(entry, updates)} after {updates}' for updates in numbers if updates < len(entry['updates']))
 
 
 def write_table() -> None:
     """Writes the table between its two marks in docs/results.md."""
-    table = '\n'.join(['| run | published | reference | this program, after (updates) | after 10 | best on meta-validation, after 10 | iterations | '
-                       'training |', '| --- ' * 8 + '|', *map(line, ROWS)])
+    heads = 'run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training'
+    table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS)])
     path = os.path.join('docs', 'results.md')
     with open(path, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
@@ -190,7 +213,8 @@ def remaining(states: list[State]) -> str:
     return f'about {hours:.1f} hours' + (f', and {unknown} rows of unknown speed' if unknown else '')
 
 
-def main_loop(rows: list[Row]) -> None:
+def main_loop(rows: list[Row], training: bool) -> None:
+    """Trains, if asked to, and evaluates each row."""
     for count, row in enumerate(rows, start=1):
         states = [state_of(other) for other in rows[count - 1:]]
         state = states[0]
@@ -199,9 +223,10 @@ def main_loop(rows: list[Row]) -> None:
             print(f'{title}: left out, {state.prepared}', flush=True)
             continue
         print(f'{title}; left in the queue: {remaining(states)}', flush=True)
-        if state.newest < state.wanted:
+        if training and state.newest < state.wanted:
             train(row, state)
-        if not state.prepared:
+            state = state_of(row)
+        if state.newest and not state.prepared:
             evaluate(row, state)
         write_table()
 
@@ -209,16 +234,17 @@ def main_loop(rows: list[Row]) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='rows whose name contains this')
+    parser.add_argument('--evaluate', action='store_true', help='train nothing: evaluate what is trained so far')
     parser.add_argument('--write', action='store_true', help='only write the table')
     options = parser.parse_args()
     if options.write:
         write_table()
     else:
-        chosen = [row for row in ROWS if re.search(re.escape(options.only), row.name)]
+        chosen = [row for row in ROWS if options.only in row.name]
         if not chosen:
             sys.exit(f'no row has {options.only!r} in its name; there are: ' + '; '.join(row.name for row in ROWS))
         try:
             with locked(os.path.join('logs', '.table.lock'), wait=False):
-                main_loop(chosen)
+                main_loop(chosen, training=not options.evaluate)
         except filelock.Timeout:
             sys.exit('another queue is running; wait for it, or stop it (Ctrl-C there)')

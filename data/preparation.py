@@ -189,14 +189,43 @@ def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, 
         write_atomically(path, content)
         return None
 
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
-    try:
-        futures = [pool.submit(work, picture) for picture in pictures]
-        finished = tqdm(as_completed(futures), total=len(futures), unit=' images', disable=None)
-        damaged = [future.result() for future in finished if future.result()]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    damaged, pool = [], ThreadPoolExecutor(max_workers=os.cpu_count())
+    with ctrl_c_noted() as noted:
+        try:
+            futures = [pool.submit(work, picture) for picture in pictures]
+            for future in tqdm(as_completed(futures), total=len(futures), unit=' images', disable=None):
+                if noted:
+                    break
+                if future.result():
+                    damaged.append(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
     return sorted(damaged, key=lambda pair: pair[0])
+
+
+@contextlib.contextmanager
+def ctrl_c_noted():
+    """While entered, the first Ctrl-C is only noted, in the list that this yields; KeyboardInterrupt follows at the end.
+
+    For where many locks are taken, as by a pool of threads: raised anywhere, KeyboardInterrupt may come between taking a lock and the
+    block that gives it back. A second Ctrl-C ends the program at once.
+    """
+    noted, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    changed = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if changed:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if changed:
+            signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, int]:

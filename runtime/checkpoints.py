@@ -215,6 +215,20 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
                     '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
 
 
+def find_best(directory: str, count: int) -> list[Checkpoint]:
+    """The `count` checkpoints that did best on meta-validation, the best first.
+
+    Raises:
+        UserError: as for `find`, or the run has not so many.
+    """
+    checkpoint = find(directory, None)
+    ranking = [entry['iteration'] for entry in checkpoint.record.get('ranking', [])][:count]
+    if len(ranking) < count:
+        raise UserError(f'--ensemble={count} needs as many checkpoints that were validated and kept, and {directory} has '
+                        f'{len(ranking) or "none"}; train on with --ensemble={count}, or evaluate with --ensemble={max(len(ranking), 1)}')
+    return [find(directory, iteration) for iteration in ranking]
+
+
 def _contents(logdir):
     """What --logdir holds, for an error message."""
     folders = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
@@ -271,7 +285,8 @@ def restore(checkpoint: Checkpoint, state: dict[str, tf.Variable]) -> None:
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
     """Assigns the values of a checkpoint, of this program or of the reference, to a model's parameters.
 
-    What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, scales of batch norm. Where a network has
+    What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales of
+    batch norm. Where a network has
     offsets and scales for each inner step and the checkpoint has one set, all become that set.
 
     Args:
@@ -294,14 +309,15 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     arrays = _read(prefix)
     if _RECORD in arrays:
         record = _decode(prefix, arrays.pop(_RECORD))
-        found = {name: array for name, array in arrays.items() if '/adam/' not in name}
+        found = {name: array for name, array in arrays.items()
+                 if '/adam/' not in name and (name in variables or not name.startswith('inner/'))}
     else:
         record, ours = {}, {theirs: name for name, theirs in reference_names(
-            [name for name in variables if not name.startswith('lr/')]).items()}
+            [name for name in variables if not name.startswith(('lr/', 'inner/'))]).items()}
         found = {ours.get(name, name): array for name, array in arrays.items()
                  if name.startswith('model/') and 'Adam' not in name}
     for name, variable in variables.items():
-        if name not in found and (name.startswith('lr/') or name.endswith('/gamma') and network_flags.get('norm') == 'batch_norm'):
+        if name not in found and (name.startswith(('lr/', 'inner/')) or name.endswith('/gamma') and network_flags.get('norm') == 'batch_norm'):
             found[name] = variable.numpy()
         elif '/' in name and name in found and found[name].shape == variable.shape[1:]:
             found[name] = np.broadcast_to(found[name], variable.shape)
@@ -338,10 +354,10 @@ def reference_names(names: Sequence[str]) -> dict[str, str]:
     return result
 
 
-def prune(directory: str, best: int | None) -> None:
-    """Deletes all checkpoints but the KEPT newest ones and that of the iteration `best`."""
+def prune(directory: str, best: Sequence[int]) -> None:
+    """Deletes all checkpoints but the KEPT newest ones and those of the iterations `best`."""
     for iteration in iterations(directory)[:-KEPT]:
-        if iteration != best:
+        if iteration not in best:
             for suffix in reversed(_SUFFIXES):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path(directory, iteration) + suffix)

@@ -121,6 +121,13 @@ def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> No
         raise UserError(f'--task_chunk={task_chunk} must divide the {per_replica} tasks of each replica')
 
 
+def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
+    """Raises UserError if an inner optimizer hands its state from task to task and there are several replicas."""
+    if inner_optimizer == 'adam' and replicas > 1:
+        raise UserError(f'--inner_optimizer=adam hands its state from each task to the next, so that tasks cannot be divided between '
+                        f'{replicas} replicas; add --strategy=one, or --inner_optimizer=sgd')
+
+
 class Replicas:
     """The replicas of a strategy.
 

@@ -19,14 +19,14 @@ SUM_DTYPE = tf.float64
 Structure = Any  # nested tuples and dicts of tensors
 
 
-def resolve(kind: str, convolutional: bool) -> str:
+def resolve(kind: str, convolutional: bool, recompute: bool = False) -> str:
     """What 'auto' means: 'wide' (all tasks in one graph) for dense nets, which are small, and on a GPU; else 'tasks'.
 
-    On a CPU, convolutions fill a core: one task per core.
+    On a CPU, convolutions fill a core: one task per core. A loop over inner steps (`recompute`) is not put into a wide graph.
     """
     if kind != 'auto':
         return kind
-    return 'wide' if not convolutional or has_gpu() else 'tasks'
+    return 'wide' if (not convolutional or has_gpu()) and not recompute else 'tasks'
 
 
 def has_gpu() -> bool:
@@ -39,14 +39,16 @@ class Engine:
     With several replicas, a meta-batch is what `Replicas.distribute` makes of TaskBatches: each replica has its own tasks.
     """
 
-    def __init__(self, kind: str, task_chunk: int | None, convolutional: bool, dtype: str, replicas: Replicas,
-                 shared: Structure, measure: Callable, metrics: Sequence[str]):
+    def __init__(self, kind: str, task_chunk: int | None, convolutional: bool, loops: bool, dtype: str,
+                 replicas: Replicas, shared: Structure, measure: Callable, metrics: Sequence[str]):
         """
         Args:
             kind: 'tasks': one task per core; 'wide': all tasks in one graph, compiled by XLA where that is accurate.
+            loops: tasks are loops over inner steps; those of dense nets, which are small, are compiled by XLA as well.
             task_chunk: tasks whose gradients are computed at a time; None: all of the meta-batch.
             dtype: of the parameters and of all that functions of one task return.
-            shared: the shared parameters, a NamedTuple of groups {name: tf.Variable}; functions of one task get its values.
+            shared: the shared parameters, a NamedTuple of groups {name: tf.Variable}; functions of one task get its values. What
+                is in the group `carried` each task takes over from the one before, so that tasks go one after the other.
             measure: function of a meta-batch and of the outputs for it that returns {metric: [tasks]}.
             metrics: the names of these metrics.
         """
@@ -54,15 +56,15 @@ class Engine:
             kind, task_chunk, dtype, replicas, replicas.strategy)
         self._shared, self._measure, self._metrics = shared, measure, metrics
         # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
-        xla = kind == 'wide' and (not convolutional or has_gpu())
+        xla = kind == 'wide' and (not convolutional or has_gpu()) or loops and not convolutional
         # XLA compiles what one replica computes. If there is one replica, that is everything.
         single = replicas.count == 1
         compiled = functools.partial(tf.function, jit_compile=xla and single, autograph=False)
         on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
         if not single:
             self._local_means, self._map = on_replica(self._local_means), on_replica(self._map)
-        self.train, self.means, self.repeat, self.map_on_replicas, self.map_and_measure = map(
-            compiled, (self.train, self.means, self.repeat, self.map_on_replicas, self.map_and_measure))
+        self.train, self.means, self.map_on_replicas, self.map_and_measure = map(
+            compiled, (self.train, self.means, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
 
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
@@ -72,7 +74,7 @@ class Engine:
         """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
-            task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs).
+            task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs, carried).
             signature: the structure of what it returns, with None for each tensor.
             update: updates the shared parameters, given the gradients averaged over tasks, and the iteration.
             iteration: int64 scalar, of the first step.
@@ -85,10 +87,15 @@ class Engine:
         def step(index):
             shared = _values(self._shared)  # here, for variables of one device cannot be read on another
             sums = self._strategy.run(self._local_means, (shared, task_gradient, signature, batches, iteration, stopping, index))
-            gradients, metrics, stopped = self._all_reduce(sums, signature)
+            gradients, metrics, carried, stopped = self._all_reduce(sums, signature)
+
+            def change():
+                update(gradients, iteration + tf.cast(index, tf.int64))
+                tf.nest.map_structure(lambda variable, value: variable.assign(value), self._shared.carried, carried)
+
             # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
-            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics))
-            tf.cond(finite, lambda: update(gradients, iteration + tf.cast(index, tf.int64)), lambda: None)
+            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics, carried))
+            tf.cond(finite, change, lambda: None)
             return {**metrics, 'finite': finite, 'stopping': stopped > 0}
 
         steps = self._replicas.first_local(batches[0]).shape[0]
@@ -99,14 +106,6 @@ class Engine:
         """({name: gradient}, {metric: value}), averaged over the tasks of a meta-batch; arguments as for `train`."""
         sums = self._strategy.run(self._local_means, (_values(self._shared), task_gradient, signature, batch, iteration))
         return self._all_reduce(sums, signature)[:2]
-
-    def repeat(self, names: Sequence[str], batch: Structure) -> dict[str, tf.Tensor]:
-        """Shared parameters, repeated for each task of each replica's meta-batch: {name: [tasks, ...]}."""
-        def on_replica(batch):
-            return {name: tf.repeat(value[None], batch[0].shape[0], axis=0) for name, value in values.items()}
-
-        values = {name: value for group in _values(self._shared) for name, value in group.items() if name in names}
-        return self._strategy.run(on_replica, (batch,))
 
     def map_on_replicas(self, function: Callable, signature: Structure, batch: Structure, step: tf.Tensor) -> Structure:
         """`map` on all replicas: what the function returns for each replica's tasks stays there."""
@@ -154,19 +153,26 @@ class Engine:
         """
         if index is not None:
             batch, iteration = tf.nest.map_structure(lambda array: array[index], batch), iteration + tf.cast(index, tf.int64)
-        function = functools.partial(task_gradient, shared, iteration)
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
-        chunk = self._task_chunk or tasks
+        chunk = 1 if shared.carried else self._task_chunk or tasks
+
+        def sums_of(part, carried):
+            function = functools.partial(task_gradient, shared._replace(carried=carried), iteration)
+            *found, carried = mapping(function, part)
+            return self._sums(part, *found), tf.nest.map_structure(lambda values: values[-1], carried)
+
         if chunk == tasks:
-            sums = self._sums(batch, *mapping(function, batch))
+            sums, carried = sums_of(batch, shared.carried)
         else:
+            def add(totals, part):
+                sums, carried = sums_of(part, totals[1])
+                return tf.nest.map_structure(tf.add, totals[0], sums), carried
+
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
             zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs(signature))
-            sums = tf.foldl(
-                lambda totals, part: tf.nest.map_structure(tf.add, totals, self._sums(part, *mapping(function, part))),
-                chunks, zeros, parallel_iterations=1)
+            sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=1)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
-        return _pack((*means, tf.cast(stopping, SUM_DTYPE)))
+        return _pack((*means, carried, tf.cast(stopping, SUM_DTYPE)))
 
     def _sums(self, batch, gradients, outputs):
         """Gradients and metrics summed over the tasks of a meta-batch."""
@@ -174,8 +180,9 @@ class Engine:
                                      (gradients, self._measure(batch, outputs)))
 
     def _all_reduce(self, packed, signature):
-        """What `_local_means` packed, summed over replicas: gradients, metrics, and how many replicas are stopping."""
-        specs = (*self._sum_specs(signature), tf.TensorSpec([], SUM_DTYPE))
+        """What `_local_means` packed, summed over replicas: gradients, metrics, `carried`, and how many replicas are stopping."""
+        carried = {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in self._shared.carried.items()}
+        specs = (*self._sum_specs(signature), carried, tf.TensorSpec([], SUM_DTYPE))
         totals = _unpack(self._strategy.reduce('SUM', packed, axis=None), specs)
         return tf.nest.map_structure(lambda total: tf.cast(total, self._dtype), totals)
 
@@ -205,7 +212,7 @@ def _all_finite(tensors):
 
 def _pack(tensors):
     """One vector of all numbers of a structure, so that one all-reduce is enough."""
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tf.nest.flatten(tensors)], axis=0)
+    return tf.concat([tf.reshape(tf.cast(tensor, SUM_DTYPE), [-1]) for tensor in tf.nest.flatten(tensors)], axis=0)
 
 
 def _unpack(vector, specs):

@@ -12,6 +12,7 @@ import tensorflow as tf
 from data_generator import Tasks
 from maml import MAML, Metrics
 from runtime import checkpoints, results
+from runtime.ensemble import Ensemble
 from runtime.errors import UserError
 from runtime.progress import Progress
 from runtime.run import Run
@@ -31,8 +32,10 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     trained, prefix, iterations = restore(run)
     tasks, updates = data[run.split], run.test_updates
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
-    facts = evaluation_facts(run, tasks, prefix, iterations)
+    facts = evaluation_facts(run, tasks, trained, prefix, iterations)
     described = f'{iterations} iterations' if iterations else 'weights of another run'
+    if isinstance(trained, Ensemble):
+        described += f"; mean outputs of {', '.join(f'model{number}' for number in trained.iterations)}"
     print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n',
           flush=True)
     found, rates, names, written = {}, [], [], []
@@ -63,10 +66,12 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
             print(f'Drawn: {path}')
 
 
-def evaluation_facts(run: Run, tasks: Tasks, prefix: str, iterations: int | None) -> dict:
+def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None) -> dict:
     """What results.json says of an evaluation besides its figures."""
     return {
-        'checkpoint': prefix, 'iterations': iterations, 'method': run.method, 'score': run.metric, 'flags': run.flag_values,
+        'checkpoint': prefix, 'iterations': iterations,
+        **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
+        'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''), 'score': run.metric, 'flags': run.flag_values,
         # The number at which the method is meant: see --compare.
         'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
@@ -89,6 +94,7 @@ def results_name(run: Run, prefix: str, query_norm: str) -> str:
         f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
         f'_seed{run.tasks.seed}' if run.tasks.seed else '',
         f'_querynorm{query_norm}' if query_norm != 'batch' else '',
+        f'_ensemble{run.ensemble}' if run.ensemble > 1 else '',
         f'_{os.path.basename(prefix)}' if run.load_from or [prefix] != newest else ''])
 
 
@@ -118,11 +124,12 @@ def draw(run: Run, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], name
     return paths
 
 
-def restore(run: Run) -> tuple[MAML, str, int | None]:
-    """The network that the flags describe, with the weights of the checkpoint that they ask for.
+def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None]:
+    """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
 
     Returns:
-        A MAML with as many outputs as it was trained with, the checkpoint's prefix and its iterations, None if not known.
+        A MAML with as many outputs as it was trained with, the checkpoint's prefix and its iterations, None if not known; of an
+        ensemble these are those of the best.
 
     Raises:
         UserError: as for `evaluate`.
@@ -131,7 +138,8 @@ def restore(run: Run) -> tuple[MAML, str, int | None]:
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         return model, run.load_from, record.get('iteration')
-    checkpoint = checkpoints.find(run.directory, run.checkpoint)
+    best = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
+    checkpoint = best[0] if best else checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
@@ -139,6 +147,9 @@ def restore(run: Run) -> tuple[MAML, str, int | None]:
     checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.datasource},
                             'give the flags of its training')
     checkpoints.restore(checkpoint, model.state())
+    if best:
+        model = Ensemble(model, [{name: one.arrays[name] for name in model.parameters()} for one in best],
+                         [one.record['iteration'] for one in best])
     return model, checkpoint.prefix, record['iteration']
 
 

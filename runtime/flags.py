@@ -9,6 +9,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -153,10 +154,14 @@ def markdown() -> str:
 
 # What follows from the declarations ---------------------------------------------------------------------------------
 
-def labels(values: flags.FlagValues) -> str:
-    """The part of a run directory's name that the labels of flags make: the reference's first, in its order."""
+def labels(values: Mapping[str, Any]) -> str:
+    """The part of a run directory's name that the labels of flags make: the reference's first, in its order.
+
+    Args:
+        values: {name: value} of the flags in LEARNING.
+    """
     ordered = [*REFERENCE_ORDER, *(name for name in LEARNING if name not in REFERENCE_ORDER)]
-    return ''.join(_label(LEARNING[name].label, values[name].value, values[name].default) for name in ordered)
+    return ''.join(_label(LEARNING[name].label, values[name], FLAGS[name].default) for name in ordered)
 
 
 def _label(label, value, default):

@@ -1,9 +1,10 @@
 """The methods of the family: each is a set of flags. --method names one; a flag that is given as well overrides it."""
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from runtime.flags import GROUPS
+from runtime.flags import FLAGS, GROUPS
 
 
 class Preset(NamedTuple):
@@ -19,12 +20,19 @@ PRESETS = {
     'boil': Preset('BOIL', {'inner_weights': 'body', 'adapt_norm': True, 'norm_scale': True, 'mean_loss': True, 'update_lr': 0.5,
                             'num_updates': 1}),
     'metasgd': Preset('Meta-SGD', {'learn_lr': 'weight', 'num_updates': 1}),
+    'maml++': Preset('MAML++', {'mean_loss': True, 'learn_lr': 'step', 'num_updates': 5, 'multi_step_loss': 7500,
+                                'first_order_iterations': 5500, 'norm_per_step': True, 'norm_scale': True, 'schedule_interval': 500,
+                                'num_filters': 48, 'ensemble': 5, 'test_query': 15, 'test_updates': 5, 'meta_batch_size': 4,
+                                'update_lr': 0.01}),
+    'reptile': Preset('Reptile', {'outer': 'reptile', 'inner_optimizer': 'adam', 'inner_batch': 10, 'num_updates': 8,
+                                  'meta_optimizer': 'sgd', 'meta_lr': 1.0, 'meta_lr_final': 0.0, 'meta_lr_schedule': 'linear',
+                                  'adapt_norm': True, 'norm_scale': True, 'test_updates': 50}),
 }
 
 
-def _switches() -> list[str]:
+def switches() -> list[str]:
     """The flags that tell methods apart. Those of a preset that do not, such as the step size, are settings of the method."""
-    return ['stop_grad', *(name for name in GROUPS['Method'] if name != 'method')]
+    return ['stop_grad', *(name for name in GROUPS['Method'] if name not in ('method', 'ensemble'))]
 
 
 def apply_method(values: flags.FlagValues) -> None:
@@ -34,10 +42,15 @@ def apply_method(values: flags.FlagValues) -> None:
             values[name].value = value
 
 
-def title(values: flags.FlagValues) -> str:
-    """The name of the method that the flags make: a preset's, or 'MAML with' what differs from it."""
-    changed = {name: values[name].value for name in _switches() if values[name].value != values[name].default}
-    for preset in PRESETS.values():
-        if changed == {name: value for name, value in preset.flags.items() if name in _switches()}:
-            return preset.title
-    return 'MAML with ' + ', '.join(name if value is True else f'{name}={value}' for name, value in changed.items())
+def title(values: Mapping[str, Any]) -> str:
+    """The name of the method that switches make: that of the nearest preset, with what differs from it.
+
+    Args:
+        values: {name: value} of the flags that `switches` names.
+    """
+    def differing(preset):
+        return {name: value for name, value in values.items() if value != preset.flags.get(name, FLAGS[name].default)}
+
+    nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
+    others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]
+    return nearest.title + (f' with {", ".join(others)}' if others else '')

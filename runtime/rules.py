@@ -139,6 +139,18 @@ RULES = [
     Rule(lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
     Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
          '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
+    Rule(lambda r: r.recompute and r.engine == 'wide', '--recompute loops over the inner steps of one task at a time: leave out --engine=wide'),
+    *(Rule(lambda r, name=name, plain=plain: r.outer == 'reptile' and r.values[name].value != plain,
+           f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
+      for name, plain in (('stop_grad', False), ('first_order_iterations', 0), ('multi_step_loss', 0), ('learn_lr', 'no'))),
+    Rule(lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
+         '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),
+    Rule(lambda r: r.inner_optimizer == 'adam' and r.outer == 'gradient',
+         '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
+    Rule(lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
+         '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
+    *(Rule(lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and r.given(name),
+           f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1') for name in ('test_iter', 'test_best')),
     Rule(lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
     Rule(lambda r: r.given('test_updates') and r.mode == 'train', '--test_updates is for evaluation: add --train=False'),
     # Training
@@ -152,6 +164,7 @@ RULES = [
          '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one'),
     # Evaluation
     Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
+    *_only_with(['train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train', 'is for evaluation: add --train=False'),
     Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),
     Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.images),
@@ -159,7 +172,7 @@ RULES = [
     Rule(lambda r: -1 < r.train_num_classes < r.num_classes,
          '--num_classes={num_classes}: a network trained with --train_num_classes={train_num_classes} has no more outputs than '
          'that; evaluate on tasks of at most so many classes'),
-    Rule(lambda r: r.query_norm != 'batch' and r.mode == 'train', '--query_norm is for evaluation: add --train=False'),
+    Rule(lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
     Rule(lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
          '--query_norm={query_norm} is about batch norm, and with --norm={norm} each example is normalised by itself'),
     Rule(lambda r: r.test_best and r.mode == 'train', '--test_best is for evaluation: add --train=False'),

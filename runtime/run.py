@@ -13,14 +13,15 @@ from runtime.errors import UserError, first_line
 from runtime.files import write_atomically
 from runtime.flags import FLAGS, GROUPS, LEARNING, labels, names
 from runtime.images import BadImages
-from runtime.methods import title
+from runtime.methods import switches, title
 from runtime.rules import mode
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
 DESCRIBING_GROUPS = ('Data', 'Training', 'Method', 'Network')  # the groups of flags that FLAG_FILE holds
 # What an evaluation may have otherwise than the training, and the flags that tell it what the training had.
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
-TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr')}
+TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm')}
+IN_DIRECTORY_NAME = 'num_classes', 'update_batch_size', 'update_lr'  # of these, before the labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
     tasks: TaskConfig
     model: Any                  # maml.ModelConfig
     replicas: Replicas
-    query_norms: tuple[str, ...]  # to evaluate with, of 'batch', 'support'
+    query_norms: tuple[str, ...]  # to evaluate with, of 'batch', 'support', 'each'
     num_outputs: int            # of the network as it was trained
     directory: str              # the experiment directory
     pretrain_iterations: int
@@ -44,6 +45,7 @@ class Run:
     mode: str                   # 'train' | 'evaluate' | 'predict'
     checkpoint: Any             # what to load: an iteration, checkpoints.BEST, or None for the newest
     load_from: str | None    # prefix of a checkpoint elsewhere
+    ensemble: int               # checkpoints whose mean outputs are evaluated, and which a training keeps
     split: str                  # what to evaluate: 'val' | 'test'
     num_test_tasks: int
     test_updates: int           # inner updates of an evaluation
@@ -97,7 +99,7 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
     pretrain_iterations, metatrain_iterations = _iterations(values)
     model = _model_config(values, source, tasks, query_norm)
     network = network_flags(values, source)
-    training = {name: values[name].value for name, declared in LEARNING.items() if not declared.network}
+    training = {name: trained_with(values, name) for name, declared in LEARNING.items() if not declared.network}
     if values.meta_lr_schedule != 'constant':
         training['metatrain_iterations'] = values.metatrain_iterations  # the step size of each iteration depends on it
     pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
@@ -111,11 +113,12 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
         skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
         checkpoint=BEST if values.test_best else {-1: None}.get(values.test_iter, values.test_iter),
-        load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'),
+        load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'), ensemble=values.ensemble,
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
         test_updates=max(values.num_updates, TEST_UPDATES) if values.test_updates == -1 else values.test_updates,
         plot_format=values.plot_format,
-        method=tasks.baseline or ('pre-training' if pretrain_only else title(values)),
+        method=tasks.baseline or ('pre-training' if pretrain_only else
+                                  title({name: trained_with(values, name) for name in switches()})),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
 
@@ -131,8 +134,13 @@ def _model_config(values, source, tasks, query_norm):
 
 
 def _query_norm(values):
-    """The value of --query_norm. Predictions default to 'support': the images may be any number, of any classes."""
-    return 'support' if values.predict and not values['query_norm'].present else values.query_norm
+    """The value of --query_norm, or else what the model was trained with.
+
+    Predictions default to 'support': the images may be any number, of any classes.
+    """
+    if values['query_norm'].present:
+        return values.query_norm
+    return 'support' if values.predict else trained_with(values, 'query_norm')
 
 
 def _iterations(values):
@@ -204,17 +212,41 @@ def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:
 
 def trained_with(values: flags.FlagValues, name: str) -> Any:
     """What a flag was in training: the value of --train_<name>, if there is one and it is given, or of the flag itself."""
+    if name == 'query_norm' and mode(values) != 'train':  # in an evaluation, --query_norm says how to evaluate
+        return values.train_query_norm
     trained = values[TRAINED_WITH[name]].value if name in TRAINED_WITH else -1
     return values[name].value if trained == -1 else trained
 
 
 def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
     """The experiment directory's name, which states the hyper-parameters as the reference's does."""
-    way, shot, rate = (trained_with(values, name) for name in TRAINED_WITH)
+    way, shot, rate = (trained_with(values, name) for name in IN_DIRECTORY_NAME)
     # Not in the reference, where the pre-training baseline shares a directory with MAML and resumes MAML's checkpoint.
     suffix = 'pretrain' if pretrain_only and values.baseline != 'oracle' else ''
     return (f'cls_{way}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}'
-            + labels(values) + suffix)
+            + labels({name: trained_with(values, name) for name in LEARNING}) + suffix)
+
+
+def find_query_norm(values: flags.FlagValues) -> None:
+    """Sets --train_query_norm for an evaluation whose --query_norm is that of the training.
+
+    The command of a training with --query_norm=support, repeated with --train=False, means that run, unless there is one that was
+    trained without.
+
+    Raises:
+        UserError: there are both.
+    """
+    if mode(values) == 'train' or values.run or values['train_query_norm'].present or values.query_norm not in ('support', 'each'):
+        return
+    found = {}
+    for norm in 'batch', values.query_norm:
+        values.train_query_norm = norm
+        path = os.path.join(os.path.expanduser(values.logdir), experiment_name(values, _iterations(values)[1] == 0))
+        found[norm] = os.path.isdir(path)
+    if all(found.values()):
+        raise UserError(f'--query_norm={values.query_norm}: two such runs are in {values.logdir}, one trained with it and one with '
+                        f'--query_norm=batch; say which by --train_query_norm={values.query_norm} or --train_query_norm=batch')
+    values.train_query_norm = values.query_norm if found[values.query_norm] else 'batch'
 
 
 # --run=DIR ----------------------------------------------------------------------------------------------------------
@@ -258,6 +290,8 @@ def apply_run(values: flags.FlagValues) -> None:
         return
     stored = _read_flag_file(os.path.join(directory, FLAG_FILE), values)
     contradictions = []
+    if mode(values) != 'train' and not values['train_query_norm'].present:
+        values.train_query_norm = stored.get('query_norm', 'batch')
     for name in _describing_flags():
         value = stored.get(name, values[name].default)
         if not values[name].present:

@@ -18,9 +18,19 @@ RETRY_SECONDS = 30  # between attempts to save after a failure
 class TrainState:
     """How far a run is. With the model's variables, all that it needs to go on as if it had never been interrupted."""
     iteration: int = 0              # finished iterations
-    best: dict | None = None     # {'iteration', 'score'} of the checkpoint that did best on meta-validation
+    ranking: list = dataclasses.field(default_factory=list)  # {'iteration', 'score'} of the checkpoints best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
+
+    @property
+    def best(self) -> dict | None:
+        return self.ranking[0] if self.ranking else None
+
+    @classmethod
+    def of(cls, record: dict) -> 'TrainState':
+        """The state that a checkpoint's record holds; earlier versions ranked one checkpoint."""
+        best = [record['best']] if record['best'] else []
+        return cls(**{'ranking': best, **{field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}})
 
 
 class Saver:
@@ -60,7 +70,7 @@ class Saver:
             self.iteration = state.iteration
             return True
         prefix = checkpoints.path(run.directory, state.iteration)
-        record = {**dataclasses.asdict(state), 'flags': run.learning_flags, 'regime': run.regime,
+        record = {**dataclasses.asdict(state), 'best': state.best, 'flags': run.learning_flags, 'regime': run.regime,
                   'pretrain_iterations': run.pretrain_iterations, 'data': self._data}
         try:
             checkpoints.save(prefix, variables, record)
@@ -72,7 +82,7 @@ class Saver:
             self._log(f'Saving works again: {prefix}')
         self.iteration, self._failed_at = state.iteration, None
         with contextlib.suppress(OSError):  # the next save will prune
-            checkpoints.prune(run.directory, state.best and state.best['iteration'])
+            checkpoints.prune(run.directory, [entry['iteration'] for entry in state.ranking])
         return True
 
 

@@ -1,11 +1,54 @@
-"""Importing TensorFlow: set up for this program, and without its notices."""
+"""From parsed flags to a Run and its data; importing TensorFlow, set up for this program and without its notices."""
 import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
-from runtime import distribution
+from runtime import distribution, rules
 from runtime.errors import UserError
+from runtime.flags import FLAGS
+from runtime.methods import apply_method
+from runtime.run import Run, apply_run, data_from_flags, find_query_norm, read_data, record_split, run_from_flags
+
+
+def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
+    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask.
+
+    Args:
+        rest: arguments that are not flags, which are refused.
+
+    Raises:
+        UserError: the flags or the data are wrong.
+    """
+    if rest:
+        raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
+    apply_run(FLAGS)
+    apply_method(FLAGS)
+    rules.check_flags(FLAGS)
+    find_query_norm(FLAGS)
+    mode = rules.mode(FLAGS)
+    strategy = 'one' if mode == 'predict' else FLAGS.strategy
+    cluster = distribution.cluster_from_environment(strategy)
+    # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
+    source, tasks = data_from_flags(FLAGS)
+    if mode == 'predict':
+        from runtime.user_task import read_user_task
+        data = read_user_task(source, os.path.expanduser(FLAGS.support_dir), os.path.expanduser(FLAGS.query_dir))
+    else:
+        data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
+    distribution.report_waiting(cluster)
+    replicas = import_tensorflow(strategy, cluster)
+    if mode == 'train':
+        distribution.check_meta_batch(FLAGS.meta_batch_size, FLAGS.task_chunk, replicas.count)
+        distribution.check_one_after_the_other(FLAGS.inner_optimizer, replicas.count)
+    elif FLAGS.ensemble > 1 and replicas.count > 1:
+        raise UserError(f'--ensemble={FLAGS.ensemble} is evaluated on one device: add --strategy=one')
+    run = run_from_flags(FLAGS, source, tasks, replicas)
+    if mode != 'predict':
+        record_split(source, tasks)
+    return run, data
 
 
 def import_tensorflow(strategy: str = 'one',

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import TaskBatch, Tasks
-from maml import MAML, Metrics
+from maml import MAML, Metrics, ModelConfig
 from runtime import checkpoints
 from runtime.errors import UserError
 from runtime.evaluation import evaluate_tasks, task_metrics
@@ -85,7 +85,7 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
                             'another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Going on from {checkpoint.prefix}')
-        return TrainState(**{field.name: checkpoint.record[field.name] for field in dataclasses.fields(TrainState)})
+        return TrainState.of(checkpoint.record)
     if run.load_from:
         checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         print(f'Starting from the weights of {run.load_from}')
@@ -143,7 +143,7 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     if config.loss == 'mse' and config.norm == 'batch_norm':
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
-    lines += many_updates(config.num_updates)
+    lines += many_updates(config)
     if run.replicas.count > 1:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         each = run.meta_batch_size // run.replicas.count
@@ -153,10 +153,11 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     return '\n'.join(lines)
 
 
-def many_updates(count: int) -> list[str]:
+def many_updates(config: ModelConfig) -> list[str]:
     """A line for the user who sees no iteration for a long time, if there are so many inner updates."""
-    return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={count} that may take many minutes '
-            'and gigabytes of memory before the first one'] if count > MANY_UPDATES else []
+    return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={config.num_updates} that may take many '
+            'minutes and gigabytes of memory before the first one; --recompute avoids both'
+            ] if config.num_updates > MANY_UPDATES and not config.recompute else []
 
 
 @dataclasses.dataclass
@@ -185,16 +186,16 @@ class Trainer:
             self.count(first, {name: values.numpy() for name, values in means.items()})
             self.print_means(phase)
             saving = due(state.iteration, run.save_interval) or state.iteration == run.iterations
-            best = self.validate(saving)
+            ranking = self.validate(saving)
             stopping = self.interruption.agreed if run.replicas.workers > 1 else self.interruption.signal
             if self.saver.wanted(saving) or stopping:
-                self.save(best)
+                self.save(ranking)
             if stopping:
                 return
         while self.saver.iteration < state.iteration and not self.interruption.signal:
             time.sleep(1)
             if self.saver.wanted(True):
-                self.saver.save(dataclasses.replace(state, best=best))
+                self.saver.save(dataclasses.replace(state, ranking=ranking))
 
     def summarise_training(self, first: int) -> None:
         """Summaries of the meta-batch that iteration `first` is about to learn from."""
@@ -221,12 +222,12 @@ class Trainer:
             self.progress.log(console_line(self.run, phase, self.state))
             self.state.unprinted = []
 
-    def validate(self, saving: bool) -> dict | None:
-        """Validates, if that is due or a checkpoint is; returns the best of the earlier checkpoints and this one."""
+    def validate(self, saving: bool) -> list[dict]:
+        """Validates, if that is due or a checkpoint is; returns the ranking of the earlier checkpoints and this one."""
         run, iteration = self.run, self.state.iteration
         validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
         if not validating and not saving:
-            return self.state.best
+            return self.state.ranking
         metrics = evaluate_tasks(self.model, self.data['val'], VALIDATION_TASKS,
                                  max(run.model.num_updates, run.source.validation_updates))
         self.summarise_validation(metrics, saving)
@@ -234,7 +235,7 @@ class Trainer:
         if run.metric == 'accuracy':  # Reference behaviour: no line in regression
             what = 'Validation results' if validating else f'Validation of model{iteration}'
             self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
-        return better(run, self.state.best, {'iteration': iteration, 'score': float(post)}) if saving else self.state.best
+        return ranked(run, self.state.ranking, {'iteration': iteration, 'score': float(post)}) if saving else self.state.ranking
 
     def summarise_validation(self, metrics: Metrics, saving: bool) -> None:
         """Summaries of a validation; with a checkpoint, and if asked for, its figures too."""
@@ -246,11 +247,11 @@ class Trainer:
                                                {f'model{iteration}': task_metrics(metrics)})
             self.summaries.write_figures('metaval', figures, iteration)
 
-    def save(self, best: dict | None) -> None:
-        """Writes a checkpoint. `best` counts once it is saved: an interrupted saving must not change what is best."""
+    def save(self, ranking: list[dict]) -> None:
+        """Writes a checkpoint. The ranking counts once it is saved: an interrupted saving must not change what is best."""
         self.summaries.flush()  # so that the summaries hold everything that happened before the checkpoint
-        if self.saver.save(dataclasses.replace(self.state, best=best)):
-            self.state.best = best
+        if self.saver.save(dataclasses.replace(self.state, ranking=ranking)):
+            self.state.ranking = ranking
 
 
 def due(iteration: int, interval: int) -> bool:
@@ -282,15 +283,15 @@ def console_line(run: Run, phase: str, state: TrainState) -> str:
                    if state.skipped else '')
 
 
-def better(run: Run, best: dict | None, candidate: dict) -> dict | None:
-    """The better of two {'iteration', 'score'} by accuracy (higher is better) or loss (lower is); the first may be None.
+def ranked(run: Run, ranking: list[dict], candidate: dict) -> list[dict]:
+    """The `run.ensemble` best of {'iteration', 'score'}, best first, by accuracy (higher is better) or loss (lower is).
 
-    A candidate whose score is not finite is never better.
+    Of equal ones the earlier is better. A candidate whose score is not finite does not count.
     """
-    sign = 1 if run.metric == 'accuracy' else -1
-    if not math.isfinite(candidate['score']) or best and not sign * candidate['score'] > sign * best['score']:
-        return best
-    return candidate
+    if not math.isfinite(candidate['score']):
+        return ranking
+    sign = -1 if run.metric == 'accuracy' else 1
+    return sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))[:run.ensemble]
 
 
 def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:

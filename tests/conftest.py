@@ -14,9 +14,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import main  # noqa: E402
+from runtime import startup  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 
-main.import_tensorflow()
+startup.import_tensorflow()
 from runtime import evaluation, training  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.

@@ -160,7 +160,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 def test_the_newest_ten_and_the_best_stay(tmp_path):
     for iteration in range(1, 14):
         save(tmp_path, iteration)
-    checkpoints.prune(str(tmp_path), best=2)
+    checkpoints.prune(str(tmp_path), best=[2])
     assert checkpoints.iterations(str(tmp_path)) == [2] + list(range(4, 14))
     assert len(files(tmp_path)) == 2 * 11
 

@@ -111,7 +111,7 @@ def test_other_ways_and_shots(trained):
     (['--train=False', '--num_classes=6', '--train_num_classes=5'], ['--train_num_classes=5', 'no more outputs']),
     (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--train_num_classes']),
     (['--num_classes=3', '--train_num_classes=5'], ['--train_num_classes', '--train=False']),
-    (['--query_norm=support'], ['--query_norm', '--train=False']),
+    (['--query_norm=both'], ['--query_norm', '--train=False']),
     (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm=both', 'layer_norm']),
     (['--train=False', '--support_dir=x'], ['--support_dir is for --predict']),
 ])

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import maml
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, Parameters, forward, inner_loop, loss_of
+from maml import MAML, ModelConfig, Parameters, classify, features, inner_loop, loss_of
 from runtime.optimizers import Adam
 from special_grads import batch_standardize, standardize
 from utils import conv2d, initial_norm_params, initial_weights
@@ -173,7 +173,8 @@ def test_initial_weights_depend_on_seed_and_follow_the_stated_distributions():
 def test_output_shapes(norm):
     for net in NETS.values():
         config = ModelConfig(norm=norm, **net)
-        outputs = forward(config, tf.zeros([7, config.dim_input]), initial_weights(config, 0), initial_norm_params(config))
+        weights = initial_weights(config, 0)
+        outputs = classify(config, features(config, tf.zeros([7, config.dim_input]), weights, initial_norm_params(config)), weights)
         assert outputs.shape == (7, config.dim_output)
 
 

@@ -4,6 +4,10 @@ import functools
 import glob
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,9 +17,10 @@ import main
 import maml
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, objective
+from maml import MAML, ModelConfig, inner_loop, learn, objective
 from runtime import methods
 from runtime.schedules import meta_lr, multi_step_weights, stage_end
+from utils import rows_of_step
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
 FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
@@ -44,7 +49,7 @@ class Fixture:
 
     def model(self, dtype, **changes):
         model = MAML(dataclasses.replace(self.config, dtype=dtype, **changes))
-        variables = {**model.weights, **model.norm_params, **{f'lr/{name}': rate for name, rate in model.learning_rates.items()}}
+        variables = {name: variable for name, variable in model.parameters().items() if not name.startswith('inner/')}
         initial = self.group('init')
         assert variables.keys() == initial.keys()
         for name, variable in variables.items():
@@ -59,15 +64,17 @@ def relative(found, expected):
     return np.sqrt(difference / sum(np.sum(np.square(value)) for value in expected.values()))
 
 
-def fixtures(quick):
+def fixtures(quick, among=FIXTURES):
     """Those that `quick` names, and the others marked slow: what is in them is in one of the quick ones too."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES]
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in among]
 
 
 def assert_agrees_in_double_precision(name, engine):
     fixture = Fixture(FIXTURES[name])
     model, batch = fixture.model('float64', engine=engine), fixture.batch(np.float64)
     assert relative(model.meta_gradients(batch, fixture.iteration), fixture.group('metagrad')) < 1e-8
+    if fixture.config.outer == 'reptile':  # recorded are the weights only
+        return
     metrics, outputs = model.evaluate(batch, fixture.updates), model.predict(batch, fixture.updates)
     np.testing.assert_allclose(metrics.pre_loss, fixture.arrays['pre_loss'], rtol=1e-8)
     np.testing.assert_allclose(metrics.post_losses, fixture.arrays['post_losses'], rtol=1e-8)
@@ -75,21 +82,24 @@ def assert_agrees_in_double_precision(name, engine):
 
 
 @pytest.mark.parametrize('name', fixtures(['anil_conv', 'boil_conv_adapt_norm_scale', 'first_order_step_rates', 'layer_rates_fc',
-                                           'maml_plus_plus', 'meta_sgd_conv', 'meta_sgd_mse', 'train_support_norm']))
+                                           'maml_plus_plus', 'meta_sgd_conv', 'meta_sgd_mse', 'train_support_norm',
+                                           'reptile_adam_carried', 'reptile_adam_mse', 'reptile_sgd']))
 def test_fixtures_in_double_precision(name):
     assert_agrees_in_double_precision(name, 'tasks')
 
 
-@pytest.mark.parametrize('name', fixtures(['layer_rates_fc']))
+@pytest.mark.parametrize('name', fixtures(['layer_rates_fc', 'reptile_adam_mse']))
 def test_fixtures_in_one_graph(name):
     assert_agrees_in_double_precision(name, 'wide')
 
 
-@pytest.mark.parametrize('name', fixtures(['anil_conv', 'maml_plus_plus']))
+@pytest.mark.parametrize('name', fixtures(['anil_conv', 'maml_plus_plus', 'reptile_adam_mse']))
 def test_fixtures_in_single_precision(name):
     fixture = Fixture(FIXTURES[name])
     model, batch = fixture.model('float32'), fixture.batch(np.float32)
     assert relative(model.meta_gradients(batch, fixture.iteration), fixture.group('metagrad')) < 1e-4
+    if fixture.config.outer == 'reptile':
+        return
     np.testing.assert_allclose(model.evaluate(batch, fixture.updates).post_losses, fixture.arrays['post_losses'], rtol=1e-4)
 
 
@@ -135,6 +145,99 @@ def test_closed_forms_of_learned_rates():
         np.testing.assert_allclose(found, steps.sum(axis=1), rtol=1e-11)
         first_order = tiny(learn_lr=kind, stop_grad=True).meta_gradients(BATCH)
         np.testing.assert_allclose(np.ravel(numbers(first_order, 'lr/')), FIRST_ORDER_RATES, rtol=1e-11)
+
+
+REPTILE = {'SGD': [0.8106983795, 0.1231759345, 0.522123918125, -0.15491525],  # the new weights, with an outer step size of 0.5
+           'Adam': [0.8185723493242056, 0.11945181255031903, 0.5187452948074742, -0.180652040994804],  # phi after two steps
+           'Adam, carried': [0.8262276390381755, 0.11761754014784642, 0.5254752456812526, -0.18246813614980834]}
+REVERSED = TaskBatch(*BATCH[2:], *BATCH[:2])  # support and query rows change places
+
+
+def test_reptile_with_inner_gradient_descent():
+    model = tiny(outer='reptile', meta_optimizer='sgd', meta_lr=0.5)
+    model.metatrain_step(BATCH)
+    np.testing.assert_allclose(np.ravel(numbers(model.weights)), REPTILE['SGD'], rtol=1e-12)
+
+
+def test_reptile_with_inner_adam_goes_on_with_its_moments():
+    """Two tasks in one meta-batch, or in two iterations without an outer step: the second task starts from the moments of the first."""
+    changes = dict(outer='reptile', inner_optimizer='adam', update_lr=0.01, meta_optimizer='sgd', meta_lr=0.0)
+    start = np.array(list(START.values()))
+    np.testing.assert_allclose(start - np.ravel(numbers(tiny(**changes).meta_gradients(BATCH))), REPTILE['Adam'], rtol=1e-12)
+    both = TaskBatch(*map(np.concatenate, zip(BATCH, REVERSED)))
+    mean = (np.array(REPTILE['Adam']) + REPTILE['Adam, carried']) / 2
+    np.testing.assert_allclose(start - np.ravel(numbers(tiny(**changes).meta_gradients(both))), mean, rtol=1e-12)
+    model = tiny(**changes)
+    model.metatrain_step(BATCH)
+    assert float(model.state()['inner/t']) == 2
+    np.testing.assert_allclose(start - np.ravel(numbers(model.meta_gradients(REVERSED))), REPTILE['Adam, carried'], rtol=1e-12)
+    assert float(model.state()['inner/t']) == 2  # asking for the gradient changes nothing
+    found = model.predict(REVERSED, 2).post[-1]  # an evaluation starts from the trained moments, and leaves them
+    again = tiny(**{**changes, 'outer': 'gradient', 'inner_optimizer': 'sgd'})
+    for name, value in zip(START, REPTILE['Adam, carried']):
+        again.weights[name].assign(np.full(again.weights[name].shape, value))
+    np.testing.assert_allclose(found, again.predict_unadapted(REVERSED), rtol=1e-12)
+    assert float(model.state()['inner/t']) == 2
+
+
+def test_reptile_with_one_step_is_joint_training():
+    """With one step of inner SGD, theta - phi is the gradient of the support loss times the step size."""
+    model = tiny(outer='reptile', num_updates=1)
+    found, joint = model.meta_gradients(BATCH), model.pretrain_gradients(BATCH)
+    np.testing.assert_allclose(numbers(found), 0.1 * np.array(numbers(joint)), rtol=1e-12)
+
+
+def test_rows_of_inner_steps():
+    """Passes over all rows, each in an order of its own, cut into parts without gaps."""
+    for rows, size in (6, 4), (6, 6), (5, 10), (7, 3):
+        stream = np.concatenate([rows_of_step(rows, size, step, 3) for step in range(6 * rows)])
+        passes = stream[:len(stream) // rows * rows].reshape(-1, rows)
+        assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(rows), (len(passes), 1)))
+        assert len({tuple(order) for order in passes}) > len(passes) / 2
+        in_a_graph = tf.function(rows_of_step)(rows, size, tf.constant(2, tf.int64), tf.constant(3, tf.int64))
+        assert np.array_equal(in_a_graph, rows_of_step(rows, size, 2, 3))
+    assert not np.array_equal(*([rows_of_step(30, 30, 0, iteration) for iteration in (0, 1)]))
+
+
+@pytest.mark.parametrize('kind', ['layer', 'no'])
+def test_parts_of_the_support_rows(kind):
+    """Parts that hold all rows, in whatever order and however often, are the whole; smaller ones are not."""
+    model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=3, dtype='float64',
+                             dim_hidden=(4,), learn_lr=kind))
+    rng = np.random.default_rng(0)
+    batch = TaskBatch(rng.normal(size=(2, 4, 3)), np.eye(2)[[[0, 1, 0, 1]] * 2], rng.normal(size=(2, 4, 3)), np.eye(2)[[[0, 1, 1, 0]] * 2])
+    whole = model.meta_gradients(batch), model.evaluate(batch, 4)
+    for size, same in (4, True), (8, True), (2, False):
+        part = model.variant(inner_batch=size)
+        found = part.meta_gradients(batch), part.evaluate(batch, 4)
+        np.testing.assert_allclose(found[1].pre_loss, whole[1].pre_loss, rtol=1e-12)
+        close = [np.allclose(one, other, rtol=1e-9, atol=1e-12) for one, other in zip(tf.nest.flatten(found), tf.nest.flatten(whole))]
+        assert all(close) if same else not all(close)
+
+
+def test_each_query_row_by_itself():
+    """With query_norm='each', a query row's output is that in a batch with the support rows, whatever other query rows there are."""
+    fixture = Fixture(FIXTURES['train_support_norm'])
+    model, batch = fixture.model('float64', query_norm='each'), fixture.batch(np.float64)
+    outputs = model.predict(batch, 2).post
+    for row in range(batch.query_x.shape[1]):
+        one = batch._replace(query_x=batch.query_x[:, row:row + 1], query_y=batch.query_y[:, row:row + 1])
+        np.testing.assert_allclose(model.predict(one, 2).post, outputs[:, :, row:row + 1], rtol=1e-10)
+    task, values = TaskBatch(*(tf.constant(array[0]) for array in batch)), tf.nest.map_structure(tf.constant, model._parameters)
+    *_, (_, state) = inner_loop(model.config, task, values, 2)
+    together = tf.concat([task.support_x, task.query_x[3:4]], axis=0)
+    logits = maml.classify(model.config, maml.features(model.config, together, state.fast, values.norm_params), state.fast)
+    np.testing.assert_allclose(outputs[-1, 0, 3], logits[-1], rtol=1e-10)
+
+
+RECOMPUTED = ['anil_conv', 'maml_plus_plus', 'meta_sgd_mse', 'layer_rates_fc', 'reptile_adam_mse', 'step_rates_conv']
+
+
+@pytest.mark.parametrize('name', fixtures(RECOMPUTED[1:3], among=RECOMPUTED))
+def test_recomputed_steps_give_the_same(name):
+    fixture = Fixture(FIXTURES[name])
+    found = fixture.model('float64', recompute=True).meta_gradients(fixture.batch(np.float64), fixture.iteration)
+    assert relative(found, fixture.group('metagrad')) < 1e-8
 
 
 # Identities -----------------------------------------------------------------------------------------------------------
@@ -220,7 +323,10 @@ SWITCHES = {
     'all at once': dict(learn_lr='step', adapt_norm=True, norm_scale=True, norm_per_step=True, mean_loss=True, multi_step_loss=10,
                         query_norm='support'),
     'ANIL, adapting norms': dict(inner_weights='head', adapt_norm=True),
-    'layer norm, adapted': dict(norm='layer_norm', adapt_norm=True, norm_per_step=True)}
+    'layer norm, adapted': dict(norm='layer_norm', adapt_norm=True, norm_per_step=True),
+    'each query row by itself': dict(query_norm='each', norm_scale=True),
+    'parts of the support rows': dict(inner_batch=2, learn_lr='layer', num_updates=3),
+    'recomputed': dict(recompute=True, learn_lr='step', adapt_norm=True, multi_step_loss=10)}
 
 
 @pytest.mark.parametrize('switches', SWITCHES.values(), ids=SWITCHES)
@@ -240,7 +346,7 @@ def test_finite_differences_through_switches(switches):
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)
-        _, trajectory = zip(*inner_loop(model.config, task, values, config.num_updates))
+        _, trajectory = learn(model.config, task, values, 3)
         return float(objective(model.config, task, values, trajectory, 3)[0])
 
     assign(parameters)
@@ -347,13 +453,20 @@ def preset(*flags):
     return main.FLAGS
 
 
+def title(*flags):
+    values = preset(*flags)
+    return methods.title({name: values[name].value for name in methods.switches()})
+
+
 def test_presets_are_the_table_and_flags_override_them():
     assert not any(preset(f'--method={name}')[flag].value != value
                    for name, entry in methods.PRESETS.items() for flag, value in entry.flags.items())
     assert preset('--method=boil', '--update_lr=0.1').update_lr == 0.1
-    assert methods.title(preset('--method=fomaml')) == methods.title(preset('--stop_grad')) == 'first-order MAML'
-    assert methods.title(preset('--method=anil', '--learn_lr=step')) == 'MAML with inner_weights=head, learn_lr=step'
-    assert methods.title(preset()) == 'MAML'
+    assert title('--method=fomaml') == title('--stop_grad') == 'first-order MAML' and title() == 'MAML'
+    assert title('--method=anil', '--learn_lr=step') == 'ANIL with learn_lr=step'
+    assert title('--learn_lr=layer', '--mean_loss') == 'MAML with mean_loss, learn_lr=layer'
+    assert title('--method=boil', '--adapt_norm=False') == 'BOIL with adapt_norm=False'
+    assert all(title(f'--method={name}') == entry.title for name, entry in methods.PRESETS.items())
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -365,6 +478,54 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--method=protonet'], 'method')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of(*flags)
+
+
+PROTOTYPES = """
+import numpy as np, tensorflow as tf, main
+from runtime.startup import import_tensorflow
+import_tensorflow()
+from data_generator import TaskBatch
+from maml import MAML, ModelConfig
+assert main.FLAGS.flag_values_dict is not None and 'head_init' in main.FLAGS
+model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2, norm='None',
+                         dim_hidden=(4,), head_init='prototypes', dtype='float64'))
+rng = np.random.default_rng(0)
+for variable in model.parameters().values():
+    variable.assign(rng.normal(size=variable.shape))
+labels = np.eye(2)[[[0, 1, 1, 0]]]
+batch = TaskBatch(rng.normal(size=(1, 4, 3)), labels, rng.normal(size=(1, 4, 3)), labels)
+exact, direction = model.meta_gradients(batch), {name: rng.normal(size=v.shape) for name, v in model.weights.items()}
+def loss(size):
+    for name, variable in model.weights.items():
+        variable.assign_add(size * direction[name])
+    return float(model.evaluate(batch, 2).post_losses[-1, 0])
+above = loss(1e-6)
+below = loss(-2e-6)
+slope = sum(float(np.sum(exact[name] * along)) for name, along in direction.items())
+assert abs((above - below) / 2e-6 - slope) < 1e-6 * abs(slope), ((above - below) / 2e-6, slope)
+assert not np.any(exact['w2']) and np.any(exact['w1'])  # the shared head is not used
+"""
+
+
+def test_the_example_of_a_method_works(tmp_path):
+    """docs/changing-the-algorithm.md: the printed lines, put where it says, and a finite difference."""
+    with open(os.path.join(ROOT, 'docs', 'changing-the-algorithm.md'), encoding='utf-8') as file:
+        diff = re.search(r'```diff\n(.*?)```', file.read(), re.S)[1]
+    parts = {part.splitlines()[0].strip(): ''.join(line[1:] + '\n' for line in part.splitlines()[1:] if line.startswith('+'))
+             for part in re.split(r'\n(?= )', '\n' + diff) if part.strip()}
+    places = {'main.py': ('main.py', "group('Method')\n", 0), 'maml.py, class ModelConfig': ('maml.py', "    recompute: bool", 0),
+              'maml.py, initial_state, after the first line': ('maml.py', '    if features_stay(config):\n', 0),
+              'maml.py, above initial_state': ('maml.py', 'def initial_state(', 2)}
+    assert parts.keys() == places.keys()
+    shutil.copytree(os.path.join(ROOT, 'runtime'), tmp_path / 'runtime')
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(path, tmp_path)
+    for what, (name, before, lines) in places.items():
+        text = (tmp_path / name).read_text()
+        assert text.count(before) == 1
+        (tmp_path / name).write_text(text.replace(before, parts[what] + '\n' * lines + before))
+    process = subprocess.run([sys.executable, '-c', PROTOTYPES], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
 
 
 def test_the_page_of_methods_lists_the_presets():

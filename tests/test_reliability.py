@@ -160,9 +160,15 @@ def test_starting_anew_puts_the_summaries_aside(tmp_path):
 
 
 def test_a_score_that_is_no_number_is_not_the_best():
-    run, nan, some = types.SimpleNamespace(metric='loss'), {'score': math.nan}, {'score': 0.5}
-    assert training.better(run, None, nan) is None and training.better(run, some, nan) is some
-    assert training.better(run, some, {'score': 0.4}) == {'score': 0.4} and training.better(run, some, {'score': 0.6}) is some
+    def ranked(count, *scores, metric='loss'):
+        ranking, run = [], types.SimpleNamespace(metric=metric, ensemble=count)
+        for iteration, score in enumerate(scores):
+            ranking = training.ranked(run, ranking, {'iteration': iteration, 'score': score})
+        return [entry['iteration'] for entry in ranking]
+
+    assert ranked(1, math.nan) == [] and ranked(1, 0.5, math.nan) == [0]
+    assert ranked(1, 0.5, 0.4) == [1] and ranked(1, 0.5, 0.6) == [0] and ranked(1, 0.5, 0.5) == [0]
+    assert ranked(3, 0.5, 0.4, math.inf, 0.5, 0.6) == [1, 0, 3] and ranked(2, 0.5, 0.4, 0.6, metric='accuracy') == [2, 0]
 
 
 def test_another_network_is_refused(small_data, tmp_path, few_tasks):

@@ -12,7 +12,7 @@ import maml
 from conftest import ROOT, run_ok
 from runtime import flags
 
-SCIENCE = {'main', 'maml', 'data_generator', 'utils', 'special_grads'}
+SCIENCE = {'main', 'maml', 'switches', 'data_generator', 'utils', 'special_grads'}
 USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'class_folders')}
 ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'schedules', 'engine')}
 
@@ -54,8 +54,8 @@ def test_no_circle_of_imports():
 def test_no_import_upwards():
     assert all(GRAPH[name] <= USER_DATA for name in USER_DATA)
     assert all(GRAPH[name] <= ENGINE | {'runtime.errors'} for name in ENGINE)
-    assert GRAPH['special_grads'] == set() and GRAPH['utils'] == {'special_grads'}
-    assert GRAPH['maml'] <= ENGINE | {'utils'} and GRAPH['data_generator'] <= USER_DATA
+    assert GRAPH['special_grads'] == set() and GRAPH['utils'] == {'special_grads'} and GRAPH['switches'] == {'utils'}
+    assert GRAPH['maml'] <= ENGINE | {'switches', 'utils', 'special_grads'} and GRAPH['data_generator'] <= USER_DATA
     assert not any('main' in GRAPH[name] for name in GRAPH if name != 'runtime.flags_page')
 
 
