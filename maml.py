@@ -179,9 +179,8 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
         iteration: of meta-training; with `inner_batch` it draws the order of the rows.
 
     Yields:
-        After each step: the outputs for its support rows *before* it, [N*K, dim_output] or [inner_batch, dim_output], and the
-        task's state after it, whose fast weights are differentiable with respect to the parameters (with `stop_grad` as if the
-        inner gradient were constant).
+        After each step: the support outputs *before* it, [N*K, dim_output], and the task's state after it, whose fast weights are
+        differentiable with respect to the parameters (with `stop_grad` as if the inner gradient were constant).
     """
     state = state or initial_state(config, parameters, task)
     for step in range(num_updates):
@@ -192,6 +191,8 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
             tape.watch(moved)
             outputs = answer(config, parameters, part, state, step, query=False)
             loss = loss_of(config_of_step, outputs, part.support_y)
+        if config.inner_batch:
+            outputs = answer(config, parameters, task, state, step, query=False)
         gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
@@ -203,26 +204,22 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
         yield outputs, state
 
 
-def learn(config: ModelConfig, task: TaskBatch, parameters: Parameters, iteration: Step) -> tuple[tf.Tensor, Sequence[TaskState]]:
-    """The support outputs before adaptation, [N*K, dim_output], and a task's states after each of `num_updates` inner steps."""
-    initial, updates = initial_state(config, parameters, task), config.num_updates
-    if config.recompute:
-        states = recomputing_loop(lambda number, state, parameters: next(
-            inner_loop(config, task, parameters, 1, number, state, iteration))[1], updates, initial, parameters)
-        trajectory = [tf.nest.map_structure(lambda value, index=index: value[index], states) for index in range(updates)]
-    else:
-        outputs, trajectory = zip(*inner_loop(config, task, parameters, updates, state=initial, iteration=iteration))
-        if not config.inner_batch:
-            return outputs[0], trajectory
-    return answer(config, parameters, task, initial, 0, query=False), trajectory
+def recomputed_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
+                    iteration: Step) -> Iterator[tuple[tf.Tensor, TaskState]]:
+    """`inner_loop` from the first step on, for many steps; the outputs that it yields are always those before the first."""
+    initial = initial_state(config, parameters, task)
+    states = recomputing_loop(lambda number, state, parameters: next(
+        inner_loop(config, task, parameters, 1, number, state, iteration))[1], num_updates, initial, parameters)
+    outputs = answer(config, parameters, task, initial, 0, query=False)
+    for index in range(num_updates):
+        yield outputs, tf.nest.map_structure(lambda values, index=index: values[index], states)
 
 
 def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
                       task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
     """Inner step number `step` of a task: Outputs, and its state after it."""
-    task, before = task_and_state
-    (pre, state), = inner_loop(config, task, parameters, 1, step, before)
-    pre = answer(config, parameters, task, before, step, query=False) if config.inner_batch else pre  # else of a part of the rows
+    task, state = task_and_state
+    (pre, state), = inner_loop(config, task, parameters, 1, step, state)
     return Outputs(pre, answer(config, parameters, task, state, step, query=True)), state
 
 
@@ -266,12 +263,13 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
     """
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        support_outputs, trajectory = learn(config, task, parameters, iteration)
+        adapt = recomputed_loop if config.recompute else inner_loop
+        support_outputs, trajectory = zip(*adapt(config, task, parameters, config.num_updates, iteration=iteration))
         loss, query_outputs = objective(config, task, parameters, trajectory, iteration)
         if phase == 'pretrain':
-            loss = loss_of(config, support_outputs, task.support_y)
+            loss = loss_of(config, support_outputs[0], task.support_y)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
-    return gradients, Outputs(support_outputs, query_outputs), parameters.carried
+    return gradients, Outputs(support_outputs[0], query_outputs), parameters.carried
 
 
 def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
@@ -280,10 +278,11 @@ def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, it
 
     Query rows are answered for the metrics only. Returns the same as `meta_gradient`.
     """
-    support_outputs, (*_, last) = learn(config, task, parameters, iteration)
+    adapt = recomputed_loop if config.recompute else inner_loop
+    support_outputs, (*_, last) = zip(*adapt(config, task, parameters, config.num_updates, iteration=iteration))
     query_outputs = answer(config, parameters, task, last, config.num_updates - 1, query=True)
     gradients = {name: value - last.fast.get(name, value) for name, value in parameters.trained().items()}
-    return gradients, Outputs(support_outputs, query_outputs), last.optimizer
+    return gradients, Outputs(support_outputs[0], query_outputs), last.optimizer
 
 
 class MAML:

@@ -110,7 +110,7 @@ def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | t
         iteration: with it, the orders change.
     """
     first = tf.cast(step, tf.int32) * size
-    passes = [tf.random.experimental.stateless_shuffle(tf.range(rows), [tf.cast(iteration, tf.int32), first // rows + number])
+    passes = [tf.argsort(tf.random.stateless_uniform([rows], [tf.cast(iteration, tf.int32), first // rows + number]))
               for number in range(1 + -(-(size - 1) // rows))]
     return tf.slice(tf.concat(passes, axis=0), [first % rows], [size])
 

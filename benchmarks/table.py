@@ -11,6 +11,7 @@ Trainings run at the lowest priority. Then the newest checkpoint and the one tha
 meta-test tasks. Rows whose data are not prepared are left out, and said to be.
 """
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -109,10 +110,17 @@ def state_of(row: Row) -> State:
     return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble)
 
 
+def lowest_priority() -> None:
+    """Gives this process the lowest priority, and on Linux its session too, for there priorities count within a session only."""
+    os.nice(19)
+    with contextlib.suppress(OSError), open('/proc/self/autogroup', 'w', encoding='ascii') as file:
+        file.write('19')
+
+
 def run(arguments: list[str]) -> int:
     """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status."""
     # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
-    process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lambda: os.nice(19), start_new_session=True)
+    process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True)
     handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
     try:
         return process.wait()

@@ -67,8 +67,8 @@ WORKLOADS = {
 }
 
 
-def seconds_of_step(model, batch):
+def seconds_of_step(model, batch, iteration=0):
     """How long one meta-training step takes, its metrics fetched."""
     start = time.perf_counter()
-    {key: float(value) for key, value in model.metatrain_step(batch).items()}
+    {key: float(value) for key, value in model.metatrain_step(batch, iteration).items()}
     return time.perf_counter() - start

@@ -5,6 +5,7 @@ gradients of its tasks, and one all-reduce per meta-step, of as many numbers as 
 the same sum, every machine makes the same update. As task j is a function of (seed, split, j), each replica draws its own tasks.
 """
 import contextlib
+import glob
 import json
 import os
 import re
@@ -109,6 +110,17 @@ def report_waiting(cluster: Cluster) -> None:
         print(f'Worker {cluster.worker} waits for the other {cluster.workers - 1} of TF_CONFIG{elsewhere}', flush=True)
 
 
+def program_checksum() -> int:
+    """A checksum of this program's modules."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = sorted(glob.glob(os.path.join(glob.escape(root), '*.py')) + glob.glob(os.path.join(glob.escape(root), 'runtime', '*.py')))
+    checksum = 0
+    for path in paths:
+        with open(path, 'rb') as file:
+            checksum = zlib.crc32(file.read(), checksum)
+    return checksum
+
+
 def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> None:
     """Raises UserError if a meta-batch cannot be divided evenly between the replicas, and their tasks into chunks (0: none)."""
     if meta_batch_size % replicas:
@@ -170,11 +182,11 @@ class Replicas:
             UserError: the workers differ in the facts (by repr) or in the values of variables.
         """
         if self.count > 1:
-            checksum = zlib.crc32(repr(facts).encode(errors='surrogateescape'))
+            checksum = zlib.crc32(repr((facts, program_checksum())).encode(errors='surrogateescape'))
             for variable in variables:
                 checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
             own = self.distribute(lambda replica: self._tf.constant([checksum], self._tf.int64))
             sums = self.gather(own, axis=0).numpy()
             if (sums != sums[0]).any():
-                raise UserError('the workers differ in their flags, images or checkpoints; give all the same, and a --logdir '
-                                'that they share')
+                raise UserError('the workers differ in their flags, images, checkpoints or versions of this program; give all the '
+                                'same, and a --logdir that they share')

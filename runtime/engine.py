@@ -156,18 +156,17 @@ class Engine:
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = 1 if shared.carried else self._task_chunk or tasks
 
-        def sums_of(part, carried):
-            function = functools.partial(task_gradient, shared._replace(carried=carried), iteration)
+        def add(before, part):
+            function = functools.partial(task_gradient, shared._replace(carried=before[1]), iteration)
             *found, carried = mapping(function, part)
-            return self._sums(part, *found), tf.nest.map_structure(lambda values: values[-1], carried)
+            sums = self._sums(part, *found)
+            if before[0] is not None:
+                sums = tf.nest.map_structure(tf.add, before[0], sums)
+            return sums, tf.nest.map_structure(lambda values: values[-1], carried)
 
         if chunk == tasks:
-            sums, carried = sums_of(batch, shared.carried)
+            sums, carried = add((None, shared.carried), batch)
         else:
-            def add(totals, part):
-                sums, carried = sums_of(part, totals[1])
-                return tf.nest.map_structure(tf.add, totals[0], sums), carried
-
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
             zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs(signature))
             sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=1)

@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,8 +32,8 @@ def free_ports(count):
     return ports
 
 
-def start(task, *arguments, workers=1, devices=1, own=()):
-    """Processes of main.py (task 'main') or tests/replicas.py, one for each worker; `own`: a further flag of each."""
+def start(task, *arguments, workers=1, devices=1, own=(), roots=()):
+    """Processes of main.py (task 'main') or tests/replicas.py, one for each worker; `own`: a further flag, `roots`: the program of each."""
     hosts = [f'localhost:{port}' for port in free_ports(workers)]
     script = ['main.py'] if task == 'main' and devices == 1 else ['tests/replicas.py', str(devices), task]
     processes = []
@@ -40,7 +41,8 @@ def start(task, *arguments, workers=1, devices=1, own=()):
         environment = dict(os.environ)
         if workers > 1:
             environment['TF_CONFIG'] = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
-        processes.append(subprocess.Popen([sys.executable, *script, *arguments, *own[index:index + 1]], cwd=ROOT, text=True,
+        processes.append(subprocess.Popen([sys.executable, *script, *arguments, *own[index:index + 1]], text=True,
+                                          cwd=roots[index] if roots else ROOT,
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment))
     return processes
 
@@ -164,16 +166,30 @@ def test_workers_that_are_not_alike(tmp_path):
             ([shared], ['--save_interval=100', '--save_interval=50']),
             ([shared], [f'--load_from={path}' for path in glob.glob(f'{tmp_path}/*/*/model[12]00.index')[:2]])):
         for status, _, errors in finish(start('main', *SINUSOID, *flags, workers=2, own=own)):
-            assert status == 1 and errors.startswith('main.py: the workers differ in their flags, images or checkpoints'), errors
+            assert status == 1 and errors.startswith('main.py: the workers differ in their flags, images, checkpoints or'), errors
 
 
-@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason='processes in the background ignore Ctrl-C')
-def test_a_worker_that_waits_can_be_stopped(tmp_path):
+@pytest.mark.slow
+def test_workers_with_other_code(tmp_path):
+    """A program that differs by a comment is another program."""
+    other = tmp_path / 'other'
+    shutil.copytree(os.path.join(ROOT, 'runtime'), other / 'runtime')
+    for path in glob.glob(os.path.join(ROOT, '*.py')):
+        shutil.copy(path, other)
+    with open(other / 'utils.py', 'a', encoding='utf-8') as file:
+        file.write('# changed\n')
+    for status, _, errors in finish(start('main', *SINUSOID, f'--logdir={tmp_path}/new', workers=2, roots=[ROOT, other])):
+        assert status == 1 and 'or versions of this program' in errors, errors
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason='processes in the background ignore Ctrl-C'))])
+def test_a_worker_that_waits_can_be_stopped(number, tmp_path):
     first, second = start('main', *SINUSOID, f'--logdir={tmp_path}', workers=2)
     second.kill()
     first.stdout.readline()  # that it waits
     time.sleep(8)            # for TensorFlow to be imported
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     assert first.wait(timeout=20) != 0
     finish([first, second])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import runtime.engine
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
 from utils import CONV_LAYERS
@@ -16,6 +17,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)
 FIXTURES = {os.path.basename(path)[:-4]: path
             for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+# Fixtures of each kind of convolutional network and loss, compiled as for a GPU.
+GPU_GRAPHS = ('omniglot_5way1shot', 'omniglot_5way1shot_layer_norm', 'omniglot_5way1shot_no_norm', 'omniglot_5way5shot_3updates_maxpool',
+              'miniimagenet_5way1shot')
 # What the fixtures' sources decide, as values: image shape, head, clip.
 IMAGES = {'omniglot': ((28, 28, 1), 'mean', None), 'miniimagenet': ((84, 84, 3), 'flatten', 10.0)}
 
@@ -218,6 +222,19 @@ def test_engines(name):
         results.append(gradients.values())
     for other in results[1:]:
         assert relative(other, results[0]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', GPU_GRAPHS)
+def test_the_graph_of_a_gpu(name, monkeypatch):
+    """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU, in both precisions."""
+    monkeypatch.setattr(runtime.engine, 'has_gpu', lambda: True)
+    golden = Golden(FIXTURES[name])
+    expected = golden.parameters('metagrad')
+    for model, batch in golden.in_float64(), (golden.model(), golden.batch):
+        assert model.config.engine == 'wide'
+        gradients = model.meta_gradients(batch)
+        assert relative([gradients[key] for key in expected], expected.values()) < 1e-4
 
 
 def test_engine_is_chosen_by_the_network():

@@ -15,9 +15,10 @@ import tensorflow as tf
 
 import main
 import maml
+import runtime.engine
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, learn, objective
+from maml import MAML, ModelConfig, inner_loop, objective, recomputed_loop
 from runtime import methods
 from runtime.schedules import meta_lr, multi_step_weights, stage_end
 from utils import rows_of_step
@@ -90,6 +91,15 @@ def test_fixtures_in_double_precision(name):
 
 @pytest.mark.parametrize('name', fixtures(['layer_rates_fc', 'reptile_adam_mse']))
 def test_fixtures_in_one_graph(name):
+    assert_agrees_in_double_precision(name, 'wide')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['first_order_step_rates', 'anil_conv', 'boil_conv_adapt_norm_scale', 'meta_sgd_conv', 'maml_plus_plus',
+                                  'reptile_adam_carried', 'reptile_sgd', 'train_support_norm'])
+def test_the_graph_of_a_gpu(name, monkeypatch):
+    """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU. A fixture of each preset, and one more."""
+    monkeypatch.setattr(runtime.engine, 'has_gpu', lambda: True)
     assert_agrees_in_double_precision(name, 'wide')
 
 
@@ -346,7 +356,8 @@ def test_finite_differences_through_switches(switches):
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)
-        _, trajectory = learn(model.config, task, values, 3)
+        loop = recomputed_loop if config.recompute else inner_loop
+        _, trajectory = zip(*loop(model.config, task, values, config.num_updates, iteration=3))
         return float(objective(model.config, task, values, trajectory, 3)[0])
 
     assign(parameters)

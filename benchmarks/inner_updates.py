@@ -1,0 +1,76 @@
+"""What many inner updates take: seconds to the first step, seconds a step, and peak memory, with and without --recompute.
+
+    python benchmarks/inner_updates.py
+    python benchmarks/inner_updates.py --updates 5 200 --limit 600
+
+Every case runs in a process of its own, one after the other; one that takes longer than --limit seconds is ended and said to be.
+"""
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+STARTED = time.perf_counter()
+
+from workloads import WORKLOADS, seconds_of_step  # noqa: E402
+
+
+def sinusoid():
+    """The paper's 10-shot sinusoid: (ModelConfig, a meta-batch of 25 tasks)."""
+    from data_generator import SOURCES, TaskConfig
+    from maml import ModelConfig
+    tasks = SOURCES['sinusoid'].tasks(TaskConfig(num_classes=1, update_batch_size=10, query_shots=10, seed=0), 'train')
+    return ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=10, update_lr=1e-3, norm='None'), tasks.draw(0, 25)
+
+
+def cifarfs():
+    """The 5-way 1-shot CIFAR-FS step: (ModelConfig, a meta-batch of 4 tasks of noise)."""
+    return WORKLOADS['cifarfs1'].model_config(), WORKLOADS['cifarfs1'].batch()
+
+
+SHAPES = {'sinusoid': sinusoid, 'cifarfs': cifarfs}
+
+
+def measure(shape, updates, recompute):
+    from runtime.startup import import_tensorflow
+    import_tensorflow()
+    from maml import MAML
+    config, batch = SHAPES[shape]()
+    model = MAML(dataclasses.replace(config, num_updates=updates, recompute=recompute))
+    seconds_of_step(model, batch)
+    first = time.perf_counter() - STARTED
+    seconds = statistics.median(seconds_of_step(model, batch) for _ in range(3))
+    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--updates', nargs='+', type=int, default=[5, 20, 50, 200])
+    parser.add_argument('--shapes', nargs='+', choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument('--limit', type=float, default=300, help='seconds for a case')
+    parser.add_argument('--measure', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        shape, updates, recompute = args.measure.split()
+        print(json.dumps(measure(shape, int(updates), recompute == 'True')))
+        return
+    print(f'{"shape":10}{"updates":>8}{"recompute":>11}{"first step":>12}{"a step":>10}{"memory":>10}')
+    for shape in args.shapes:
+        for updates in args.updates:
+            for recompute in False, True:
+                head = f'{shape:10}{updates:8}{"yes" if recompute else "no":>11}'
+                try:
+                    process = subprocess.run([sys.executable, __file__, '--measure', f'{shape} {updates} {recompute}'], check=True,
+                                             capture_output=True, text=True, timeout=args.limit)
+                    found = json.loads(process.stdout.splitlines()[-1])
+                    print(f'{head}{found["first"]:10.1f} s{found["seconds"]:8.3f} s{found["megabytes"]:7.0f} MB', flush=True)
+                except subprocess.TimeoutExpired:
+                    print(f'{head}  not within {args.limit:g} s', flush=True)
+
+
+if __name__ == '__main__':
+    main()
