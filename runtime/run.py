@@ -212,8 +212,8 @@ def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:
 
 def trained_with(values: flags.FlagValues, name: str) -> Any:
     """What a flag was in training: the value of --train_<name>, if there is one and it is given, or of the flag itself."""
-    if name == 'query_norm' and mode(values) != 'train':  # in an evaluation, --query_norm says how to evaluate
-        return values.train_query_norm
+    if name == 'query_norm':  # in an evaluation, it says how to evaluate
+        return values.query_norm if mode(values) == 'train' else values.train_query_norm
     trained = values[TRAINED_WITH[name]].value if name in TRAINED_WITH else -1
     return values[name].value if trained == -1 else trained
 

@@ -20,6 +20,7 @@ from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, objective, recomputed_loop
 from runtime import methods
+from runtime.ensemble import Ensemble
 from runtime.schedules import meta_lr, multi_step_weights, stage_end
 from utils import rows_of_step
 
@@ -188,6 +189,34 @@ def test_reptile_with_inner_adam_goes_on_with_its_moments():
         again.weights[name].assign(np.full(again.weights[name].shape, value))
     np.testing.assert_allclose(found, again.predict_unadapted(REVERSED), rtol=1e-12)
     assert float(model.state()['inner/t']) == 2
+
+
+def test_reptile_is_what_the_official_program_computes():
+    """Five meta-steps, second moments and both ways to evaluate: tests/golden_reptile/record.py, which ran that program."""
+    golden = np.load(os.path.join(ROOT, 'tests', 'golden_reptile', 'official.npz'))
+    flags = json.loads(str(golden['config']))
+    # The official loss is the sum over rows: here with K = 1.
+    model = MAML(ModelConfig(dim_input=golden['x'].shape[-1], dim_output=flags['way'], loss='xent', update_batch_size=1,
+                             update_lr=flags['update_lr'], num_updates=flags['num_updates'], dim_hidden=tuple(flags['dim_hidden']),
+                             outer='reptile', inner_optimizer='adam', adapt_norm=True, norm_scale=True, meta_optimizer='sgd',
+                             meta_lr=flags['meta_lr'], dtype='float64'))
+    parameters = {**model.weights, **model.norm_params}
+    for name, variable in parameters.items():
+        if name not in ('b1', 'b2'):  # biases before batch norm, which it does not have
+            variable.assign(golden[f'init/{name}'])
+    names = [name for name in parameters if f'init/{name}' in golden]
+    eye = np.eye(flags['way'])
+    for step, (x, labels) in enumerate(zip(golden['x'], golden['labels']), start=1):
+        model.metatrain_step(TaskBatch(x, eye[labels], x, eye[labels]))
+        for name in names if f'after{step}/w1' in golden else ():
+            np.testing.assert_allclose(parameters[name], golden[f'after{step}/{name}'], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(model.state()[f'inner/v/{name}'], golden[f'moments{step}/{name}'], rtol=1e-9, atol=1e-12)
+    for norm in 'batch', 'each':
+        evaluated = model.variant(query_norm=norm)
+        support_y, query_y = (eye[golden[f'{norm}/{part}_labels']][None] for part in ('support', 'query'))
+        batch = TaskBatch(golden[f'{norm}/support_x'][None], support_y, golden[f'{norm}/query_x'][None], query_y)
+        found = evaluated.predict(batch, flags['evaluated_updates']).post[-1][0]
+        np.testing.assert_allclose(found, golden[f'{norm}/logits'], rtol=1e-8)
 
 
 def test_reptile_with_one_step_is_joint_training():
@@ -442,7 +471,8 @@ def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
 
 @pytest.mark.parametrize('method, name, label', [('anil', 'ANIL', '.innerhead'), pytest.param(
     'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
-    'metasgd', 'Meta-SGD', '.learnlrweight')])
+    'metasgd', 'Meta-SGD', '.learnlrweight'), (
+    'reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10')])
 def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
     flags = [*data, f'--method={method}', '--metatrain_iterations=2']
@@ -455,6 +485,76 @@ def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     assert [entry['method'] for entry in entries] == [name, name] and entries[0]['flags']['method'] == method
     assert len(entries[1]['updates']) == 3 and entries[1]['own_updates'] == 2
     assert '--run names a run, whose method is known' in error_of(f'--run={directory}', '--method=maml', '--train=False')
+
+
+def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
+    """Through first-order, multi-step and last stages; then the best checkpoints together, one of them, and too many."""
+    data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
+    flags = [*data, '--method=maml++', '--num_filters=4', '--multi_step_loss=3', '--first_order_iterations=1', '--schedule_interval=1',
+             '--num_updates=2', '--ensemble=2', '--test_query=1']
+    run_ok(*flags, '--metatrain_iterations=4', '--save_interval=1')
+    evaluation = [*flags, '--train=False', '--num_test_tasks=3']
+    assert 'mean outputs of model' in run_ok(*evaluation)
+    run_ok(*evaluation, '--ensemble=1', '--test_best')
+    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
+    entries = json.loads((directory / 'results.json').read_text())
+    together, one = entries.values()
+    assert len(together['ensemble']) == 2 and together['ensemble'][0] == one['iterations'] and 'ensemble' not in one
+    assert together['own_updates'] == 5 and together['method'].startswith('MAML++ with') and together['method'].endswith('ensemble of 2')
+    assert 'ensemble2' in next(iter(entries))
+    assert '--ensemble=3 needs as many checkpoints' in error_of(*evaluation, '--ensemble=3')
+    assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
+    assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
+
+
+def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
+    """Several times the same; two different ones are the mean of their outputs; with fewer outputs too."""
+    fixture = Fixture(FIXTURES['layer_rates_fc'])
+    batch, model = fixture.batch(np.float64), fixture.model('float64')
+    member = {name: variable.numpy() for name, variable in model.parameters().items()}
+    other = {name: value * 1.1 for name, value in member.items()}
+    alone = model.evaluate(batch, 3)
+    for mine, theirs in zip(Ensemble(fixture.model('float64'), [member] * 5, [1] * 5).evaluate(batch, 3), alone):
+        if theirs is not None:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+    both = Ensemble(fixture.model('float64'), [member, other], [1, 2])
+    found, first = both.predict(batch, 3), model.predict(batch, 3)
+    for name, variable in model.parameters().items():
+        variable.assign(other[name])
+    second = model.predict(batch, 3)
+    np.testing.assert_allclose(found.post, (first.post + second.post) / 2, rtol=1e-12)
+    np.testing.assert_allclose(both.variant(num_updates=7).predict(batch, 3).post, found.post, rtol=1e-12)
+    np.testing.assert_allclose(found.pre, (first.pre + second.pre) / 2, rtol=1e-12)
+
+
+def test_norms_of_query_rows_in_training(tmp_path):
+    """A directory of its own, found by the same command with --train=False; where there are two such runs, one must be named."""
+    flags = [flag for flag in SINUSOID if 'norm' not in flag] + [f'--logdir={tmp_path}']
+    run_ok(*flags, '--query_norm=support', '--metatrain_iterations=2')
+    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert directory.name.endswith('batchnorm.querynormsupport')
+    evaluation = [*flags, '--train=False', '--num_test_tasks=3']
+    assert str(directory) in run_ok(*evaluation, '--query_norm=support')
+    assert 'there is no checkpoint' in error_of(*evaluation)
+    run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3')
+    run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3', '--query_norm=both')
+    run_ok(*evaluation, '--train_query_norm=support', '--query_norm=each')
+    names = json.loads((directory / 'results.json').read_text())
+    assert sorted(entry['query_norm'] for entry in names.values()) == ['batch', 'each', 'support']
+    run_ok(*flags, '--metatrain_iterations=2')
+    assert 'two such runs' in error_of(*evaluation, '--query_norm=support')
+    plain = run_ok(*evaluation, '--query_norm=support', '--train_query_norm=batch')
+    assert str(directory) not in plain and 'querynorm' not in plain.split('\n')[1]
+
+
+def test_parts_of_the_support_rows_in_evaluation(tmp_path):
+    """An evaluation may take parts of another size; the flags of the training name the run."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--inner_batch=2']
+    run_ok(*flags, '--metatrain_iterations=2')
+    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert directory.name.endswith('.batch2')
+    for evaluation in [*flags, '--inner_batch=5', '--train_inner_batch=2'], [f'--run={directory}', '--inner_batch=3']:
+        assert str(directory) in run_ok(*evaluation, '--train=False', '--num_test_tasks=3')
 
 
 def preset(*flags):
@@ -486,7 +586,15 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--schedule_interval=5'], '--schedule_interval needs a schedule'), (['--meta_lr_final=0.1'], 'needs --meta_lr_schedule'),
     (['--meta_lr_schedule=linear', '--meta_lr_final=-2'], 'must not be negative'),
     (['--stop_grad', '--first_order_iterations=5'], 'leave out --first_order_iterations'), (['--test_updates=5'], 'add --train=False'),
-    (['--method=protonet'], 'method')])
+    (['--method=protonet'], 'method'), (['--inner_optimizer=adam'], 'needs --outer=reptile'),
+    (['--outer=reptile', '--stop_grad'], '--stop_grad is about a gradient through the inner loop'),
+    (['--outer=reptile', '--multi_step_loss=5'], '--multi_step_loss is about a gradient'),
+    (['--outer=reptile', '--learn_lr=step'], '--learn_lr is about a gradient'),
+    (['--outer=reptile', '--first_order_iterations=5'], '--first_order_iterations is about a gradient'),
+    (['--outer=reptile', '--query_norm=support'], 'learns from support examples alone'),
+    (['--query_norm=both'], '--query_norm=both is for evaluation'), (['--train_query_norm=support'], 'add --train=False'),
+    (['--train_inner_batch=5'], 'add --train=False'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'),
+    (['--ensemble=2', '--train=False', '--test_iter=5'], 'name different checkpoints')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of(*flags)
 
