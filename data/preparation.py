@@ -36,6 +36,7 @@ MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
 LONGEST_NAME = 150  # in bytes, of a file or folder; the file's temporary name is longer, and most systems end at 255
 LOCK = '.lock'
+DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
 # What reading a damaged or hostile picture or archive raises: Pillow, zipfile and tarfile raise almost anything.
 DAMAGE = Exception
 # Of large pictures Pillow would only warn, at half the size that it refuses.
@@ -58,6 +59,9 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
     """A parser with the options of every preparation script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
+    parser.add_argument('--download', action='store_true', help='fetch first what is missing there, and check it')
+    parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
+                        help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
     parser.add_argument('--allow_missing', action='store_true', help='go on with what is there')
     parser.add_argument('--force', action='store_true', help='make again what an earlier run has made')

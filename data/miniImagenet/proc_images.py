@@ -27,7 +27,7 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data import pickles  # noqa: E402
+from data import download, pickles  # noqa: E402
 from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
@@ -228,6 +228,7 @@ def read_pickle(path):
 
 def main():
     args = arguments(__doc__, HERE, HERE).parse_args()
+    download.fetch('miniimagenet', args)
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
     has_pickles = any(find_pickle(args.source, split) for split in SPLITS)
     pictures, expected, absent = (from_pickles if has_pickles and not has_images else from_images)(args.source)
