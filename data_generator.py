@@ -235,6 +235,7 @@ class ImageSource:
     split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
     split_given: bool = False                # the user asked for these ratios: refuse a manifest with others
     skip_bad_images: bool = False            # leave out images that cannot be used
+    verify: bool = False                     # compare checksums of decoded images
     print_interval: int = 100
     loss = 'xent'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
@@ -256,7 +257,7 @@ class ImageSource:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
         return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), self.split_ratios,
-                            self.split_given, self.skip_bad_images)
+                            self.split_given, self.skip_bad_images, self.verify)
 
     def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""
@@ -290,6 +291,8 @@ SOURCES: dict[str, Source] = {
                                 train_query_shots=15, validation_updates=1),
     'cifarfs': ImageSource((32, 32, 3), 'cifarfs', 'data/cifarfs/proc_images.py', clip=10.0, train_query_shots=15),
     'fc100': ImageSource((32, 32, 3), 'fc100', 'data/fc100/proc_images.py', clip=10.0, train_query_shots=15),
+    'doublemnist': ImageSource((64, 64, 1), 'doublemnist', 'data/doublemnist/proc_images.py'),
+    'triplemnist': ImageSource((84, 84, 1), 'triplemnist', 'data/triplemnist/proc_images.py'),
     # The user's own images; flags change the shape, the rotations and the split.
     'folder': ImageSource((84, 84, 3), clip=10.0, split_ratios=(64, 16, 20)),
 }

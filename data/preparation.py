@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime.class_folders import PARTIAL_MANIFEST, subfolders
+from runtime.class_folders import PARTIAL_MANIFEST, SPLITS, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
 from runtime.images import PREPARED_FORMATS  # noqa: F401  (what a picture in a download may be)
@@ -103,13 +103,23 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     Raises:
         SystemExit: with one sentence for each thing that is not as it should be.
     """
+    write_under_lock(args, inputs, lambda destination: _prepare(
+        pictures, classes, size, args, recipe, absent, describe or describe_classes, destination))
+
+
+def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
+    """Calls `write`, a function of the destination that returns complaints, while no other preparation writes there.
+
+    Raises:
+        SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
+    """
     destination = os.path.realpath(args.destination)
     for folder in map(os.path.realpath, inputs):
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
         with locked_folder(destination):
-            complaints = _prepare(pictures, classes, size, args, recipe, absent, describe or describe_classes, destination)
+            complaints = write(destination)
     except filelock.Timeout:
         sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
                  '--destination')
@@ -141,7 +151,7 @@ def locked_folder(folder: str):
 
 def _prepare(pictures, classes, size, args, recipe, absent, describe, destination):
     """`prepare`, under the lock; returns the complaints."""
-    start(destination, recipe, args.force, pictures)
+    start(destination, recipe, args.force, [picture.name for picture in pictures])
     remove_parts(destination)  # of killed preparations, for under the lock none is at work
     for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
         os.makedirs(folder, exist_ok=True)
@@ -149,33 +159,33 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     damaged = write_all(pictures, destination)
     counts = count_classes(pictures, destination)
     complaints = check(pictures, counts, classes, damaged, absent, destination)
-    print(summary(counts, classes, destination, size))
+    print(summary(counts, classes, megabytes(counts, classes, destination), size))
     print(describe(counts), 'in', destination, flush=True)
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
     # Last: whatever stops this function before leaves a record that says incomplete.
-    write_record(destination, recipe, complete=not complaints or args.allow_missing)
+    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing)
     return complaints
 
 
-def start(destination: str, recipe: str, force: bool, pictures: Sequence[Picture]) -> None:
-    """Records that a preparation is going on; then removes the pictures of another recipe (or any, by force)."""
+def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> None:
+    """Records that a preparation is going on; then removes the files of another recipe (or any, by force)."""
     try:
         same = json.loads(read_file(os.path.join(destination, RECORD))).get('recipe') == recipe
     except FileNotFoundError:
         same = True
     except (ValueError, AttributeError, RecursionError):
         same = False
-    # The record goes first: a kill while pictures are removed must not leave one that says complete. It keeps the old recipe, or
-    # none, until pictures of another recipe are gone.
-    write_record(destination, recipe if same and not force else None, complete=False)
+    # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
+    # none, until files of another recipe are gone.
+    write_preparation_record(destination, recipe if same and not force else None, complete=False)
     if force or not same:
-        for picture in pictures:
+        for name in files:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(destination, picture.name))
-        write_record(destination, recipe, complete=False)
+                os.remove(os.path.join(destination, name))
+        write_preparation_record(destination, recipe, complete=False)
 
 
-def write_record(destination: str, recipe: str | None, complete: bool) -> None:
+def write_preparation_record(destination: str, recipe: str | None, complete: bool) -> None:
     """Writes what the program reads before it uses the images: whether all that should be there is."""
     write_atomically(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
 
@@ -213,20 +223,29 @@ def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, in
 def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
           damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
     """Sentences on what is not as it should be; [] if all is well."""
-    missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
-    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
     files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
     duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
-    found = [  # a sentence: before, how many, what, the first of them, after
+    return sentences([
         ('', duplicates, 'file names stand for more than one image of their class', '; download the source again'),
-        ('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
-        ('', absent, 'images are missing', ''),
-        ('', missing, f'of {len(classes)} classes are missing', ''),
-        ('', unknown, 'classes are not known', ''),
-        ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
-         'classes have another number of images than they should', ''),
+        *differences(counts, classes, damaged, absent),
         (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
-        (f'{destination} holds ', folders, 'further class folders', '; remove them')]
+        (f'{destination} holds ', folders, 'further class folders', '; remove them')])
+
+
+def differences(counts, classes, damaged, absent):
+    """What there should be and is not, for `sentences`."""
+    missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
+    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
+    return [('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
+            ('', absent, 'images are missing', ''),
+            ('', missing, f'of {len(classes)} classes are missing', ''),
+            ('', unknown, 'classes are not known', ''),
+            ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
+             'classes have another number of images than they should', '')]
+
+
+def sentences(found: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
+    """A sentence for each kind of fault: of what comes before, how many, what, the first of them, and what comes after."""
     return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
 
 
@@ -244,14 +263,21 @@ def left_over_folders(counts, classes, destination):
     return sorted(set(found) - classes.keys() - counts.keys())
 
 
-def summary(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str, size: tuple[int, int]) -> str:
+def megabytes(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> dict[str, float]:
+    """What the class folders of each split take on the disk."""
+    found = dict.fromkeys(SPLITS, 0.0)
+    for name in counts.keys() & classes.keys():
+        found[classes[name].split] += sum(entry.stat().st_size for entry in os.scandir(os.path.join(destination, name))) / 1e6
+    return found
+
+
+def summary(counts: Mapping[str, int], classes: Mapping[str, Class], megabytes: Mapping[str, float], size: tuple[int, int]) -> str:
     """Text: classes, images, and their size in each split."""
     lines = [f'{"split":8}{"classes":>8}{"images":>9}{"pixels":>9}{"megabytes":>11}']
-    for split in ('train', 'val', 'test'):
+    for split in SPLITS:
         folders = [name for name in counts if name in classes and classes[name].split == split]
-        size_on_disk = sum(entry.stat().st_size for name in folders for entry in os.scandir(os.path.join(destination, name)))
         lines.append(f'{split:8}{len(folders):8,}{sum(counts[name] for name in folders):9,}'
-                     f'{"x".join(map(str, size)):>9}{size_on_disk / 1e6:11.1f}')
+                     f'{"x".join(map(str, size)):>9}{megabytes[split]:11.1f}')
     return '\n'.join(lines)
 
 

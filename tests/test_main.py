@@ -24,6 +24,8 @@ RUNS = {
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
     'cifarfs': ['--datasource=cifarfs', *SMALL],
     'fc100': ['--datasource=fc100', *SMALL],
+    'doublemnist': ['--datasource=doublemnist', *SMALL],
+    'triplemnist': ['--datasource=triplemnist', *SMALL],
     'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--rotations'],
 }
 
@@ -37,8 +39,8 @@ def arguments(request, small_data, tmp_path):
 
 def every_source(function):
     """The slow ones differ from --datasource=cifarfs in their entries of SOURCES only."""
-    slow = 'miniimagenet', 'fc100', 'folder'
-    sources = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in RUNS]
+    quick = 'sinusoid', 'omniglot', 'cifarfs'
+    sources = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
     return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
 
