@@ -27,10 +27,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime.class_folders import PARTIAL_MANIFEST, SPLITS, subfolders
+from runtime.class_folders import MANIFEST, PARTIAL_MANIFEST, SPLITS, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
-from runtime.images import PREPARED_FORMATS  # noqa: F401  (what a picture in a download may be)
+from runtime.images import PREPARED_FORMATS
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -84,7 +84,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tuple[int, int], args: argparse.Namespace,
             recipe: str = '', inputs: Sequence[str] = (), absent: Sequence[str] = (),
-            describe: Callable[[dict], str] | None = None) -> None:
+            describe: Callable[[dict], str] | None = None, facts: Mapping[str, object] | None = None,
+            manifest: bool = False) -> None:
     """Writes pictures, checks them against the known counts, and prints a summary.
 
     A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
@@ -99,12 +100,14 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         inputs: folders of originals, into which nothing may be written.
         absent: names of images that the source should hold and does not.
         describe: function of {class folder: images written} that returns the summary's last words.
+        facts: how the images were chosen, for the summary and for the results of evaluations on them: JSON values.
+        manifest: write which class belongs to which split into a manifest, for class folders that do not say it.
 
     Raises:
         SystemExit: with one sentence for each thing that is not as it should be.
     """
     write_under_lock(args, inputs, lambda destination: _prepare(
-        pictures, classes, size, args, recipe, absent, describe or describe_classes, destination))
+        pictures, classes, size, args, recipe, absent, describe or describe_classes, destination, facts or {}, manifest))
 
 
 def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
@@ -149,7 +152,7 @@ def locked_folder(folder: str):
                 os.remove(path)
 
 
-def _prepare(pictures, classes, size, args, recipe, absent, describe, destination):
+def _prepare(pictures, classes, size, args, recipe, absent, describe, destination, facts, manifest):
     """`prepare`, under the lock; returns the complaints."""
     start(destination, recipe, args.force, [picture.name for picture in pictures])
     remove_parts(destination)  # of killed preparations, for under the lock none is at work
@@ -160,10 +163,12 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     counts = count_classes(pictures, destination)
     complaints = check(pictures, counts, classes, damaged, absent, destination)
     print(summary(counts, classes, megabytes(counts, classes, destination), size))
-    print(describe(counts), 'in', destination, flush=True)
+    print(describe(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()), flush=True)
+    if manifest:
+        write_manifest(os.path.join(destination, MANIFEST), {name: known.split for name, known in classes.items()})
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
     # Last: whatever stops this function before leaves a record that says incomplete.
-    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing)
+    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing, facts=facts)
     return complaints
 
 
@@ -185,9 +190,10 @@ def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> N
         write_preparation_record(destination, recipe, complete=False)
 
 
-def write_preparation_record(destination: str, recipe: str | None, complete: bool) -> None:
-    """Writes what the program reads before it uses the images: whether all that should be there is."""
-    write_atomically(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
+def write_preparation_record(destination: str, recipe: str | None, complete: bool, facts: Mapping[str, object] | None = None) -> None:
+    """Writes what the program reads before it uses the images: whether all that should be there is, and how they were chosen."""
+    write_atomically(os.path.join(destination, RECORD), json.dumps(
+        {'recipe': recipe, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
 
 
 def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, Exception]]:
@@ -292,12 +298,16 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
     """
     path = os.path.join(destination, PARTIAL_MANIFEST)
     if needed and any(not name.startswith(known.split + '/') for name, known in classes.items()):
-        rows = sorted((known.split, name) for name, known in classes.items() if name in counts)
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
-        write_atomically(path, text.getvalue().encode())
+        write_manifest(path, {name: known.split for name, known in classes.items() if name in counts})
     elif os.path.exists(path):
         os.remove(path)
+
+
+def write_manifest(path: str, split_of: Mapping[str, str]) -> None:
+    """Writes {class folder: split} as the csv file that `read_manifest` of class_folders.py reads."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *sorted((split, name) for name, split in split_of.items())])
+    write_atomically(path, text.getvalue().encode())
 
 
 # Reading downloads --------------------------------------------------------------------------------------------------
@@ -359,6 +369,33 @@ def encode(image: Image.Image, image_format: str = 'PNG') -> bytes:
     content = io.BytesIO()
     image.save(content, image_format, quality=95)
     return content.getvalue()
+
+
+def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, float] | None = None,
+        formats: Sequence[str] = PREPARED_FORMATS) -> bytes:
+    """The content of an image file of a size, from another: the same content where nothing has to be changed.
+
+    Args:
+        size: (width, height), to which it is resized with a Lanczos filter.
+        box: (left, upper, right, lower) in pixels, to which it is cropped before.
+        formats: what the file may be.
+
+    Raises:
+        One of DAMAGE: it cannot be decoded, or lies outside the box.
+    """
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        image.load()
+        if image.size == size and box is None and image.format in PREPARED_FORMATS:
+            return content
+        image_format = image.format if image.format in PREPARED_FORMATS else 'PNG'
+        pixels = image.convert('RGB')
+    if box is not None:
+        left, upper = (max(0, round(edge)) for edge in box[:2])
+        right, lower = (min(side, round(edge)) for side, edge in zip(pixels.size, box[2:]))
+        if right <= left or lower <= upper:
+            raise ValueError('its box holds no pixel')
+        pixels = pixels.crop((left, upper, right, lower))
+    return encode(pixels if pixels.size == size else pixels.resize(size, Image.Resampling.LANCZOS), image_format)
 
 
 class Zip:

@@ -202,6 +202,12 @@ class ClassFolders:
                             '--split, or delete that file to have them split anew')
 
 
+def preparation_facts(root: str) -> dict:
+    """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
+    facts = _preparation_record(root).get('facts')
+    return facts if isinstance(facts, dict) else {}
+
+
 def subfolders(folder: str) -> list[str]:
     """Names of the folders in a folder, but hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
@@ -298,11 +304,17 @@ def _split_flag(ratios: tuple[int, int, int]) -> str:
 
 def _preparation_complete(root: str) -> bool:
     """Whether the preparation record says so, or there is no record."""
+    return bool(_preparation_record(root).get('complete'))
+
+
+def _preparation_record(root):
+    """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
     try:
         refuse_no_file(os.path.join(root, PREPARATION_RECORD))
         with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
-            return bool(json.load(file)['complete'])
+            record = json.load(file)
+        return record if isinstance(record, dict) else {}
     except FileNotFoundError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return {'complete': True}
+    except (OSError, ValueError, RecursionError):
+        return {}

@@ -17,7 +17,6 @@ data/miniImagenet/classes.csv.
 """
 import collections
 import csv
-import io
 import os
 import re
 import sys
@@ -29,13 +28,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
 from data.preparation import (  # noqa: E402
-    PREPARED_FORMATS,
     Class,
     Picture,
     Zip,
     arguments,
     check_regular,
     encode,
+    fit,
     is_plain_name,
     load_pickle,
     prepare,
@@ -78,7 +77,7 @@ def from_images(source):
         if path is None:
             absent.append(name)
         else:
-            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read())))
+            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read(), SIZE)))
     if not pictures:
         sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is among its images')
     return pictures, expected, absent
@@ -169,15 +168,6 @@ def check_rows(rows):
         seen[label, os.path.basename(name)] = split
         if split_of.setdefault(label, split) != split:
             sys.exit(f'the class {label} is in {split_of[label]}.csv and in {split}.csv; a class belongs to one split')
-
-
-def fit(content):
-    """An image file's content if it is 84x84 and can be decoded; resized, else."""
-    with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
-        image.load()
-        if image.size == SIZE:
-            return content
-        return encode(image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS), image.format)
 
 
 def find_pickle(source, split):
