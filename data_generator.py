@@ -291,7 +291,7 @@ SOURCES: dict[str, Source] = {
     'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,
                                 train_query_shots=15, validation_updates=1),
     **{name: ImageSource((side, side, 3), name, f'data/{name}/proc_images.py', clip=10.0, train_query_shots=15)
-       for side, names in ((32, ('cifarfs', 'fc100')), (84, ('cub', 'flowers', 'aircraft', 'dtd'))) for name in names},
+       for side, names in ((32, 'cifarfs fc100'), (84, 'tieredimagenet cub flowers aircraft dtd')) for name in names.split()},
     **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py')
        for count, side in (('double', 64), ('triple', 84))},
     'gtsrb': ImageSource((32, 32, 3), 'gtsrb', 'data/gtsrb/proc_images.py', test_only=True),

@@ -26,7 +26,7 @@ RUNS = {
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
     'cifarfs': ['--datasource=cifarfs', *SMALL],
     'fc100': ['--datasource=fc100', *SMALL],
-    **{name: [f'--datasource={name}', *SMALL] for name in ('cub', 'flowers', 'aircraft', 'dtd')},
+    **{name: [f'--datasource={name}', *SMALL] for name in ('tieredimagenet', 'cub', 'flowers', 'aircraft', 'dtd')},
     'doublemnist': ['--datasource=doublemnist', *SMALL],
     'triplemnist': ['--datasource=triplemnist', *SMALL],
     'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--rotations'],
