@@ -1,6 +1,7 @@
 # make demo:   trains a short 10-shot sinusoid, evaluates it and draws what it learnt.
 # make check:  lint and the tests that need no compilation, for every edit (under 90 seconds).
 # make test:   all tests but the slow ones (under 10 minutes); make test TESTS= : the slow ones too.
+# make omniglot: fetches and prepares Omniglot, and evaluates the shipped 5-way 1-shot model on it.
 # make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
 # All work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
 # make demo CONSTRAINTS=constraints.txt installs the versions that were tested.
@@ -11,11 +12,15 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 
 TESTS ?= -m "not slow"
 
-.PHONY: demo check test table clean
+.PHONY: demo omniglot check test table clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
 	$(VENV)/bin/python main.py $(DEMO) --train=False --test_set=True --plot
+
+omniglot: $(VENV)/installed
+	$(VENV)/bin/python data/omniglot_resized/resize_images.py --download
+	$(VENV)/bin/python main.py --run=logs/omniglot5way --train=False --test_set=True
 
 check: $(VENV)/tested
 	$(VENV)/bin/ruff check .

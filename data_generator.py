@@ -235,6 +235,8 @@ class ImageSource:
     split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
     split_given: bool = False                # the user asked for these ratios: refuse a manifest with others
     skip_bad_images: bool = False            # leave out images that cannot be used
+    verify: bool = False                     # compare checksums of decoded images
+    test_only: bool = False                  # there are no classes to train or to validate on
     print_interval: int = 100
     loss = 'xent'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
@@ -256,7 +258,7 @@ class ImageSource:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
         return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), self.split_ratios,
-                            self.split_given, self.skip_bad_images)
+                            self.split_given, self.skip_bad_images, self.verify)
 
     def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""
@@ -288,8 +290,10 @@ SOURCES: dict[str, Source] = {
                             invert=True, head='mean'),
     'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,
                                 train_query_shots=15, validation_updates=1),
-    'cifarfs': ImageSource((32, 32, 3), 'cifarfs', 'data/cifarfs/proc_images.py', clip=10.0, train_query_shots=15),
-    'fc100': ImageSource((32, 32, 3), 'fc100', 'data/fc100/proc_images.py', clip=10.0, train_query_shots=15),
-    # The user's own images; flags change the shape, the rotations and the split.
-    'folder': ImageSource((84, 84, 3), clip=10.0, split_ratios=(64, 16, 20)),
+    **{name: ImageSource((side, side, 3), name, f'data/{name}/proc_images.py', clip=10.0, train_query_shots=15)
+       for side, names in ((32, 'cifarfs fc100'), (84, 'tieredimagenet cub flowers aircraft dtd')) for name in names.split()},
+    **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py')
+       for count, side in (('double', 64), ('triple', 84))},
+    'gtsrb': ImageSource((32, 32, 3), 'gtsrb', 'data/gtsrb/proc_images.py', test_only=True),
+    'folder': ImageSource((84, 84, 3), clip=10.0, split_ratios=(64, 16, 20)),  # the user's own; flags change shape and rotations
 }

@@ -63,6 +63,7 @@ boolean('rotations', False, "rotate each class of each task by a random multiple
 string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet; the '
        'result is written to splits.csv among them (--datasource=folder)', Learning(label='.split{}'))
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded, or that have another size than they should')
+boolean('verify', False, 'compare the checksums of decoded images at the start; False: only the sizes and times of their files')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
 number('seed', 0, 'fixes all that is random in training: the initial weights and the tasks', 0, Learning(label='.seed{}'))
 number('test_seed', 0, "draws an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
@@ -74,8 +75,7 @@ real('meta_lr', 0.001, 'step size of the outer loop', Learning(label='.metalr{}'
 number('update_batch_size', 5, 'shot K: support examples per class (in all, for sinusoid)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
-boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant',
-        Learning(label='stopgrad'))
+boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning(label='stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from data import pickles
+from data import download, pickles
 from data.preparation import (
     MEGABYTE,
     Class,
@@ -106,6 +106,7 @@ def _values(part, name, where, read):
 def main(description, here):
     """Writes <destination>/{train,val,test}/<class>/*.png by the list of classes in the script's folder."""
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
+    download.fetch('cifar100', args)
     split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
                         lambda image=image: encode(Image.fromarray(image)))

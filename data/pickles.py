@@ -8,11 +8,15 @@ functions below.
 What a pickle can cost is bounded. An instruction makes at most one object, and MOST_INSTRUCTIONS are followed. A length or an
 index that the pickle claims reserves no memory. Texts that stand for bytes are converted once. Nothing nested is ever hashed,
 compared or printed here, however deep it is.
+
+A list of images that is larger than the memory is not read at all: `spans` says where in the file each of them lies.
 """
 import codecs
 import io
 import math
+import os
 import pickletools
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +26,9 @@ PLAIN_TYPES = {'b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f4', 'f8',
 BYTE_ORDERS = {'<', '>', '=', '|'}
 LONGEST_AXIS = 2 ** 48
 MOST_AXES = 32
+MOST_IMAGES = 2_000_000  # in a file of images; tieredImageNet's largest has 448,695
+INSTRUCTIONS_PER_IMAGE = 50
+SHORTEST_SPAN = 17  # bytes; shorter ones may be names and types
 LONGEST_TEXT = 1000  # of a name or key; longer ones need not be converted
 
 
@@ -38,11 +45,34 @@ def load(content: bytes) -> object:
         Refused: it is damaged, asks for anything but plain data, or is too large.
     """
     try:
-        return _Reader(content).load()
+        return _Reader(io.BytesIO(content), len(content)).load(MOST_INSTRUCTIONS)
     except (Refused, MemoryError):
         raise
     except Exception as error:  # damaged pickles raise about anything
         raise Refused('it is damaged') from error
+
+
+class Span(NamedTuple):
+    """Bytes within a file."""
+    offset: int
+    length: int
+
+
+def spans(file: BinaryIO) -> list[Span]:
+    """Where the images of a pickled list lie in its file, each bytes, or an array of bytes, that are an image file.
+
+    Raises:
+        Refused: it is damaged, or holds anything else.
+        OSError: it cannot be read.
+    """
+    try:
+        found = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).load(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
+    except (Refused, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise Refused('it is damaged') from error
+    _require(type(found) is list and len(found) <= MOST_IMAGES and all(type(item) is Span for item in found), 'it is no list of images')
+    return found
 
 
 def texts(values: object) -> list[str]:
@@ -104,21 +134,36 @@ def _require(condition, sentence):
 class _Reader:
     """Follows the instructions of a pickle."""
 
-    def __init__(self, content):
-        self._file = io.BytesIO(content)
+    def __init__(self, file, size, spans=False):
+        self._file, self._size, self._spans = file, size, spans
         self._stack, self._marks, self._memo = [], [], {}
-        self._room = len(content)  # bytes that may still be made from texts
+        self._room = size  # bytes that may still be made from texts
 
-    def load(self):
-        for _ in range(MOST_INSTRUCTIONS):
+    def load(self, most):
+        """Follows at most so many instructions; returns the object."""
+        for _ in range(most):
             code = self._file.read(1)
             if code == b'.':
                 return self._stack[-1]
             if code not in _INSTRUCTIONS:
                 raise Refused(_unknown(code))
+            if self._spans and code in _LENGTHS and self._skip(_LENGTHS[code]):
+                continue
             read, follow = _INSTRUCTIONS[code]
             follow(self, read(self._file) if read else None)
-        raise Refused(f'it has more than {MOST_INSTRUCTIONS:,} instructions')
+        raise Refused(f'it has more than {most:,} instructions')
+
+    def _skip(self, width):
+        """Pushes the Span of bytes whose length comes first, as a number of `width` bytes; or does nothing, if they are few."""
+        start = self._file.tell()
+        length = int.from_bytes(self._file.read(width), 'little')
+        if length < SHORTEST_SPAN:
+            self._file.seek(start)
+            return False
+        _require(start + width + length <= self._size, 'it is damaged or cut off')
+        self._file.seek(start + width + length)
+        self._stack.append(Span(start + width, length))
+        return True
 
     def as_bytes(self, value):
         """Bytes, or a text that stands for them, as bytes."""
@@ -226,13 +271,17 @@ class _Reader:
 # What a pickle may call: functions of the reader and the pickle's arguments.
 
 def _array(reader, content, kind, shape, order, axes=None):
-    """An array of plain numbers, of bytes that are as many as its shape says."""
-    content = reader.as_bytes(content)
+    """An array of plain numbers, of bytes that are as many as its shape says; of a Span, the Span."""
+    content = content if type(content) is Span else reader.as_bytes(content)
     _require(type(kind) is _Type, 'it holds an array without a type')
     dtype = kind.dtype()
     _require(type(shape) is tuple and len(shape) <= MOST_AXES and
              all(type(length) is int and 0 <= length < LONGEST_AXIS for length in shape), 'it holds an array without a shape')
-    _require(math.prod(shape) * dtype.itemsize == len(content), 'the content of an array in it does not fit its shape')
+    size = content.length if type(content) is Span else len(content)
+    _require(math.prod(shape) * dtype.itemsize == size, 'the content of an array in it does not fit its shape')
+    if type(content) is Span:
+        _require(dtype == np.uint8, 'it holds an array of something other than bytes')
+        return content
     _require(type(order) is str and order in ('C', 'F', 'K'), 'it holds an array in an unknown order')
     array = np.ndarray(shape, dtype, buffer=content, order='F' if order == 'F' else 'C')
     return array if axes is None else array.transpose(integers(axes, MOST_AXES))
@@ -303,3 +352,7 @@ def _instructions() -> dict[bytes, tuple]:
 
 
 _INSTRUCTIONS = _instructions()
+# {code: bytes of the length} of the instructions that hold bytes.
+_LENGTHS = {opcode.code.encode('latin1'): width for opcode in pickletools.opcodes for names, width in
+            ((('SHORT_BINSTRING', 'SHORT_BINBYTES'), 1), (('BINSTRING', 'BINBYTES'), 4), (('BINBYTES8', 'BYTEARRAY8'), 8))
+            if opcode.name in names}

@@ -27,15 +27,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime.class_folders import PARTIAL_MANIFEST, subfolders
+from runtime.class_folders import MANIFEST, PARTIAL_MANIFEST, SPLITS, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
-from runtime.images import PREPARED_FORMATS  # noqa: F401  (what a picture in a download may be)
+from runtime.images import PREPARED_FORMATS
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
 LONGEST_NAME = 150  # in bytes, of a file or folder; the file's temporary name is longer, and most systems end at 255
 LOCK = '.lock'
+DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
 # What reading a damaged or hostile picture or archive raises: Pillow, zipfile and tarfile raise almost anything.
 DAMAGE = Exception
 # Of large pictures Pillow would only warn, at half the size that it refuses.
@@ -58,6 +59,9 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
     """A parser with the options of every preparation script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
+    parser.add_argument('--download', action='store_true', help='fetch first what is missing there, and check it')
+    parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
+                        help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
     parser.add_argument('--allow_missing', action='store_true', help='go on with what is there')
     parser.add_argument('--force', action='store_true', help='make again what an earlier run has made')
@@ -80,7 +84,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tuple[int, int], args: argparse.Namespace,
             recipe: str = '', inputs: Sequence[str] = (), absent: Sequence[str] = (),
-            describe: Callable[[dict], str] | None = None) -> None:
+            describe: Callable[[dict], str] | None = None, facts: Mapping[str, object] | None = None,
+            manifest: bool = False) -> None:
     """Writes pictures, checks them against the known counts, and prints a summary.
 
     A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
@@ -95,9 +100,21 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         inputs: folders of originals, into which nothing may be written.
         absent: names of images that the source should hold and does not.
         describe: function of {class folder: images written} that returns the summary's last words.
+        facts: how the images were chosen, for the summary and for the results of evaluations on them: JSON values.
+        manifest: write which class belongs to which split into a manifest, for class folders that do not say it.
 
     Raises:
         SystemExit: with one sentence for each thing that is not as it should be.
+    """
+    write_under_lock(args, inputs, lambda destination: _prepare(
+        pictures, classes, size, args, recipe, absent, describe or describe_classes, destination, facts or {}, manifest))
+
+
+def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
+    """Calls `write`, a function of the destination that returns complaints, while no other preparation writes there.
+
+    Raises:
+        SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
     """
     destination = os.path.realpath(args.destination)
     for folder in map(os.path.realpath, inputs):
@@ -105,7 +122,7 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
         with locked_folder(destination):
-            complaints = _prepare(pictures, classes, size, args, recipe, absent, describe or describe_classes, destination)
+            complaints = write(destination)
     except filelock.Timeout:
         sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
                  '--destination')
@@ -135,9 +152,9 @@ def locked_folder(folder: str):
                 os.remove(path)
 
 
-def _prepare(pictures, classes, size, args, recipe, absent, describe, destination):
+def _prepare(pictures, classes, size, args, recipe, absent, describe, destination, facts, manifest):
     """`prepare`, under the lock; returns the complaints."""
-    start(destination, recipe, args.force, pictures)
+    start(destination, recipe, args.force, [picture.name for picture in pictures])
     remove_parts(destination)  # of killed preparations, for under the lock none is at work
     for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
         os.makedirs(folder, exist_ok=True)
@@ -145,35 +162,38 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     damaged = write_all(pictures, destination)
     counts = count_classes(pictures, destination)
     complaints = check(pictures, counts, classes, damaged, absent, destination)
-    print(summary(counts, classes, destination, size))
-    print(describe(counts), 'in', destination, flush=True)
+    print(summary(counts, classes, megabytes(counts, classes, destination), size))
+    print(describe(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()), flush=True)
+    if manifest:
+        write_manifest(os.path.join(destination, MANIFEST), {name: known.split for name, known in classes.items()})
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
     # Last: whatever stops this function before leaves a record that says incomplete.
-    write_record(destination, recipe, complete=not complaints or args.allow_missing)
+    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing, facts=facts)
     return complaints
 
 
-def start(destination: str, recipe: str, force: bool, pictures: Sequence[Picture]) -> None:
-    """Records that a preparation is going on; then removes the pictures of another recipe (or any, by force)."""
+def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> None:
+    """Records that a preparation is going on; then removes the files of another recipe (or any, by force)."""
     try:
         same = json.loads(read_file(os.path.join(destination, RECORD))).get('recipe') == recipe
     except FileNotFoundError:
         same = True
     except (ValueError, AttributeError, RecursionError):
         same = False
-    # The record goes first: a kill while pictures are removed must not leave one that says complete. It keeps the old recipe, or
-    # none, until pictures of another recipe are gone.
-    write_record(destination, recipe if same and not force else None, complete=False)
+    # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
+    # none, until files of another recipe are gone.
+    write_preparation_record(destination, recipe if same and not force else None, complete=False)
     if force or not same:
-        for picture in pictures:
+        for name in files:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(destination, picture.name))
-        write_record(destination, recipe, complete=False)
+                os.remove(os.path.join(destination, name))
+        write_preparation_record(destination, recipe, complete=False)
 
 
-def write_record(destination: str, recipe: str | None, complete: bool) -> None:
-    """Writes what the program reads before it uses the images: whether all that should be there is."""
-    write_atomically(os.path.join(destination, RECORD), json.dumps({'recipe': recipe, 'complete': complete}).encode())
+def write_preparation_record(destination: str, recipe: str | None, complete: bool, facts: Mapping[str, object] | None = None) -> None:
+    """Writes what the program reads before it uses the images: whether all that should be there is, and how they were chosen."""
+    write_atomically(os.path.join(destination, RECORD), json.dumps(
+        {'recipe': recipe, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
 
 
 def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, Exception]]:
@@ -238,20 +258,29 @@ def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, in
 def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
           damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
     """Sentences on what is not as it should be; [] if all is well."""
-    missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
-    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
     files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
     duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
-    found = [  # a sentence: before, how many, what, the first of them, after
+    return sentences([
         ('', duplicates, 'file names stand for more than one image of their class', '; download the source again'),
-        ('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
-        ('', absent, 'images are missing', ''),
-        ('', missing, f'of {len(classes)} classes are missing', ''),
-        ('', unknown, 'classes are not known', ''),
-        ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
-         'classes have another number of images than they should', ''),
+        *differences(counts, classes, damaged, absent),
         (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
-        (f'{destination} holds ', folders, 'further class folders', '; remove them')]
+        (f'{destination} holds ', folders, 'further class folders', '; remove them')])
+
+
+def differences(counts, classes, damaged, absent):
+    """What there should be and is not, for `sentences`."""
+    missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
+    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
+    return [('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
+            ('', absent, 'images are missing', ''),
+            ('', missing, f'of {len(classes)} classes are missing', ''),
+            ('', unknown, 'classes are not known', ''),
+            ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
+             'classes have another number of images than they should', '')]
+
+
+def sentences(found: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
+    """A sentence for each kind of fault: of what comes before, how many, what, the first of them, and what comes after."""
     return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
 
 
@@ -269,14 +298,21 @@ def left_over_folders(counts, classes, destination):
     return sorted(set(found) - classes.keys() - counts.keys())
 
 
-def summary(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str, size: tuple[int, int]) -> str:
+def megabytes(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> dict[str, float]:
+    """What the class folders of each split take on the disk."""
+    found = dict.fromkeys(SPLITS, 0.0)
+    for name in counts.keys() & classes.keys():
+        found[classes[name].split] += sum(entry.stat().st_size for entry in os.scandir(os.path.join(destination, name))) / 1e6
+    return found
+
+
+def summary(counts: Mapping[str, int], classes: Mapping[str, Class], megabytes: Mapping[str, float], size: tuple[int, int]) -> str:
     """Text: classes, images, and their size in each split."""
     lines = [f'{"split":8}{"classes":>8}{"images":>9}{"pixels":>9}{"megabytes":>11}']
-    for split in ('train', 'val', 'test'):
+    for split in SPLITS:
         folders = [name for name in counts if name in classes and classes[name].split == split]
-        size_on_disk = sum(entry.stat().st_size for name in folders for entry in os.scandir(os.path.join(destination, name)))
         lines.append(f'{split:8}{len(folders):8,}{sum(counts[name] for name in folders):9,}'
-                     f'{"x".join(map(str, size)):>9}{size_on_disk / 1e6:11.1f}')
+                     f'{"x".join(map(str, size)):>9}{megabytes[split]:11.1f}')
     return '\n'.join(lines)
 
 
@@ -291,12 +327,16 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
     """
     path = os.path.join(destination, PARTIAL_MANIFEST)
     if needed and any(not name.startswith(known.split + '/') for name, known in classes.items()):
-        rows = sorted((known.split, name) for name, known in classes.items() if name in counts)
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
-        write_atomically(path, text.getvalue().encode())
+        write_manifest(path, {name: known.split for name, known in classes.items() if name in counts})
     elif os.path.exists(path):
         os.remove(path)
+
+
+def write_manifest(path: str, split_of: Mapping[str, str]) -> None:
+    """Writes {class folder: split} as the csv file that `read_manifest` of class_folders.py reads."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *sorted((split, name) for name, split in split_of.items())])
+    write_atomically(path, text.getvalue().encode())
 
 
 # Reading downloads --------------------------------------------------------------------------------------------------
@@ -358,6 +398,33 @@ def encode(image: Image.Image, image_format: str = 'PNG') -> bytes:
     content = io.BytesIO()
     image.save(content, image_format, quality=95)
     return content.getvalue()
+
+
+def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, float] | None = None,
+        formats: Sequence[str] = PREPARED_FORMATS) -> bytes:
+    """The content of an image file of a size, from another: the same content where nothing has to be changed.
+
+    Args:
+        size: (width, height), to which it is resized with a Lanczos filter.
+        box: (left, upper, right, lower) in pixels, to which it is cropped before.
+        formats: what the file may be.
+
+    Raises:
+        One of DAMAGE: it cannot be decoded, or lies outside the box.
+    """
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        image.load()
+        if image.size == size and box is None and image.format in PREPARED_FORMATS:
+            return content
+        image_format = image.format if image.format in PREPARED_FORMATS else 'PNG'
+        pixels = image.convert('RGB')
+    if box is not None:
+        left, upper = (max(0, round(edge)) for edge in box[:2])
+        right, lower = (min(side, round(edge)) for side, edge in zip(pixels.size, box[2:]))
+        if right <= left or lower <= upper:
+            raise ValueError('its box holds no pixel')
+        pixels = pixels.crop((left, upper, right, lower))
+    return encode(pixels if pixels.size == size else pixels.resize(size, Image.Resampling.LANCZOS), image_format)
 
 
 class Zip:

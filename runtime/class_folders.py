@@ -1,7 +1,8 @@
 """Class folders on disk: which class belongs to which split, and the images of a split.
 
 A data folder holds either folders train, val and test of class folders, or class folders anywhere below it and a manifest, a
-csv file with the columns split and class. Class folders without either are split once, and a manifest is written.
+csv file with the columns split and class. Class folders without either are split once, and a manifest is written. Large sources
+hold packed arrays instead, see packed.py.
 """
 import csv
 import dataclasses
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime import packed
 from runtime.errors import UserError
 from runtime.files import refuse_no_file, write_atomically
 from runtime.image_cache import cached_array
@@ -47,6 +49,7 @@ class ClassFolders:
         split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
         split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
         skip_bad_images: leave out images that cannot be used, instead of refusing the split.
+        verify: compare checksums of decoded images, which takes time; else sizes and times only.
     """
     root: str
     script: str | None = None
@@ -54,11 +57,12 @@ class ClassFolders:
     split_ratios: tuple[int, int, int] | None = None
     split_given: bool = False
     skip_bad_images: bool = False
+    verify: bool = False
 
     @property
     def missing_hint(self) -> str:
         """What to do if class folders are missing."""
-        return (f'prepare the images with: python {self.script}' if self.script else
+        return (f'prepare the images with: python {self.script} --download (without --download if you have the files)' if self.script else
                 'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
 
     def too_few_hint(self, num_classes: int) -> str:
@@ -93,6 +97,8 @@ class ClassFolders:
         if not _preparation_complete(self.root):
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: '
                             f'python {self.script} (with --allow_missing to go on with what is there)')
+        if self._is_packed():
+            return self._packed_names(split)
         manifest = self._manifest()
         if manifest:
             names = read_manifest(manifest, split)
@@ -121,6 +127,8 @@ class ClassFolders:
             BadImages: images cannot be decoded or have the wrong size.
             UserError: as for `names`.
         """
+        if self._is_packed():
+            return self._load_packed(split, image_shape)
         files = self._files(split)
         try:
             return self._decoded(split, files, image_shape)
@@ -131,6 +139,21 @@ class ClassFolders:
             bad = {path for path, _ in error.images}
         return self._decoded(split, [(name, [image for image in images if os.path.join(self.root, name, image.name) not in bad])
                                      for name, images in files], image_shape)
+
+    def _is_packed(self):
+        return self.script is not None and packed.is_packed(self.root)
+
+    def _packed_names(self, split):
+        names = list(packed.class_counts(self.root, split, self.script))
+        if not names:
+            raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
+        return names
+
+    def _load_packed(self, split, image_shape):
+        names = self._names(split)
+        counts = np.array(list(packed.class_counts(self.root, split, self.script).values()))
+        images, checksum = packed.load(self.root, split, image_shape, self.script, self.verify)
+        return ImageClasses(images, names, np.cumsum(counts) - counts, counts, checksum)
 
     def _files(self, split):
         """[(class folder, its image files)] of a split."""
@@ -151,7 +174,7 @@ class ClassFolders:
         images, checksum = cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
             (len(paths), *image_shape),
-            lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'))
+            lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
         return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
 
     def _manifest(self) -> str | None:
@@ -177,6 +200,12 @@ class ClassFolders:
         if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
             raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
                             '--split, or delete that file to have them split anew')
+
+
+def preparation_facts(root: str) -> dict:
+    """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
+    facts = _preparation_record(root).get('facts')
+    return facts if isinstance(facts, dict) else {}
 
 
 def subfolders(folder: str) -> list[str]:
@@ -275,11 +304,17 @@ def _split_flag(ratios: tuple[int, int, int]) -> str:
 
 def _preparation_complete(root: str) -> bool:
     """Whether the preparation record says so, or there is no record."""
+    return bool(_preparation_record(root).get('complete'))
+
+
+def _preparation_record(root):
+    """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
     try:
         refuse_no_file(os.path.join(root, PREPARATION_RECORD))
         with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
-            return bool(json.load(file)['complete'])
+            record = json.load(file)
+        return record if isinstance(record, dict) else {}
     except FileNotFoundError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return {'complete': True}
+    except (OSError, ValueError, RecursionError):
+        return {}

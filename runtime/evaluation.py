@@ -12,6 +12,7 @@ import tensorflow as tf
 from data_generator import Tasks
 from maml import MAML, Metrics
 from runtime import checkpoints, results
+from runtime.class_folders import preparation_facts
 from runtime.ensemble import Ensemble
 from runtime.errors import UserError
 from runtime.progress import Progress
@@ -68,10 +69,13 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
 
 def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None) -> dict:
     """What results.json says of an evaluation besides its figures."""
+    facts = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
+    preparation = {'preparation': facts} if facts else {}  # such as which of several published splits
     return {
         'checkpoint': prefix, 'iterations': iterations,
         **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
-        'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''), 'score': run.metric, 'flags': run.flag_values,
+        'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
+        'score': run.metric, 'flags': run.flag_values,
         # The number at which the method is meant: see --compare.
         'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
@@ -79,7 +83,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
                   'num_classes': run.tasks.num_classes if run.source.image_shape else None,
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint,
-                  **run.source.task_facts},
+                  **run.source.task_facts, **preparation},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
 
 

@@ -116,7 +116,12 @@ RULES = [
          '--data_path is a folder of images, but {datasource} has no data on disk'),
     Rule(lambda r: r.user_images and not r.data_path and r.mode != 'predict',
          '--datasource={datasource} needs --data_path, the folder of your images'),
-    Rule(lambda r: r.given('skip_bad_images') and not r.images, '--skip_bad_images is for sources of images'),
+    Rule(lambda r: r.images and r.source.test_only and r.mode == 'train',
+         '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --train=False, '
+         '--test_set=True and --load_from'),
+    Rule(lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
+         '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
+    *_only_with(['skip_bad_images', 'verify'], lambda r: r.images, 'is for sources of images'),
     *_only_with(['image_size', 'image_channels', 'rotations', 'split'], lambda r: r.user_images, 'is for --datasource=folder'),
     Rule(lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
          '--split={split} must be three positive whole numbers like 64/16/20'),

@@ -159,7 +159,7 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
             source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
             split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
     if source.image_shape:
-        source = dataclasses.replace(source, skip_bad_images=values.skip_bad_images)
+        source = dataclasses.replace(source, skip_bad_images=values.skip_bad_images, verify=values.verify)
     train = mode(values) == 'train'
     query_shots = -1 if train else values.test_query
     return source, TaskConfig(

@@ -22,7 +22,8 @@ from runtime import evaluation, training  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_environment', 'test_hostile_input',
-                 'test_hostile_preparation', 'test_resize_images', 'test_structure'}
+                 'test_download', 'test_hostile_preparation', 'test_image_sets', 'test_packed', 'test_resize_images', 'test_structure',
+                 'test_tieredimagenet'}
 QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test_output_shapes', 'test_every_source_has_a_run',
                'test_refusal', 'test_nonsense_is_refused', 'test_labels_say_what_differs', 'test_bootstrap_covers',
                'test_usage_text_and_readme_agree', 'test_cluster', 'test_a_configuration_that_makes_no_sense'}
@@ -112,8 +113,11 @@ def small_data(tmp_path_factory):
     write_manifest(root / 'omniglot', names)
     for source, size in ('miniimagenet', (84, 84, 3)), ('cifarfs', (32, 32, 3)), ('fc100', (32, 32, 3)):
         write_image_tree(root / source, class_names(6, 5, 5), images=20, size=size)
+    for source, size in ('doublemnist', (64, 64)), ('triplemnist', (84, 84)):
+        write_image_tree(root / source, class_names(6, 5, 5), images=6, size=size)
     write_image_tree(root / 'folder', [f'class {number}' for number in range(32)], images=4, size=(40, 30, 3))
-    return {path.name: path for path in root.iterdir()}
+    alike = dict.fromkeys(['tieredimagenet', 'cub', 'flowers', 'aircraft', 'dtd'], 'miniimagenet') | {'gtsrb': 'cifarfs'}
+    return {path.name: path for path in root.iterdir()} | {name: root / other for name, other in alike.items()}
 
 
 @pytest.fixture(scope='session')

@@ -1,9 +1,11 @@
 """main.py as users run it: training, resuming, evaluating, and refusing what makes no sense."""
 import csv
 import glob
+import json
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from runtime import evaluation
 from runtime.run import data_from_flags, run_from_flags
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
-# A short run of every source, on tiny data. A source without an entry fails test_every_source_has_a_run.
+# A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.
 RUNS = {
     'sinusoid': ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4'],
     'omniglot': ['--datasource=omniglot', '--update_batch_size=1', '--update_lr=0.4', '--num_filters=4',
@@ -24,6 +26,9 @@ RUNS = {
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
     'cifarfs': ['--datasource=cifarfs', *SMALL],
     'fc100': ['--datasource=fc100', *SMALL],
+    **{name: [f'--datasource={name}', *SMALL] for name in ('tieredimagenet', 'cub', 'flowers', 'aircraft', 'dtd')},
+    'doublemnist': ['--datasource=doublemnist', *SMALL],
+    'triplemnist': ['--datasource=triplemnist', *SMALL],
     'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--rotations'],
 }
 
@@ -37,8 +42,8 @@ def arguments(request, small_data, tmp_path):
 
 def every_source(function):
     """The slow ones differ from --datasource=cifarfs in their entries of SOURCES only."""
-    slow = 'miniimagenet', 'fc100', 'folder'
-    sources = [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in RUNS]
+    quick = 'sinusoid', 'omniglot', 'cifarfs'
+    sources = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
     return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
 
@@ -47,7 +52,21 @@ def of(source):
 
 
 def test_every_source_has_a_run():
-    assert RUNS.keys() == SOURCES.keys()
+    assert RUNS.keys() == {name for name, source in SOURCES.items() if not getattr(source, 'test_only', False)}
+
+
+def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
+    """A model of another one is evaluated on it; results.json says how its images were chosen, where the preparation did."""
+    data = shutil.copytree(small_data['gtsrb'], tmp_path / 'data')
+    (data / '.prepared.json').write_text('{"recipe": "", "complete": true, "facts": {"split": "chen"}}')
+    run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "source"}')
+    flags = ['--datasource=gtsrb', *SMALL, f'--data_path={data}', f'--logdir={tmp_path / "target"}']
+    model = experiment(tmp_path / 'source') / 'model2'
+    assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', f'--load_from={model}')
+    entry, = json.loads((experiment(tmp_path / 'target') / 'results.json').read_text()).values()
+    assert entry['tasks']['preparation'] == {'split': 'chen'}
+    assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
+    assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
 
 
 def experiment(tmp_path):

@@ -12,8 +12,7 @@ import maml
 from conftest import ROOT, run_ok
 from runtime import flags
 
-SCIENCE = {'main', 'maml', 'switches', 'data_generator', 'utils', 'special_grads'}
-USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'class_folders')}
+USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders')}
 ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'schedules', 'engine')}
 
 
@@ -98,7 +97,9 @@ def test_frames_between_the_training_loop_and_the_inner_loop(more, tmp_path, mon
 # The docs ---------------------------------------------------------------------------------------------------------------
 
 def usage_commands():
-    return [line.strip().removeprefix('python main.py ') for line in main.__doc__.splitlines() if 'python main.py --data' in line]
+    with open(os.path.join(ROOT, 'docs', 'data.md'), encoding='utf-8') as file:
+        lines = main.__doc__.splitlines() + file.read().splitlines()
+    return [line.strip().removeprefix('python main.py ') for line in lines if 'python main.py --data' in line]
 
 
 def test_the_page_of_flags_is_current():

@@ -17,7 +17,6 @@ data/miniImagenet/classes.csv.
 """
 import collections
 import csv
-import io
 import os
 import re
 import sys
@@ -27,15 +26,15 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
-from data import pickles  # noqa: E402
+from data import download, pickles  # noqa: E402
 from data.preparation import (  # noqa: E402
-    PREPARED_FORMATS,
     Class,
     Picture,
     Zip,
     arguments,
     check_regular,
     encode,
+    fit,
     is_plain_name,
     load_pickle,
     prepare,
@@ -78,7 +77,7 @@ def from_images(source):
         if path is None:
             absent.append(name)
         else:
-            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read())))
+            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read(), SIZE)))
     if not pictures:
         sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is among its images')
     return pictures, expected, absent
@@ -171,15 +170,6 @@ def check_rows(rows):
             sys.exit(f'the class {label} is in {split_of[label]}.csv and in {split}.csv; a class belongs to one split')
 
 
-def fit(content):
-    """An image file's content if it is 84x84 and can be decoded; resized, else."""
-    with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
-        image.load()
-        if image.size == SIZE:
-            return content
-        return encode(image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS), image.format)
-
-
 def find_pickle(source, split):
     """The path of a split's cached pickle, or None."""
     names = [f'mini-imagenet-cache-{name}.pkl' for name in ([split, 'validation'] if split == 'val' else [split])]
@@ -228,6 +218,7 @@ def read_pickle(path):
 
 def main():
     args = arguments(__doc__, HERE, HERE).parse_args()
+    download.fetch('miniimagenet', args)
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
     has_pickles = any(find_pickle(args.source, split) for split in SPLITS)
     pictures, expected, absent = (from_pickles if has_pickles and not has_images else from_images)(args.source)

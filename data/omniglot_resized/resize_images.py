@@ -1,12 +1,10 @@
 """Prepares Omniglot: 28x28 images of all 1623 characters from the two original archives.
 
-Put images_background.zip and images_evaluation.zip (https://github.com/brendenlake/omniglot, folder python), or their
-unpacked folders, into data/omniglot/, and run
+    python data/omniglot_resized/resize_images.py --download
 
-    python data/omniglot_resized/resize_images.py
-
-It writes data/omniglot_resized/<alphabet>/<character>/<drawing>.png and leaves the source as it is. It may be run again
-at any time.
+fetches images_background.zip and images_evaluation.zip (https://github.com/brendenlake/omniglot, folder python) into
+data/omniglot/. Without --download, it reads the archives or their unpacked folders there. It writes
+data/omniglot_resized/<alphabet>/<character>/<drawing>.png and leaves the source as it is. It may be run again at any time.
 
 The originals are 1-bit images, which Pillow resizes by nearest neighbour whatever filter it is asked for. So did the
 reference code, and so does this script; --antialias makes grey images with a real Lanczos filter instead.
@@ -20,6 +18,7 @@ from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import download  # noqa: E402
 from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
@@ -81,6 +80,7 @@ def main():
     parser = arguments(__doc__, os.path.join(os.path.dirname(HERE), 'omniglot'), HERE)
     parser.add_argument('--antialias', action='store_true', help='grey images, really filtered (not as the reference)')
     args = parser.parse_args()
+    download.fetch('omniglot', args)
     pictures = [Picture(name, lambda read=read: resize(read(), args.antialias))
                 for name, read in sorted(find_drawings(args.source).items())]
     classes = {row['class']: Class(row['split'], images=20) for row in read_classes(os.path.join(HERE, 'splits.csv'))}

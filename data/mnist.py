@@ -1,0 +1,99 @@
+"""Reads MNIST (LeCun et al., 1998), and makes images of several digits of it: DoubleMNIST and TripleMNIST (Sun, 2019).
+
+A class is a number of two or three digits. Each image of it has its digits from left to right, each drawn from all of MNIST's and
+put at a random place in a cell of its own, on black, as MultiDigitMNIST's generator does (github.com/shaohua0116/MultiDigitMNIST).
+The classes of each split are that generator's. Its images are not: image k of a class here is a function of (SEED, class, k).
+"""
+import gzip
+import io
+import math
+import os
+import sys
+import zlib
+
+import numpy as np
+
+from data import download
+from data.packing import ImageList, pack
+from data.preparation import Class, arguments, read_classes, read_file, reason
+
+SEED = 123
+SIDE = 28
+PARTS = {'train': 60_000, 't10k': 10_000}
+IMAGES_PER_CLASS = 1000
+
+
+def read_digits(source: str) -> list[np.ndarray]:
+    """The images of each digit from 0 to 9, of both parts: uint8 [images, 28, 28] each.
+
+    Raises:
+        SystemExit: a file is missing, damaged, or of other counts.
+    """
+    images, labels = [], []
+    for part, count in PARTS.items():
+        images.append(read_idx(source, f'{part}-images-idx3-ubyte', (count, SIDE, SIDE)))
+        labels.append(read_idx(source, f'{part}-labels-idx1-ubyte', (count,)))
+        if labels[-1].max() > 9:
+            sys.exit(f'{part}-labels-idx1-ubyte in {source} holds a label {labels[-1].max()}; download MNIST again')
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    digits = [images[labels == digit] for digit in range(10)]
+    if not all(map(len, digits)):
+        sys.exit(f'the labels in {source} lack the digit {min(digit for digit in range(10) if not len(digits[digit]))}; '
+                 'download MNIST again')
+    return digits
+
+
+def read_idx(source: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of bytes from an idx file, packed (<name>.gz) or not. Raises SystemExit if it is not there, or not of that shape."""
+    paths = [os.path.join(source, file) for file in (name, name + '.gz')]
+    path = next((path for path in paths if os.path.exists(path)), None)
+    if path is None:
+        sys.exit(f'{source} holds neither {name} nor {name}.gz; fetch MNIST by --download, or name its folder with --source')
+    head = bytes([0, 0, 8, len(shape)]) + np.array(shape, '>i4').tobytes()
+    size = len(head) + math.prod(shape)
+    try:
+        content = read_file(path, 2 ** 26)
+        if path.endswith('.gz'):
+            content = gunzip(content, size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
+    if len(content) != size or not content.startswith(head):
+        sys.exit(f'{path} does not hold bytes of shape {list(shape)}; download it again')
+    return np.frombuffer(content, np.uint8, offset=len(head)).reshape(shape)
+
+
+def gunzip(content: bytes, most: int) -> bytes:
+    """The beginning of what a gzip file unpacks to, of at most that many bytes."""
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        return file.read(most)
+
+
+def image_of(digits: list[np.ndarray], number: str, k: int, size: int) -> np.ndarray:
+    """Image k of a class.
+
+    Args:
+        digits: as from `read_digits`.
+        number: the class, as text with its leading zeros.
+        size: height and width; each digit's cell is size / len(number) wide, which 28 pixels must fit.
+
+    Returns:
+        uint8 [size, size, 1].
+    """
+    rng = np.random.default_rng([SEED, len(number), int(number), k])
+    image, cell = np.zeros([size, size, 1], np.uint8), size // len(number)
+    for place, digit in enumerate(map(int, number)):
+        drawing = digits[digit][rng.integers(len(digits[digit]))]
+        top, left = rng.integers(max(1, size - SIDE)), place * cell + rng.integers(max(1, cell - SIDE))
+        image[top:top + SIDE, left:left + SIDE, 0] = drawing
+    return image
+
+
+def main(description: str, here: str, size: int) -> None:
+    """Writes <destination>/{train,val,test}.npy by the list of classes in the script's folder."""
+    args = arguments(description, os.path.join(os.path.dirname(here), 'mnist'), here).parse_args()
+    download.fetch('mnist', args)
+    rows = read_classes(os.path.join(here, 'classes.csv'))
+    digits = read_digits(args.source)
+    lists = {f'{row["split"]}/{row["class"]}': ImageList(
+        IMAGES_PER_CLASS, lambda k, number=row['class']: image_of(digits, number, k, size)) for row in rows}
+    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], IMAGES_PER_CLASS) for row in rows}, (size, size, 1), args)

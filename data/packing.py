@@ -1,0 +1,160 @@
+"""Writes a large source as packed arrays (runtime/packed.py) instead of class folders, which start-up would have to list and decode.
+
+A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack` writes
+one array for each split, checks the counts and prints a summary.
+"""
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.preparation import (
+    DAMAGE,
+    Class,
+    describe_classes,
+    differences,
+    remove_parts,
+    sentences,
+    start,
+    summary,
+    write_preparation_record,
+    write_under_lock,
+)
+from runtime import packed
+from runtime.class_folders import SPLITS
+from runtime.image_cache import write_array
+from runtime.images import CHUNK_BYTES
+
+
+class ImageList(NamedTuple):
+    """The images of a class, which are made one at a time, by several threads."""
+    count: int
+    make: Callable[[int], np.ndarray]  # of numbers below `count`: uint8 [height, width, channels]; raises one of DAMAGE
+
+
+class Damaged(Exception):
+    """Images that cannot be made.
+
+    Attributes:
+        images: {(class, number): error}.
+    """
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+
+def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tuple[int, int, int], args, recipe: str = '',
+         inputs: Sequence[str] = ()) -> None:
+    """Writes images, checks them against the known counts, and prints a summary.
+
+    A split that is there already is left as it is, unless it was made by another recipe or of other classes. Each is written
+    atomically. An image that cannot be made leaves no array of its split, or with args.allow_missing one without it.
+
+    Args:
+        lists: {'<split>/<class>': ImageList}.
+        classes: {'<split>/<class>': Class}.
+        shape: (height, width, channels) of every image.
+        args: as parsed by `arguments`.
+        recipe: what the content depends on besides the source.
+        inputs: folders of originals, into which nothing may be written.
+
+    Raises:
+        SystemExit: with one sentence for each thing that is not as it should be.
+    """
+    write_under_lock(args, inputs, lambda destination: _pack(lists, classes, shape, args, recipe, destination))
+
+
+def _pack(lists, classes, shape, args, recipe, destination):
+    """`pack`, under the lock; returns the complaints."""
+    start(destination, recipe, args.force, [packed.RECORD, *(split + '.npy' for split in SPLITS)])
+    remove_parts(destination)
+    record, damaged = _earlier(destination), {}
+    for split in SPLITS:
+        own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}
+        wanted = {name: images.count for name, images in own.items()}
+        if own and record.get(split, {}).get('classes') != wanted:
+            record.pop(split, None)
+            entry, bad = write_split(os.path.join(destination, split + '.npy'), own, shape, args.allow_missing)
+            damaged |= bad
+            if entry:
+                record[split] = entry
+                packed.write_record(destination, record)
+    counts = {name: 0 for name in lists} | {name: count for entry in record.values() for name, count in entry['classes'].items()}
+    counts = {name: count for name, count in counts.items() if count or name not in classes}
+    complaints = sentences(differences(counts, classes, [(f'image {number} of {name}', error) for (name, number), error
+                                                         in sorted(damaged.items())], []))
+    sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
+    print(summary(counts, classes, sizes, shape[1::-1]))
+    print(describe_classes(counts), 'in', destination, flush=True)
+    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing)
+    return complaints
+
+
+def _earlier(destination: str) -> dict[str, dict]:
+    """The entries of the splits that an earlier preparation has written, and that are still of the size that they had."""
+    try:
+        record = packed.read_record(destination)
+        return {split: entry for split, entry in record.items()
+                if os.path.getsize(os.path.join(destination, split + '.npy')) == entry['bytes']}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int, int],
+                allow_missing: bool) -> tuple[dict | None, dict]:
+    """Writes the images of a split.
+
+    Returns:
+        The split's entry in the record, or None if images cannot be made and that is not allowed; and {(class, number): error} of
+        these.
+    """
+    damaged = {}
+    while True:
+        counts = {name: images.count - sum(other == name for other, _ in damaged) for name, images in lists.items()}
+        if not sum(counts.values()):
+            return None, damaged
+        try:
+            parts = functools.partial(make_images, lists, damaged, shape, os.path.basename(path))
+            facts = write_array(path, (sum(counts.values()), *shape), parts)
+            return {'classes': {name: count for name, count in counts.items() if count}, **facts}, damaged
+        except Damaged as error:
+            damaged = damaged | error.images
+            if not allow_missing:
+                return None, damaged
+
+
+def make_images(lists: Mapping[str, ImageList], skipped, shape: tuple[int, int, int], label: str) -> Iterator[np.ndarray]:
+    """Yields uint8 [count, *shape], class after class but for those skipped, CHUNK_BYTES at a time. Raises Damaged after all of them."""
+    damaged = {}
+
+    def work(member):
+        name, number = member
+        try:
+            image = lists[name].make(number)
+            if image.shape != shape or image.dtype != np.uint8:
+                raise ValueError(f'it is {image.dtype} {list(image.shape)}, not {list(shape)}')
+            return image
+        except MemoryError:
+            raise
+        except DAMAGE as error:
+            damaged[member] = error
+            return None
+
+    members = (member for name, images in lists.items() for number in range(images.count)
+               if (member := (name, number)) not in skipped)
+    per_chunk, total = max(1, CHUNK_BYTES // math.prod(shape)), sum(images.count for images in lists.values()) - len(skipped)
+    with ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
+        while chunk := list(itertools.islice(members, per_chunk)):
+            images = list(pool.map(work, chunk))
+            progress.update(len(chunk))
+            if not damaged:
+                yield np.stack(images)
+    if damaged:
+        raise Damaged(damaged)

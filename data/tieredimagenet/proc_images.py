@@ -1,0 +1,169 @@
+"""Prepares tieredImageNet (Ren et al., 2018): 351 / 97 / 160 classes of ImageNet in 20 / 6 / 8 categories, 779,165 images of 84x84 pixels.
+
+Put into data/tieredimagenet/ one of
+
+    {train,val,test}_images_png.pkl and {train,val,test}_labels.pkl, of Ren's tiered-imagenet.tar
+        (https://github.com/renmengye/few-shot-ssl-public) or of https://zenodo.org/record/7978538
+    {train,val,test}_images.npz and {train,val,test}_labels.pkl, which others unpacked the former to
+    folders {train,val,test}/<wnid>/ of images (as of https://github.com/icoz69/DeepEMD)
+    your own ILSVRC2012: a folder train/<wnid>/ of the original images, of which 608 folders are read
+
+and run, there or anywhere,
+
+    python data/tieredimagenet/proc_images.py
+
+These files' hosts ask for clicks, so --download only says where they are and checks those that are there. The script writes the arrays
+data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: whole splits stay. Images of
+other sizes are resized with a Lanczos filter. The classes of each split are in data/tieredimagenet/classes.csv.
+"""
+import collections
+import io
+import os
+import sys
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+from data import download, pickles  # noqa: E402
+from data.packing import ImageList, pack  # noqa: E402
+from data.preparation import (  # noqa: E402
+    DAMAGE,
+    LARGEST_PICTURE,
+    PREPARED_FORMATS,
+    Class,
+    arguments,
+    check_regular,
+    is_plain_name,
+    load_pickle,
+    read_classes,
+    read_part,
+    read_picture,
+    reason,
+    run_script,
+)
+from runtime.class_folders import SPLITS  # noqa: E402
+
+SHAPE = (84, 84, 3)
+SUFFIXES = ('.jpg', '.jpeg', '.png')
+
+
+def decode(content):
+    """An image file as uint8 [84, 84, 3], resized if it is of another size; raises one of DAMAGE."""
+    with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
+        pixels = image.convert('RGB')
+    return np.asarray(pixels if pixels.size == SHAPE[:2] else pixels.resize(SHAPE[:2], Image.Resampling.LANCZOS))
+
+
+# Each of these returns {class: ImageList} of a split, or None where the source has nothing of its kind.
+
+def from_pickle(source, split, rows, args):
+    """Of PNG files in a pickled list, which are read where they lie in it."""
+    path = os.path.join(source, f'{split}_images_png.pkl')
+    if not os.path.exists(path):
+        return None
+    try:
+        check_regular(path)
+        file = open(path, 'rb')
+        spans = pickles.spans(file)
+    except pickles.Refused as error:
+        sys.exit(f'{path} cannot be read as a pickled list of images ({error}); download it again')
+    return {name: ImageList(len(indices), lambda number, indices=indices: decode(read_span(file, spans[indices[number]])))
+            for name, indices in read_labels(source, split, rows, len(spans)).items()}
+
+
+def read_span(file, span):
+    if span.length > LARGEST_PICTURE:
+        raise ValueError(f'it has {span.length:,} bytes')
+    return os.pread(file.fileno(), span.length, span.offset)
+
+
+def from_npz(source, split, rows, args):
+    """Of an array in an .npz file, which is memory-mapped."""
+    path = os.path.join(source, f'{split}_images.npz')
+    if not os.path.exists(path):
+        return None
+    images = map_npz(path, 'images')
+    if images.dtype != np.uint8 or images.shape[1:] != SHAPE:
+        sys.exit(f'{path} holds {images.dtype} {list(images.shape)} instead of bytes of shape [images, 84, 84, 3]; download it again')
+    channels = slice(None, None, -1 if args.channels == 'bgr' else 1)
+    return {name: ImageList(len(indices), lambda number, indices=indices: images[indices[number]][..., channels])
+            for name, indices in read_labels(source, split, rows, len(images)).items()}
+
+
+def map_npz(path, name):
+    """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
+            member = archive.getinfo(name + '.npy')
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError('it is compressed; write it again by numpy.savez')
+            file.seek(member.header_offset + 26)  # of the local header: the lengths of the name and of what comes after it
+            lengths = file.read(4)
+            file.seek(int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little'), os.SEEK_CUR)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, columns_first, dtype = read(file)
+            if dtype.hasobject:
+                raise ValueError('it holds objects')
+            return np.memmap(file, dtype, 'r', file.tell(), shape, 'F' if columns_first else 'C')
+    except DAMAGE as error:
+        sys.exit(f'{path} cannot be used ({reason(error)}); download it again')
+
+
+def read_labels(source, split, rows, count):
+    """{class: indices of its images} from a split's pickle of labels: numbers of names, of which classes.csv says the class."""
+    path = os.path.join(source, f'{split}_labels.pkl')
+    entries = load_pickle(read_part(path), path)
+    wnids = {row['name']: row['class'] for row in rows} | {row['class']: row['class'] for row in rows}
+    try:
+        labels, names = pickles.integers(entries.get('label_specific'), count), pickles.texts(entries.get('label_specific_str'))
+    except pickles.Refused as error:
+        sys.exit(f'label_specific or label_specific_str in {path} cannot be used ({error}); download it again')
+    if len(labels) != count or not all(0 <= label < len(names) for label in set(labels)):
+        sys.exit(f'the labels in {path} do not fit its {count} images and {len(names)} names; download it again')
+    hostile = [name for name in names if not is_plain_name(name)]
+    if hostile:
+        sys.exit(f'{path} names a class {hostile[0][:50]!r}, which cannot be the name of a folder; download it again')
+    found = collections.defaultdict(list)
+    for index, label in enumerate(labels):
+        found[wnids.get(names[label], names[label])].append(index)
+    return found
+
+
+def from_folders(source, split, rows, args):
+    """Of images in <split>/<wnid>/, train/<wnid>/ (of ILSVRC2012) or <wnid>/."""
+    found = {}
+    for name in [row['class'] for row in rows if row['split'] == split]:
+        folders = [os.path.join(source, *parts, name) for parts in ([split], ['train'], [])]
+        folder = next((folder for folder in folders if os.path.isdir(folder)), None)
+        if folder:
+            paths = sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+            found[name] = ImageList(len(paths), lambda number, paths=paths: decode(read_picture(paths[number])))
+    return found or None
+
+
+def main():
+    parser = arguments(__doc__, HERE, HERE)
+    parser.add_argument('--channels', choices=['bgr', 'rgb'], default='bgr',
+                        help='order of the colours in .npz files: most were unpacked by OpenCV, blue first (default: %(default)s)')
+    args = parser.parse_args()
+    download.fetch('tieredimagenet', args)
+    rows = read_classes(os.path.join(HERE, 'classes.csv'))
+    lists = {}
+    for split in SPLITS:
+        found = (from_pickle(args.source, split, rows, args) or from_npz(args.source, split, rows, args)
+                 or from_folders(args.source, split, rows, args) or {})
+        lists |= {f'{split}/{name}': images for name, images in found.items() if images.count}
+    if not lists:
+        sys.exit(f'{args.source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
+                 'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')
+    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
+         recipe=f'channels={args.channels}', inputs=[os.path.join(args.source, split) for split in SPLITS])
+
+
+if __name__ == '__main__':
+    run_script(main)
