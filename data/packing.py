@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.preparation import (
     DAMAGE,
     Class,
+    ctrl_c_noted,
     describe_classes,
     differences,
     remove_parts,
@@ -150,8 +151,8 @@ def make_images(lists: Mapping[str, ImageList], skipped, shape: tuple[int, int, 
     members = (member for name, images in lists.items() for number in range(images.count)
                if (member := (name, number)) not in skipped)
     per_chunk, total = max(1, CHUNK_BYTES // math.prod(shape)), sum(images.count for images in lists.values()) - len(skipped)
-    with ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
-        while chunk := list(itertools.islice(members, per_chunk)):
+    with ctrl_c_noted() as noted, ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
+        while not noted and (chunk := list(itertools.islice(members, per_chunk))):
             images = list(pool.map(work, chunk))
             progress.update(len(chunk))
             if not damaged:
