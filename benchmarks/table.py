@@ -28,6 +28,9 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 
 import main  # noqa: E402
+from runtime.startup import import_tensorflow  # noqa: E402
+
+import_tensorflow()
 from runtime import checkpoints, results  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 from runtime.files import locked, write_atomically  # noqa: E402

@@ -101,7 +101,7 @@ def test_one_weight_by_hand():
     by_w = 2 * query_error * ((1 - 0.2 * x * x) * query_x - 0.2 * x)
     by_b = 2 * query_error * (-0.2 * x * query_x + 0.8)
 
-    (support_outputs, (fast, _)), = inner_loop(config, task, Parameters(weights, {}), 1)
+    (support_outputs, (fast, *_)), = inner_loop(config, task, Parameters(weights, {}), 1)
     np.testing.assert_allclose([support_outputs[0, 0], fast['w1'][0, 0], fast['b1'][0]], [w * x + b, fast_w, fast_b])
     gradients, _ = gradient(config, task, (weights, {}))
     np.testing.assert_allclose([gradients['w1'][0, 0], gradients['b1'][0]], [by_w, by_b])
