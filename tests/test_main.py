@@ -21,6 +21,8 @@ SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_
 # A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.
 RUNS = {
     'sinusoid': ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4'],
+    **{name: [f'--datasource={name}', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+       for name in ('sinusoid_line', 'harmonic')},
     'omniglot': ['--datasource=omniglot', '--update_batch_size=1', '--update_lr=0.4', '--num_filters=4',
                  '--meta_batch_size=4', '--num_classes=5'],
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
@@ -101,7 +103,7 @@ def iteration_lines(output):
 def test_train_resume_evaluate(arguments, tmp_path, request):
     """An interrupted and resumed run ends with the very numbers of an uninterrupted one, and can be evaluated."""
     source = arguments[0].split('=')[1]
-    if source in ('sinusoid', 'omniglot'):
+    if source in ('sinusoid', 'sinusoid_line', 'harmonic', 'omniglot'):
         first, last = 1000, 1050
     else:
         first, last = 3, 5

@@ -13,7 +13,7 @@ from conftest import ROOT, run_ok
 from runtime import flags
 
 SCIENCE = {'main', 'maml', 'data_generator', 'utils', 'special_grads'}
-USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders')}
+USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders', 'functions')}
 ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'schedules', 'engine')}
 
 
