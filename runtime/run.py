@@ -104,7 +104,8 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         training['metatrain_iterations'] = values.metatrain_iterations  # the step size of each iteration depends on it
     pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
     return Run(
-        datasource=values.datasource, source=source, trained_on=trained_with(values, 'datasource'), tasks=tasks, model=model, replicas=replicas or Replicas(),
+        datasource=values.datasource, source=source, trained_on=trained_with(values, 'datasource'),
+        tasks=tasks, model=model, replicas=replicas or Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
         num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
         directory=(run_directory(values)
@@ -177,8 +178,8 @@ def _with_network_of(trained_on, source, values):
     other = _with_flags(SOURCES[trained_on], values)
     if other.image_shape != source.image_shape:
         there, here = ('x'.join(map(str, shape or ['no images'])) for shape in (other.image_shape, source.image_shape))
-        raise UserError(f'a model of {trained_on} ({there}) cannot be evaluated on {values.datasource} ({here}): their images differ in '
-                        'shape; images in a folder take any shape, by --datasource=folder, --image_size and --image_channels')
+        raise UserError(f'a model of {trained_on} ({there}) cannot be evaluated on {values.datasource} ({here}): their images '
+                        'differ in shape; those of a folder take any, by --datasource=folder, --image_size and --image_channels')
     return dataclasses.replace(source, head=other.head, clip=other.clip)
 
 
@@ -266,8 +267,8 @@ def run_directory(values: flags.FlagValues) -> str | None:
 def apply_run(values: flags.FlagValues) -> None:
     """Sets the flags that --run=DIR describes, but for those on the command line, which win.
 
-    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr, --datasource) is told
-    what the training had.
+    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr, --datasource) is
+    told what the training had.
 
     Raises:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
