@@ -16,6 +16,7 @@ import numpy as np
 
 from runtime.class_folders import MANIFEST, SPLITS, ClassFolders, ImageClasses
 from runtime.errors import UserError
+from runtime.functions import Family, Harmonic, Sinusoid, SinusoidOrLine
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 
@@ -75,54 +76,48 @@ class Source(Protocol):
         """Q, if no flag says otherwise."""
 
 
-# Sinusoid regression ------------------------------------------------------------------------------------------------
+# Regression ---------------------------------------------------------------------------------------------------------
 
-class SinusoidTasks:
-    """y = amplitude * sin(x - phase) with amplitude U[0.1, 5], phase U[0, pi], x U[-5, 5] (section 5.1 of the paper).
+class FunctionTasks:
+    """Functions of a family, each seen at K + Q random inputs.
 
-    Inputs are x, or with the oracle baseline (x, amplitude, phase).
+    Inputs are x, or with the oracle baseline x and the function's parameters.
     """
-    AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
-    def __init__(self, config: TaskConfig, split: str):
-        self.config = config
+    def __init__(self, family: Family, config: TaskConfig, split: str):
+        self.family, self.config = family, config
         self._key = np.random.SeedSequence([config.seed, SPLITS.index(split)]).generate_state(2, np.uint64)
         self._points = config.update_batch_size + config.query_shots
         self.fingerprint = None
         # Philox makes four numbers for each value of its counter; a task owns a block of counter values.
-        self._counts_per_task = -(-(2 + self._points) // 4)
+        self._counts_per_task = -(-(family.numbers + self._points) // 4)
 
     def draw(self, start: int, count: int) -> TaskBatch:
         """Tasks start to start + count - 1: K support and Q query rows each; there are no classes."""
-        amplitude, phase, x = self._uniform(start, count)
-        return _split_rows(*self._examples(amplitude, phase, x), self.config.update_batch_size)
+        return _split_rows(*self._examples(*self._functions(start, count)), self.config.update_batch_size)
 
-    def parameters(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Amplitude and phase of these tasks, each [count, 1, 1]."""
-        return self._uniform(start, count)[:2]
+    def parameters(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+        """The parameters of these tasks' functions, each [count, 1, 1]."""
+        return self._functions(start, count)[0]
 
     def grid(self, start: int, count: int, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of these tasks at equally spaced x over the whole range: [count, points, dim] each."""
-        x = np.broadcast_to(np.linspace(*self.INPUTS, points)[:, None], (count, points, 1))
-        return self._examples(*self.parameters(start, count), x)
+        parameters = self.parameters(start, count)
+        return self._examples(parameters, np.linspace(*self.family.span(parameters), points, axis=1))
 
-    def _uniform(self, start, count):
-        """Amplitudes [count, 1, 1], phases [count, 1, 1] and x [count, points, 1] of these tasks."""
+    def _functions(self, start, count):
+        """Parameters and x, [count, points, 1], of these tasks."""
         stream = np.random.Philox(key=self._key, counter=start * self._counts_per_task)
         uniform = np.random.Generator(stream).random((count, 4 * self._counts_per_task, 1))
-        return (_between(self.AMPLITUDES, uniform[:, 0:1]), _between(self.PHASES, uniform[:, 1:2]),
-                _between(self.INPUTS, uniform[:, 2:2 + self._points]))
+        numbers = self.family.numbers
+        parameters = self.family.parameters(uniform[:, :numbers])
+        return parameters, self.family.inputs(parameters, uniform[:, numbers:numbers + self._points])
 
-    def _examples(self, amplitude, phase, x):
-        y = amplitude * np.sin(x - phase)
+    def _examples(self, parameters, x):
+        y = self.family.values(parameters, x)
         if self.config.baseline == 'oracle':
-            x = np.concatenate([x, np.broadcast_to(amplitude, x.shape), np.broadcast_to(phase, x.shape)], axis=-1)
+            x = np.concatenate([x, *(np.broadcast_to(parameter, x.shape) for parameter in parameters)], axis=-1)
         return x.astype(np.float32), y.astype(np.float32)
-
-
-def _between(bounds, uniform):
-    low, high = bounds
-    return low + (high - low) * uniform
 
 
 def _split_rows(x, y, support_rows):
@@ -196,21 +191,22 @@ class ImageTasks:
 # The sources --------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class SinusoidSource:
-    """Regression on sine waves. Needs no data on disk."""
+class FunctionSource:
+    """Regression on the functions of a family. Needs no data on disk."""
+    family: Family
+    baselines: tuple[str, ...] = ()
     loss = 'mse'
     image_shape = head = clip = None
     dim_hidden = (40, 40)
     validation_updates = 5
     print_interval = 1000
-    baselines = ('oracle',)
     task_facts = {}
 
-    def tasks(self, config: TaskConfig, split: str) -> SinusoidTasks:
-        return SinusoidTasks(config, split)
+    def tasks(self, config: TaskConfig, split: str) -> FunctionTasks:
+        return FunctionTasks(self.family, config, split)
 
     def dim_input(self, config: TaskConfig) -> int:
-        return 3 if config.baseline == 'oracle' else 1
+        return 1 + self.family.numbers if config.baseline == 'oracle' else 1
 
     def dim_output(self, config: TaskConfig) -> int:
         return 1
@@ -285,7 +281,9 @@ class ImageSource:
 
 
 SOURCES: dict[str, Source] = {
-    'sinusoid': SinusoidSource(),
+    'sinusoid': FunctionSource(Sinusoid(), baselines=('oracle',)),
+    'sinusoid_line': FunctionSource(SinusoidOrLine()),
+    'harmonic': FunctionSource(Harmonic()),
     'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
                             invert=True, head='mean'),
     'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,

@@ -106,8 +106,7 @@ number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that di
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
-number('num_filters', 64, 'filters of each convolution (the paper has 32 for miniImagenet)', 1,
-       Learning(label='hidden{}', network='convolutions'))
+number('num_filters', 64, 'filters of each convolution (paper: 32 for miniImagenet)', 1, Learning('hidden{}', 'convolutions'))
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning(label='maxpool', network='convolutions'))
@@ -148,6 +147,7 @@ number('train_update_batch_size', -1, 'K that the model was trained with, if not
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
 number('train_inner_batch', -1, 'inner batch that the model was trained with, if not --inner_batch', -1)
 choice('train_query_norm', 'batch', ['batch', 'support', 'each'], 'the --query_norm that the model was trained with')
+choice('train_datasource', None, SOURCES, 'source of images that the model was trained on, if not --datasource')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir')

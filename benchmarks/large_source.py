@@ -2,8 +2,9 @@
 
     python benchmarks/large_source.py [--images=200000] [--folder=/tmp/large_source]
 
-Writes tieredImageNet-like arrays of that many random images (once), then loads its training split and draws tasks, each in a process
-of its own: as a training does, and with --verify. Prints seconds and the peak of resident memory that is not shared file pages.
+Writes tieredImageNet-like arrays of that many random images (once), then loads its training split and draws tasks, each in a
+process of its own: as a training does, and with --verify. Prints seconds and the peak of resident memory that is not shared
+file pages.
 """
 import argparse
 import dataclasses

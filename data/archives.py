@@ -1,4 +1,4 @@
-"""Reading the pictures of tar files and of unpacked folders, as `Zip` of preparation.py reads those of zip files: one by one, in memory.
+"""Reads the pictures of tar files and of unpacked folders as `Zip` of preparation.py does those of zip files: one by one.
 
 All three have names(), the paths of their files in an order in which they are read fast, and read(name).
 """
@@ -30,9 +30,9 @@ class Folder:
 class Tar:
     """A tar file, packed or not, that is never unpacked.
 
-    It is read from its beginning to its end: once for the names, and for the texts in it, then for the pictures as they are asked
-    for. Threads that ask for pictures in about the order of names() find those that others have read past in a small stash. Asking
-    for an earlier one is possible, but means reading from the beginning again.
+    It is read from its beginning to its end: once for the names, and for the texts in it, then for the pictures as they are
+    asked for. Threads that ask for pictures in about the order of names() find those that others have read past in a small
+    stash. Asking for an earlier one is possible, but means reading from the beginning again.
     """
 
     def __init__(self, path):
@@ -89,7 +89,7 @@ class Tar:
 
 
 def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:
-    """What a folder holds: the unpacked folder, or else the archive, a .zip or a tar file. Raises SystemExit if it has neither."""
+    """What a folder holds: the unpacked folder, or else the archive, .zip or tar. Raises SystemExit if it has neither."""
     unpacked, packed = os.path.join(source, folder), os.path.join(source, archive)
     if os.path.isdir(unpacked):
         return Folder(unpacked)
@@ -99,7 +99,7 @@ def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:
 
 
 def read_text(archive: Folder | Tar | Zip, end: str) -> list[list[str]]:
-    """The lines of a text in an archive, split at the first blank, by the end of its path. Raises SystemExit if it is not there."""
+    """The lines of a text in an archive, split at the first blank, by its path's end. Raises SystemExit if it is not there."""
     found = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
     if len(found) != 1:
         sys.exit(f'the download holds {end} {len(found)} times instead of once; download it again')

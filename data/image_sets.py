@@ -1,7 +1,7 @@
 """Prepares sets of photographs that come as one archive: a table of what each is, and one way to class folders.
 
-The pictures become <destination>/classes/<class>/, resized with a Lanczos filter to one size, without keeping the aspect. Which class
-belongs to which split is written to <destination>/splits.csv. So another --split moves no picture.
+The pictures become <destination>/classes/<class>/, resized with a Lanczos filter to one size, without keeping the aspect. Which
+class belongs to which split is written to <destination>/splits.csv. So another --split moves no picture.
 """
 import argparse
 import io
@@ -91,11 +91,12 @@ def numbers(text: str) -> Box:
 
 
 SETS = {
-    'cub': ImageSet('CUB_200_2011.tgz', 'CUB_200_2011', re.compile(r'(?:^|/)images/(?P<class>\d{3}\.[^/]+)/(?P<file>[^/]+)\.jpg$'), 84,
-                    boxes=cub_boxes),
+    'cub': ImageSet('CUB_200_2011.tgz', 'CUB_200_2011', re.compile(r'(?:^|/)images/(?P<class>\d{3}\.[^/]+)/(?P<file>[^/]+)\.jpg$'),
+                    84, boxes=cub_boxes),
     'flowers': ImageSet('102flowers.tgz', 'jpg', re.compile(r'(?:^|/)(?P<file>image_\d{5})\.jpg$'), 84, labels=flowers_labels),
-    'aircraft': ImageSet('fgvc-aircraft-2013b.tar.gz', 'fgvc-aircraft-2013b', re.compile(r'(?:^|/)data/images/(?P<file>\d{7})\.jpg$'),
-                         84, labels=aircraft_labels, boxes=aircraft_boxes, crop=True),
+    'aircraft': ImageSet('fgvc-aircraft-2013b.tar.gz', 'fgvc-aircraft-2013b',
+                         re.compile(r'(?:^|/)data/images/(?P<file>\d{7})\.jpg$'), 84, labels=aircraft_labels,
+                         boxes=aircraft_boxes, crop=True),
     'dtd': ImageSet('dtd-r1.0.1.tar.gz', 'dtd', re.compile(r'(?:^|/)images/(?P<class>[a-z-]+)/(?P<file>[^/]+)\.jpg$'), 84),
     'gtsrb': ImageSet('GTSRB_Final_Training_Images.zip', 'GTSRB',
                       re.compile(r'(?:^|/)Images/(?P<class>\d{5})/(?P<file>\d{5}_\d{5})\.ppm$'), 32, formats=('PPM',)),
@@ -115,8 +116,8 @@ def find_pictures(image_set: ImageSet, source: str, crop: bool) -> list[Picture]
         match = image_set.picture.search(name)
         if match and all(map(is_plain_name, match.groupdict().values())):
             label = match['class'] if not image_set.labels else labels.get(match['file'], 'unknown')
-            suffix = '.jpg' if 'JPEG' in image_set.formats else '.png'
-            pictures.append(Picture(f'classes/{label}/{match["file"]}{suffix}', encoder(archive, name, match['file'], image_set, boxes)))
+            path = f'classes/{label}/{match["file"]}{".jpg" if "JPEG" in image_set.formats else ".png"}'
+            pictures.append(Picture(path, encoder(archive, name, match['file'], image_set, boxes)))
     if not pictures:
         sys.exit(f'there are no pictures like those of {image_set.archive} in {source}; download it again')
     return pictures

@@ -1,8 +1,9 @@
 """Reads MNIST (LeCun et al., 1998), and makes images of several digits of it: DoubleMNIST and TripleMNIST (Sun, 2019).
 
-A class is a number of two or three digits. Each image of it has its digits from left to right, each drawn from all of MNIST's and
-put at a random place in a cell of its own, on black, as MultiDigitMNIST's generator does (github.com/shaohua0116/MultiDigitMNIST).
-The classes of each split are that generator's. Its images are not: image k of a class here is a function of (SEED, class, k).
+A class is a number of two or three digits. Each image of it has its digits from left to right, each drawn from all of MNIST's
+and put at a random place in a cell of its own, on black, as MultiDigitMNIST's generator does
+(github.com/shaohua0116/MultiDigitMNIST). The classes of each split are that generator's. Its images are not: image k of a class
+here is a function of (SEED, class, k).
 """
 import gzip
 import io
@@ -44,7 +45,7 @@ def read_digits(source: str) -> list[np.ndarray]:
 
 
 def read_idx(source: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of bytes from an idx file, packed (<name>.gz) or not. Raises SystemExit if it is not there, or not of that shape."""
+    """An array of bytes from an idx file, packed (<name>.gz) or not. Raises SystemExit if it is missing or of another shape."""
     paths = [os.path.join(source, file) for file in (name, name + '.gz')]
     path = next((path for path in paths if os.path.exists(path)), None)
     if path is None:

@@ -1,7 +1,7 @@
-"""Writes a large source as packed arrays (runtime/packed.py) instead of class folders, which start-up would have to list and decode.
+"""Writes a large source as packed arrays (runtime/packed.py) instead of class folders, which a start would list and decode.
 
-A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack` writes
-one array for each split, checks the counts and prints a summary.
+A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack`
+writes one array for each split, checks the counts and prints a summary.
 """
 import functools
 import itertools
@@ -132,7 +132,7 @@ def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int
 
 
 def make_images(lists: Mapping[str, ImageList], skipped, shape: tuple[int, int, int], label: str) -> Iterator[np.ndarray]:
-    """Yields uint8 [count, *shape], class after class but for those skipped, CHUNK_BYTES at a time. Raises Damaged after all of them."""
+    """Yields uint8 [count, *shape], class after class but for those skipped, CHUNK_BYTES at a time. Raises Damaged at the end."""
     damaged = {}
 
     def work(member):

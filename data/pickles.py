@@ -71,7 +71,8 @@ def spans(file: BinaryIO) -> list[Span]:
         raise
     except Exception as error:
         raise Refused('it is damaged') from error
-    _require(type(found) is list and len(found) <= MOST_IMAGES and all(type(item) is Span for item in found), 'it is no list of images')
+    _require(type(found) is list and len(found) <= MOST_IMAGES and all(type(item) is Span for item in found),
+             'it is no list of images')
     return found
 
 

@@ -190,7 +190,8 @@ def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> N
         write_preparation_record(destination, recipe, complete=False)
 
 
-def write_preparation_record(destination: str, recipe: str | None, complete: bool, facts: Mapping[str, object] | None = None) -> None:
+def write_preparation_record(destination: str, recipe: str | None, complete: bool,
+                             facts: Mapping[str, object] | None = None) -> None:
     """Writes what the program reads before it uses the images: whether all that should be there is, and how they were chosen."""
     write_atomically(os.path.join(destination, RECORD), json.dumps(
         {'recipe': recipe, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
@@ -335,7 +336,8 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
 def write_manifest(path: str, split_of: Mapping[str, str]) -> None:
     """Writes {class folder: split} as the csv file that `read_manifest` of class_folders.py reads."""
     text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *sorted((split, name) for name, split in split_of.items())])
+    rows = sorted((split, name) for name, split in split_of.items())
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
     write_atomically(path, text.getvalue().encode())
 
 

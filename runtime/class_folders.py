@@ -62,7 +62,7 @@ class ClassFolders:
     @property
     def missing_hint(self) -> str:
         """What to do if class folders are missing."""
-        return (f'prepare the images with: python {self.script} --download (without --download if you have the files)' if self.script else
+        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script else
                 'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
 
     def too_few_hint(self, num_classes: int) -> str:

@@ -93,6 +93,7 @@ def results_name(run: Run, prefix: str, query_norm: str) -> str:
     usual = run.source.query_shots(run.model.update_batch_size, train=False)
     return ''.join([
         f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}',
+        f'_{run.datasource}' if run.datasource != run.trained_on else '',
         f'_cls{run.model.dim_output}' if run.model.dim_output != run.num_outputs else '',
         f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
         f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
@@ -148,7 +149,7 @@ def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None]:
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
                         f'{run.regime}ing; give the flags of its training')
-    checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.datasource},
+    checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.trained_on},
                             'give the flags of its training')
     checkpoints.restore(checkpoint, model.state())
     if best:

@@ -1,4 +1,4 @@
-"""Decoded images on disk: an array, memory-mapped, with a checksum, and a cache of such arrays with fingerprints of their origin."""
+"""Decoded images on disk: arrays, memory-mapped, with checksums, and a cache of them with fingerprints of their origin."""
 import contextlib
 import json
 import os

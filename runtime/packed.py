@@ -1,7 +1,7 @@
 """Packed images: one array a split, which the preparation of a large source writes in the place of class folders.
 
-<folder>/<split>.npy is uint8 [images, height, width, channels], class after class. <folder>/packed.json says of each split how many
-images of which classes it holds, in their order, and what tells that the array is whole.
+<folder>/<split>.npy is uint8 [images, height, width, channels], class after class. <folder>/packed.json says of each split how
+many images of which classes it holds, in their order, and what tells that the array is whole.
 """
 import contextlib
 import json

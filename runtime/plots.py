@@ -1,4 +1,4 @@
-"""Figures: metrics against updates, sinusoids before and after adaptation, and the images of tasks and predictions."""
+"""Figures: metrics against updates, functions before and after adaptation, and the images of tasks and predictions."""
 import io
 import os
 import re
@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-from data_generator import ImageSource, ImageTasks, SinusoidTasks, TaskBatch, Tasks
+from data_generator import FunctionTasks, ImageSource, ImageTasks, TaskBatch, Tasks
 from maml import MAML
 from runtime.errors import UserError
 from runtime.files import write_atomically
@@ -33,7 +33,7 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
     Args:
         run: a run.Run.
         model: a maml.MAML.
-        tasks: SinusoidTasks or ImageTasks, of data_generator.
+        tasks: FunctionTasks or ImageTasks, of data_generator.
         split: 'val' or 'test'.
         values: {label: their metrics, [tasks, 1 + updates]}, a line each.
 
@@ -41,7 +41,7 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
         {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
-    some = task_sheet(model, tasks, run.model.num_updates, title) if run.source.image_shape else sinusoids(model, tasks, title)
+    some = task_sheet(model, tasks, run.model.num_updates, title) if run.source.image_shape else functions(model, tasks, title)
     return {'updates': curves(values, run.metric, title), 'tasks': some}
 
 
@@ -97,14 +97,14 @@ def _limit(axes, metric, bounds):
         axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
 
 
-def sinusoids(model: MAML, tasks: SinusoidTasks, heading: str, count: int = 4) -> Figure:
+def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -> Figure:
     """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
 
     Like figure 2 of the paper.
 
     Args:
         model: a maml.MAML.
-        tasks: a data_generator.SinusoidTasks.
+        tasks: a data_generator.FunctionTasks.
         heading: which run it is.
 
     Returns:
@@ -117,7 +117,8 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, heading: str, count: int = 4) -
 
     figure = Figure(figsize=(8, 2.6 * -(-count // 2) + 0.3), layout='constrained')
     figure.suptitle(_plain(heading), fontsize='small')
-    panels = figure.subplots(-(-count // 2), 2, sharex=True, squeeze=False).ravel()
+    same_range = np.ptp(grid[0][:, 0, 0]) == 0
+    panels = figure.subplots(-(-count // 2), 2, sharex=bool(same_range), squeeze=False).ravel()
     names = {0: 'before adaptation', 1: 'after 1 update', 10: 'after 10 updates'}
     for task, axes in enumerate(panels[:count]):
         x = grid[0][task, :, 0]
@@ -126,11 +127,10 @@ def sinusoids(model: MAML, tasks: SinusoidTasks, heading: str, count: int = 4) -
             axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'],
                       label=names[updates])
         axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
-        amplitude, phase = tasks.parameters(task, 1)
-        axes.set_title(f'amplitude {amplitude.item():.2f}, phase {phase.item():.2f} rad', fontsize='small')
+        axes.set_title(tasks.family.describe(tasks.parameters(task, 1)), fontsize='small')
         axes.grid(alpha=0.3)
     for axes in panels[count - 2:count]:
-        axes.set_xlabel('x (rad)')
+        axes.set_xlabel('x')
     for axes in panels[::2]:
         axes.set_ylabel('y')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small', frameon=False)

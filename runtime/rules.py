@@ -117,8 +117,8 @@ RULES = [
     Rule(lambda r: r.user_images and not r.data_path and r.mode != 'predict',
          '--datasource={datasource} needs --data_path, the folder of your images'),
     Rule(lambda r: r.images and r.source.test_only and r.mode == 'train',
-         '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --train=False, '
-         '--test_set=True and --load_from'),
+         '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --run=DIR or '
+         '--train_datasource, with --train=False and --test_set=True'),
     Rule(lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
          '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
     *_only_with(['skip_bad_images', 'verify'], lambda r: r.images, 'is for sources of images'),
@@ -168,6 +168,9 @@ RULES = [
     Rule(lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
          '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one'),
     # Evaluation
+    Rule(lambda r: r.train_datasource is not None and r.mode != 'evaluate', '--train_datasource is for evaluation: add --train=False'),
+    Rule(lambda r: r.train_datasource is not None and not (r.images and SOURCES[r.train_datasource].image_shape),
+         '--train_datasource={train_datasource}, --datasource={datasource}: both must be sources of images'),
     Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     *_only_with(['train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train', 'is for evaluation: add --train=False'),
     Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),

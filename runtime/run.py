@@ -20,8 +20,10 @@ FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run
 DESCRIBING_GROUPS = ('Data', 'Training', 'Method', 'Network')  # the groups of flags that FLAG_FILE holds
 # What an evaluation may have otherwise than the training, and the flags that tell it what the training had.
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
-TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm')}
+TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm',
+                                                    'datasource')}
 IN_DIRECTORY_NAME = 'num_classes', 'update_batch_size', 'update_lr'  # of these, before the labels
+OF_IMAGES = ('image_size', 'image_channels', 'rotations', 'split')  # flags that describe one's own images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Run:
     """What the command line asks for. Fields are named like the flags."""
     datasource: str
     source: Source              # the entry of SOURCES
+    trained_on: str             # the datasource of the training, if that was another
     tasks: TaskConfig
     model: Any                  # maml.ModelConfig
     replicas: Replicas
@@ -98,13 +101,14 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
     query_norm = _query_norm(values)
     pretrain_iterations, metatrain_iterations = _iterations(values)
     model = _model_config(values, source, tasks, query_norm)
-    network = network_flags(values, source)
+    network = network_flags(values, SOURCES[trained_with(values, 'datasource')])
     training = {name: trained_with(values, name) for name, declared in LEARNING.items() if not declared.network}
     if values.meta_lr_schedule != 'constant':
         training['metatrain_iterations'] = values.metatrain_iterations  # the step size of each iteration depends on it
     pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
     return Run(
-        datasource=values.datasource, source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
+        datasource=values.datasource, source=source, trained_on=trained_with(values, 'datasource'),
+        tasks=tasks, model=model, replicas=replicas or Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
         num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
         directory=(run_directory(values)
@@ -153,11 +157,9 @@ def _iterations(values):
 
 def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
     """The source, an entry of SOURCES (changed by flags for the user's own images), and what its tasks look like."""
-    source = SOURCES[values.datasource]
-    if source.image_shape and source.user_images:
-        source = dataclasses.replace(
-            source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
-            split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
+    source = _with_flags(SOURCES[values.datasource], values)
+    if trained_with(values, 'datasource') != values.datasource:
+        source = _with_network_of(trained_with(values, 'datasource'), source, values)
     if source.image_shape:
         source = dataclasses.replace(source, skip_bad_images=values.skip_bad_images, verify=values.verify)
     train = mode(values) == 'train'
@@ -169,6 +171,25 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
         seed=values.test_seed if mode(values) == 'evaluate' else values.seed,
         baseline='oracle' if values.baseline == 'oracle' else None,
         data_path=values.data_path and os.path.expanduser(values.data_path))
+
+
+def _with_flags(source, values):
+    """A source as the flags change it, if its images are the user's own."""
+    if not source.image_shape or not source.user_images:
+        return source
+    return dataclasses.replace(
+        source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
+        split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
+
+
+def _with_network_of(trained_on, source, values):
+    """A source whose tasks are given to a model of another one: with that one's network. Raises UserError if shapes differ."""
+    other = _with_flags(SOURCES[trained_on], values)
+    if other.image_shape != source.image_shape:
+        there, here = ('x'.join(map(str, shape or ['no images'])) for shape in (other.image_shape, source.image_shape))
+        raise UserError(f'a model of {trained_on} ({there}) cannot be evaluated on {values.datasource} ({here}): their images '
+                        'differ in shape; those of a folder take any, by --datasource=folder, --image_size and --image_channels')
+    return dataclasses.replace(source, head=other.head, clip=other.clip)
 
 
 def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[str, Tasks]:
@@ -214,8 +235,8 @@ def trained_with(values: flags.FlagValues, name: str) -> Any:
     """What a flag was in training: the value of --train_<name>, if there is one and it is given, or of the flag itself."""
     if name == 'query_norm':  # in an evaluation, it says how to evaluate
         return values.query_norm if mode(values) == 'train' else values.train_query_norm
-    trained = values[TRAINED_WITH[name]].value if name in TRAINED_WITH else -1
-    return values[name].value if trained == -1 else trained
+    trained = values[TRAINED_WITH[name]].value if name in TRAINED_WITH else None
+    return values[name].value if trained in (-1, None) else trained
 
 
 def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
@@ -279,8 +300,8 @@ def run_directory(values: flags.FlagValues) -> str | None:
 def apply_run(values: flags.FlagValues) -> None:
     """Sets the flags that --run=DIR describes, but for those on the command line, which win.
 
-    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr) is told what the
-    training had.
+    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr, --datasource) is
+    told what the training had.
 
     Raises:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
@@ -289,10 +310,15 @@ def apply_run(values: flags.FlagValues) -> None:
     if directory is None:
         return
     stored = _read_flag_file(os.path.join(directory, FLAG_FILE), values)
+    # Whether the tasks are those of another source than the training's.
+    elsewhere = (mode(values) != 'train' and values['datasource'].present and
+                 values.datasource != stored.get('datasource', values['datasource'].default))
     contradictions = []
     if mode(values) != 'train' and not values['train_query_norm'].present:
         values.train_query_norm = stored.get('query_norm', 'batch')
     for name in _describing_flags():
+        if elsewhere and name == 'data_path':  # the run's is that of the training's images
+            continue
         value = stored.get(name, values[name].default)
         if not values[name].present:
             values[name].value = value
@@ -300,6 +326,8 @@ def apply_run(values: flags.FlagValues) -> None:
             if mode(values) != 'train' and name in TRAINED_WITH:
                 if not values[TRAINED_WITH[name]].present:
                     values[TRAINED_WITH[name]].value = value
+                continue
+            if elsewhere and name in OF_IMAGES:
                 continue
             contradictions.append(f'--{name}={values[name].value} contradicts --{name}={value}')
     if contradictions:

@@ -71,6 +71,41 @@ def test_shapes_and_types(tasks):
     assert not source.image_shape or 0 <= batch.support_x.min() < batch.support_x.max() <= 1
 
 
+# Functions
+
+def test_sinusoids_and_lines():
+    tasks = SOURCES['sinusoid_line'].tasks(task_config(update_batch_size=10, query_shots=10), 'train')
+    batch, (line, first, second) = tasks.draw(0, 4000), tasks.parameters(0, 4000)
+    x, y = np.concatenate([batch.support_x, batch.query_x], axis=1), np.concatenate([batch.support_y, batch.query_y], axis=1)
+    np.testing.assert_allclose(y, np.where(line, first * x + second, first * np.sin(x - second)), atol=1e-4)
+    assert abs(line.mean() - 0.5) < 0.03 and -5 <= x.min() < -4.9 and 4.9 < x.max() <= 5
+    for values, low, high in ((first[line], -3, 3), (second[line], -3, 3), (first[~line], 0.1, 5), (second[~line], 0, math.pi)):
+        assert low <= values.min() < low + 0.05 and high - 0.05 < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.15
+
+
+def test_harmonic_functions():
+    tasks = SOURCES['harmonic'].tasks(task_config(update_batch_size=10, query_shots=10), 'train')
+    batch, (a1, a2, w, b1, b2, place) = tasks.draw(0, 4000), tasks.parameters(0, 4000)
+    x, y = np.concatenate([batch.support_x, batch.query_x], axis=1), np.concatenate([batch.support_y, batch.query_y], axis=1)
+    np.testing.assert_allclose(y, a1 * np.sin(w * x + b1) + a2 * np.sin(2 * w * x + b2), atol=1e-4)
+    for values in a1, a2, x - place:
+        assert abs(values.mean()) < 0.06 and abs(values.std() - 1) < 0.05
+    for values, low, high in ((w, 5, 7), (b1, 0, 2 * math.pi), (b2, 0, 2 * math.pi), (place, -4, 4)):
+        assert low <= values.min() < low + 0.05 and high - 0.05 < values.max() <= high
+
+
+@pytest.mark.parametrize('source', ['sinusoid', 'sinusoid_line', 'harmonic'])
+def test_grids_lie_on_the_functions(source):
+    tasks = SOURCES[source].tasks(task_config(), 'val')
+    x, y = tasks.grid(3, 2, points=50)
+    parameters = tasks.parameters(3, 2)
+    np.testing.assert_allclose(y, tasks.family.values(parameters, x.astype(float)), atol=1e-4)
+    low, high = tasks.family.span(parameters)
+    np.testing.assert_allclose(x[:, [0, -1], 0], np.concatenate([low, high], axis=1), rtol=1e-6)
+    assert all(tasks.family.describe(tasks.parameters(task, 1)) for task in range(4))
+
+
 # Sinusoid
 
 def test_sinusoid_is_a_sine_of_the_stated_ranges():

@@ -21,7 +21,8 @@ from conftest import ROOT
 from data import cifar100, preparation
 
 SCRIPTS = {'miniImagenet': 'miniImagenet/proc_images.py', 'cifarfs': 'cifarfs/proc_images.py', 'fc100': 'fc100/proc_images.py',
-           'omniglot': 'omniglot_resized/resize_images.py'}
+           'omniglot': 'omniglot_resized/resize_images.py', 'doublemnist': 'doublemnist/proc_images.py',
+           'tieredimagenet': 'tieredimagenet/proc_images.py', 'dtd': 'dtd/proc_images.py', 'gtsrb': 'gtsrb/proc_images.py'}
 
 
 def script(name, *arguments):
@@ -277,6 +278,8 @@ def test_whatever_pillow_raises_is_a_damaged_image(error, tmp_path):
 
 PIPES = [('miniImagenet', 'images.zip'), ('miniImagenet', 'images/n0153282900000005.jpg'), ('miniImagenet', 'train.csv'),
          ('miniImagenet', 'mini-imagenet-cache-train.pkl'), ('cifarfs', cifar100.ARCHIVE), ('cifarfs', 'cifar-100-python/train'),
+         ('doublemnist', 'train-images-idx3-ubyte'), ('tieredimagenet', 'train_images_png.pkl'), ('dtd', 'dtd-r1.0.1.tar.gz'),
+         ('dtd', 'dtd/images/banded/banded_0001.jpg'), ('gtsrb', 'GTSRB_Final_Training_Images.zip'),
          ('omniglot', 'images_background.zip'), ('omniglot', 'images_background/Latin/character01/0001_01.png')]
 
 

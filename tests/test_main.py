@@ -21,6 +21,8 @@ SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_
 # A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.
 RUNS = {
     'sinusoid': ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4'],
+    **{name: [f'--datasource={name}', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+       for name in ('sinusoid_line', 'harmonic')},
     'omniglot': ['--datasource=omniglot', '--update_batch_size=1', '--update_lr=0.4', '--num_filters=4',
                  '--meta_batch_size=4', '--num_classes=5'],
     'miniimagenet': ['--datasource=miniimagenet', *SMALL],
@@ -60,11 +62,26 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     data = shutil.copytree(small_data['gtsrb'], tmp_path / 'data')
     (data / '.prepared.json').write_text('{"recipe": "", "complete": true, "facts": {"split": "chen"}}')
     run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "source"}')
-    flags = ['--datasource=gtsrb', *SMALL, f'--data_path={data}', f'--logdir={tmp_path / "target"}']
-    model = experiment(tmp_path / 'source') / 'model2'
-    assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', f'--load_from={model}')
-    entry, = json.loads((experiment(tmp_path / 'target') / 'results.json').read_text()).values()
-    assert entry['tasks']['preparation'] == {'split': 'chen'}
+    flags = ['--datasource=gtsrb', *SMALL, f'--data_path={data}', f'--logdir={tmp_path / "source"}']
+    evaluate = ['--train=False', '--test_set=True']
+    output = run_ok(*flags, *evaluate, '--train_datasource=cifarfs')
+    assert 'meta-test, 40 tasks' in output and 'gtsrb' in output
+    run = experiment(tmp_path / 'source')
+    again = run_ok(f'--run={run}', *evaluate, '--datasource=gtsrb', f'--data_path={data}')
+    assert re.findall(r' \d+ +[\d.]+ ± .*', output) == re.findall(r' \d+ +[\d.]+ ± .*', again) != []
+    (name, entry), = json.loads((run / 'results.json').read_text()).items()
+    assert name.startswith('test_ubs1_stepsize0.01_gtsrb') and entry['tasks']['datasource'] == 'gtsrb'
+    assert entry['tasks']['preparation'] == {'split': 'chen'} and entry['flags']['train_datasource'] == 'cifarfs'
+    assert 'was made with --datasource=cifarfs, and not with --datasource=gtsrb' in error_of(*flags, *evaluate)
+    for other, words in ('omniglot', 'a model of omniglot (28x28x1) cannot be evaluated on gtsrb (32x32x3)'), (
+            'sinusoid', 'both must be sources of images'):
+        assert words in error_of(*flags, *evaluate, f'--train_datasource={other}')
+    assert '--train_datasource is for evaluation' in error_of(*RUNS['cifarfs'], '--train_datasource=fc100')
+    # Omniglot's head on a folder of images, which are resized.
+    run_ok(*RUNS['omniglot'], f'--data_path={small_data["omniglot"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "omniglot"}')
+    assert 'meta-test, 40 tasks' in run_ok(
+        f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
+        '--image_size=28', '--image_channels=1')
     assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
     assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
 
@@ -86,7 +103,7 @@ def iteration_lines(output):
 def test_train_resume_evaluate(arguments, tmp_path, request):
     """An interrupted and resumed run ends with the very numbers of an uninterrupted one, and can be evaluated."""
     source = arguments[0].split('=')[1]
-    if source in ('sinusoid', 'omniglot'):
+    if source in ('sinusoid', 'sinusoid_line', 'harmonic', 'omniglot'):
         first, last = 1000, 1050
     else:
         first, last = 3, 5

@@ -48,7 +48,8 @@ def test_the_table_of_flags_is_that_of_the_help():
 def test_flags_in_the_readme_exist():
     folders = [pathlib.Path(ROOT, folder) for folder in ('data', 'benchmarks')]
     scripts = ''.join(path.read_text() for folder in folders for path in folder.glob('**/*.py'))
-    example = {'head_init', 'train_', 'flagfile'}  # of docs/changing-the-algorithm.md, of a group of flags, of absl
+    # Of docs/changing-the-algorithm.md, of a group of flags, of absl, and of --no-crop.
+    example = {'head_init', 'train_', 'flagfile', 'no'}
     for name in re.findall(r'--([a-z]\w+)', README + ''.join(PAGES.values())):
         assert name in main.FLAGS or f"'--{name}'" in scripts or name in example, name
 

@@ -12,7 +12,7 @@ import maml
 from conftest import ROOT, run_ok
 from runtime import flags
 
-USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders')}
+USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders', 'functions')}
 ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'schedules', 'engine')}
 
 

@@ -1,4 +1,4 @@
-"""Prepares tieredImageNet (Ren et al., 2018): 351 / 97 / 160 classes of ImageNet in 20 / 6 / 8 categories, 779,165 images of 84x84 pixels.
+"""Prepares tieredImageNet (Ren et al., 2018): 351 / 97 / 160 classes of ImageNet, 779,165 images of 84x84 pixels.
 
 Put into data/tieredimagenet/ one of
 
@@ -12,9 +12,9 @@ and run, there or anywhere,
 
     python data/tieredimagenet/proc_images.py
 
-These files' hosts ask for clicks, so --download only says where they are and checks those that are there. The script writes the arrays
-data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: whole splits stay. Images of
-other sizes are resized with a Lanczos filter. The classes of each split are in data/tieredimagenet/classes.csv.
+These files' hosts ask for clicks, so --download only says where they are and checks those that are there. The script writes the
+arrays data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: whole splits stay.
+Images of other sizes are resized with a Lanczos filter. The classes of each split are in data/tieredimagenet/classes.csv.
 """
 import collections
 import io
@@ -87,7 +87,7 @@ def from_npz(source, split, rows, args):
         return None
     images = map_npz(path, 'images')
     if images.dtype != np.uint8 or images.shape[1:] != SHAPE:
-        sys.exit(f'{path} holds {images.dtype} {list(images.shape)} instead of bytes of shape [images, 84, 84, 3]; download it again')
+        sys.exit(f'{path} holds {images.dtype} {list(images.shape)} instead of bytes [images, 84, 84, 3]; download it again')
     channels = slice(None, None, -1 if args.channels == 'bgr' else 1)
     return {name: ImageList(len(indices), lambda number, indices=indices: images[indices[number]][..., channels])
             for name, indices in read_labels(source, split, rows, len(images)).items()}
