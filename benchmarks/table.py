@@ -67,18 +67,21 @@ ROWS = [
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (R2D2)', '56.8 ± 1.9 (a fork)'),
     Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (T-NAS)'),
     Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3'),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', '56.19 ± 3.39 (PaddleFSL)', flags=('--method=anil',)),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, first order', '57.06 ± 3.83 (PaddleFSL)', flags=('--method=fomaml',)),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Meta-SGD', flags=('--method=metasgd', '--num_updates=1')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', '56.19 ± 3.39 (PaddleFSL)', flags=('--method=anil', '--logdir=logs/cifarfs1shot_anil/')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, first order', '57.06 ± 3.83 (PaddleFSL)', flags=('--method=fomaml', '--logdir=logs/cifarfs1shot_fomaml/')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Meta-SGD', flags=(
+        '--method=metasgd', '--num_updates=1', '--logdir=logs/cifarfs1shot_metasgd/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, BOIL', '58.03 ± 0.43', flags=(
-        '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000')),
+        '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000',
+        '--logdir=logs/cifarfs1shot_boil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
-        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000'), evaluation=('--test_query=1', '--test_updates=10')),
+        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1', '--test_updates=10')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
-        '--metatrain_iterations=100000'), evaluation=(
+        '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
         '--update_batch_size=1', '--train_update_batch_size=15', '--inner_batch=5', '--train_inner_batch=10')),
-    *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}',)) for seed in range(1, 5)),
+    *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}', '--logdir=logs/sine_seeds/'))
+      for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot, no convolutions', '89.7 ± 1.1', flags=('--conv=False', '--logdir=logs/omniglot5way_dense/')),
     Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84'),
     Row('miniimagenet_5way5shot', 'MiniImagenet 5-way 5-shot', '63.11 ± 0.92'),
@@ -108,8 +111,10 @@ def state_of(row: Row) -> State:
         missing = ''
     except UserError as error:
         missing = str(error)
-    record = checkpoints.find(directory, None).record if checkpoints.iterations(directory) else {'iteration': 0, 'best': None}
-    ranking = [entry['iteration'] for entry in record.get('ranking', [record['best']] if record['best'] else [])]
+    there = checkpoints.iterations(directory)
+    record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
+    ranking = [entry['iteration'] for entry in record.get('ranking', [record['best']] if record['best'] else [])
+               if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
     return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble)
 
 
@@ -189,7 +194,7 @@ def line(row: Row) -> str:
              for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
     best = cells[1] and f'{cells[1]} (model{state.ranking[0]})'
     ensemble = cells[2] and f'; {state.ensemble} best together: {cells[2]}'
-    hours = ', '.join(f'{seconds / 3600:.1f} h on {machine}' for machine, seconds in times(state.directory).items())
+    hours = ', '.join(f'{seconds / 3600:.2g} h on {machine}' for machine, seconds in times(state.directory).items())
     return (f'| {row.title} | {row.paper} | {row.reference} | {cells[0]} | {best}{ensemble} | {state.newest:,} of {state.wanted:,} | '
             f'{hours} |')
 
