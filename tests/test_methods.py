@@ -238,7 +238,7 @@ def test_rows_of_inner_steps():
     assert not np.array_equal(*([rows_of_step(30, 30, 0, iteration) for iteration in (0, 1)]))
 
 
-@pytest.mark.parametrize('kind', ['layer', 'no'])
+@pytest.mark.parametrize('kind', ['no', pytest.param('layer', marks=pytest.mark.slow)])
 def test_parts_of_the_support_rows(kind):
     """Parts that hold all rows, in whatever order and however often, are the whole; smaller ones are not."""
     model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=3, dtype='float64',
@@ -471,8 +471,8 @@ def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
 
 @pytest.mark.parametrize('method, name, label', [('anil', 'ANIL', '.innerhead'), pytest.param(
     'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
-    'metasgd', 'Meta-SGD', '.learnlrweight'), (
-    'reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10')])
+    'metasgd', 'Meta-SGD', '.learnlrweight'), pytest.param(
+    'reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10', marks=pytest.mark.slow)])
 def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
     flags = [*data, f'--method={method}', '--metatrain_iterations=2']
@@ -487,6 +487,7 @@ def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     assert '--run names a run, whose method is known' in error_of(f'--run={directory}', '--method=maml', '--train=False')
 
 
+@pytest.mark.slow
 def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     """Through first-order, multi-step and last stages; then the best checkpoints together, one of them, and too many."""
     data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
@@ -547,6 +548,7 @@ def test_norms_of_query_rows_in_training(tmp_path):
     assert str(directory) not in plain and 'querynorm' not in plain.split('\n')[1]
 
 
+@pytest.mark.slow
 def test_parts_of_the_support_rows_in_evaluation(tmp_path):
     """An evaluation may take parts of another size; the flags of the training name the run."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--inner_batch=2']
@@ -575,7 +577,7 @@ def test_presets_are_the_table_and_flags_override_them():
     assert preset('--method=boil', '--update_lr=0.1').update_lr == 0.1
     assert title('--method=fomaml') == title('--stop_grad') == 'first-order MAML' and title() == 'MAML'
     assert title('--method=anil', '--learn_lr=step') == 'ANIL with learn_lr=step'
-    assert title('--learn_lr=layer', '--mean_loss') == 'MAML with mean_loss, learn_lr=layer'
+    assert title('--learn_lr=layer', '--mean_loss') == 'MAML with learn_lr=layer, mean_loss'
     assert title('--method=boil', '--adapt_norm=False') == 'BOIL with adapt_norm=False'
     assert all(title(f'--method={name}') == entry.title for name, entry in methods.PRESETS.items())
 
