@@ -87,15 +87,20 @@ def _pack(lists, classes, shape, args, recipe, destination):
             if entry:
                 record[split] = entry
                 packed.write_record(destination, record)
-    counts = {name: 0 for name in lists} | {name: count for entry in record.values() for name, count in entry['classes'].items()}
-    counts = {name: count for name, count in counts.items() if count or name not in classes}
-    complaints = sentences(differences(counts, classes, [(f'image {number} of {name}', error) for (name, number), error
-                                                         in sorted(damaged.items())], []))
+    counts = _counts(record, lists, classes)
+    named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]
+    complaints = sentences(differences(counts, classes, named, []))
     sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
     print(summary(counts, classes, sizes, shape[1::-1]))
     print(describe_classes(counts), 'in', destination, flush=True)
     write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing)
     return complaints
+
+
+def _counts(record, lists, classes):
+    """{class: images written}; known classes of which none is written are left out, so that they count as missing."""
+    counts = dict.fromkeys(lists, 0) | {name: count for entry in record.values() for name, count in entry['classes'].items()}
+    return {name: count for name, count in counts.items() if count or name not in classes}
 
 
 def _earlier(destination: str) -> dict[str, dict]:

@@ -286,8 +286,7 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     """Assigns the values of a checkpoint, of this program or of the reference, to a model's parameters.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales of
-    batch norm. Where a network has
-    offsets and scales for each inner step and the checkpoint has one set, all become that set.
+    batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
 
     Args:
         prefix: of a checkpoint written by `save`, or by the reference under TensorFlow 1.
@@ -300,30 +299,43 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     Raises:
         UserError: there is no such checkpoint, it cannot be read, or names, shapes or flags differ; lists the differences.
     """
-    if not os.path.exists(prefix + '.index'):
-        folder = os.path.abspath(os.path.dirname(prefix))
-        others = sorted(name[:-len('.index')] for name in os.listdir(folder) if name.endswith('.index')) if os.path.isdir(
-            folder) else []
-        raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); '
-                        + (f'{folder} holds {", ".join(others)}' if others else f'{folder} holds no checkpoint'))
+    _check_there(prefix)
     arrays = _read(prefix)
-    if _RECORD in arrays:
-        record = _decode(prefix, arrays.pop(_RECORD))
-        found = {name: array for name, array in arrays.items()
-                 if '/adam/' not in name and (name in variables or not name.startswith('inner/'))}
-    else:
-        record, ours = {}, {theirs: name for name, theirs in reference_names(
-            [name for name in variables if not name.startswith(('lr/', 'inner/'))]).items()}
-        found = {ours.get(name, name): array for name, array in arrays.items()
-                 if name.startswith('model/') and 'Adam' not in name}
+    own = _RECORD in arrays
+    record = _decode(prefix, arrays.pop(_RECORD)) if own else {}
+    found = (_own_weights if own else _reference_weights)(arrays, variables)
+    scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
     for name, variable in variables.items():
-        if name not in found and (name.startswith(('lr/', 'inner/')) or name.endswith('/gamma') and network_flags.get('norm') == 'batch_norm'):
+        if name not in found and (name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
             found[name] = variable.numpy()
         elif '/' in name and name in found and found[name].shape == variable.shape[1:]:
             found[name] = np.broadcast_to(found[name], variable.shape)
     _assign(prefix, found, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
     return record
+
+
+def _check_there(prefix):
+    """Raises UserError, which says what is there instead, if there is no checkpoint."""
+    if os.path.exists(prefix + '.index'):
+        return
+    folder = os.path.abspath(os.path.dirname(prefix))
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    others = ', '.join(sorted(name[:-len('.index')] for name in names if name.endswith('.index')))
+    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {others or "no checkpoint"}')
+
+
+def _own_weights(arrays, variables):
+    """The parameters in a checkpoint of this program, without the state of an inner optimizer that the model has not."""
+    return {name: array for name, array in arrays.items()
+            if '/adam/' not in name and (name in variables or not name.startswith('inner/'))}
+
+
+def _reference_weights(arrays, variables):
+    """The parameters in a checkpoint of the reference, by this program's names."""
+    plain = [name for name in variables if not name.startswith(('lr/', 'inner/'))]
+    ours = {theirs: name for name, theirs in reference_names(plain).items()}
+    return {ours.get(name, name): array for name, array in arrays.items() if name.startswith('model/') and 'Adam' not in name}
 
 
 def _assign(prefix, arrays, variables):

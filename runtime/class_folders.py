@@ -91,12 +91,15 @@ class ClassFolders:
         if self._unsplit() and os.path.isdir(self.root):
             write_manifest(os.path.join(self.root, MANIFEST), split_classes(subfolders(self.root), self.split_ratios, self.root))
 
-    def _names(self, split):
+    def _check_prepared(self):
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
         if not _preparation_complete(self.root):
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: '
                             f'python {self.script} (with --allow_missing to go on with what is there)')
+
+    def _names(self, split):
+        self._check_prepared()
         if self._is_packed():
             return self._packed_names(split)
         manifest = self._manifest()

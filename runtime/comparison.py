@@ -134,18 +134,23 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         raise UserError(f'there is only one evaluation, {single}; evaluate another run on the same tasks' if len(groups) == 1
                         else f'no two evaluations were made on the same tasks: {single}')
     notes = [f'Left out, for nothing else was evaluated on the same tasks: {single}'] if single else []
-    for comparison in comparable if plot else ():
-        from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        path = free_path(os.path.join(named[0][1], 'comparison'), plot_format)
-        labels = [f'{letter}: {label}' for letter, label in zip(comparison.letters, what_differs(comparison.evaluations))]
-        scores = [np.array(evaluation.entry['scores'], float) for evaluation in comparison.evaluations]
-        plots.save(plots.curves(dict(zip(labels, scores)), comparison.metric, comparison.tasks), path)
-        notes.append(f'Drawn: {path}')
+    if plot:
+        notes += [f'Drawn: {draw(comparison, named[0][1], plot_format)}' for comparison in comparable]
     tables = {'text': as_text, 'csv': as_csv, 'latex': as_latex}[style]
     if style == 'text':
         return '\n\n'.join([*map(tables, comparable), *(['\n'.join(notes)] if notes else [])])
     print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
     return '\n'.join(map(tables, comparable)) if style == 'latex' else as_csv(*comparable)
+
+
+def draw(comparison: Comparison, folder: str, plot_format: str) -> str:
+    """Draws the values against updates, into a new file of a folder; returns its path."""
+    from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+    path = free_path(os.path.join(folder, 'comparison'), plot_format)
+    labels = [f'{letter}: {label}' for letter, label in zip(comparison.letters, what_differs(comparison.evaluations))]
+    scores = [np.array(evaluation.entry['scores'], float) for evaluation in comparison.evaluations]
+    plots.save(plots.curves(dict(zip(labels, scores)), comparison.metric, comparison.tasks), path)
+    return path
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
@@ -208,13 +213,17 @@ def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     known_settings = settings(evaluations)
     differing = [name for name in known_settings[0] if len({str(one[name]) for one in known_settings}) > 1]
     known = [[evaluation.given] if evaluation.given else [] for evaluation in evaluations]
-    if not all(known) or len({tuple(one) for one in known}) < len(known):
+    if not all(known) or not _all_different(known):
         for parts, one in zip(known, known_settings):
             parts += [str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
-    if len({tuple(one) for one in known}) < len(known):
+    if not _all_different(known):
         for parts, path in zip(known, _differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
     return [', '.join(parts) for parts in known]
+
+
+def _all_different(lists):
+    return len({tuple(one) for one in lists}) == len(lists)
 
 
 def _differing_parts(paths):

@@ -111,8 +111,7 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         tasks=tasks, model=model, replicas=replicas or Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
         num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
-        directory=(run_directory(values)
-                   or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only))),
+        directory=run_directory(values) or _new_directory(values, pretrain_only),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
         skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
@@ -121,10 +120,17 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
         test_updates=max(values.num_updates, TEST_UPDATES) if values.test_updates == -1 else values.test_updates,
         plot_format=values.plot_format,
-        method=tasks.baseline or ('pre-training' if pretrain_only else
-                                  title({name: trained_with(values, name) for name in switches()})),
+        method=tasks.baseline or _method(values, pretrain_only),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
+
+
+def _new_directory(values, pretrain_only):
+    return os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only))
+
+
+def _method(values, pretrain_only):
+    return 'pre-training' if pretrain_only else title({name: trained_with(values, name) for name in switches()})
 
 
 def _model_config(values, source, tasks, query_norm):
@@ -322,16 +328,19 @@ def apply_run(values: flags.FlagValues) -> None:
         value = stored.get(name, values[name].default)
         if not values[name].present:
             values[name].value = value
-        elif name in LEARNING and values[name].value != value:
-            if mode(values) != 'train' and name in TRAINED_WITH:
-                if not values[TRAINED_WITH[name]].present:
-                    values[TRAINED_WITH[name]].value = value
-                continue
-            if elsewhere and name in OF_IMAGES:
-                continue
+        elif name in LEARNING and values[name].value != value and not _may_differ(values, name, value, elsewhere):
             contradictions.append(f'--{name}={values[name].value} contradicts --{name}={value}')
     if contradictions:
         raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')
+
+
+def _may_differ(values, name, trained, elsewhere):
+    """Whether an evaluation may have a flag otherwise than the training; then --train_<name>, if there is one, is set."""
+    if mode(values) != 'train' and name in TRAINED_WITH:
+        if not values[TRAINED_WITH[name]].present:
+            values[TRAINED_WITH[name]].value = trained
+        return True
+    return elsewhere and name in OF_IMAGES
 
 
 def _read_flag_file(path: str, values: flags.FlagValues) -> dict[str, Any]:

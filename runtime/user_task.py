@@ -33,12 +33,7 @@ def read_user_task(source: ImageSource, support_dir: str, query_dir: str, left_o
         if not os.path.isdir(folder):
             raise UserError(f'--{name}={folder} is not a folder')
     classes = sorted(subfolders(support_dir))
-    support = [(path, label) for label, name in enumerate(classes) for path in _images(os.path.join(support_dir, name))
-               if path not in left_out]
-    empty = set(range(len(classes))) - {label for _, label in support}
-    if len(classes) < 2 or empty:
-        which = f'{classes[min(empty)]} has no image' if empty else f'there {"is" if classes else "are"} {len(classes)}'
-        raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes; {which}')
+    support = _support(support_dir, classes, left_out)
     queries = [query for query in _queries(query_dir, classes) if query[0] not in left_out]
     if not queries:
         raise UserError(f'--query_dir={query_dir} holds no images, nor do the folders in it (further below is not looked)')
@@ -54,6 +49,17 @@ def read_user_task(source: ImageSource, support_dir: str, query_dir: str, left_o
         print(f'Left out (--skip_bad_images): {BadImages(bad, "").listing}')
         return read_user_task(source, support_dir, query_dir, frozenset(path for path, _ in bad))
     return UserTask(TaskBatch(*arrays), classes, [path for path, _ in queries])
+
+
+def _support(support_dir: str, classes: list[str], left_out: frozenset[str]) -> list[tuple[str, int]]:
+    """[(path, label)] of the support images; raises UserError if there are too few classes, or none of a class."""
+    support = [(path, label) for label, name in enumerate(classes) for path in _images(os.path.join(support_dir, name))
+               if path not in left_out]
+    empty = set(range(len(classes))) - {label for _, label in support}
+    if len(classes) < 2 or empty:
+        which = f'{classes[min(empty)]} has no image' if empty else f'there {"is" if classes else "are"} {len(classes)}'
+        raise UserError(f'--support_dir={support_dir} must hold a folder of images for each of two or more classes; {which}')
+    return support
 
 
 def _images(folder: str) -> list[str]:
