@@ -4,10 +4,9 @@ All three have names(), the paths of their files in an order in which they are r
 """
 import os
 import sys
-import tarfile
 import threading
 
-from data.preparation import DAMAGE, LARGEST_PICTURE, MEGABYTE, Zip, check_regular, read_picture, reason
+from data.preparation import DAMAGE, LARGEST_PICTURE, MEGABYTE, Zip, read_picture, reason, tar_members
 
 STASH_BYTES = 256 * MEGABYTE
 
@@ -39,7 +38,7 @@ class Tar:
         """Raises SystemExit where it is missing or damaged."""
         self._path, self._lock, self._order, self._texts = path, threading.Lock(), {}, {}
         try:
-            for member, archive in self._members():
+            for member, archive in tar_members(path):
                 self._order.setdefault(member.name, len(self._order))
                 if member.name.endswith('.txt') and member.size <= LARGEST_PICTURE:
                     self._texts[member.name] = archive.extractfile(member).read()
@@ -65,7 +64,7 @@ class Tar:
         return content
 
     def _start(self):
-        self._stream, self._next, self._stash = self._members(), 0, {}
+        self._stream, self._next, self._stash = tar_members(self._path), 0, {}
 
     def _read_next(self):
         try:
@@ -76,16 +75,6 @@ class Tar:
         self._stash[member.name] = archive.extractfile(member).read() if member.size <= LARGEST_PICTURE else None
         while sum(len(content or b'') for content in self._stash.values()) > STASH_BYTES and len(self._stash) > 1:
             del self._stash[next(iter(self._stash))]
-
-    def _members(self):
-        """Yields the regular files in it, each with the open archive."""
-        check_regular(self._path)
-        with tarfile.open(self._path) as archive:
-            for member in archive:
-                if member.size < 0:  # some versions of tarfile would go back by that, and round in circles
-                    raise tarfile.ReadError('a member has a negative size')
-                if member.isreg():
-                    yield member, archive
 
 
 def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:

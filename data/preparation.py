@@ -18,7 +18,7 @@ import tarfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
@@ -452,6 +452,17 @@ class Zip:
             return file.read(LARGEST_PICTURE)
 
 
+def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """Yields the regular files in a tar file, each with the open archive; raises one of DAMAGE."""
+    check_regular(path)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.size < 0:  # some versions of tarfile would go back by that, and round in circles
+                raise tarfile.ReadError('a member has a negative size')
+            if member.isreg():
+                yield member, archive
+
+
 def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
     """Reads members of a tar file, found by their last component, into memory; nothing is unpacked.
 
@@ -463,18 +474,14 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
     """
     found = {}
     try:
-        check_regular(path)
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.size < 0:  # some versions of tarfile would go back by that, and round in circles
-                    raise tarfile.ReadError('a member has a negative size')
-                name = member.name.rsplit('/', 1)[-1]
-                if not member.isreg() or name not in names or name in found:
-                    continue
-                if member.size > limit:
-                    sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
-                             'download it again')
-                found[name] = archive.extractfile(member).read()
+        for member, archive in tar_members(path):
+            name = member.name.rsplit('/', 1)[-1]
+            if name not in names or name in found:
+                continue
+            if member.size > limit:
+                sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
+                         'download it again')
+            found[name] = archive.extractfile(member).read()
     except DAMAGE as error:
         sys.exit(f'{path} is damaged ({reason(error)}); download it again')
     return found

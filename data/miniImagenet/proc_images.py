@@ -43,8 +43,8 @@ from data.preparation import (  # noqa: E402
     read_picture,
     run_script,
 )
+from runtime.class_folders import SPLITS  # noqa: E402
 
-SPLITS = ('train', 'val', 'test')
 SIZE = (84, 84)
 IMAGES_PER_CLASS = 600
 IMAGE = re.compile(r'\.(jpe?g|png)$', re.IGNORECASE)
