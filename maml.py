@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -215,6 +215,11 @@ def recomputed_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters
         yield outputs, tf.nest.map_structure(lambda values, index=index: values[index], states)
 
 
+def loop_of(config: ModelConfig) -> Callable[..., Iterator[tuple[tf.Tensor, TaskState]]]:
+    """The inner loop of a training step."""
+    return recomputed_loop if config.recompute else inner_loop
+
+
 def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
                       task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
     """Inner step number `step` of a task: Outputs, and its state after it."""
@@ -263,8 +268,7 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
     """
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        adapt = recomputed_loop if config.recompute else inner_loop
-        support_outputs, trajectory = zip(*adapt(config, task, parameters, config.num_updates, iteration=iteration))
+        support_outputs, trajectory = zip(*loop_of(config)(config, task, parameters, config.num_updates, iteration=iteration))
         loss, query_outputs = objective(config, task, parameters, trajectory, iteration)
         if phase == 'pretrain':
             loss = loss_of(config, support_outputs[0], task.support_y)
@@ -278,8 +282,7 @@ def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, it
 
     Query rows are answered for the metrics only. Returns the same as `meta_gradient`.
     """
-    adapt = recomputed_loop if config.recompute else inner_loop
-    support_outputs, (*_, last) = zip(*adapt(config, task, parameters, config.num_updates, iteration=iteration))
+    support_outputs, (*_, last) = zip(*loop_of(config)(config, task, parameters, config.num_updates, iteration=iteration))
     query_outputs = answer(config, parameters, task, last, config.num_updates - 1, query=True)
     gradients = {name: value - last.fast.get(name, value) for name, value in parameters.trained().items()}
     return gradients, Outputs(support_outputs[0], query_outputs), last.optimizer

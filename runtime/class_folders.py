@@ -101,7 +101,7 @@ class ClassFolders:
     def _names(self, split):
         self._check_prepared()
         if self._is_packed():
-            return self._packed_names(split)
+            return list(self._packed_counts(split))
         manifest = self._manifest()
         if manifest:
             names = read_manifest(manifest, split)
@@ -146,17 +146,18 @@ class ClassFolders:
     def _is_packed(self):
         return self.script is not None and packed.is_packed(self.root)
 
-    def _packed_names(self, split):
-        names = list(packed.class_counts(self.root, split, self.script))
-        if not names:
+    def _packed_counts(self, split):
+        found = packed.class_counts(self.root, split, self.script)
+        if not found:
             raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
-        return names
+        return found
 
     def _load_packed(self, split, image_shape):
-        names = self._names(split)
-        counts = np.array(list(packed.class_counts(self.root, split, self.script).values()))
+        self._check_prepared()
+        classes = self._packed_counts(split)
+        counts = np.array(list(classes.values()))
         images, checksum = packed.load(self.root, split, image_shape, self.script, self.verify)
-        return ImageClasses(images, names, np.cumsum(counts) - counts, counts, checksum)
+        return ImageClasses(images, list(classes), np.cumsum(counts) - counts, counts, checksum)
 
     def _files(self, split):
         """[(class folder, its image files)] of a split."""

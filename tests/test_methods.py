@@ -18,7 +18,7 @@ import maml
 import runtime.engine
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, objective, recomputed_loop
+from maml import MAML, ModelConfig, inner_loop, loop_of, objective
 from runtime import methods
 from runtime.ensemble import Ensemble
 from runtime.schedules import meta_lr, multi_step_weights, stage_end
@@ -385,8 +385,7 @@ def test_finite_differences_through_switches(switches):
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)
-        loop = recomputed_loop if config.recompute else inner_loop
-        _, trajectory = zip(*loop(model.config, task, values, config.num_updates, iteration=3))
+        _, trajectory = zip(*loop_of(config)(model.config, task, values, config.num_updates, iteration=3))
         return float(objective(model.config, task, values, trajectory, 3)[0])
 
     assign(parameters)
