@@ -50,11 +50,14 @@ from runtime.startup import run_and_data
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
-number('num_classes', 5, 'way N: classes per task (ignored for sinusoid)', 1, Learning(network='images'))
+number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'))
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
        'meta-training (sinusoid only)', Learning(label='{}', network='regression'))
 string('data_path', None, 'folder of the images, if not the one under data/; for --datasource=folder your own, with folders '
-       'train, val and test, each with one folder of images per class, or class folders only')
+       'train, val and test, each with one folder of images per class, or class folders only; for --datasource=table folders train, '
+       'val and test, each with one csv file per task, or per class')
+string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, each is a '
+       'class (--datasource=table)', Learning('.targets{}', network='tables'))
 number('image_size', 84, 'side, in pixels, to which your own images are resized', 1, Learning('.size{}', network='user images'))
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
        Learning(label='.channels{}', network='user images'))
@@ -110,6 +113,8 @@ number('num_filters', 64, 'filters of each convolution (paper: 32 for miniImagen
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning(label='maxpool', network='convolutions'))
+string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '
+       'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'))
 group('Network')
 choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are cores; 'wide': all "
        'tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks')
@@ -138,8 +143,10 @@ number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1)
 strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
-choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare prints: 'text': tables for a terminal; 'csv': a line for "
-       "each run and number of updates; 'latex': a tabular environment")
+strings('across', 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
+        'tasks of all sources on which they were evaluated')
+choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
+       "for each run and number of updates, or evaluation; 'latex': a tabular environment")
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; at least as large', -1)
@@ -148,21 +155,27 @@ real('train_update_lr', -1, 'alpha that the model was trained with, if not --upd
 number('train_inner_batch', -1, 'inner batch that the model was trained with, if not --inner_batch', -1)
 choice('train_query_norm', 'batch', ['batch', 'support', 'each'], 'the --query_norm that the model was trained with')
 choice('train_datasource', None, SOURCES, 'source of images that the model was trained on, if not --datasource')
+boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
-        'classify those of --query_dir')
+        'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv')
 string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer')
 string('query_dir', None, 'folder of images to classify')
+string('support_csv', None, "--datasource=table: rows to adapt to, with the columns of the training, and a column class if it had no --targets")
+string('query_csv', None, '--datasource=table: rows to predict for')
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
 
 
 def compare(rest):
-    """Prints a comparison of the folders after --compare, and `rest`."""
+    """Prints a comparison of the folders after --compare or --across, and `rest`."""
     rules.check_comparison(FLAGS, names())
-    from runtime.comparison import compare
-    print(compare([*FLAGS.compare, *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
+    if FLAGS.across is not None:
+        from runtime.across import across as action
+    else:
+        from runtime.comparison import compare as action
+    print(action([*(FLAGS.across or FLAGS.compare), *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
 
 
 def execute(run, data):
@@ -175,8 +188,10 @@ def execute(run, data):
             from runtime.training import train as action
         elif run.mode == 'evaluate':
             from runtime.evaluation import evaluate as action
-        else:
+        elif run.source.image_shape:
             from runtime.prediction import predict as action
+        else:
+            from runtime.table_prediction import predict as action
         action(run, data)
     except ResourceExhaustedError as error:
         raise MemoryError(first_line(error)) from error
@@ -193,7 +208,7 @@ def main(argv):
         print(help_text(__doc__))
         return
     rules.check_paths(FLAGS)
-    if FLAGS.compare is not None:
+    if FLAGS.compare is not None or FLAGS.across is not None:
         compare(rest)
     else:
         execute(*run_and_data(rest))

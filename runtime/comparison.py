@@ -2,10 +2,8 @@
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import os
-import re
 import string
 import sys
 from collections.abc import Sequence
@@ -13,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime import across
 from runtime.errors import UserError
-from runtime.flags import FLAGS
-from runtime.results import FILE, SPLIT_TITLES, read
+from runtime.evaluations import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
 from runtime.statistics import UNITS, interval, number, p_text, p_value, statistics
 
 # Flags that do not influence the figures of an evaluation, or that are compared otherwise: by the tasks, the checkpoint, the
@@ -23,35 +21,6 @@ from runtime.statistics import UNITS, interval, number, p_text, p_value, statist
 NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
                 'task_chunk', 'strategy', 'train', 'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations', 'run',
                 'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'query_norm'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """An entry of a results.json."""
-    directory: str
-    name: str           # of the evaluation, within the directory
-    given: str | None   # what the user calls it: --compare given=DIR
-    entry: dict
-
-    @property
-    def path(self) -> str:
-        return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
-
-    @property
-    def scores(self) -> np.ndarray:
-        """[tasks, 1 + updates], in the unit that is shown."""
-        return np.array(self.entry['scores'], float) * UNITS[self.entry['score']][1]
-
-    @property
-    def own_updates(self) -> int:
-        """The number of updates at which the method is meant to be evaluated."""
-        asked = self.entry.get('own_updates', self.flag('num_updates'))
-        return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
-
-    def flag(self, name: str) -> Any:
-        """The value of a flag; where the evaluation is older than the flag, its default."""
-        default = FLAGS[name].default if name in FLAGS else None
-        return self.entry.get('flags', {}).get(name, default)
 
 
 def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -112,6 +81,8 @@ class Comparison:
 def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
     """The evaluations of several runs side by side, as far as they were made on the same tasks.
 
+    Runs that were evaluated on other sources than their own are also put side by side with their own, see `across`.
+
     The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired t-test,
     are narrower than those of the runs by themselves, because a task that is hard for one run is hard for the other.
 
@@ -127,10 +98,15 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         UserError: there are no results, or no two evaluations were made on the same tasks.
     """
     named = [split_name(folder) for folder in folders]
-    groups = _groups(named)
+    found, groups = read_evaluations(named), {}
+    for one in found:
+        groups.setdefault(json.dumps([one.entry['tasks'], one.entry['score']], sort_keys=True), []).append(one)
+    groups = list(groups.values())
     comparable = [Comparison(group) for group in groups if len(group) > 1]
     single = '; '.join(f'{group[0].path} on {describe_tasks(group[0].entry["tasks"])}' for group in groups if len(group) == 1)
-    if not comparable:
+    travelled = {one.directory for one in found if one.elsewhere}
+    side_by_side = across.tables([one for one in found if one.directory in travelled])
+    if not comparable and not side_by_side:
         raise UserError(f'there is only one evaluation, {single}; evaluate another run on the same tasks' if len(groups) == 1
                         else f'no two evaluations were made on the same tasks: {single}')
     notes = [f'Left out, for nothing else was evaluated on the same tasks: {single}'] if single else []
@@ -138,7 +114,7 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         notes += [f'Drawn: {draw(comparison, named[0][1], plot_format)}' for comparison in comparable]
     tables = {'text': as_text, 'csv': as_csv, 'latex': as_latex}[style]
     if style == 'text':
-        return '\n\n'.join([*map(tables, comparable), *(['\n'.join(notes)] if notes else [])])
+        return '\n\n'.join([*map(tables, comparable), *map(across.as_text, side_by_side), *(['\n'.join(notes)] if notes else [])])
     print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
     return '\n'.join(map(tables, comparable)) if style == 'latex' else as_csv(*comparable)
 
@@ -153,58 +129,6 @@ def draw(comparison: Comparison, folder: str, plot_format: str) -> str:
     return path
 
 
-def split_name(argument: str) -> tuple[str | None, str]:
-    """'name=folder' -> (name, folder); 'folder' -> (None, folder)."""
-    name, equals, folder = argument.partition('=')
-    return (name, folder) if equals and name and not os.path.exists(argument) else (None, argument)
-
-
-def free_path(stem: str, suffix: str) -> str:
-    """A path that does not exist yet: <stem>.<suffix>, or <stem>-2.<suffix> and so on."""
-    numbers = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
-    return next(path for path in (f'{stem}{number}.{suffix}' for number in numbers) if not os.path.exists(path))
-
-
-def _groups(named: Sequence[tuple[str | None, str]]) -> list[list[Evaluation]]:
-    """The evaluations in the folders, those on the same tasks together."""
-    groups, seen, without = {}, set(), []
-    for given, folder in named:
-        directories = result_directories(folder)
-        without += [] if directories else [folder]
-        for directory in directories:
-            for name, entry in read(os.path.join(directory, FILE)).items():
-                # A checkpoint that was evaluated as the newest and by its number as well is one evaluation.
-                key = os.path.realpath(directory), json.dumps([entry['checkpoint'], entry['tasks'], entry['scores']], sort_keys=True)
-                if key not in seen:
-                    seen.add(key)
-                    name = name.removesuffix(f', {entry["tasks"]["split"]}')
-                    groups.setdefault(json.dumps([entry['tasks'], entry['score']], sort_keys=True), []).append(
-                        Evaluation(directory, name, given, entry))
-    if without:
-        missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
-        if len(without) == len(named):
-            raise UserError(missing)
-        print(f'Warning: {missing}', file=sys.stderr)
-    return list(groups.values())
-
-
-def result_directories(folder: str) -> list[str]:
-    """The folder, and folders below it at any depth, that hold results; without what --resume=False and --test_iter moved aside."""
-    found = []
-    for directory, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not re.fullmatch(r'earlier\d+', name))
-        found += [directory] if FILE in files else []
-    return found
-
-
-def describe_tasks(tasks: dict) -> str:
-    """Text: which tasks these are."""
-    way = f'{tasks["num_classes"]}-way ' if tasks.get('num_classes') else ''
-    return (f'{tasks.get("count")} tasks of {tasks["datasource"]}, {SPLIT_TITLES.get(tasks["split"], tasks["split"])}, '
-            f'{way}{tasks.get("update_batch_size")}-shot, {tasks.get("query_shots")} query, '
-            f'seed {tasks.get("seed")}')
-
-
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     """For each evaluation the settings in which it differs from others, with the name that the user gave it.
 
@@ -217,20 +141,13 @@ def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
         for parts, one in zip(known, known_settings):
             parts += [str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
     if not _all_different(known):
-        for parts, path in zip(known, _differing_parts([evaluation.path for evaluation in evaluations])):
+        for parts, path in zip(known, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
     return [', '.join(parts) for parts in known]
 
 
 def _all_different(lists):
     return len({tuple(one) for one in lists}) == len(lists)
-
-
-def _differing_parts(paths):
-    """Of each path those components in which it differs from another, compared from the end."""
-    columns = list(itertools.zip_longest(*(os.path.normpath(path).split(os.sep)[::-1] for path in paths), fillvalue=''))[::-1]
-    parts = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
-    return [os.sep.join(filter(None, one)) for one in parts]
 
 
 # The tables ---------------------------------------------------------------------------------------------------------
@@ -295,11 +212,11 @@ def as_latex(comparison: Comparison) -> str:
     digits = UNITS[comparison.metric][2]
     own = Row('own', [evaluation.scores[:, evaluation.own_updates] for evaluation in comparison.evaluations])
     lines = [f'% {comparison.title}', r'\begin{tabular}{lrrrr}', r'\hline',
-             rf'run & updates & {_latex(UNITS[comparison.metric][0])} & difference & $p$ \\', r'\hline']
+             rf'run & updates & {latex(UNITS[comparison.metric][0])} & difference & $p$ \\', r'\hline']
     for label, evaluation, values in zip(what_differs(comparison.evaluations), comparison.evaluations, own.values):
         difference = ['', ''] if values is own.values[0] else [
             interval(values - own.values[0], digits), p_text(values, own.values[0])]
-        cells = [_latex(label), str(evaluation.own_updates), *(f'${cell.replace("±", chr(92) + "pm")}$' if cell else ''
+        cells = [latex(label), str(evaluation.own_updates), *(f'${cell.replace("±", chr(92) + "pm")}$' if cell else ''
                                                                 for cell in (interval(values, digits), *difference))]
         lines.append(' & '.join(cells) + r' \\')
     for group in comparison.seed_groups():
@@ -307,7 +224,3 @@ def as_latex(comparison: Comparison) -> str:
         lines.append(rf'mean over {len(group)} seeds & {comparison.evaluations[group[0]].own_updates} & '
                      rf'${number(mean, digits)}$ (std ${number(std, digits)}$) & & \\')
     return '\n'.join([*lines, r'\hline', r'\end{tabular}'])
-
-
-def _latex(text):
-    return re.sub(r'([&%$#_{}])', r'\\\1', text.replace('\\', '/')).replace('~', r'\textasciitilde{}').replace('^', r'\^{}')

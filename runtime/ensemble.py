@@ -4,8 +4,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from data_generator import TaskBatch
 from maml import MAML, Metrics, Outputs, metrics_of
+from runtime.tasks import TaskBatch
 
 
 class Ensemble:

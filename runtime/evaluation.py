@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from data_generator import Tasks
 from maml import MAML, Metrics
 from runtime import checkpoints, results
 from runtime.class_folders import preparation_facts
@@ -18,6 +17,7 @@ from runtime.errors import UserError
 from runtime.progress import Progress
 from runtime.run import Run
 from runtime.summaries import Summaries
+from runtime.tasks import Tasks
 
 TEST_TASKS = 600
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
@@ -80,7 +80,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
-                  'num_classes': run.tasks.num_classes if run.source.image_shape else None,
+                  'num_classes': run.tasks.num_classes if run.source.loss == 'xent' else None,
                   'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint,
                   **run.source.task_facts, **preparation},

@@ -32,7 +32,7 @@ class Learning:
         label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
             counts for the default too. '': nothing.
         network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
-            'convolutions' or 'user images'; None: it says how they are trained.
+            'classes', 'convolutions', 'tables' or 'user images'; None: it says how they are trained.
     """
     label: str | Mapping[str, str] = ''
     network: str | None = None
@@ -167,4 +167,4 @@ def labels(values: Mapping[str, Any]) -> str:
 def _label(label, value, default):
     if isinstance(label, Mapping):
         return label.get(value, '')
-    return '' if value in (default, 'None') else label.format(str(value).replace('/', '-'))
+    return '' if value in (default, 'None') else label.format(re.sub(r'[^\w.+-]', '-', str(value))[:60])

@@ -1,4 +1,4 @@
-"""Families of functions of one number, from which regression tasks are drawn.
+"""Families of functions of one number, and regression tasks drawn from them.
 
 A family makes each function of `numbers` uniform random numbers, and each of its inputs of one more. All arrays are
 [tasks, rows, 1]; parameters are tuples of arrays [tasks, 1, 1].
@@ -7,6 +7,9 @@ import math
 from typing import Protocol
 
 import numpy as np
+
+from runtime.class_folders import SPLITS
+from runtime.tasks import TaskBatch, TaskConfig, split_rows
 
 Parameters = tuple[np.ndarray, ...]
 
@@ -117,3 +120,45 @@ def _normal(uniform):
     """Standard normal numbers from numbers in [0, 1)."""
     from scipy.special import ndtri  # imported late: it is slow to import, and few sources need it
     return ndtri(np.maximum(uniform, 2.0 ** -54))
+
+
+class FunctionTasks:
+    """Functions of a family, each seen at K + Q random inputs.
+
+    Inputs are x, or with the oracle baseline x and the function's parameters.
+    """
+
+    def __init__(self, family: Family, config: TaskConfig, split: str):
+        self.family, self.config = family, config
+        self._key = np.random.SeedSequence([config.seed, SPLITS.index(split)]).generate_state(2, np.uint64)
+        self._points = config.update_batch_size + config.query_shots
+        self.fingerprint = None
+        # Philox makes four numbers for each value of its counter; a task owns a block of counter values.
+        self._counts_per_task = -(-(family.numbers + self._points) // 4)
+
+    def draw(self, start: int, count: int) -> TaskBatch:
+        """Tasks start to start + count - 1: K support and Q query rows each; there are no classes."""
+        return split_rows(*self._examples(*self._functions(start, count)), self.config.update_batch_size)
+
+    def parameters(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+        """The parameters of these tasks' functions, each [count, 1, 1]."""
+        return self._functions(start, count)[0]
+
+    def grid(self, start: int, count: int, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of these tasks at equally spaced x over the whole range: [count, points, dim] each."""
+        parameters = self.parameters(start, count)
+        return self._examples(parameters, np.linspace(*self.family.span(parameters), points, axis=1))
+
+    def _functions(self, start, count):
+        """Parameters and x, [count, points, 1], of these tasks."""
+        stream = np.random.Philox(key=self._key, counter=start * self._counts_per_task)
+        uniform = np.random.Generator(stream).random((count, 4 * self._counts_per_task, 1))
+        numbers = self.family.numbers
+        parameters = self.family.parameters(uniform[:, :numbers])
+        return parameters, self.family.inputs(parameters, uniform[:, numbers:numbers + self._points])
+
+    def _examples(self, parameters, x):
+        y = self.family.values(parameters, x)
+        if self.config.baseline == 'oracle':
+            x = np.concatenate([x, *(np.broadcast_to(parameter, x.shape) for parameter in parameters)], axis=-1)
+        return x.astype(np.float32), y.astype(np.float32)

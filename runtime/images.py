@@ -140,6 +140,15 @@ def _on_white(image):
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
 
 
+def resized(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Decoded images, uint8 [..., height, width, channels], resized as by `decode_images`, and made grey or RGB."""
+    height, width, channels = image_shape
+    grey = images.shape[-1] == 1
+    small = [Image.fromarray(image[..., 0] if grey else image).convert('L' if channels == 1 else 'RGB').resize(
+        (width, height), Image.Resampling.LANCZOS) for image in images.reshape(-1, *images.shape[-3:])]
+    return np.stack(small).reshape(*images.shape[:-3], *image_shape)
+
+
 def _eight_bits(image):
     """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for floating-point ones."""
     if image.mode == 'F':

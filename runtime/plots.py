@@ -1,22 +1,28 @@
 """Figures: metrics against updates, functions before and after adaptation, and the images of tasks and predictions."""
+from __future__ import annotations
+
 import io
 import os
 import re
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-from data_generator import FunctionTasks, ImageSource, ImageTasks, TaskBatch, Tasks
-from maml import MAML
+from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
 from runtime.errors import UserError
 from runtime.files import write_atomically
 from runtime.results import SPLIT_TITLES
 from runtime.run import Run
 from runtime.statistics import UNITS, number, statistics
+from runtime.tasks import TaskBatch, Tasks
 from runtime.user_task import UserTask
+
+if TYPE_CHECKING:
+    from maml import MAML  # which imports TensorFlow; comparisons are drawn without it
 
 DPI = 110
 # Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
@@ -33,16 +39,23 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
     Args:
         run: a run.Run.
         model: a maml.MAML.
-        tasks: FunctionTasks or ImageTasks, of data_generator.
+        tasks: of data_generator.
         split: 'val' or 'test'.
         values: {label: their metrics, [tasks, 1 + updates]}, a line each.
 
     Returns:
-        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures.
+        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; no tasks of
+        the classification of tables.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
-    some = task_sheet(model, tasks, run.model.num_updates, title) if run.source.image_shape else functions(model, tasks, title)
-    return {'updates': curves(values, run.metric, title), 'tasks': some}
+    figures = {'updates': curves(values, run.metric, title)}
+    if run.source.image_shape:
+        figures['tasks'] = task_sheet(model, tasks, run.model.num_updates, title)
+    elif isinstance(tasks, FunctionTasks):
+        figures['tasks'] = functions(model, tasks, title)
+    elif isinstance(tasks, TableTasks):
+        figures['tasks'] = predicted_targets(model, tasks, title)
+    return figures
 
 
 def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
@@ -76,6 +89,37 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     axes.set_title(_plain(heading), fontsize='small')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small', frameon=False)
+    return figure
+
+
+def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], float], texts: dict[tuple[int, int], str],
+           metric: str) -> Figure:
+    """A table of models against tasks, coloured by the mean within each column.
+
+    Args:
+        models, targets: labels of the rows and the columns.
+        means, texts: {(row, column): value, and how it is written}; empty places are white.
+        metric: one of statistics.UNITS.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    values = np.full((len(models), len(targets)), np.nan)
+    for place, mean in means.items():
+        values[place] = mean
+    low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
+    figure = Figure(figsize=(4.5 + 1.5 * len(targets), 1.7 + 0.45 * len(models)), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(shade if metric == 'accuracy' else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
+    for (row, column), text in texts.items():
+        axes.text(column, row, text, ha='center', va='center', fontsize='small')
+    axes.set_yticks(range(len(models)), [_clipped(model, 48) for model in models], fontsize='small')
+    wrapped = [_plain(', '.join(target.split(', ')[:1]) + '\n' + '\n'.join(target.split(', ')[1:])) for target in targets]
+    axes.set_xticks(range(len(targets)), wrapped, fontsize='x-small')
+    axes.xaxis.tick_top()
+    axes.set_xlabel(f'{UNITS[metric][0]}, with its 95% interval; *: the source of the training; darker is better within a column', fontsize='x-small')
     return figure
 
 
@@ -134,6 +178,40 @@ def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -
     for axes in panels[::2]:
         axes.set_ylabel('y')
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small', frameon=False)
+    return figure
+
+
+def predicted_targets(model: MAML, tasks: TableTasks, heading: str, count: int = 4) -> Figure:
+    """The first tasks' query rows: what the network predicts of the first target against what it is, before and after adaptation.
+
+    Args:
+        model: a maml.MAML.
+        tasks: a data_generator.TableTasks.
+        heading: which run it is.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    batch, columns = tasks.draw(0, count), tasks.source.files.columns
+    after = model.predict(batch, max(SHOWN_UPDATES)).post[-1]
+    figure = Figure(figsize=(8, 2.9 * -(-count // 2) + 0.3), layout='constrained')
+    figure.suptitle(_plain(heading), fontsize='small')
+    panels = figure.subplots(-(-count // 2), 2, squeeze=False).ravel()
+    for task, axes in enumerate(panels):
+        true = columns.restore_targets(batch.query_y[task].astype(float))[:, 0]
+        for label, outputs, style in (('before adaptation', model.predict_unadapted(batch), STYLES[3]),
+                                      (f'after {max(SHOWN_UPDATES)} updates', after, STYLES[0])):
+            found = columns.restore_targets(np.asarray(outputs)[task].astype(float))[:, 0]
+            axes.plot(true, found, label=label, markersize=4, **{**style, 'linestyle': 'none'})
+        axes.axline((true[0], true[0]), slope=1, color='#999999', linewidth=1, label='no error')
+        axes.set_title(_clipped(tasks.class_names(task)[0]), fontsize='small')
+        axes.grid(alpha=0.3)
+    name = _clipped(next(iter(columns.targets)))
+    for axes in panels[-2:]:
+        axes.set_xlabel(name)
+    for axes in panels[::2]:
+        axes.set_ylabel(f'predicted {name}')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small', frameon=False)
     return figure
 
 

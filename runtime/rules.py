@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from absl import flags
 
-from data_generator import SOURCES
+from data_generator import SOURCES, TableSource
 from runtime.errors import UserError
 
-PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'run', 'compare')
+PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
 
 
 class Request:
@@ -21,6 +21,8 @@ class Request:
         source: the entry of SOURCES.
         images: whether the source has images.
         user_images: whether these are the user's own.
+        tables: whether it has tables.
+        classes: whether its tasks are classification.
     """
 
     def __init__(self, values: flags.FlagValues):
@@ -28,6 +30,8 @@ class Request:
         self.source = source = SOURCES[values.datasource]
         self.images = source.image_shape is not None
         self.user_images = self.images and source.user_images
+        self.tables = isinstance(source, TableSource)
+        self.classes = self.images or (self.tables and not values.targets)
 
     def __getattr__(self, name):
         return getattr(self.values, name)
@@ -79,10 +83,11 @@ def check_flags(values: flags.FlagValues) -> None:
 
 
 def check_comparison(values: flags.FlagValues, names: list[str]) -> None:
-    """Refuses flags, of those named, that mean nothing to --compare; raises UserError."""
-    others = [name for name in names if values[name].present and name not in ('compare', 'plot', 'format', 'plot_format')]
+    """Refuses flags, of those named, that mean nothing to --compare or --across; raises UserError."""
+    wanted = 'compare' if values.across is None else 'across'
+    others = [name for name in names if values[name].present and name not in (wanted, 'plot', 'format', 'plot_format')]
     if others:
-        raise UserError(f'--{others[0]} means nothing to --compare, which takes folders, --plot, --plot_format and --format')
+        raise UserError(f'--{others[0]} means nothing to --{wanted}, which takes folders, --plot, --plot_format and --format')
 
 
 def _text(value):
@@ -91,6 +96,11 @@ def _text(value):
         return value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def _all_different(listed):
+    names = [name.strip() for name in listed.split(',')]
+    return all(names) and len(set(names)) == len(names)
 
 
 def _only_with(names: list[str], condition: Callable[[Request], bool], message: str) -> list[Rule]:
@@ -112,32 +122,38 @@ RULES = [
     Rule(lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
     Rule(lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
          '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
-    Rule(lambda r: r.data_path is not None and not r.images,
-         '--data_path is a folder of images, but {datasource} has no data on disk'),
-    Rule(lambda r: r.user_images and not r.data_path and r.mode != 'predict',
-         '--datasource={datasource} needs --data_path, the folder of your images'),
+    Rule(lambda r: r.data_path is not None and not (r.images or r.tables),
+         '--data_path is a folder of images or tables, but {datasource} has no data on disk'),
+    Rule(lambda r: (r.user_images or r.tables) and not r.data_path and r.mode != 'predict',
+         '--datasource={datasource} needs --data_path, the folder of your data'),
     Rule(lambda r: r.images and r.source.test_only and r.mode == 'train',
          '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --run=DIR or '
          '--train_datasource, with --train=False and --test_set=True'),
     Rule(lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
          '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
     *_only_with(['skip_bad_images', 'verify'], lambda r: r.images, 'is for sources of images'),
+    *_only_with(['targets', 'support_csv', 'query_csv'], lambda r: r.tables, 'is for --datasource=table'),
+    Rule(lambda r: bool(r.targets) and not _all_different(r.targets), '--targets={targets} must name columns, separated by commas, each once'),
     *_only_with(['image_size', 'image_channels', 'rotations', 'split'], lambda r: r.user_images, 'is for --datasource=folder'),
     Rule(lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
          '--split={split} must be three positive whole numbers like 64/16/20'),
     Rule(lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
          '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
-    Rule(lambda r: r.images and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
+    Rule(lambda r: r.classes and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
     Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
-    Rule(lambda r: r.given('format'), '--format is for --compare'),
+    Rule(lambda r: r.given('format'), '--format is for --compare and --across'),
     # Network
     *(Rule(lambda r, name=name: not r.images and r.values[name].value != r.values[name].default,
            f'--{name} is for networks of images: leave it out') for name in ('max_pool', 'num_filters')),
+    Rule(lambda r: r.hidden is not None and r.images and r.conv,
+         '--hidden is for fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)'),
+    Rule(lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
+         '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
     # Method
     Rule(lambda r: r.norm_scale and r.norm != 'batch_norm', '--norm_scale is for batch norm: with --norm={norm} leave it out'),
     *(Rule(lambda r, name=name: r.values[name].value and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
       for name in ('adapt_norm', 'norm_per_step')),
-    Rule(lambda r: r.mean_loss and not r.images, '--mean_loss is about classification; the loss of {datasource} is a mean already'),
+    Rule(lambda r: r.mean_loss and not r.classes, '--mean_loss is about classification; the loss of {datasource} is a mean already'),
     Rule(lambda r: r.given('schedule_interval') and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
          '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
     Rule(lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
@@ -171,11 +187,13 @@ RULES = [
     Rule(lambda r: r.train_datasource is not None and r.mode != 'evaluate', '--train_datasource is for evaluation: add --train=False'),
     Rule(lambda r: r.train_datasource is not None and not (r.images and SOURCES[r.train_datasource].image_shape),
          '--train_datasource={train_datasource}, --datasource={datasource}: both must be sources of images'),
+    Rule(lambda r: r.resize and r.train_datasource in (None, r.datasource),
+         '--resize is for the evaluation of a model of another source: add --train_datasource, or --run=DIR and --datasource'),
     Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     *_only_with(['train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train', 'is for evaluation: add --train=False'),
     Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),
     Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
-    Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.images),
+    Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.classes),
          '--train_num_classes is for the evaluation of a classifier: add --train=False'),
     Rule(lambda r: -1 < r.train_num_classes < r.num_classes,
          '--num_classes={num_classes}: a network trained with --train_num_classes={train_num_classes} has no more outputs than '
@@ -188,12 +206,16 @@ RULES = [
            f'--{one} and --{other} name different checkpoints: give one')
       for one, other in (('test_best', 'test_iter'), ('test_best', 'load_from'), ('test_iter', 'load_from'))),
     # Prediction
-    *(Rule(lambda r, name=name: _needs(r, name), f'--predict needs --{name}, a folder of images')
+    *(Rule(lambda r, name=name: not r.tables and _needs(r, name), f'--predict needs --{name}, a folder of images')
       for name in ('support_dir', 'query_dir')),
+    *(Rule(lambda r, name=name: r.tables and _needs(r, name), f'--predict needs --{name}, a csv file')
+      for name in ('support_csv', 'query_csv')),
     *(Rule(lambda r, name=name: r.mode != 'predict' and bool(r.values[name].value), f'--{name} is for --predict')
+      for name in ('support_dir', 'query_dir', 'support_csv', 'query_csv')),
+    *(Rule(lambda r, name=name: r.tables and bool(r.values[name].value), f'--{name} is for images, and --datasource={{datasource}} has none')
       for name in ('support_dir', 'query_dir')),
-    Rule(lambda r: r.mode == 'predict' and not r.images,
-         '--predict classifies images, and --datasource={datasource} has none'),
+    Rule(lambda r: r.mode == 'predict' and not (r.images or r.tables),
+         '--predict is for images and tables, and --datasource={datasource} has none'),
     Rule(lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'),
          '--predict runs on one device: leave out --strategy'),
     Rule(lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch or support'),

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from data_generator import SOURCES, Source, TaskConfig, Tasks
+from data_generator import SOURCES, TableSource
 from runtime.distribution import Replicas
 from runtime.errors import UserError, first_line
 from runtime.files import write_atomically
@@ -15,6 +15,8 @@ from runtime.flags import FLAGS, GROUPS, LEARNING, labels, names
 from runtime.images import BadImages
 from runtime.methods import switches, title
 from runtime.rules import mode
+from runtime.tables import Tables, read_columns, write_columns
+from runtime.tasks import Source, TaskConfig, Tasks
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
 DESCRIBING_GROUPS = ('Data', 'Training', 'Method', 'Network')  # the groups of flags that FLAG_FILE holds
@@ -83,8 +85,19 @@ class Run:
         way = f'{self.tasks.num_classes}-way ' if self.model.loss == 'xent' else ''
         return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
 
-    def write_flag_file(self) -> None:
-        """Writes the flags that describe the run into its directory, for --run; if that fails, says so and goes on."""
+    def write_description(self) -> None:
+        """Writes the flags that describe the run into its directory, for --run, and the columns of tables.
+
+        If the former fails, says so and goes on.
+
+        Raises:
+            UserError: the columns cannot be written, without which the model cannot be used.
+        """
+        if isinstance(self.source, TableSource):
+            try:
+                write_columns(self.directory, self.source.files.columns)
+            except OSError as error:
+                raise UserError(f'the columns cannot be written to {self.directory}: {error.strerror}') from error
         path = os.path.join(self.directory, FLAG_FILE)
         lines = [f'--{name}={self.flag_values[name]}' for name in _describing_flags()
                  if self.flag_values[name] != FLAGS[name].default]
@@ -105,13 +118,12 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
     training = {name: trained_with(values, name) for name, declared in LEARNING.items() if not declared.network}
     if values.meta_lr_schedule != 'constant':
         training['metatrain_iterations'] = values.metatrain_iterations  # the step size of each iteration depends on it
-    pretrain_only = pretrain_iterations > 0 and metatrain_iterations == 0
     return Run(
         datasource=values.datasource, source=source, trained_on=trained_with(values, 'datasource'),
         tasks=tasks, model=model, replicas=replicas or Replicas(),
         query_norms=('batch', 'support') if query_norm == 'both' else (query_norm,),
-        num_outputs=trained_with(values, 'num_classes') if source.image_shape else model.dim_output,
-        directory=run_directory(values) or _new_directory(values, pretrain_only),
+        num_outputs=trained_with(values, 'num_classes') if source.loss == 'xent' else model.dim_output,
+        directory=_directory(values),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         meta_batch_size=values.meta_batch_size, resume=values.resume, save_interval=values.save_interval,
         skip_nonfinite=values.skip_nonfinite, log=values.log, mode=mode(values),
@@ -120,17 +132,22 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
         test_updates=max(values.num_updates, TEST_UPDATES) if values.test_updates == -1 else values.test_updates,
         plot_format=values.plot_format,
-        method=tasks.baseline or _method(values, pretrain_only),
+        method=tasks.baseline or _method(values),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
 
 
-def _new_directory(values, pretrain_only):
-    return os.path.join(os.path.expanduser(values.logdir), experiment_name(values, pretrain_only))
+def _directory(values):
+    return run_directory(values) or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, _pretrain_only(values)))
 
 
-def _method(values, pretrain_only):
-    return 'pre-training' if pretrain_only else title({name: trained_with(values, name) for name in switches()})
+def _pretrain_only(values):
+    pretrain_iterations, metatrain_iterations = _iterations(values)
+    return pretrain_iterations > 0 and metatrain_iterations == 0
+
+
+def _method(values):
+    return 'pre-training' if _pretrain_only(values) else title({name: trained_with(values, name) for name in switches()})
 
 
 def _model_config(values, source, tasks, query_norm):
@@ -140,7 +157,11 @@ def _model_config(values, source, tasks, query_norm):
     return ModelConfig(**{
         **same, 'query_norm': query_norm, 'task_chunk': values.task_chunk or None,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
-        'clip': source.clip, 'dim_hidden': source.dim_hidden, 'image_shape': source.image_shape if values.conv else None})
+        'clip': source.clip, 'dim_hidden': _hidden(values) or source.dim_hidden, 'image_shape': source.image_shape if values.conv else None})
+
+
+def _hidden(values):
+    return tuple(map(int, values.hidden.split(','))) if values.hidden else ()
 
 
 def _query_norm(values):
@@ -180,7 +201,11 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
 
 
 def _with_flags(source, values):
-    """A source as the flags change it, if its images are the user's own."""
+    """A source as the flags change it, if its data are the user's own."""
+    if isinstance(source, TableSource):
+        known = read_columns(_directory(values)) if mode(values) != 'train' or values.resume else None
+        root = os.path.expanduser(values.data_path or '')
+        return dataclasses.replace(source, files=Tables(root, target_names(values), known))
     if not source.image_shape or not source.user_images:
         return source
     return dataclasses.replace(
@@ -189,13 +214,20 @@ def _with_flags(source, values):
 
 
 def _with_network_of(trained_on, source, values):
-    """A source whose tasks are given to a model of another one: with that one's network. Raises UserError if shapes differ."""
+    """A source whose tasks are given to a model of another one: with that one's network.
+
+    Raises:
+        UserError: their images differ in shape, and --resize does not ask to change it.
+    """
     other = _with_flags(SOURCES[trained_on], values)
-    if other.image_shape != source.image_shape:
-        there, here = ('x'.join(map(str, shape or ['no images'])) for shape in (other.image_shape, source.image_shape))
-        raise UserError(f'a model of {trained_on} ({there}) cannot be evaluated on {values.datasource} ({here}): their images '
-                        'differ in shape; those of a folder take any, by --datasource=folder, --image_size and --image_channels')
-    return dataclasses.replace(source, head=other.head, clip=other.clip)
+    source = dataclasses.replace(source, head=other.head, clip=other.clip)
+    if other.image_shape == source.image_shape:
+        return source
+    if other.image_shape and values.resize:
+        return dataclasses.replace(source, image_shape=other.image_shape, stored_shape=source.image_shape)
+    there, here = ('x'.join(map(str, shape or ['no images'])) for shape in (other.image_shape, source.image_shape))
+    raise UserError(f'a model of {trained_on} ({there}) cannot be evaluated on {values.datasource} ({here}): their images '
+                    f'differ in shape; --resize makes those of {values.datasource} fit')
 
 
 def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[str, Tasks]:
@@ -230,11 +262,17 @@ def record_split(source: Source, tasks: TaskConfig) -> None:
 
 def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:
     """{flag: value} of the flags by which networks for this source differ."""
-    images = source.image_shape is not None
+    images, tables = source.image_shape is not None, isinstance(source, TableSource)
     applies = {'all': True, 'regression': not images, 'images': images, 'convolutions': images and values.conv,
+               'classes': images or (tables and not target_names(values)), 'tables': tables,
                'user images': images and source.user_images, None: False}
     network = {name: trained_with(values, name) for name, declared in LEARNING.items() if applies[declared.network]}
     return {name: None if value == 'None' and name != 'norm' else value for name, value in network.items()}
+
+
+def target_names(values: flags.FlagValues) -> tuple[str, ...]:
+    """The columns that --targets names."""
+    return tuple(name.strip() for name in values.targets.split(',')) if values.targets else ()
 
 
 def trained_with(values: flags.FlagValues, name: str) -> Any:
@@ -268,7 +306,7 @@ def find_query_norm(values: flags.FlagValues) -> None:
     found = {}
     for norm in 'batch', values.query_norm:
         values.train_query_norm = norm
-        path = os.path.join(os.path.expanduser(values.logdir), experiment_name(values, _iterations(values)[1] == 0))
+        path = os.path.join(os.path.expanduser(values.logdir), experiment_name(values, _pretrain_only(values)))
         found[norm] = os.path.isdir(path)
     if all(found.values()):
         raise UserError(f'--query_norm={values.query_norm}: two such runs are in {values.logdir}, one trained with it and one with '

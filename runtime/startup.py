@@ -34,8 +34,7 @@ def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
     # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
     source, tasks = data_from_flags(FLAGS)
     if mode == 'predict':
-        from runtime.user_task import read_user_task
-        data = read_user_task(source, os.path.expanduser(FLAGS.support_dir), os.path.expanduser(FLAGS.query_dir))
+        data = _user_data(source)
     else:
         data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
     distribution.report_waiting(cluster)
@@ -49,6 +48,17 @@ def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
     if mode != 'predict':
         record_split(source, tasks)
     return run, data
+
+
+def _user_data(source):
+    """The user's own task, of images or of tables."""
+    if source.image_shape:
+        from runtime.user_task import read_user_task as read
+        names = 'support_dir', 'query_dir'
+    else:
+        from runtime.user_tables import read_user_tables as read
+        names = 'support_csv', 'query_csv'
+    return read(source, *(os.path.expanduser(FLAGS[name].value) for name in names))
 
 
 def import_tensorflow(strategy: str = 'one',

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from data_generator import TaskBatch, Tasks
+from data_generator import ClassTasks
 from maml import MAML, Metrics, ModelConfig
 from runtime import checkpoints
 from runtime.errors import UserError
@@ -24,6 +24,7 @@ from runtime.run import Run
 from runtime.saving import Saver, TrainState, diverged
 from runtime.schedules import stage_end
 from runtime.summaries import Summaries
+from runtime.tasks import TaskBatch, Tasks
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
@@ -80,7 +81,7 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
                                 'give the flags of its training, or start anew by --resume=False or in another --logdir')
         other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
         if other:
-            raise UserError(f'the images of the {" and ".join(other)} split are not those that the checkpoint '
+            raise UserError(f'the data of the {" and ".join(other)} split are not those that the checkpoint '
                             f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in '
                             'another --logdir')
         checkpoints.restore(checkpoint, model.state())
@@ -97,7 +98,7 @@ def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'Later checkpoints were moved to {moved}')
-    run.write_flag_file()
+    run.write_description()
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
@@ -127,8 +128,9 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
 def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
-    images = [f'{split}: {len(tasks.classes.names):,} classes, {tasks.classes.counts.sum():,} images'
-              for split, tasks in data.items() if run.source.image_shape]
+    sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
+    if sizes and not run.source.image_shape:
+        sizes.append(run.source.files.columns.text)
     if config.image_shape:
         net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
     else:
@@ -136,7 +138,7 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     gpus = len(tf.config.list_physical_devices('GPU'))
     device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
-             *(['  data     ' + '; '.join(images)] if images else []),
+             *(['  data     ' + '; '.join(sizes)] if sizes else []),
              f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
              f'  shown    {run.metric} before and after adaptation']

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_generator import ImageSource, TaskBatch
+from data_generator import ImageSource
 from runtime.class_folders import subfolders
 from runtime.errors import UserError
 from runtime.images import BadImages, decode_images, image_files, readable_suffixes
+from runtime.tasks import TaskBatch
 
 
 class UserTask(NamedTuple):

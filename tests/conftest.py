@@ -116,6 +116,11 @@ def small_data(tmp_path_factory):
     for source, size in ('doublemnist', (64, 64)), ('triplemnist', (84, 84)):
         write_image_tree(root / source, class_names(6, 5, 5), images=6, size=size)
     write_image_tree(root / 'folder', [f'class {number}' for number in range(32)], images=4, size=(40, 30, 3))
+    rng = np.random.default_rng(0)
+    for name in class_names(6, 5, 5):
+        os.makedirs((root / 'table' / name).parent, exist_ok=True)
+        rows = np.random.default_rng(len(name)).normal(rng.normal(0, 5, 3), 1, (20, 3))
+        np.savetxt(root / 'table' / f'{name}.csv', rows, delimiter=',', header='a,b,c', comments='')
     alike = dict.fromkeys(['tieredimagenet', 'cub', 'flowers', 'aircraft', 'dtd'], 'miniimagenet') | {'gtsrb': 'cifarfs'}
     return {path.name: path for path in root.iterdir()} | {name: root / other for name, other in alike.items()}
 

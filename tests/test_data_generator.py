@@ -62,7 +62,8 @@ def test_tasks_differ_between_numbers_splits_and_seeds(tasks):
 @every_source
 def test_shapes_and_types(tasks):
     config, source = tasks().config, getattr(tasks(), 'source', SOURCES['sinusoid'])
-    way, dim_input = (config.num_classes, math.prod(source.image_shape)) if source.image_shape else (1, 1)
+    way = config.num_classes if source.loss == 'xent' else 1
+    dim_input = math.prod(source.image_shape) if source.image_shape else 3 if way > 1 else 1
     support_rows, query_rows, dim_output = 2 * way, config.query_shots * way, source.dim_output(config)
     batch = tasks().draw(0, 4)
     assert [array.shape for array in batch] == [(4, support_rows, dim_input), (4, support_rows, dim_output),

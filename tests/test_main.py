@@ -31,6 +31,7 @@ RUNS = {
     **{name: [f'--datasource={name}', *SMALL] for name in ('tieredimagenet', 'cub', 'flowers', 'aircraft', 'dtd')},
     'doublemnist': ['--datasource=doublemnist', *SMALL],
     'triplemnist': ['--datasource=triplemnist', *SMALL],
+    'table': ['--datasource=table', '--update_batch_size=1', '--update_lr=0.1'],
     'folder': ['--datasource=folder', *SMALL, '--image_size=20', '--num_classes=2', '--rotations'],
 }
 
@@ -82,6 +83,17 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     assert 'meta-test, 40 tasks' in run_ok(
         f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
         '--image_size=28', '--image_channels=1')
+    pairs = [f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=doublemnist', f'--data_path={small_data["doublemnist"]}']
+    assert '--resize makes those of doublemnist fit' in error_of(*pairs)
+    assert 'meta-test, 40 tasks' in run_ok(*pairs, '--resize', '--plot')
+    assert '--resize is for the evaluation of a model of another source' in error_of(*RUNS['omniglot'], '--train=False', '--resize')
+    # Models against sources.
+    run_ok(f'--run={experiment(tmp_path / "source")}', *evaluate, f'--data_path={small_data["cifarfs"]}')
+    table = run_ok(f'--across={tmp_path / "source"}', str(tmp_path / 'omniglot'), '--plot')
+    assert re.search(r'1  40 tasks of cifarfs.*\n  2  40 tasks of doublemnist.*\n  3  40 tasks of folder.*\n  4  40 tasks of gtsrb', table)
+    assert re.search(r'source\S+ +[\d.]+ ± [\d.]+\* +- +- +[\d.]+ ± [\d.]+\n', table) and os.path.getsize(tmp_path / 'source/across.png') > 5000
+    assert len(list(csv.DictReader(run_ok(f'--across={tmp_path}', '--format=csv').splitlines()))) == 4
+    assert r'$^*' not in run_ok(f'--across={tmp_path}', '--format=latex') and '40 tasks of gtsrb' in run_ok(f'--compare={tmp_path / "source"}')
     assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
     assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
 

@@ -12,7 +12,8 @@ import maml
 from conftest import ROOT, run_ok
 from runtime import flags
 
-USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders', 'functions')}
+USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders', 'functions', 'tables',
+                                              'tasks')}
 ENGINE = {f'runtime.{name}' for name in ('distribution', 'optimizers', 'schedules', 'engine')}
 
 

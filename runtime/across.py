@@ -1,0 +1,126 @@
+"""A table of models against the sources that they were evaluated on."""
+import csv
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from runtime.evaluations import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
+from runtime.statistics import UNITS, interval, statistics
+
+OWN_SOURCE = '*'  # marks the source that a model was trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Models, the tasks that they were evaluated on, and the evaluations: {(row, column): evaluation}, of one kind of score."""
+    models: list[str]
+    targets: list[str]
+    cells: dict[tuple[int, int], Evaluation]
+
+    @property
+    def metric(self) -> str:
+        return next(iter(self.cells.values())).entry['score']
+
+    def text(self, row: int, column: int) -> str:
+        """Mean and interval, or '' where there is no such evaluation."""
+        if (row, column) not in self.cells:
+            return ''
+        evaluation = self.cells[row, column]
+        return interval(own_scores(evaluation), UNITS[self.metric][2]) + OWN_SOURCE * (not evaluation.elsewhere)
+
+
+def own_scores(evaluation: Evaluation):
+    """The values after as many updates as the method is meant for, [tasks]."""
+    return evaluation.scores[:, evaluation.own_updates]
+
+
+def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
+    """The evaluations of several runs as a table: a row for each model, a column for each source and kind of task.
+
+    Values are those after as many updates as each method is meant for; means over tasks with their 95% intervals.
+
+    Args:
+        folders: experiment directories, or folders of such at any depth; 'name=folder' says what to call its runs.
+        plot: also draw the table, into a new file across*.png in the first folder.
+        style: 'text', 'csv' or 'latex'.
+
+    Returns:
+        The tables, one for each kind of score.
+
+    Raises:
+        UserError: there are no results.
+    """
+    named = [split_name(folder) for folder in folders]
+    matrices = tables(read_evaluations(named))
+    notes = [f'Drawn: {draw(one, named[0][1], plot_format)}' for one in matrices] if plot else []
+    if style == 'csv':
+        print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
+        return as_csv(matrices)
+    parts = [{'text': as_text, 'latex': as_latex}[style](one) for one in matrices]
+    return '\n\n'.join([*parts, *(['\n'.join(notes)] if notes else [])])
+
+
+def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
+    """A table for each kind of score."""
+    scores = dict.fromkeys(one.entry['score'] for one in evaluations)
+    return [_table([one for one in evaluations if one.entry['score'] == score]) for score in scores]
+
+
+def _table(evaluations):
+    """Of several evaluations of one model on the same tasks, the last in its file counts."""
+    keys = [(one.given, one.directory, os.path.basename(one.entry['checkpoint']), one.entry.get('query_norm'),
+             str(one.entry.get('ensemble', ''))) for one in evaluations]
+    models, targets = list(dict.fromkeys(keys)), sorted({describe_tasks(one.entry['tasks']) for one in evaluations})
+    cells = {(models.index(key), targets.index(describe_tasks(one.entry['tasks']))): one for key, one in zip(keys, evaluations)}
+    differing = [part for part in range(len(models[0])) if part != 1 and len({key[part] for key in models}) > 1]
+    short = differing_parts([key[1] for key in models]) if len({key[1] for key in models}) > 1 else [key[1] for key in models]
+    labels = [', '.join([key[0] or path, *(str(key[part]) for part in differing if part and key[part])]) for key, path in zip(models, short)]
+    return Matrix(labels, targets, cells)
+
+
+def as_text(table: Matrix) -> str:
+    """For a terminal: the columns are numbered, and listed above."""
+    lines = [f'{UNITS[table.metric][0]}, with its 95% interval, of models (rows) on tasks (columns)', '']
+    lines += [f'  {number}  {target}' for number, target in enumerate(table.targets, start=1)]
+    rows = [['', *map(str, range(1, len(table.targets) + 1))]]
+    rows += [[model, *(table.text(row, column) or '-' for column in range(len(table.targets)))] for row, model in enumerate(table.models)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines += ['', *('  ' + '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+                    for row in rows)]
+    return '\n'.join([*lines, f'  ({OWN_SOURCE}: the source that the model was trained on)'])
+
+
+def as_csv(tables: Sequence[Matrix]) -> str:
+    """One line for each evaluation."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['model', 'trained_on', 'datasource', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path'])
+    for table in tables:
+        for (row, column), one in sorted(table.cells.items(), key=lambda item: item[0]):
+            mean, std, half = (float(values[0]) for values in statistics(own_scores(one)[:, None]))
+            source = one.entry['tasks']['datasource']
+            writer.writerow([table.models[row], one.flag('train_datasource') or source, source, table.targets[column],
+                             UNITS[table.metric][0], one.own_updates, mean, std, half, one.path])
+    return text.getvalue().rstrip('\n')
+
+
+def as_latex(table: Matrix) -> str:
+    """A tabular environment, with a line of comment for each column."""
+    lines = [f'% {number}: {target}' for number, target in enumerate(table.targets, start=1)]
+    lines += [rf'\begin{{tabular}}{{l{"r" * len(table.targets)}}}', r'\hline',
+              ' & '.join([latex(UNITS[table.metric][0]), *map(str, range(1, len(table.targets) + 1))]) + r' \\', r'\hline']
+    for row, model in enumerate(table.models):
+        cells = [table.text(row, column).replace('±', r'\pm') for column in range(len(table.targets))]
+        lines.append(' & '.join([latex(model), *(f'${cell.replace(OWN_SOURCE, "^*")}$' if cell else '' for cell in cells)]) + r' \\')
+    return '\n'.join([*lines, r'\hline', r'\end{tabular}'])
+
+
+def draw(table: Matrix, folder: str, plot_format: str) -> str:
+    """Draws the table into a new file of a folder; returns its path."""
+    from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+    path = free_path(os.path.join(folder, 'across'), plot_format)
+    plots.save(plots.matrix(table.models, table.targets, {place: float(own_scores(one).mean()) for place, one in table.cells.items()},
+                            {place: table.text(*place) for place in table.cells}, table.metric), path)
+    return path
