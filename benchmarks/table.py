@@ -2,6 +2,7 @@
 
     make table                                   (or: nice python benchmarks/table.py)
     python benchmarks/table.py --only fc100      rows whose name contains that
+    python benchmarks/table.py --until 10000     trains no row beyond so many iterations
     python benchmarks/table.py --evaluate        trains nothing: evaluates what is trained so far, and writes the table
     python benchmarks/table.py --write           only writes the table, from what is there
 
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import filelock
@@ -39,6 +41,9 @@ from runtime.run import data_from_flags, experiment_name  # noqa: E402
 from runtime.statistics import UNITS, number  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+POLL = 1  # seconds between looks at how far a training is
+PAGE = os.path.join('docs', 'results.md')
+LOCK = os.path.join('logs', '.table.lock')
 TIMES = 'training_time.json'  # in a run's directory: {machine: seconds of training}
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
@@ -83,6 +88,8 @@ ROWS = [
     *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}', '--logdir=logs/sine_seeds/'))
       for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot, no convolutions', '89.7 ± 1.1', flags=('--conv=False', '--logdir=logs/omniglot5way_dense/')),
+    Row('doublemnist_5way1shot', 'DoubleMNIST 5-way 1-shot', '97.05 (MultiDigitMNIST)'),
+    Row('doublemnist_20way1shot', 'DoubleMNIST 20-way 1-shot', '85.46 (MultiDigitMNIST)'),
     Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84'),
     Row('miniimagenet_5way5shot', 'MiniImagenet 5-way 5-shot', '63.11 ± 0.92'),
 ]
@@ -125,13 +132,23 @@ def lowest_priority() -> None:
         file.write('19')
 
 
-def run(arguments: list[str]) -> int:
-    """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status."""
+def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
+    """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status.
+
+    Args:
+        enough: asked again and again; when it says so, main.py is ended as by SIGTERM, and the status is 0.
+    """
     # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
     process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True)
     handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
     try:
-        return process.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL)
+            if enough():
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                return 0
     finally:
         for one, handler in handlers.items():
             signal.signal(one, handler)
@@ -145,10 +162,14 @@ def times(directory: str) -> dict[str, float]:
         return {}
 
 
-def train(row: Row, state: State) -> None:
-    """Trains a row to its end, and adds the seconds to what is known of it. Ends the program if it is interrupted."""
+def train(row: Row, state: State, until: int) -> None:
+    """Trains a row, and adds the seconds to what is known of it. Ends the program if it is interrupted.
+
+    Args:
+        until: iterations; at the first checkpoint of so many, the training is stopped.
+    """
     started = time.monotonic()
-    status = run(row.arguments)
+    status = run(row.arguments, lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
     spent, machine = times(state.directory), f'{os.cpu_count()} cores, {platform.machine()}'
     spent[machine] = spent.get(machine, 0) + time.monotonic() - started
     if os.path.isdir(state.directory):
@@ -210,18 +231,17 @@ def write_table() -> None:
     """Writes the table between its two marks in docs/results.md."""
     heads = 'run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training'
     table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS)])
-    path = os.path.join('docs', 'results.md')
-    with open(path, encoding='utf-8') as file:
+    with open(PAGE, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
-    write_atomically(path, f'{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}'.encode())
-    print(f'Written: {path}')
+    write_atomically(PAGE, f'{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}'.encode())
+    print(f'Written: {PAGE}')
 
 
-def remaining(states: list[State]) -> str:
+def remaining(states: list[State], until: int) -> str:
     """Text: the hours that unfinished rows will take, as far as their speed is known."""
     hours, unknown = 0.0, 0
     for state in states:
-        left, seconds = state.wanted - state.newest, sum(times(state.directory).values())
+        left, seconds = min(state.wanted, until) - state.newest, sum(times(state.directory).values())
         if left > 0 and seconds and state.newest:
             hours += left * seconds / state.newest / 3600
         else:
@@ -229,30 +249,33 @@ def remaining(states: list[State]) -> str:
     return f'about {hours:.1f} hours' + (f', and {unknown} rows of unknown speed' if unknown else '')
 
 
-def main_loop(rows: list[Row], training: bool) -> None:
-    """Trains, if asked to, and evaluates each row."""
+def main_loop(rows: list[Row], until: int) -> None:
+    """Trains each row to its end, or to `until` iterations if that is less, and evaluates it."""
     for count, row in enumerate(rows, start=1):
         states = [state_of(other) for other in rows[count - 1:]]
         state = states[0]
         title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.wanted:,} iterations'
-        if state.prepared and state.newest < state.wanted:
+        unfinished = state.newest < min(state.wanted, until)
+        if state.prepared and unfinished:
             print(f'{title}: left out, {state.prepared}', flush=True)
             continue
-        print(f'{title}; left in the queue: {remaining(states)}', flush=True)
-        if training and state.newest < state.wanted:
-            train(row, state)
+        print(f'{title}; left in the queue: {remaining(states, until)}', flush=True)
+        if unfinished:
+            train(row, state, until)
             state = state_of(row)
         if state.newest and not state.prepared:
             evaluate(row, state)
         write_table()
 
 
-if __name__ == '__main__':
+def command_line(arguments: list[str] | None = None) -> None:
+    """The queue, as the command line asks for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='rows whose name contains this')
-    parser.add_argument('--evaluate', action='store_true', help='train nothing: evaluate what is trained so far')
+    parser.add_argument('--until', type=int, default=sys.maxsize, metavar='N', help='train no row beyond N iterations')
+    parser.add_argument('--evaluate', dest='until', action='store_const', const=0, help='train nothing: evaluate what is trained so far')
     parser.add_argument('--write', action='store_true', help='only write the table')
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.write:
         write_table()
     else:
@@ -260,7 +283,11 @@ if __name__ == '__main__':
         if not chosen:
             sys.exit(f'no row has {options.only!r} in its name; there are: ' + '; '.join(row.name for row in ROWS))
         try:
-            with locked(os.path.join('logs', '.table.lock'), wait=False):
-                main_loop(chosen, training=not options.evaluate)
+            with locked(LOCK, wait=False):
+                main_loop(chosen, options.until)
         except filelock.Timeout:
             sys.exit('another queue is running; wait for it, or stop it (Ctrl-C there)')
+
+
+if __name__ == '__main__':
+    command_line()

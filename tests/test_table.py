@@ -1,0 +1,101 @@
+"""The queue that makes the table of results, benchmarks/table.py, on a row that trains in seconds."""
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+PROGRAM = '''
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + '/benchmarks']
+import table
+table.PAGE, table.LOCK, table.POLL = {folder!r} + '/results.md', {folder!r} + '/lock', 0.05
+if not os.path.exists(table.PAGE):
+    with open(table.PAGE, 'w') as page:
+        page.write('before\\n' + table.BEGIN + '\\nold\\n' + table.END + '\\nafter\\n')
+flags = '--metatrain_iterations={iterations}', '--save_interval=100', '--logdir={folder}/logs/', '--log=False'
+table.ROWS = [table.Row('sinusoid_10shot', 'tiny sinusoid', '1.23', '4.56', flags),
+              table.Row('miniimagenet_5way1shot', 'without data', flags=('--logdir={folder}/logs/', '--data_path=/nowhere'))]
+table.command_line(sys.argv[1:])
+'''
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the queue, with a page and a log directory of its own; returns the process."""
+    def start(*arguments, iterations=300):
+        program = PROGRAM.format(root=ROOT, folder=str(tmp_path), iterations=iterations)
+        return subprocess.Popen([sys.executable, '-c', program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start
+
+
+def end(process):
+    """(exit status, what was printed) of a process that ends by itself."""
+    printed, errors = process.communicate(timeout=300)
+    return process.returncode, printed + errors
+
+
+def lines(tmp_path):
+    """The rows of the written table, {title: cells}."""
+    page = (tmp_path / 'results.md').read_text()
+    assert page.startswith('before\n') and page.endswith('\nafter\n') and 'old' not in page
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in page.splitlines() if line.startswith('| ')]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.slow
+def test_rows_are_trained_evaluated_and_written(start, tmp_path):
+    """In parts: until some iterations, then to the end; what is done is not done again, and no data mean no row."""
+    status, printed = end(start('--until', '100'))
+    assert status == 0 and '0 of 300 iterations' in printed and 'Stopped by SIGTERM' in printed, printed
+    assert 'without data' not in printed and 'left out, there is no folder /nowhere' in printed
+    run, = (tmp_path / 'logs').iterdir()
+    newest = max(int(path.stem.removeprefix('model')) for path in run.glob('model*.index'))
+    assert 100 <= newest < 300 and json.loads((run / 'training_time.json').read_text())
+    assert lines(tmp_path)['tiny sinusoid'][4] == f'{newest:,} of 300'
+
+    status, printed = end(start('--only', 'sinusoid'))
+    assert status == 0 and f'Going on from {run}/model{newest}' in printed, printed
+    entries = json.loads((run / 'results.json').read_text())
+    last = next(entry for entry in entries.values() if entry['iterations'] == 300)
+    assert last['tasks']['count'] == 600 and last['tasks']['split'] == 'test'
+    row = lines(tmp_path)['tiny sinusoid']
+    shown = re.match(r'([\d.]+) ± [\d.]+ after 1, ([\d.]+) ± [\d.]+ after 10$', row[2])
+    assert [float(shown[1]), float(shown[2])] == pytest.approx([last['updates'][1]['mean'], last['updates'][10]['mean']], abs=1e-4)
+    assert row[:2] == ['1.23', '4.56'] and row[4] == '300 of 300' and re.match(r'[\d.e-]+ h on \d+ cores', row[5])
+    assert lines(tmp_path)['without data'][2:5] == ['', '', '0 of 60,000']
+
+    before = (run / 'results.json').read_bytes()
+    status, printed = end(start('--only', 'sinusoid'))
+    assert status == 0 and 'Iteration' not in printed and (run / 'results.json').read_bytes() == before
+
+
+def test_an_interrupted_queue_saves_and_goes_on(start, tmp_path):
+    """SIGTERM is passed on to the training; a second queue is refused meanwhile."""
+    process = start('--only', 'sinusoid', iterations=10 ** 6)
+    for line in process.stdout:
+        if line.startswith('Iteration 1000:'):
+            break
+    status, printed = end(start('--only', 'sinusoid'))
+    assert status == 1 and 'another queue is running' in printed
+    process.send_signal(signal.SIGTERM)
+    status, printed = end(process)
+    assert status == 1 and 'ended with status 143; start this again to continue' in printed and 'Traceback' not in printed
+    iteration, = re.findall(r'Stopped by SIGTERM after iteration (\d+)', printed)
+    run, = (tmp_path / 'logs').iterdir()
+    assert (run / f'model{iteration}.index').exists() and json.loads((run / 'training_time.json').read_text())
+    assert f'{iteration}' in re.sub(',', '', ' '.join(lines_after_write(start, tmp_path)))
+
+
+def lines_after_write(start, tmp_path):
+    assert end(start('--write', iterations=10 ** 6))[0] == 0
+    return lines(tmp_path)['tiny sinusoid']
+
+
+def test_a_row_that_does_not_exist(start):
+    status, printed = end(start('--only', 'nothing'))
+    assert status == 1 and "no row has 'nothing' in its name; there are: sinusoid_10shot" in printed
