@@ -354,10 +354,15 @@ class MAML:
         in random order, so all outputs have learnt the same.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
-        ours = self.parameters()
-        for name, variable in other.parameters().items():
-            variable.assign(ours[name] if variable.shape == ours[name].shape else ours[name][..., :variable.shape[-1]])
+        other.copy_parameters(self)
         return other
+
+    def copy_parameters(self, other: 'MAML') -> None:
+        """Sets weights and all else that is learnt to what another MAML has, which may have more outputs; see `variant`."""
+        theirs = other.parameters()
+        for name, variable in self.parameters().items():
+            value = theirs[name]
+            variable.assign(value if variable.shape == value.shape else value[..., :variable.shape[-1]])
 
     def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.

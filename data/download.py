@@ -160,7 +160,8 @@ def check_space(files: Sequence[File], folder: str) -> None:
 def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
     """Fetches a file from the first of its addresses that gives it; returns a sentence if none does."""
     path = os.path.join(folder, file.name)
-    print(f'{file.name} comes from {file.page}, whose terms apply', flush=True)
+    if file.page:
+        print(f'{file.name} comes from {file.page}, whose terms apply', flush=True)
     failures = []
     for url in file.urls:
         try:

@@ -243,7 +243,7 @@ def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[
     data, bad, hint = {}, [], ''
     for name in [*wanted, 'test'] if mode == 'train' and source.image_shape else wanted:
         try:
-            data[name] = source.tasks(tasks, name)
+            data[name] = source.tasks(_validation_config(source, tasks) if (mode, name) == ('train', 'val') else tasks, name)
         except BadImages as error:
             bad, hint = bad + error.images, error.hint
         except UserError:
@@ -252,6 +252,18 @@ def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[
     if bad:
         raise BadImages(bad, hint)
     return {name: data[name] for name in wanted}
+
+
+def _validation_config(source, tasks):
+    """What a validation task of a training looks like: as those of the training, or with all classes if the split has fewer.
+
+    The splits of published sources are what they are: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users
+    can split their own images anew.
+    """
+    if source.loss != 'xent' or not source.image_shape or source.user_images:
+        return tasks
+    there = len(source.class_folders('val', tasks.data_path))
+    return dataclasses.replace(tasks, num_classes=there) if 1 < there < tasks.num_classes else tasks
 
 
 def record_split(source: Source, tasks: TaskConfig) -> None:

@@ -129,6 +129,8 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
+    if config.loss == 'xent' and data['val'].way < config.dim_output:
+        sizes[-1] += f', so that validation is {data["val"].way}-way'
     if sizes and not run.source.image_shape:
         sizes.append(run.source.files.columns.text)
     if config.image_shape:
@@ -173,6 +175,12 @@ class Trainer:
     progress: Progress
     summaries: Summaries
     saver: Saver
+    validated: MAML = dataclasses.field(init=False)  # the model, or its first outputs if validation tasks have fewer classes
+
+    def __post_init__(self):
+        outputs = self.model.config.dim_output
+        way = self.data['val'].way if self.model.config.loss == 'xent' else outputs
+        self.validated = self.model if way == outputs else self.model.variant(dim_output=way)
 
     def loop(self) -> None:
         """Trains from `state` to the end or an interruption, and saves the result."""
@@ -230,7 +238,9 @@ class Trainer:
         validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
         if not validating and not saving:
             return self.state.ranking
-        metrics = evaluate_tasks(self.model, self.data['val'], VALIDATION_TASKS,
+        if self.validated is not self.model:
+            self.validated.copy_parameters(self.model)
+        metrics = evaluate_tasks(self.validated, self.data['val'], VALIDATION_TASKS,
                                  max(run.model.num_updates, run.source.validation_updates))
         self.summarise_validation(metrics, saving)
         pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
@@ -245,7 +255,7 @@ class Trainer:
         self.summaries.write('metaval', metrics, iteration)
         if saving and run.plot and run.log and run.replicas.chief:
             from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-            figures = plots.evaluation_figures(run, self.model, self.data['val'], 'val',
+            figures = plots.evaluation_figures(run, self.validated, self.data['val'], 'val',
                                                {f'model{iteration}': task_metrics(metrics)})
             self.summaries.write_figures('metaval', figures, iteration)
 

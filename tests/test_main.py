@@ -14,7 +14,7 @@ import tensorflow as tf
 import main
 from conftest import error_of, run_ok, run_process
 from data_generator import SOURCES
-from runtime import evaluation
+from runtime import checkpoints, evaluation
 from runtime.run import data_from_flags, run_from_flags
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
@@ -96,6 +96,24 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     assert r'$^*' not in run_ok(f'--across={tmp_path}', '--format=latex') and '40 tasks of gtsrb' in run_ok(f'--compare={tmp_path / "source"}')
     assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
     assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
+
+
+def test_fewer_classes_to_validate_on_than_to_train_on(small_data, tmp_path, few_tasks):
+    """DoubleMNIST's published split is trained 20-way and has 16 classes to validate on: validation is 16-way, and says so."""
+    flags = [*RUNS['doublemnist'], f'--data_path={small_data["doublemnist"]}', f'--logdir={tmp_path}', '--num_classes=6',
+             '--metatrain_iterations=2']
+    output = run_ok(*flags, '--plot')
+    assert 'val: 5 classes, 30 images, so that validation is 5-way' in output
+    validated, = re.findall(r'Validation of model2: \S+, (\S+)', output)
+    record = checkpoints.find(str(experiment(tmp_path)), None).record
+    assert record['ranking'][0]['score'] == pytest.approx(float(validated), abs=1e-5)
+    # The figure is that of an evaluation on the same tasks by the first five outputs.
+    table = run_ok(f'--run={experiment(tmp_path)}', f'--data_path={small_data["doublemnist"]}', '--train=False', '--num_classes=5',
+                   '--num_test_tasks=10')
+    assert f'{100 * float(validated):.2f} ±' in re.search(r'\n +1 .*', table)[0]
+    assert '--num_classes=6 asks for more classes than the 5 of the val split' in error_of(*flags, '--train=False')
+    own = [flag.replace('doublemnist', 'folder') for flag in flags if 'data_path' not in flag]
+    assert 'asks for more classes than' in error_of(*own, f'--data_path={small_data["folder"]}', '--num_classes=12')
 
 
 def experiment(tmp_path):
