@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from runtime.evaluations import Evaluation, describe_tasks, differing_parts, fre
 from runtime.statistics import UNITS, interval, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
+KNOWN_CLASSES = '+'  # marks another source some of whose classes have the names of classes of the training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Matrix:
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        return interval(own_scores(evaluation), UNITS[self.metric][2]) + OWN_SOURCE * (not evaluation.elsewhere)
+        mark = (KNOWN_CLASSES if evaluation.entry.get('known_classes') else '') if evaluation.elsewhere else OWN_SOURCE
+        return interval(own_scores(evaluation), UNITS[self.metric][2]) + mark
 
 
 def own_scores(evaluation: Evaluation):
@@ -89,19 +92,23 @@ def as_text(table: Matrix) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ['', *('  ' + '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
                     for row in rows)]
-    return '\n'.join([*lines, f'  ({OWN_SOURCE}: the source that the model was trained on)'])
+    lines.append(f'  ({OWN_SOURCE}: the source that the model was trained on)')
+    if any(one.entry.get('known_classes') for one in table.cells.values()):
+        lines.append(f'  ({KNOWN_CLASSES}: some classes have the names of classes that the model was trained on)')
+    return '\n'.join(lines)
 
 
 def as_csv(tables: Sequence[Matrix]) -> str:
     """One line for each evaluation."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['model', 'trained_on', 'datasource', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path'])
+    writer.writerow(['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path'])
     for table in tables:
         for (row, column), one in sorted(table.cells.items(), key=lambda item: item[0]):
             mean, std, half = (float(values[0]) for values in statistics(own_scores(one)[:, None]))
             source = one.entry['tasks']['datasource']
-            writer.writerow([table.models[row], one.flag('train_datasource') or source, source, table.targets[column],
+            known = len(one.entry.get('known_classes', [])) if one.elsewhere else ''
+            writer.writerow([table.models[row], one.flag('train_datasource') or source, source, known, table.targets[column],
                              UNITS[table.metric][0], one.own_updates, mean, std, half, one.path])
     return text.getvalue().rstrip('\n')
 
@@ -112,8 +119,9 @@ def as_latex(table: Matrix) -> str:
     lines += [rf'\begin{{tabular}}{{l{"r" * len(table.targets)}}}', r'\hline',
               ' & '.join([latex(UNITS[table.metric][0]), *map(str, range(1, len(table.targets) + 1))]) + r' \\', r'\hline']
     for row, model in enumerate(table.models):
-        cells = [table.text(row, column).replace('±', r'\pm') for column in range(len(table.targets))]
-        lines.append(' & '.join([latex(model), *(f'${cell.replace(OWN_SOURCE, "^*")}$' if cell else '' for cell in cells)]) + r' \\')
+        cells = [re.sub(f'([{OWN_SOURCE}{KNOWN_CLASSES}])$', r'^\1', table.text(row, column).replace('±', r'\pm'))
+                 for column in range(len(table.targets))]
+        lines.append(' & '.join([latex(model), *(f'${cell}$' if cell else '' for cell in cells)]) + r' \\')
     return '\n'.join([*lines, r'\hline', r'\end{tabular}'])
 
 

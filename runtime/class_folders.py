@@ -26,6 +26,7 @@ SPLITS = ('train', 'val', 'test')
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is what a preparation with --allow_missing leaves: the classes that are there.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
 
 
@@ -204,6 +205,18 @@ class ClassFolders:
         if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
             raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
                             '--split, or delete that file to have them split anew')
+
+
+def listed_classes(folder: str, split: str) -> set[str]:
+    """Names of the classes that the list of a prepared source, <folder>/classes.csv, gives to a split.
+
+    None of a source without such a list, or of one with several published splits.
+    """
+    path = os.path.join(folder, CLASS_LIST)
+    if not os.path.isfile(path):
+        return set()
+    with open(path, newline='', encoding='utf-8') as file:
+        return {row['class'] for row in csv.DictReader(file) if row.get('split') == split}
 
 
 def preparation_facts(root: str) -> dict:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
 from runtime import checkpoints, results
-from runtime.class_folders import preparation_facts
+from runtime.class_folders import listed_classes, preparation_facts
 from runtime.ensemble import Ensemble
 from runtime.errors import UserError
 from runtime.progress import Progress
@@ -37,8 +38,12 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     described = f'{iterations} iterations' if iterations else 'weights of another run'
     if isinstance(trained, Ensemble):
         described += f"; mean outputs of {', '.join(f'model{number}' for number in trained.iterations)}"
-    print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})\n',
-          flush=True)
+    print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})', flush=True)
+    if facts.get('known_classes'):
+        known = facts['known_classes']
+        print(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was trained on, '
+              f'such as {known[0]}')
+    print()
     found, rates, names, written = {}, [], [], []
     models = {norm: trained.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
     for query_norm, model in models.items():
@@ -74,6 +79,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
     return {
         'checkpoint': prefix, 'iterations': iterations,
         **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
+        **({'known_classes': known_classes(run, tasks)} if run.datasource != run.trained_on else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
         'score': run.metric, 'flags': run.flag_values,
         # The number at which the method is meant: see --compare.
@@ -85,6 +91,18 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
                   'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint,
                   **run.source.task_facts, **preparation},
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
+
+
+def known_classes(run: Run, tasks: Tasks) -> list[str]:
+    """Of the classes of another source than the training's, those with names of classes that the model was trained on.
+
+    CIFAR-FS and FC100 divide the same hundred classes differently, MiniImagenet and tieredImageNet classes of ImageNet. Numbers are
+    no names.
+    """
+    folder = SOURCES[run.trained_on].folder
+    trained = listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
+    names = map(os.path.basename, tasks.classes.names)
+    return [name for name in names if name in trained and not name.isdigit()]
 
 
 def results_name(run: Run, prefix: str, query_norm: str) -> str:

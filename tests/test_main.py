@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import main
-from conftest import error_of, run_ok, run_process
+from conftest import error_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES
 from runtime import checkpoints, evaluation
 from runtime.run import data_from_flags, run_from_flags
@@ -96,6 +96,23 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     assert r'$^*' not in run_ok(f'--across={tmp_path}', '--format=latex') and '40 tasks of gtsrb' in run_ok(f'--compare={tmp_path / "source"}')
     assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
     assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
+
+
+def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, few_tasks):
+    """CIFAR-FS trains on apples and bears: a folder with an apple and a bear to test on does not hold new classes only."""
+    write_image_tree(tmp_path / 'own', [f'test/{name}' for name in ('apple', 'bear', 'baby', 'no_cifar', '00')], 4, (32, 32, 3))
+    run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "logs"}')
+    run = experiment(tmp_path / 'logs')
+    output = run_ok(f'--run={run}', '--train=False', '--test_set=True', '--datasource=folder', f'--data_path={tmp_path / "own"}',
+                    '--image_size=32')
+    assert 'Note: 2 of the 5 classes have the names of classes that the model was trained on, such as apple\n' in output
+    entry, = json.loads((run / 'results.json').read_text()).values()
+    assert entry['known_classes'] == ['apple', 'bear']
+    table = run_ok(f'--across={run}')
+    assert re.search(r'± [\d.]+\+\n', table) and '(+: some classes have the names of classes that' in table
+    assert '^+$' in run_ok(f'--across={run}', '--format=latex')
+    row, = csv.DictReader(run_ok(f'--across={run}', '--format=csv').splitlines())
+    assert row['known_classes'] == '2'
 
 
 def test_fewer_classes_to_validate_on_than_to_train_on(small_data, tmp_path, few_tasks):
