@@ -25,6 +25,13 @@ class Matrix:
     def metric(self) -> str:
         return next(iter(self.cells.values())).entry['score']
 
+    @property
+    def notes(self) -> list[str]:
+        """What the marks in the texts mean."""
+        known = any(one.elsewhere and one.entry.get('known_classes') for one in self.cells.values())
+        return [f'{OWN_SOURCE}: the source that the model was trained on',
+                *([f'{KNOWN_CLASSES}: some classes have the names of classes that the model was trained on'] if known else [])]
+
     def text(self, row: int, column: int) -> str:
         """Mean and interval, or '' where there is no such evaluation."""
         if (row, column) not in self.cells:
@@ -92,10 +99,7 @@ def as_text(table: Matrix) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ['', *('  ' + '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
                     for row in rows)]
-    lines.append(f'  ({OWN_SOURCE}: the source that the model was trained on)')
-    if any(one.entry.get('known_classes') for one in table.cells.values()):
-        lines.append(f'  ({KNOWN_CLASSES}: some classes have the names of classes that the model was trained on)')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *(f'  ({note})' for note in table.notes)])
 
 
 def as_csv(tables: Sequence[Matrix]) -> str:
@@ -130,5 +134,5 @@ def draw(table: Matrix, folder: str, plot_format: str) -> str:
     from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
     path = free_path(os.path.join(folder, 'across'), plot_format)
     plots.save(plots.matrix(table.models, table.targets, {place: float(own_scores(one).mean()) for place, one in table.cells.items()},
-                            {place: table.text(*place) for place in table.cells}, table.metric), path)
+                            {place: table.text(*place) for place in table.cells}, table.metric, table.notes), path)
     return path

@@ -93,13 +93,14 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
 
 
 def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], float], texts: dict[tuple[int, int], str],
-           metric: str) -> Figure:
+           metric: str, notes: list[str]) -> Figure:
     """A table of models against tasks, coloured by the mean within each column.
 
     Args:
         models, targets: labels of the rows and the columns.
         means, texts: {(row, column): value, and how it is written}; empty places are white.
         metric: one of statistics.UNITS.
+        notes: what marks in the texts mean.
 
     Returns:
         A matplotlib Figure.
@@ -119,7 +120,8 @@ def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], f
     wrapped = [_plain(', '.join(target.split(', ')[:1]) + '\n' + '\n'.join(target.split(', ')[1:])) for target in targets]
     axes.set_xticks(range(len(targets)), wrapped, fontsize='x-small')
     axes.xaxis.tick_top()
-    axes.set_xlabel(f'{UNITS[metric][0]}, with its 95% interval; *: the source of the training; darker is better within a column', fontsize='x-small')
+    caption = [f'{UNITS[metric][0]}, with its 95% interval; darker is better within a column', *notes]
+    axes.set_xlabel('\n'.join(caption), fontsize='x-small')
     return figure
 
 
