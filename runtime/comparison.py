@@ -14,18 +14,19 @@ import numpy as np
 from runtime import across
 from runtime.errors import UserError
 from runtime.evaluations import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
+from runtime.methods import switches
 from runtime.statistics import UNITS, interval, number, p_text, p_value, statistics
 
-# Flags that do not influence the figures of an evaluation, or that are compared otherwise: by the tasks, the checkpoint, the
-# method's name or the statistics of batch norm.
+# Flags that do not influence the figures of an evaluation, or that are compared otherwise: by the tasks, the checkpoint or the
+# statistics of batch norm. The switches of methods are in the method's name.
 NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
-                'task_chunk', 'strategy', 'train', 'baseline', 'stop_grad', 'pretrain_iterations', 'metatrain_iterations', 'run',
-                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'query_norm'}
+                'task_chunk', 'strategy', 'train', 'baseline', 'pretrain_iterations', 'metatrain_iterations', 'run',
+                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method'}
 
 
 def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
-    flags = sorted(set().union(*(one.entry.get('flags', {}) for one in evaluations)) - NOT_COMPARED)
+    flags = sorted(set().union(*(one.entry.get('flags', {}) for one in evaluations)) - NOT_COMPARED - set(switches()))
     return [{'': one.entry.get('method', 'MAML'), **{name: one.flag(name) for name in flags},
              'query_norm': one.entry.get('query_norm'), 'checkpoint': os.path.basename(one.entry['checkpoint'])}
             for one in evaluations]
@@ -130,16 +131,17 @@ def draw(comparison: Comparison, folder: str, plot_format: str) -> str:
 
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
-    """For each evaluation the settings in which it differs from others, with the name that the user gave it.
+    """For each evaluation the name that the user gave it, and the settings in which it differs from others of that name.
 
-    Where they differ in nothing, or are not told apart by it, those parts of their paths that do are added.
+    Where these do not tell evaluations apart, those parts of their paths that do are added.
     """
-    known_settings = settings(evaluations)
-    differing = [name for name in known_settings[0] if len({str(one[name]) for one in known_settings}) > 1]
-    known = [[evaluation.given] if evaluation.given else [] for evaluation in evaluations]
-    if not all(known) or not _all_different(known):
-        for parts, one in zip(known, known_settings):
-            parts += [str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
+    named = list(zip([evaluation.given for evaluation in evaluations], settings(evaluations)))
+    known = []
+    for given, one in named:
+        alike = [other for name, other in named if name == given]
+        differing = [name for name in one if len({str(other[name]) for other in alike}) > 1]
+        known.append([*([given] if given else []),
+                      *(str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing)])
     if not _all_different(known):
         for parts, path in zip(known, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
