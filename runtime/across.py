@@ -6,12 +6,28 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from runtime.evaluations import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
 from runtime.statistics import UNITS, interval, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
 KNOWN_CLASSES = '+'  # marks another source some of whose classes have the names of classes of the training
+
+
+class Model(NamedTuple):
+    """What tells the models of evaluations apart."""
+    given: str | None   # what the user calls it
+    directory: str
+    checkpoint: str
+    query_norm: str
+    ensemble: str
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> 'Model':
+        entry = evaluation.entry
+        return cls(evaluation.given, evaluation.directory, os.path.basename(entry['checkpoint']), entry.get('query_norm') or '',
+                   str(entry.get('ensemble', '')))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +88,12 @@ def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot
     return '\n\n'.join([*parts, *(['\n'.join(notes)] if notes else [])])
 
 
+def elsewhere(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """The evaluations of those runs that were also evaluated on another source than the training's."""
+    directories = {one.directory for one in evaluations if one.elsewhere}
+    return [one for one in evaluations if one.directory in directories]
+
+
 def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
     """A table for each kind of score."""
     scores = dict.fromkeys(one.entry['score'] for one in evaluations)
@@ -80,14 +102,19 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 
 def _table(evaluations):
     """Of several evaluations of one model on the same tasks, the last in its file counts."""
-    keys = [(one.given, one.directory, os.path.basename(one.entry['checkpoint']), one.entry.get('query_norm'),
-             str(one.entry.get('ensemble', ''))) for one in evaluations]
-    models, targets = list(dict.fromkeys(keys)), sorted({describe_tasks(one.entry['tasks']) for one in evaluations})
-    cells = {(models.index(key), targets.index(describe_tasks(one.entry['tasks']))): one for key, one in zip(keys, evaluations)}
-    differing = [part for part in range(len(models[0])) if part != 1 and len({key[part] for key in models}) > 1]
-    short = differing_parts([key[1] for key in models]) if len({key[1] for key in models}) > 1 else [key[1] for key in models]
-    labels = [', '.join([key[0] or path, *(str(key[part]) for part in differing if part and key[part])]) for key, path in zip(models, short)]
-    return Matrix(labels, targets, cells)
+    keys, tasks = [Model.of(one) for one in evaluations], [describe_tasks(one.entry['tasks']) for one in evaluations]
+    models, targets = list(dict.fromkeys(keys)), sorted(set(tasks))
+    cells = {(models.index(key), targets.index(target)): one for key, target, one in zip(keys, tasks, evaluations)}
+    return Matrix(_labels(models), targets, cells)
+
+
+def _labels(models):
+    """For each model its name, or what tells its directory from the others', and in what else it differs from others."""
+    directories = [model.directory for model in models]
+    names = differing_parts(directories) if len(set(directories)) > 1 else directories
+    differing = [field for field in ('checkpoint', 'query_norm', 'ensemble') if len({getattr(model, field) for model in models}) > 1]
+    return [', '.join([model.given or name, *filter(None, (getattr(model, field) for field in differing))])
+            for model, name in zip(models, names)]
 
 
 def as_text(table: Matrix) -> str:

@@ -99,25 +99,29 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         UserError: there are no results, or no two evaluations were made on the same tasks.
     """
     named = [split_name(folder) for folder in folders]
-    found, groups = read_evaluations(named), {}
-    for one in found:
-        groups.setdefault(json.dumps([one.entry['tasks'], one.entry['score']], sort_keys=True), []).append(one)
-    groups = list(groups.values())
-    comparable = [Comparison(group) for group in groups if len(group) > 1]
-    single = '; '.join(f'{group[0].path} on {describe_tasks(group[0].entry["tasks"])}' for group in groups if len(group) == 1)
-    travelled = {one.directory for one in found if one.elsewhere}
-    side_by_side = across.tables([one for one in found if one.directory in travelled])
+    found = read_evaluations(named)
+    comparable, single = by_tasks(found)
+    side_by_side = across.tables(across.elsewhere(found))
+    left_out = '; '.join(f'{one.path} on {describe_tasks(one.entry["tasks"])}' for one in single)
     if not comparable and not side_by_side:
-        raise UserError(f'there is only one evaluation, {single}; evaluate another run on the same tasks' if len(groups) == 1
-                        else f'no two evaluations were made on the same tasks: {single}')
-    notes = [f'Left out, for nothing else was evaluated on the same tasks: {single}'] if single else []
+        raise UserError(f'there is only one evaluation, {left_out}; evaluate another run on the same tasks' if len(single) == 1
+                        else f'no two evaluations were made on the same tasks: {left_out}')
+    notes = [f'Left out, because nothing else was evaluated on the same tasks: {left_out}'] if single else []
     if plot:
         notes += [f'Drawn: {draw(comparison, named[0][1], plot_format)}' for comparison in comparable]
-    tables = {'text': as_text, 'csv': as_csv, 'latex': as_latex}[style]
     if style == 'text':
-        return '\n\n'.join([*map(tables, comparable), *map(across.as_text, side_by_side), *(['\n'.join(notes)] if notes else [])])
+        return '\n\n'.join([*map(as_text, comparable), *map(across.as_text, side_by_side), *filter(None, ['\n'.join(notes)])])
     print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
-    return '\n'.join(map(tables, comparable)) if style == 'latex' else as_csv(*comparable)
+    return '\n'.join(map(as_latex, comparable)) if style == 'latex' else as_csv(*comparable)
+
+
+def by_tasks(evaluations: Sequence[Evaluation]) -> tuple[list[Comparison], list[Evaluation]]:
+    """Evaluations on the same tasks together, and those on tasks of which there is no other."""
+    groups = {}
+    for one in evaluations:
+        groups.setdefault(json.dumps([one.entry['tasks'], one.entry['score']], sort_keys=True), []).append(one)
+    return ([Comparison(group) for group in groups.values() if len(group) > 1],
+            [group[0] for group in groups.values() if len(group) == 1])
 
 
 def draw(comparison: Comparison, folder: str, plot_format: str) -> str:

@@ -62,7 +62,8 @@ class Engine:
         compiled = functools.partial(tf.function, jit_compile=xla and single, autograph=False)
         on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
         if not single:
-            self._local_means, self._map = on_replica(self._local_means), on_replica(self._map)
+            self._local_means, self._map, self._map_and_measure = map(
+                on_replica, (self._local_means, self._map, self._map_and_measure))
         self.train, self.means, self.map_on_replicas, self.map_and_measure = map(
             compiled, (self.train, self.means, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
@@ -109,11 +110,7 @@ class Engine:
 
     def map_on_replicas(self, function: Callable, signature: Structure, batch: Structure, step: tf.Tensor) -> Structure:
         """`map` on all replicas: what the function returns for each replica's tasks stays there."""
-        def on_replica(batch):
-            return self._map(shared, function, signature, batch, step)
-
-        shared = _values(self._shared)
-        return self._strategy.run(on_replica, (batch,))
+        return self._strategy.run(self._map, (_values(self._shared), function, signature, batch, step))
 
     def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,
                         step: tf.Tensor) -> tuple[tf.Tensor, Structure]:
@@ -122,13 +119,7 @@ class Engine:
         Returns:
             The metrics [metrics, tasks of all replicas], in the order of their names, and each replica's own new states.
         """
-        def on_replica(batch, state):
-            outputs, state = self._map(shared, function, signature, (batch, state), step)
-            metrics = self._measure(batch, outputs)
-            return tf.stack([metrics[name] for name in self._metrics]), state
-
-        shared = _values(self._shared)
-        metrics, state = self._strategy.run(on_replica, (batch, state))
+        metrics, state = self._strategy.run(self._map_and_measure, (_values(self._shared), function, signature, batch, state, step))
         return self._replicas.gather(metrics, axis=1), state
 
     def map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
@@ -144,6 +135,12 @@ class Engine:
 
     def _map(self, shared, function, signature, tasks, step):
         return self._mapping(signature)(functools.partial(function, shared, step), tasks)
+
+    def _map_and_measure(self, shared, function, signature, batch, state, step):
+        """One replica's part of `map_and_measure`: metrics [metrics, tasks] and states."""
+        outputs, state = self._mapping(signature)(functools.partial(function, shared, step), (batch, state))
+        metrics = self._measure(batch, outputs)
+        return tf.stack([metrics[name] for name in self._metrics]), state
 
     def _local_means(self, shared, task_gradient, signature, batch, iteration, stopping=0., index=None):
         """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.

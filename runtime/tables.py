@@ -86,10 +86,6 @@ class Tables:
     target_names: tuple[str, ...] = ()
     known: Columns | None = None
 
-    @property
-    def missing_hint(self) -> str:
-        return LAYOUT
-
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
         return 'lower it, or add csv files'
@@ -203,16 +199,22 @@ def read_sheet(path: str) -> Sheet:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} cannot be read as a csv file in UTF-8: {first_line(error)}') from error
-    columns = [name.strip() for name in lines[0][1]] if lines else []
     if len(lines) < 2:
         raise UserError(f'{path} {"has no rows below the names of its columns" if lines else "is empty"}')
+    sheet = Sheet(path, [name.strip() for name in lines[0][1]], [row for _, row in lines[1:]], [number for number, _ in lines[1:]])
+    _check_form(sheet)
+    return sheet
+
+
+def _check_form(sheet):
+    """Raises UserError if columns have no names of their own, or rows another number of cells."""
+    columns = sheet.columns
     if '' in columns or len(set(columns)) < len(columns) or all(math.isfinite(as_number(name)) for name in columns):
-        raise UserError(f'the first line of {path} must name each column, all differently, and is {",".join(columns)[:100]}')
-    ragged = [(number, len(row)) for number, row in lines[1:] if len(row) != len(columns)]
+        raise UserError(f'the first line of {sheet.path} must name each column, all differently, and is {",".join(columns)[:100]}')
+    ragged = [(number, len(row)) for number, row in zip(sheet.lines, sheet.rows) if len(row) != len(columns)]
     if ragged:
-        raise UserError(f'{path} has {len(columns)} columns and {_count(ragged, "line")} with another number of cells, first line '
+        raise UserError(f'{sheet.path} has {len(columns)} columns and {_count(ragged, "line")} with another number of cells, first line '
                         f'{ragged[0][0]} with {ragged[0][1]}')
-    return Sheet(path, columns, [row for _, row in lines[1:]], [number for number, _ in lines[1:]])
 
 
 def numbers(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
@@ -224,20 +226,27 @@ def numbers(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.n
     Raises:
         UserError: there are other columns, or cells that are not finite numbers.
     """
-    missing, others = [name for name in names if name not in sheet.columns], [name for name in sheet.columns if name not in names]
-    if missing or (others and like):
-        found = f'has no column {missing[0]}' if missing else f'has a column {others[0]} more'
-        than = f'than {like}' if like and not missing else f'which {like} has' if like else 'which the model was trained with'
-        raise UserError(f'{sheet.path} {found}{" " if like and not missing else ", "}{than}')
+    _check_columns(sheet, names, like)
     indices = [sheet.columns.index(name) for name in names]
     values = np.array([[as_number(row[index]) for index in indices] for row in sheet.rows])
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         row, column = bad[0]
         cell = sheet.rows[row][indices[column]].strip()
-        raise UserError(f'{sheet.path} has {_count(bad, "cell")} that {"is no finite number" if len(bad) == 1 else "are no finite numbers"}, '
-                        f'first {repr(cell[:40]) if cell else "an empty one"} in column {names[column]}, line {sheet.lines[row]}')
+        what = 'is not a finite number' if len(bad) == 1 else 'are not finite numbers'
+        raise UserError(f'{sheet.path} has {_count(bad, "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
+                        f'column {names[column]}, line {sheet.lines[row]}')
     return values
+
+
+def _check_columns(sheet, names, like):
+    """Raises UserError if columns are missing, or, compared with another file, there are more."""
+    missing = [name for name in names if name not in sheet.columns]
+    if missing:
+        raise UserError(f'{sheet.path} has no column {missing[0]}, which {f"{like} has" if like else "the model was trained with"}')
+    others = [name for name in sheet.columns if name not in names]
+    if others and like:
+        raise UserError(f'{sheet.path} has a column {others[0]}, which {like} lacks')
 
 
 def as_number(text: str) -> float:

@@ -128,11 +128,7 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
 def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
-    sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
-    if config.loss == 'xent' and data['val'].way < config.dim_output:
-        sizes[-1] += f', so that validation is {data["val"].way}-way'
-    if sizes and not run.source.image_shape:
-        sizes.append(run.source.files.columns.text)
+    sizes = data_description(run, data)
     if config.image_shape:
         net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
     else:
@@ -157,6 +153,20 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     return '\n'.join(lines)
 
 
+def data_description(run: Run, data: dict[str, Tasks]) -> list[str]:
+    """Texts: how much data each split has, if they are on disk."""
+    sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
+    outputs = task_outputs(data['val'])
+    if outputs < run.model.dim_output:
+        sizes[-1] += f', so that validation is {outputs}-way'
+    return [*sizes, run.source.files.columns.text] if sizes and not run.source.image_shape else sizes
+
+
+def task_outputs(tasks: Tasks) -> int:
+    """Numbers per row of y in tasks."""
+    return tasks.draw(0, 1).query_y.shape[-1]
+
+
 def many_updates(config: ModelConfig) -> list[str]:
     """A line for the user who sees no iteration for a long time, if there are so many inner updates."""
     return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={config.num_updates} that may take many '
@@ -178,9 +188,8 @@ class Trainer:
     validated: MAML = dataclasses.field(init=False)  # the model, or its first outputs if validation tasks have fewer classes
 
     def __post_init__(self):
-        outputs = self.model.config.dim_output
-        way = self.data['val'].way if self.model.config.loss == 'xent' else outputs
-        self.validated = self.model if way == outputs else self.model.variant(dim_output=way)
+        outputs = task_outputs(self.data['val'])
+        self.validated = self.model if outputs == self.model.config.dim_output else self.model.variant(dim_output=outputs)
 
     def loop(self) -> None:
         """Trains from `state` to the end or an interruption, and saves the result."""

@@ -70,6 +70,25 @@ def test_length(name, most):
         assert len(file.readlines()) <= most
 
 
+def test_no_function_is_too_complex():
+    """By radon, which counts branches, loops, conditions and their operators."""
+    from radon.complexity import cc_visit
+    paths = [path for path in glob.glob(os.path.join(ROOT, '**', '*.py'), recursive=True)
+             if os.path.relpath(path, ROOT).split(os.sep)[0] in ('runtime', 'data', 'benchmarks') or os.path.dirname(path) == ROOT]
+    assert len(paths) > 60
+    for path in paths:
+        with open(path, encoding='utf-8') as file:
+            found = {block.name: block.complexity for block in cc_visit(file.read())}
+        assert max(found.values(), default=0) <= 15, (path, max(found, key=found.get))
+
+
+def test_the_installed_program_has_all_modules():
+    """pip install . knows every module that lies beside main.py."""
+    with open(os.path.join(ROOT, 'pyproject.toml'), encoding='utf-8') as file:
+        listed = re.search(r'py-modules = \[(.*)\]', file.read())[1]
+    assert set(re.findall(r'"(\w+)"', listed)) == {name for name in modules() if '.' not in name}
+
+
 def test_only_main_speaks_for_main():
     for name, path in modules().items():
         with open(path, encoding='utf-8') as file:
@@ -78,7 +97,7 @@ def test_only_main_speaks_for_main():
 
 @pytest.mark.parametrize('more', [[], ['--task_chunk=1', '--norm=batch_norm']])
 def test_frames_between_the_training_loop_and_the_inner_loop(more, tmp_path, monkeypatch):
-    """Six at most, in chunks too."""
+    """Six at most, in chunks and in validation too."""
     stacks, inner_loop = [], maml.inner_loop
 
     def spy(*arguments, **others):
@@ -88,9 +107,8 @@ def test_frames_between_the_training_loop_and_the_inner_loop(more, tmp_path, mon
 
     monkeypatch.setattr(maml, 'inner_loop', spy)
     run_ok('--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}', '--log=False', *more)
-    training = [stack for stack in stacks if 'meta_gradient' in stack]
-    assert training
-    for stack in training:
+    assert any('meta_gradient' in stack for stack in stacks) and any('validate' in stack for stack in stacks)
+    for stack in stacks:
         between = stack[stack.index('loop') + 1:stack.index('spy')]
         assert len(between) <= 6, between
 

@@ -169,14 +169,14 @@ def test_prediction_of_classes(classes, tmp_path, few_tasks):
 
 
 DAMAGE = {
-    'missing values': (b'x,y,z\n1,2,3\n,5,6\n4,,6\n', "has 2 cells that are no finite numbers, first an empty one in column x, line 3"),
-    'text': (b'x,y,z\n1,2,3\n4,n/a,6\n', "has 1 cell that is no finite number, first 'n/a' in column y, line 3"),
+    'missing values': (b'x,y,z\n1,2,3\n,5,6\n4,,6\n', "has 2 cells that are not finite numbers, first an empty one in column x, line 3"),
+    'text': (b'x,y,z\n1,2,3\n4,n/a,6\n', "has 1 cell that is not a finite number, first 'n/a' in column y, line 3"),
     'nan': (b'x,y,z\n1,2,nan\n', "first 'nan' in column z, line 2"),
     'infinity': (b'x,y,z\n1,2,1e999\n', "first '1e999' in column z, line 2"),
     'a number as only Python writes it': (b'x,y,z\n1,2,1_000\n', "first '1_000'"),
     'ragged': (b'x,y,z\n1,2,3\n4,5\n6,7,8,9\n', 'has 3 columns and 2 lines with another number of cells, first line 3 with 2'),
     'other columns': (b'x,y,w\n1,2,3\n', 'has no column z, which '),
-    'one column more': (b'x,y,z,w\n1,2,3,4\n', 'has a column w more than '),
+    'one column more': (b'x,y,z,w\n1,2,3,4\n', 'has a column w, which '),
     'one column less': (b'x,y\n1,2\n', 'has no column z, which '),
     'semicolons': (b'x;y;z\n1;2;3\n', 'has no column x, which '),
     'twice the same column': (b'x,y,y\n1,2,3\n', 'must name each column, all differently, and is x,y,y'),
