@@ -206,12 +206,15 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
 
 def recomputed_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
                     iteration: Step) -> Iterator[tuple[tf.Tensor, TaskState]]:
-    """`inner_loop` from the first step on, for many steps; the outputs that it yields are always those before the first."""
+    """`inner_loop` from the first step on, for many steps; always yields the support outputs before the first.
+
+    Without `multi_step_loss` it yields the last state only, so that the graph does not grow with num_updates.
+    """
     initial = initial_state(config, parameters, task)
     states = recomputing_loop(lambda number, state, parameters: next(
         inner_loop(config, task, parameters, 1, number, state, iteration))[1], num_updates, initial, parameters)
     outputs = answer(config, parameters, task, initial, 0, query=False)
-    for index in range(num_updates):
+    for index in range(0 if config.multi_step_loss else num_updates - 1, num_updates):
         yield outputs, tf.nest.map_structure(lambda values, index=index: values[index], states)
 
 
@@ -241,15 +244,15 @@ def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, traj
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
 
-    With `multi_step_loss`, a weighted mean of those after every one; `trajectory` holds the task's states after each.
+    With `multi_step_loss`, a weighted mean of those after every one; `trajectory` ends with the task's states after each.
 
     Returns:
         The loss, and the query outputs after the last update, [N*Q, dim_output].
     """
     def outputs_after(step):
-        return answer(config, parameters, task, trajectory[step], step, query=True)
+        return answer(config, parameters, task, trajectory[step - config.num_updates], step, query=True)
 
-    last = outputs_after(len(trajectory) - 1)
+    last = outputs_after(config.num_updates - 1)
     loss = loss_of(config, last, task.query_y)
     if config.multi_step_loss:
         *weights, weight = multi_step_weights(config, iteration)

@@ -82,7 +82,7 @@ ROWS = [
         '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000',
         '--logdir=logs/cifarfs1shot_boil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
-        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1', '--test_updates=10')),
+        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1',)),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
