@@ -29,13 +29,16 @@ Usage:
   Each command is also a file in configs/, as in --flagfile=configs/omniglot_5way1shot.flags.
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
-  To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR.
+  To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR; to predict for rows
+  of your own table, with --predict, --support_csv=FILE and --query_csv=FILE.
   --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
-  All data sets but the sinusoid's must be prepared first: see docs/data.md.
+  Regression on functions needs no data; prepare the other data sets first: see docs/data.md.
 """
 import os
 import signal
 import sys
+from types import FrameType
+from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 
@@ -45,6 +48,7 @@ from runtime.errors import UserError, first_line
 from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
 from runtime.interruption import ENDING
 from runtime.methods import PRESETS
+from runtime.run import Run
 from runtime.startup import run_and_data
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
@@ -53,45 +57,46 @@ choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'))
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
        'meta-training (sinusoid only)', Learning(label='{}', network='regression'))
-string('data_path', None, 'folder of the images, if not the one under data/; for --datasource=folder your own, with folders '
+string('data_path', None, 'folder of the data, if not the one under data/; for --datasource=folder your own, with folders '
        'train, val and test, each with one folder of images per class, or class folders only; for --datasource=table folders train, '
        'val and test, each with one csv file per task, or per class')
-string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, each is a '
-       'class (--datasource=table)', Learning('.targets{}', network='tables'))
-number('image_size', 84, 'side, in pixels, to which your own images are resized', 1, Learning('.size{}', network='user images'))
+string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, '
+       'each csv file is a class (--datasource=table)', Learning('.targets{}', network='tables'))
+number('image_size', 84, 'side, in pixels, to which your own images are resized (--datasource=folder)', 1,
+       Learning('.size{}', network='user images'))
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
        Learning(label='.channels{}', network='user images'))
 boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
         '(--datasource=folder)', Learning(label='.rotations'))
 string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet; the '
        'result is written to splits.csv among them (--datasource=folder)', Learning(label='.split{}'))
-boolean('skip_bad_images', False, 'leave out images that cannot be decoded, or that have another size than they should')
-boolean('verify', False, 'compare the checksums of decoded images at the start; False: only the sizes and times of their files')
+boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size')
+boolean('verify', False, 'compare the checksums of decoded images at start-up; False: only the sizes and times of their files')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
-number('seed', 0, 'fixes all that is random in training: the initial weights and the tasks', 0, Learning(label='.seed{}'))
-number('test_seed', 0, "draws an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
+number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning(label='.seed{}'))
+number('test_seed', 0, "seed of an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning(label='.metalr{}'), at_least=0)
-number('update_batch_size', 5, 'shot K: support examples per class (in all, for sinusoid)', 1, Learning())
+number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning(label='stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
-choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop moves: 'all' weights; the last layer, 'head'; or "
-       "all but that, 'body'", Learning(label='.inner{}'))
-boolean('adapt_norm', False, 'the inner loop moves offsets and scales of normalisation too', Learning(label='.adaptnorm'))
+choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
+       "'body': all other layers", Learning(label='.inner{}'))
+boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning(label='.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning(label='.normscale'))
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning(label='.normperstep'))
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr on: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
 boolean('mean_loss', False, 'divide the cross-entropy by rows; False: by shots, as the reference does', Learning('.meanloss'))
-choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "whose statistics batch norm gives query examples: 'batch': their "
-       "own, so that outputs depend on which others there are (transductive, as the paper's); 'support': those of the support "
+choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: 'batch': their "
+       "own, so that outputs depend on the other query examples (transductive, as the paper's); 'support': those of the support "
        "examples, each query example by itself, the default of --predict; 'each': those of the support examples and the one query "
        "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning(label='.querynorm{}'))
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
@@ -100,10 +105,10 @@ choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --
 real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning(label='.final{}'))
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning(label='.{}'))
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning(label='.every{}'))
-choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the way from the "
-       'shared weights to the adapted ones, with no query examples', Learning(label='.{}'))
-choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: each task goes "
-       'on with the second moments that the one before it left', Learning(label='.inner{}'))
+choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the "
+       'difference between adapted and shared weights, without query examples', Learning(label='.{}'))
+choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: second "
+       'moments carry over from task to task', Learning(label='.inner{}'))
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning(label='.batch{}'))
 number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1)
 group('Method')
@@ -119,12 +124,12 @@ group('Network')
 choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are cores; 'wide': all "
        'tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
-boolean('recompute', False, 'keep the activations of one inner step only, and compute the others again in the backward pass: for many '
+boolean('recompute', False, 'keep the activations of one inner step only, and recompute the others in the backward pass: for many '
         'inner updates')
-choice('strategy', 'auto', distribution.STRATEGIES, "what the tasks of a meta-batch are divided between: 'one' device; "
-       "'mirrored': all GPUs of this machine; 'multiworker': the machines of TF_CONFIG; auto: multiworker if TF_CONFIG is set, "
-       'mirrored if there are several GPUs, else one')
-group('Computing: these change the numbers by rounding only')
+choice('strategy', 'auto', distribution.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
+       "'mirrored': on all GPUs of this machine; 'multiworker': on the machines of TF_CONFIG; auto: multiworker if TF_CONFIG "
+       'is set, mirrored if there are several GPUs, else one')
+group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
 string('run', None, 'directory of a run: use the flags that it was trained with, to evaluate, to predict or to continue '
@@ -137,8 +142,8 @@ string('load_from', None, "prefix of a checkpoint, of this program or of the ref
        'which training starts if there is nothing to resume')
 number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', -1)
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
-boolean('plot', False, 'draw what an evaluation or a comparison found, in pictures beside its files and in TensorBoard; in '
-        'training, what every checkpoint does with meta-validation tasks, in TensorBoard')
+boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
+        'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1)
 strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
@@ -168,7 +173,7 @@ absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
 
 
-def compare(rest):
+def compare(rest: list[str]) -> None:
     """Prints a comparison of the folders after --compare or --across, and `rest`."""
     rules.check_comparison(FLAGS, names())
     if FLAGS.across is not None:
@@ -178,7 +183,7 @@ def compare(rest):
     print(action([*(FLAGS.across or FLAGS.compare), *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
 
 
-def execute(run, data):
+def execute(run: Run, data: Any) -> None:
     """Trains, evaluates or predicts."""
     from tensorflow.errors import OpError, ResourceExhaustedError
     if not run.replicas.chief:
@@ -198,11 +203,11 @@ def execute(run, data):
     except OpError as error:
         if run.replicas.workers == 1:
             raise
-        hint = ' to go on from the newest checkpoint' if run.mode == 'train' else ''
+        hint = ' to continue from the newest checkpoint' if run.mode == 'train' else ''
         raise UserError('another worker has stopped, see what it printed; start all workers again' + hint) from error
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     rest = parse(argv)
     if FLAGS.help:
         print(help_text(__doc__))
@@ -214,8 +219,8 @@ def main(argv):
         execute(*run_and_data(rest))
 
 
-def stop(number, frame):
-    """The handler of SIGTERM and SIGHUP while there is nothing to save: ends the program and cleans up unfinished files."""
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of SIGTERM and SIGHUP while no training runs: ends the program and cleans up unfinished files."""
     sys.exit(128 + number)
 
 
@@ -234,7 +239,7 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does; Python must not try to write the rest
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does; Python must not try to write the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # of SIGPIPE
     except OSError as error:

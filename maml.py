@@ -45,24 +45,24 @@ class ModelConfig:
     max_pool: bool = False
     head: str | None = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
-    inner_weights: str = 'all'              # what the inner loop moves: 'all' weights, the last layer 'head', or the others 'body'
-    adapt_norm: bool = False                # the inner loop moves offsets and scales of normalisation too
+    inner_weights: str = 'all'              # what the inner loop adapts: 'all' weights, 'head': the last layer, 'body': the others
+    adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
     norm_scale: bool = False                # batch norm has a scale
     norm_per_step: bool = False             # offsets and scales of each inner step
     learn_lr: str = 'no'                    # learned step sizes of each tensor: 'layer'; and step: 'step'; or number: 'weight'
     mean_loss: bool = False                 # 'xent' divides by the number of rows
-    multi_step_loss: int = 0                # iterations in which the objective holds the loss after every inner update
+    multi_step_loss: int = 0                # iterations in which the objective includes the loss after each inner update
     first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
     meta_optimizer: str = 'adam'            # of the outer loop: 'adam' | 'sgd'
     meta_lr_schedule: str = 'constant'      # how the outer step size moves to meta_lr_final: 'constant' | 'linear' | 'cosine'
     meta_lr_final: float = -1               # -1: 0
     metatrain_iterations: int = 0           # after which it gets there; unused if it is constant
     schedule_interval: int = 1              # iterations between changes of the schedules
-    query_norm: str = 'batch'               # whose statistics query rows get: 'batch' | 'support' | 'each', see `query_features`
+    query_norm: str = 'batch'               # statistics for query rows: 'batch' | 'support' | 'each', see `query_features`
     outer: str = 'gradient'                 # what the outer step follows: the meta-'gradient', or the adapted weights, 'reptile'
     inner_optimizer: str = 'sgd'            # 'sgd', or with 'reptile' also 'adam'
     inner_batch: int = 0                    # support rows of an inner step; 0: all
-    recompute: bool = False                 # keep the activations of one inner step only, and compute the others again
+    recompute: bool = False                 # keep the activations of one inner step only, and recompute the others
     clip: float | None = None            # elementwise bound of the meta-gradient
     engine: str = 'auto'                    # 'tasks': one task per core; 'wide': all tasks in one compiled graph; 'auto'
     task_chunk: int | None = None        # tasks whose gradients are computed at a time; a divisor of the meta-batch
@@ -73,8 +73,8 @@ class Parameters(NamedTuple):
     """What all tasks share and the outer loop trains."""
     weights: Tensors              # where the inner loop starts from
     norm_params: Tensors          # offsets and scales of normalisation
-    learning_rates: Tensors = {}  # {'lr/<name>': step size} of tensors that the inner loop moves, if they are learned
-    carried: Tensors = {}         # the state of the inner optimizer, if it has one, which each task takes over from the one before
+    learning_rates: Tensors = {}  # {'lr/<name>': step size} of tensors that the inner loop adapts, if they are learned
+    carried: Tensors = {}         # the inner optimizer's state, passed from task to task; {} if it has none
 
     def trained(self) -> Tensors:
         """{name: tensor} of what the outer loop trains."""
@@ -82,7 +82,7 @@ class Parameters(NamedTuple):
 
 
 class TaskState(NamedTuple):
-    """What a task has while it is adapted."""
+    """The state of a task while it is adapted."""
     fast: Tensors                     # its fast weights
     features: tuple[tf.Tensor, ...]   # of its support and query rows, if the inner loop does not change them; else ()
     optimizer: Tensors = {}           # the state of the inner optimizer, if it has one
@@ -112,7 +112,7 @@ def classify(config: ModelConfig, hidden: tf.Tensor, weights: Tensors) -> tf.Ten
 
 def features(config: ModelConfig, x: tf.Tensor, weights: Tensors, norm_params: Tensors,
              stats_rows: int | None = None) -> tf.Tensor:
-    """The input of the last layer, [rows, features]. Under batch norm, each row's depends on the rows that the statistics are from.
+    """The input of the last layer, [rows, features]. With batch norm, it depends on the rows that provide the statistics.
 
     Args:
         x: float [rows, dim_input]; images in [0, 1], flattened.
@@ -160,7 +160,7 @@ def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) 
 
 
 def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
-    """The network's output for a task's support or query rows, with the fast weights and the normalisation of a step."""
+    """The network's outputs for a task's support or query rows at an inner step."""
     if state.features:
         return classify(config, state.features[query], state.fast)
     at = state.fast, norm_at(config, parameters.norm_params, state.fast, step)
@@ -206,7 +206,7 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
 
 def recomputed_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
                     iteration: Step) -> Iterator[tuple[tf.Tensor, TaskState]]:
-    """`inner_loop` from the first step on, for many steps; always yields the support outputs before the first.
+    """Like `inner_loop` from the first step, for many steps; always yields the support outputs before the first.
 
     Without `multi_step_loss` it yields the last state only, so that the graph does not grow with num_updates.
     """
@@ -281,9 +281,9 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
 
 def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, iteration: Step,
                      task: TaskBatch) -> tuple[Tensors, Outputs, Tensors]:
-    """The shared weights minus the adapted ones, which Reptile takes for a gradient (Nichol, Achiam & Schulman, 2018, algorithm 1).
+    """The shared weights minus the adapted ones, used by Reptile as the gradient (Nichol, Achiam & Schulman, 2018, algorithm 1).
 
-    Query rows are answered for the metrics only. Returns the same as `meta_gradient`.
+    Query outputs are computed only for the metrics. Returns the same as `meta_gradient`.
     """
     support_outputs, (*_, last) = zip(*loop_of(config)(config, task, parameters, config.num_updates, iteration=iteration))
     query_outputs = answer(config, parameters, task, last, config.num_updates - 1, query=True)
@@ -316,7 +316,7 @@ class MAML:
         self.weights, self.norm_params, rates, carried = self._parameters
         self.learning_rates, variables = {name[3:]: v for name, v in rates.items()}, self._parameters.trained()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
-        # Reference behaviour: the gradient of pre-training is not clipped. What Reptile follows is none.
+        # Reference behaviour: the gradient of pre-training is not clipped. Neither is Reptile's update, which is not a gradient.
         clips = {'metatrain': config.clip if config.outer == 'gradient' else None, 'pretrain': None}
         self._optimizers = {phase: OPTIMIZERS[config.meta_optimizer](variables, functools.partial(meta_lr, config), clip)
                             for phase, clip in clips.items()}
@@ -324,7 +324,7 @@ class MAML:
         self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.recompute, config.dtype,
                                      self.replicas, self._parameters, functools.partial(metrics_of, config), metrics)
         self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}
-        # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object anew.
+        # What the engine runs, with the structure of what it returns. Made once: TensorFlow compiles each function object again.
         self._gradients, self._gradient_structure = {}, (dict.fromkeys(variables), Outputs(0, 0), dict.fromkeys(carried))
         state = TaskState(dict.fromkeys(fast), (0, 0) if features_stay(config) else (), dict.fromkeys(carried))
         self._initial_state = (lambda parameters, _, task: tf.nest.map_structure(  # tf.vectorized_map needs an operation
@@ -346,7 +346,7 @@ class MAML:
         return self._gradients[key], self._gradient_structure
 
     def state(self) -> dict[str, tf.Variable]:
-        """{name: variable}: everything that a training run needs to go on."""
+        """{name: variable}: everything that a training run needs to continue."""
         metatrain, pretrain = (optimizer.state(f'{phase}/adam/') for phase, optimizer in self._optimizers.items())
         return {**self.parameters(), **metatrain, **pretrain}
 
@@ -354,14 +354,14 @@ class MAML:
         """A MAML with the same weights, another config and a fresh optimizer.
 
         With a smaller `dim_output` n it has the first n outputs. They make a network for n-way tasks: the labels of a task are
-        in random order, so all outputs have learnt the same.
+        in random order, so all outputs are equivalent.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
         other.copy_parameters(self)
         return other
 
     def copy_parameters(self, other: 'MAML') -> None:
-        """Sets weights and all else that is learnt to what another MAML has, which may have more outputs; see `variant`."""
+        """Copies weights and all other parameters from another MAML, which may have more outputs; see `variant`."""
         theirs = other.parameters()
         for name, variable in self.parameters().items():
             value = theirs[name]
@@ -371,7 +371,7 @@ class MAML:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.
 
         `phase` is 'metatrain' or 'pretrain' (see `meta_gradient`), `iteration` that of the first step; all must be in one
-        stage (`schedules.stage_end`). `stopping` says that this process is about to stop.
+        stage (`schedules.stage_end`). `stopping`: whether this process is about to stop.
 
         Returns:
             The metrics of `metrics_of` before each step, averaged over tasks; 'finite': whether losses and gradients were finite

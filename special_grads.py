@@ -1,12 +1,12 @@
-"""What second derivatives need and TensorFlow does not give.
+"""Operations whose second derivatives TensorFlow gets wrong or computes slowly.
 
 MAML differentiates through a gradient, so every operation of the network is differentiated twice. `tf.nn.moments`, and
 with it the Keras normalisation layers, stops the gradient at the mean inside the variance: harmless for the first
 derivative, where that term vanishes, and wrong by some percent for the second. The functions below are exact in both.
 
-A convolution's output is the largest tensor of a network, and every operation on it, derived twice, walks over it several
-times. `batch_standardize` states both derivatives in closed form instead: a few walks, each one compiled loop where images
-are large. `im2col` makes convolutions of small images matrix products.
+A convolution's output is the largest tensor of a network, and every operation on it, differentiated twice, passes over it
+several times. `batch_standardize` has both derivatives in closed form instead: a few passes, each one compiled loop where
+images are large. `im2col` turns convolutions of small images into matrix products.
 """
 import functools
 import math
@@ -43,13 +43,13 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     """`standardize` over all axes but the last, of images, then 2x2 max pooling if asked; differentiable exactly twice.
 
     With u = (z - mean) * scale, scale = (variance + epsilon)^(-1/2), and m() the mean over all positions of a channel, the
-    Jacobian J of u is symmetric, and so is what its derivative does with an upstream gradient g and a direction w:
+    Jacobian J of u is symmetric, and its derivative along an upstream gradient g and a direction w is symmetric in them:
 
         J g = scale * (g - m(g) - u m(g u))
         d(w . J g)/dz = -scale * (m(g u) J w + m(w u) J g + m(w J g) u)
 
-    Scaling up is increasing, so the largest of a window is known before: pooling S first picks from z, and standardises only
-    the quarter that is left. Its gradient spreads g to the places it was picked from; sums over them are sums over g.
+    Scaling up is increasing, so the largest of a window is known before: pooling first picks from z, and standardises only
+    the quarter that is left. Its gradient scatters g to the argmax positions; sums over those are sums over g.
 
     Args:
         z: float [rows, height, width, channels].
@@ -62,7 +62,7 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     Raises:
         LookupError: on the third derivative.
     """
-    # Without pooling the images are small, and to launch a compiled loop takes longer than some loops over them.
+    # Without pooling the images are small, and launching a compiled loop takes longer than several plain loops over them.
     fused = _one_loop if pool else lambda function: function
 
     @tf.custom_gradient
@@ -98,7 +98,7 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
 
 @functools.cache
 def _one_loop(function):
-    """Compiles what else is a loop over the images for each operation."""
+    """Compiles a function so that its elementwise operations are fused into one loop over the images."""
     return tf.function(function, jit_compile=True, autograph=False)
 
 
@@ -131,7 +131,7 @@ def _row_sum_with_u(w, z, mean, scale, u, winner):
 
 
 def _unpooled(u, z, mean, scale, winner):
-    """u before pooling: made again, for that takes less time than to fetch it from memory; u if there was no pooling."""
+    """u before pooling: recomputed, which is faster than reading it from memory; u if there was no pooling."""
     return u if winner is None else (z - mean) * scale
 
 
@@ -191,8 +191,8 @@ def _size(x, axes):
 def _sum(x, axes):
     """Sum over axes with those axes kept; one axis at a time, because TensorFlow sums them all in one long float32 chain.
 
-    Over the 35,280 positions of a first miniImagenet layer that chain is wrong in the fifth digit; in a few meta-updates
-    Adam makes a thousandth of it.
+    Over the 35,280 positions of a first miniImagenet layer that chain is wrong in the fifth digit; within a few meta-updates
+    Adam amplifies that to a thousandth.
     """
     for axis in axes:
         x = tf.reduce_sum(x, axis, keepdims=True)
@@ -200,7 +200,7 @@ def _sum(x, axes):
 
 
 def im2col(x: tf.Tensor, size: int, stride: int) -> tf.Tensor:
-    """The windows that a convolution with SAME padding sees, so that a matrix product with its kernel is that convolution.
+    """The windows of a convolution with SAME padding: their matrix product with its kernel is that convolution.
 
     TensorFlow's convolutions rearrange the kernel for every call. For few images of few pixels that takes longer than the
     product, above all for the gradient of the kernel.
@@ -230,11 +230,11 @@ def im2col(x: tf.Tensor, size: int, stride: int) -> tf.Tensor:
 
 @functools.cache
 def _window_tables(height, width, size, stride):
-    """Which pixel each place of each window shows, and in which places each pixel is shown.
+    """Which pixel is at each place of each window, and at which places each pixel is.
 
     Returns:
-        pixels: int32 [windows * size * size], numbers of pixels; height * width stands for the border.
-        windows: int32 [height * width, n], numbers of places in `pixels`; its length stands for nothing.
+        pixels: int32 [windows * size * size], indices of pixels; height * width means the border.
+        windows: int32 [height * width, n], indices into `pixels`; its length means no entry.
         (windows down, windows across).
     """
     def places(pixels):
@@ -263,8 +263,8 @@ def _gather_sum(y, table):
 def recomputing_loop(step: Callable, count: int, state: Structure, shared: Structure) -> Structure:
     """The states after each of `count` steps, differentiable (once) with respect to `state` and `shared`.
 
-    The gradient keeps the state before each step and computes the step itself again, so that what it holds besides states is what
-    one step needs, and the graph has one step whatever the count (Chen et al., 2016, arXiv:1604.06174, with every state kept).
+    The gradient keeps the state before each step and recomputes the step itself. Besides the states it holds only what one step
+    needs, and the graph has one step whatever the count (Chen et al., 2016, arXiv:1604.06174, with every state kept).
 
     Args:
         step: function (number of the step, int32 scalar; state; shared) -> state of the same structure, shapes and dtypes.

@@ -1,6 +1,6 @@
-"""Where the methods of the family differ: what an inner step moves, how far, by which rows. Functions of a maml.ModelConfig.
+"""How the methods differ: which tensors an inner step adapts, with which step sizes, on which rows. Functions of a ModelConfig.
 
-docs/methods.md says which method is which setting; schedules over iterations are in runtime/schedules.py.
+docs/methods.md lists the settings of each method; schedules over iterations are in runtime/schedules.py.
 """
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def head_names(config: Config) -> tuple[str, str]:
 
 
 def adapted_names(config: Config, fast: Tensors) -> Sequence[str]:
-    """Names of the tensors that the inner loop moves, of those that `fast_weights` returns."""
+    """Names of the tensors that the inner loop adapts, of those that `fast_weights` returns."""
     head = head_names(config)
     wanted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}
     return [name for name in fast if '/' in name or wanted[config.inner_weights](name)]
@@ -49,7 +49,7 @@ def step_sizes(config: Config, learning_rates: Tensors, names: Sequence[str], st
 
 
 def minibatch(config: Config, task: TaskBatch, step: Step, iteration: Step) -> tuple[Config, TaskBatch]:
-    """The task with the support rows of an inner step, and the config with their shots, so that the loss has one size."""
+    """The task with the support rows of an inner step, and the config with their shots, so that the loss keeps its scale."""
     if not config.inner_batch:
         return config, task
     rows = rows_of_step(task.support_x.shape[0], config.inner_batch, step, iteration)
@@ -58,5 +58,5 @@ def minibatch(config: Config, task: TaskBatch, step: Step, iteration: Step) -> t
 
 
 def features_stay(config: Config) -> bool:
-    """Whether no inner step changes what the last layer gets (ANIL): it can be computed once per task."""
+    """Whether the last layer's input is the same in every inner step (ANIL), so that it can be computed once per task."""
     return config.inner_weights == 'head' and not (config.adapt_norm or config.norm_per_step or config.inner_batch)

@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from special_grads import batch_standardize, im2col, standardize
 
-NORMS = ('batch_norm', 'layer_norm', 'None')
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 CONV_LAYERS = (1, 2, 3, 4)
 ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8  # of the inner optimizer
@@ -17,14 +16,14 @@ Config, Tensors = Any, dict[str, tf.Tensor]  # a maml.ModelConfig, of which only
 
 def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
               stats_rows: int | None = None) -> tf.Tensor:
-    """Normalises hidden activations with the statistics of the rows in hand; there are no running averages.
+    """Normalises hidden activations with the statistics of the current rows; there are no running averages.
 
     `batch_norm` takes mean and biased variance over all axes but the last, scales by gamma if there is one, and adds beta.
     `layer_norm` takes them over all axes but the first, then scales by gamma and adds beta.
 
     Args:
         x: [rows, ..., channels].
-        norm: one of NORMS; 'None' returns x.
+        norm: 'batch_norm', 'layer_norm' or 'None', which returns x.
         scope: the layer's name in norm_params, which holds '<scope>/beta' and '<scope>/gamma', each [channels].
         stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
 
@@ -49,8 +48,8 @@ def add_bias(x: tf.Tensor, bias: tf.Tensor, norm: str) -> tf.Tensor:
 def conv2d(x: tf.Tensor, kernel: tf.Tensor, stride: int, as_matmul: bool = False) -> tf.Tensor:
     """Convolution with SAME padding: [rows, height, width, channels] -> [rows, ceil(height / stride), ..., filters].
 
-    as_matmul: compute a matrix product whatever the stride, so that `tf.vectorized_map` can make one batched product of many
-        tasks, each with its own kernel. With stride 1 the windows take nine times the memory of the images.
+    as_matmul: compute a matrix product whatever the stride, so that `tf.vectorized_map` can batch the products of many tasks,
+        each with its own kernel. With stride 1 the windows take nine times the memory of the images.
     """
     if stride == 1 and not as_matmul:
         return tf.nn.conv2d(x, kernel, stride, 'SAME')
@@ -77,7 +76,7 @@ def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scop
     scale = norm_params.get(f'{scope}/gamma')
     if norm == 'batch_norm' and stats_rows is None:
         # Normalisation and ReLU are increasing, so the largest of a window can be picked before them. With a negative scale
-        # they are not; its sign can be moved onto the kernel, for batch-norm(sign z) = sign batch-norm(z).
+        # they are not; its sign can be moved onto the kernel, because batch-norm(sign z) = sign batch-norm(z).
         if scale is not None and max_pool:
             sign = tf.where(tf.stop_gradient(scale) < 0, -tf.ones_like(scale), tf.ones_like(scale))
             kernel, scale = kernel * sign, scale * sign
@@ -101,7 +100,7 @@ def at_step(values: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
 
 
 def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | tf.Tensor) -> tf.Tensor:
-    """The numbers of the rows that an inner step sees, int32 [size]: of `rows` in random order, then of them in another, and so on.
+    """Indices of the rows that an inner step sees, int32 [size]: all `rows` in random order, reshuffled after each pass.
 
     Args:
         rows: of the support set.
@@ -116,7 +115,7 @@ def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | t
 
 
 def adam_step(gradients: dict[str, tf.Tensor], state: dict[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-    """Adam without momentum: {name: what is to be multiplied by the step size and subtracted}, and the new state.
+    """Adam without momentum: {name: update direction, to be multiplied by the step size and subtracted}, and the new state.
 
     Reptile's inner optimizer (openai/supervised-reptile), with epsilon added to the uncorrected root as TensorFlow 1 did.
 
@@ -147,7 +146,7 @@ def xent(outputs: tf.Tensor, targets: tf.Tensor, shots: float) -> tf.Tensor:
 
 
 def loss_of(config: Config, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """The task loss, [..., rows, dim_output] -> [...]; `mse` and `xent` say what is divided by what."""
+    """The task loss, [..., rows, dim_output] -> [...]; see `mse` and `xent` for what it is divided by."""
     if config.loss == 'mse':
         return mse(outputs, targets)
     return xent(outputs, targets, targets.shape[-2] if config.mean_loss else config.update_batch_size)
@@ -215,7 +214,7 @@ def initial_norm_params(config: Config) -> Tensors:
 
 
 def initial_learning_rates(config: Config, moved: Tensors) -> Tensors:
-    """Learned inner step sizes, all alpha: {'lr/<name>': tensor} of the tensors that the inner loop moves; {} if they are fixed.
+    """Learned inner step sizes, all alpha: {'lr/<name>': tensor} of the tensors that the inner loop adapts; {} if they are fixed.
 
     Their shapes are [] for `learn_lr='layer'`, [num_updates] for 'step', and that of the tensor itself for 'weight'.
     """
@@ -226,7 +225,7 @@ def initial_learning_rates(config: Config, moved: Tensors) -> Tensors:
 
 
 def initial_inner_optimizer(config: Config, moved: Tensors) -> Tensors:
-    """The state of `adam_step` before the first step, all 0, for the tensors that the inner loop moves; {} for inner SGD."""
+    """The state of `adam_step` before the first step, all 0, for the tensors that the inner loop adapts; {} for inner SGD."""
     if config.inner_optimizer == 'sgd':
         return {}
     return {'inner/t': tf.zeros([]), **{f'inner/v/{name}': tf.zeros_like(value) for name, value in moved.items()}}

@@ -1,4 +1,4 @@
-"""Reads the pictures of tar files and of unpacked folders as `Zip` of preparation.py does those of zip files: one by one.
+"""Reads the pictures of tar files and of unpacked folders one by one, as `Zip` of preparation.py does those of zip files.
 
 All three have names(), the paths of their files in an order in which they are read fast, and read(name).
 """
@@ -14,28 +14,29 @@ STASH_BYTES = 256 * MEGABYTE
 class Folder:
     """The files of a folder."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._path = path
 
-    def names(self):
+    def names(self) -> list[str]:
+        """The paths of its files, sorted."""
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(self._path) for name in names]
         return sorted(os.path.relpath(path, self._path).replace(os.sep, '/') for path in paths)
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         """A file's content; raises one of DAMAGE."""
         return read_picture(os.path.join(self._path, name))
 
 
 class Tar:
-    """A tar file, packed or not, that is never unpacked.
+    """A tar file, compressed or not, that is never unpacked.
 
-    It is read from its beginning to its end: once for the names, and for the texts in it, then for the pictures as they are
-    asked for. Threads that ask for pictures in about the order of names() find those that others have read past in a small
-    stash. Asking for an earlier one is possible, but means reading from the beginning again.
+    It is read sequentially: once for the names, and for the text files in it, then for the pictures on request. Images read
+    ahead are kept in a small buffer, for threads that ask for them in about the order of names(). Asking for an earlier one is
+    possible, but means reading from the beginning again.
     """
 
-    def __init__(self, path):
-        """Raises SystemExit where it is missing or damaged."""
+    def __init__(self, path: str):
+        """Raises SystemExit if it is missing or damaged."""
         self._path, self._lock, self._order, self._texts = path, threading.Lock(), {}, {}
         try:
             for member, archive in tar_members(path):
@@ -46,10 +47,11 @@ class Tar:
             sys.exit(f'{path} is damaged ({reason(error)}); download it again')
         self._start()
 
-    def names(self):
+    def names(self) -> list[str]:
+        """The paths of its files, in their order in the archive."""
         return list(self._order)
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         """A member's content; raises one of DAMAGE."""
         if name in self._texts:
             return self._texts[name]
@@ -78,7 +80,7 @@ class Tar:
 
 
 def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:
-    """What a folder holds: the unpacked folder, or else the archive, .zip or tar. Raises SystemExit if it has neither."""
+    """The unpacked folder in a source, or else the archive there, .zip or tar. Raises SystemExit if it has neither."""
     unpacked, packed = os.path.join(source, folder), os.path.join(source, archive)
     if os.path.isdir(unpacked):
         return Folder(unpacked)
@@ -88,7 +90,7 @@ def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:
 
 
 def read_text(archive: Folder | Tar | Zip, end: str) -> list[list[str]]:
-    """The lines of a text in an archive, split at the first blank, by its path's end. Raises SystemExit if it is not there."""
+    """The lines of a text file in an archive, split at the first blank, by its path's end. Raises SystemExit if it is missing."""
     found = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
     if len(found) != 1:
         sys.exit(f'the download holds {end} {len(found)} times instead of once; download it again')

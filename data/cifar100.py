@@ -26,14 +26,14 @@ IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
 IMAGES = 60_000
 
 
-def read_parts(source):
+def read_parts(source: str) -> dict[str, tuple[str, dict]]:
     """The three pickles, from the archive or its unpacked folder.
 
     Args:
         source: the folder that holds cifar-100-python.tar.gz or cifar-100-python, or either of them itself.
 
     Returns:
-        {'train' | 'test' | 'meta': (where, dict)}
+        {'train' | 'test' | 'meta': (its name in messages, dict)}
     """
     archive, folder = os.path.join(source, ARCHIVE), os.path.join(source, FOLDER)
     if os.path.isfile(source):
@@ -56,7 +56,7 @@ def read_parts(source):
     return {name: (f'{name} in {where}', load_pickle(contents[name], f'{name} in {where}')) for name in PARTS}
 
 
-def read_images(source):
+def read_images(source: str) -> list[tuple[str, str, np.ndarray]]:
     """Every image of both parts.
 
     Returns:
@@ -103,7 +103,7 @@ def _values(part, name, where, read):
         sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 
 
-def main(description, here):
+def main(description: str, here: str) -> None:
     """Writes <destination>/{train,val,test}/<class>/*.png by the list of classes in the script's folder."""
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
     download.fetch('cifar100', args)

@@ -1,9 +1,10 @@
 """Fetches the files that a preparation reads, from their origins, and checks each of them before anything reads it.
 
-data/downloads.csv says for every file how many bytes it has, its SHA-256 (or MD5, where only that is known), and where it is. A
-file grows as <name>.part, from which an interrupted transfer goes on. It gets its name once it is known to be the right one. A
-wrong one is kept as <name>.rejected.
+data/downloads.csv has for every file its size in bytes, its SHA-256 (or MD5, where only that is known), and its URLs. A file
+grows as <name>.part, from which an interrupted transfer resumes. It gets its name once it is verified. A wrong one is kept as
+<name>.rejected.
 """
+import argparse
 import contextlib
 import csv
 import hashlib
@@ -34,14 +35,14 @@ class File(NamedTuple):
     bytes: int | None      # None: not known
     algorithm: str         # of the digest: 'sha256' | 'md5'
     digest: str            # hexadecimal
-    urls: tuple[str, ...]  # its origin, then mirrors; (): it cannot be fetched without clicks
+    urls: tuple[str, ...]  # its origin, then mirrors; (): it must be downloaded manually
     page: str              # where it is described, and its terms
 
 
 class Patience(NamedTuple):
     """How long to wait for an origin."""
     timeout: float = 30.0  # seconds without a byte
-    attempts: int = 4      # that bring nothing new, one after the other, before the next mirror is tried
+    attempts: int = 4      # in a row without progress before the next mirror is tried
     pause: float = 1.0     # seconds before the second attempt; twice as long before each further one
 
 
@@ -49,24 +50,24 @@ PATIENCE = Patience()
 
 
 class Unavailable(Exception):
-    """A file that an address does not give. The message says why."""
+    """A file that a URL does not deliver. The message says why."""
 
 
 class Interrupted(Unavailable):
     """A transfer that another attempt may complete."""
 
 
-def fetch(group: str, args) -> None:
+def fetch(group: str, args: argparse.Namespace) -> None:
     """Fetches the files of a group of the table into args.source, if args.download asks for it.
 
-    Files that are there, and right, are not fetched again. Of those that no address gives without clicks, it says where they are
-    found, and whether those that are there are the known ones.
+    Files that are there, and right, are not fetched again. For files that need a manual download, prints where to get them and
+    checks those present.
 
     Args:
         args: as parsed by `preparation.arguments`.
 
     Raises:
-        SystemExit: with a sentence for each file that could not be had.
+        SystemExit: with a sentence for each file that could not be fetched.
     """
     if not args.download:
         return
@@ -103,7 +104,7 @@ def _file(row):
 
 
 def check_by_hand(files: Sequence[File], folder: str) -> None:
-    """Says where files are found that cannot be fetched, and whether those in the folder are the known ones."""
+    """Prints where to get files that must be downloaded manually, and whether those in the folder are the known ones."""
     for file in files:
         path = os.path.join(folder, file.name)
         if not os.path.isfile(path):
@@ -115,10 +116,10 @@ def check_by_hand(files: Sequence[File], folder: str) -> None:
 
 
 def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENCE) -> None:
-    """Fetches those files that are not in the folder, or wrong there.
+    """Fetches the files that are missing or wrong in the folder.
 
     Raises:
-        SystemExit: with a sentence for each file that could not be had.
+        SystemExit: with a sentence for each file that could not be fetched.
     """
     if not files:
         return
@@ -149,7 +150,7 @@ def is_there(file: File, folder: str) -> bool:
 
 
 def check_space(files: Sequence[File], folder: str) -> None:
-    """Raises SystemExit if the disk has no room for what is still missing of the files."""
+    """Raises SystemExit if the disk has no room for the missing parts of the files."""
     needed = sum(max(0, file.bytes - size(os.path.join(folder, file.name + '.part'))) for file in files)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -158,7 +159,7 @@ def check_space(files: Sequence[File], folder: str) -> None:
 
 
 def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
-    """Fetches a file from the first of its addresses that gives it; returns a sentence if none does."""
+    """Fetches a file from the first of its URLs that delivers it; returns an error message if none does."""
     path = os.path.join(folder, file.name)
     if file.page:
         print(f'{file.name} comes from {file.page}, whose terms apply', flush=True)
@@ -177,10 +178,10 @@ def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
 
 
 def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
-    """Makes <path>.part the right file, going on from what is there.
+    """Completes <path>.part, resuming from what is there.
 
     Raises:
-        Unavailable: this address does not give the file. A wrong one is at <path>.rejected.
+        Unavailable: this URL does not deliver the file. A wrong one is at <path>.rejected.
     """
     part, largest, idle = path + '.part', 0, 0
     while True:
@@ -203,13 +204,13 @@ def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
 
 
 def transfer(url: str, file: File, part: str, timeout: float) -> bool:
-    """One request for what is missing of a file, appended to `part`.
+    """One request for the missing rest of a file, appended to `part`.
 
     Returns:
-        Whether `part` began with what an earlier request had brought.
+        Whether `part` began with bytes of an earlier request.
 
     Raises:
-        Interrupted: another attempt may go on.
+        Interrupted: another attempt may continue.
         Unavailable: it may not.
     """
     start = size(part) if size(part) <= file.bytes else 0
@@ -221,7 +222,7 @@ def transfer(url: str, file: File, part: str, timeout: float) -> bool:
         if begin not in (0, start):
             os.remove(part)
             raise Interrupted('sent another part of the file than it was asked for')
-        announced, received, most = response.length, 0, file.bytes + 1 - begin  # one byte more tells that there are more
+        announced, received, most = response.length, 0, file.bytes + 1 - begin  # one extra byte detects an oversized file
         with open(part, 'ab' if begin else 'wb') as output, tqdm(
                 desc=file.name, total=file.bytes, initial=begin, unit='B', unit_scale=True, disable=None) as progress:
             while received < most and (content := _read(response, min(CHUNK_BYTES, most - received))):
@@ -240,14 +241,14 @@ def _open(url, start, part, timeout):
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is nothing at that place
+        if error.code == 416:  # nothing there
             with contextlib.suppress(FileNotFoundError):
                 os.remove(part)
         kind = Interrupted if error.code in AGAIN | {416} or error.code >= 500 else Unavailable
         raise kind(f'answered with status {error.code} ({reason(error)})') from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise Interrupted(f'cannot be reached ({reason(getattr(error, "reason", None) or error)})') from error
-    except ValueError as error:  # an address that is none
+    except ValueError as error:  # an invalid URL
         raise Unavailable(f'cannot be used ({reason(error)})') from error
 
 
@@ -259,7 +260,7 @@ def _read(response, count):
 
 
 def difference(path: str, file: File) -> str:
-    """How a file on the disk differs from what it should be; '' if it does not."""
+    """How a file on the disk differs from the expected one; '' if it does not."""
     found, digest = os.path.getsize(path), hashlib.new(file.algorithm)
     with open(path, 'rb') as content:
         beginning = content.read(40)

@@ -1,23 +1,24 @@
-"""Prepares sets of photographs that come as one archive: a table of what each is, and one way to class folders.
+"""Prepares sets of photographs that come as one archive: a table of their properties, and one way to make class folders.
 
-The pictures become <destination>/classes/<class>/, resized with a Lanczos filter to one size, without keeping the aspect. Which
-class belongs to which split is written to <destination>/splits.csv. So another --split moves no picture.
+The pictures go to <destination>/classes/<class>/, resized with a Lanczos filter to one size, without keeping the aspect ratio.
+The split of each class is written to <destination>/splits.csv. So another --split moves no picture.
 """
 import argparse
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from data import download
-from data.archives import open_archive, read_text
+from data.archives import Folder, Tar, open_archive, read_text
 from data.preparation import (
     DAMAGE,
     MEGABYTE,
     Class,
     Picture,
+    Zip,
     arguments,
     fit,
     is_plain_name,
@@ -34,7 +35,7 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 class ImageSet(NamedTuple):
     """A set of photographs."""
     archive: str           # its file
-    folder: str            # what that unpacks to
+    folder: str            # the folder that it unpacks to
     picture: re.Pattern    # of the paths of its pictures: the group `file`, and `class` if there are no labels
     size: int              # pixels, height and width
     formats: tuple[str, ...] = PREPARED_FORMATS
@@ -43,26 +44,26 @@ class ImageSet(NamedTuple):
     crop: bool = False     # whether pictures are cropped to the boxes, if no flag says otherwise
 
 
-def aircraft_labels(archive, source):
-    """Variants; the / of two of them cannot be in the name of a folder."""
+def aircraft_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
+    """Variants; the / in two of their names cannot be in the name of a folder."""
     return {file: variant.replace('/', '_') for part in ('trainval', 'test')
             for file, variant in pairs(read_text(archive, f'data/images_variant_{part}.txt'))}
 
 
-def aircraft_boxes(archive):
-    """Boxes that leave out the banner below each photograph. Theirs begin at 1 and include their last pixels."""
+def aircraft_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
+    """Boxes that leave out the banner below each photograph. In the file they count from 1 and include their last pixels."""
     boxes = {file: numbers(box) for file, box in pairs(read_text(archive, 'data/images_box.txt'))}
     return {file: (left - 1, upper - 1, right, lower) for file, (left, upper, right, lower) in boxes.items()}
 
 
-def cub_boxes(archive):
+def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
     paths = dict(pairs(read_text(archive, 'images.txt')))
     found = {number: numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
     return {os.path.splitext(path)[0].rsplit('/', 1)[-1]: (left, upper, left + width, upper + height)
             for number, path in paths.items() for left, upper, width, height in [found.get(number, (0, 0, 0, 0))]}
 
 
-def flowers_labels(archive, source):
+def flowers_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
     """Numbers from 001 to 102, of imagelabels.mat beside the archive: there are no official names."""
     import scipy.io
     path = os.path.join(source, 'imagelabels.mat')
@@ -73,7 +74,7 @@ def flowers_labels(archive, source):
         sys.exit(f'{path} cannot be read ({reason(error)}); fetch it by --download')
 
 
-def pairs(lines):
+def pairs(lines: Sequence[list[str]]) -> list[tuple[str, str]]:
     """Lines of two parts. Raises SystemExit if one is not."""
     bad = next((line for line in lines if len(line) != 2), None)
     if bad:
@@ -123,7 +124,8 @@ def find_pictures(image_set: ImageSet, source: str, crop: bool) -> list[Picture]
     return pictures
 
 
-def encoder(archive, name: str, file: str, image_set: ImageSet, boxes: Mapping[str, Box] | None) -> Callable[[], bytes]:
+def encoder(archive: Folder | Tar | Zip, name: str, file: str, image_set: ImageSet,
+            boxes: Mapping[str, Box] | None) -> Callable[[], bytes]:
     """The function that makes the content of a picture's file."""
     def make():
         if boxes is not None and file not in boxes:

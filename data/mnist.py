@@ -1,7 +1,7 @@
 """Reads MNIST (LeCun et al., 1998), and makes images of several digits of it: DoubleMNIST and TripleMNIST (Sun, 2019).
 
-A class is a number of two or three digits. Each image of it has its digits from left to right, each drawn from all of MNIST's
-and put at a random place in a cell of its own, on black, as MultiDigitMNIST's generator does
+A class is a number of two or three digits. Each image shows its digits from left to right, each drawn from all of MNIST's
+and put at a random place in its own cell, on black, as MultiDigitMNIST's generator does
 (github.com/shaohua0116/MultiDigitMNIST). The classes of each split are that generator's. Its images are not: image k of a class
 here is a function of (SEED, class, k).
 """
@@ -64,7 +64,7 @@ def read_idx(source: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def gunzip(content: bytes, most: int) -> bytes:
-    """The beginning of what a gzip file unpacks to, of at most that many bytes."""
+    """The first `most` bytes, or all if there are fewer, of an unpacked gzip file."""
     with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
         return file.read(most)
 

@@ -1,13 +1,14 @@
-"""Writes a large source as packed arrays (runtime/packed.py) instead of class folders, which a start would list and decode.
+"""Writes a large source as packed arrays (runtime/packed.py), because listing and decoding class folders would take too long.
 
 A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack`
 writes one array for each split, checks the counts and prints a summary.
 """
+import argparse
 import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,13 +47,13 @@ class Damaged(Exception):
         images: {(class, number): error}.
     """
 
-    def __init__(self, images):
+    def __init__(self, images: dict[tuple[str, int], Exception]):
         super().__init__()
         self.images = images
 
 
-def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tuple[int, int, int], args, recipe: str = '',
-         inputs: Sequence[str] = ()) -> None:
+def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tuple[int, int, int], args: argparse.Namespace,
+         recipe: str = '', inputs: Sequence[str] = ()) -> None:
     """Writes images, checks them against the known counts, and prints a summary.
 
     A split that is there already is left as it is, unless it was made by another recipe or of other classes. Each is written
@@ -67,7 +68,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         inputs: folders of originals, into which nothing may be written.
 
     Raises:
-        SystemExit: with one sentence for each thing that is not as it should be.
+        SystemExit: with one sentence for each problem found.
     """
     write_under_lock(args, inputs, lambda destination: _pack(lists, classes, shape, args, recipe, destination))
 
@@ -104,7 +105,7 @@ def _counts(record, lists, classes):
 
 
 def _earlier(destination: str) -> dict[str, dict]:
-    """The entries of the splits that an earlier preparation has written, and that are still of the size that they had."""
+    """The entries of the splits that an earlier preparation has written and whose files still have the recorded size."""
     try:
         record = packed.read_record(destination)
         return {split: entry for split, entry in record.items()
@@ -136,8 +137,9 @@ def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int
                 return None, damaged
 
 
-def make_images(lists: Mapping[str, ImageList], skipped, shape: tuple[int, int, int], label: str) -> Iterator[np.ndarray]:
-    """Yields uint8 [count, *shape], class after class but for those skipped, CHUNK_BYTES at a time. Raises Damaged at the end."""
+def make_images(lists: Mapping[str, ImageList], skipped: Collection[tuple[str, int]], shape: tuple[int, int, int],
+                label: str) -> Iterator[np.ndarray]:
+    """Yields uint8 [count, *shape], class after class except skipped ones, CHUNK_BYTES at a time. Raises Damaged at the end."""
     damaged = {}
 
     def work(member):

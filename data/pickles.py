@@ -1,15 +1,15 @@
 """Reads pickles of plain data without trusting them.
 
-The standard unpickler calls whatever a pickle names. To allow only some of numpy's functions is not enough: with arguments that a
+The standard unpickler calls whatever a pickle names. Allowing only some of numpy's functions is not enough: with arguments that a
 pickle chooses, they can be made to read any address. So this module has its own loop over the instructions. It builds numbers,
-texts, bytes, lists, tuples, dicts whose keys are texts, and arrays of plain numbers from their bytes, and calls nothing but the
-functions below.
+strings, bytes, lists, tuples, dicts whose keys are strings, and arrays of plain numbers from their bytes, and calls nothing but
+the functions below.
 
-What a pickle can cost is bounded. An instruction makes at most one object, and MOST_INSTRUCTIONS are followed. A length or an
-index that the pickle claims reserves no memory. Texts that stand for bytes are converted once. Nothing nested is ever hashed,
-compared or printed here, however deep it is.
+The cost of a pickle is bounded. An instruction makes at most one object, and at most MOST_INSTRUCTIONS are executed. A length or
+an index that the pickle claims reserves no memory. Strings that represent bytes are converted once. Nothing nested is ever
+hashed, compared or printed here, however deep it is.
 
-A list of images that is larger than the memory is not read at all: `spans` says where in the file each of them lies.
+A list of images that is larger than the memory is not read at all: `spans` finds each image's place in the file.
 """
 import codecs
 import io
@@ -29,7 +29,7 @@ MOST_AXES = 32
 MOST_IMAGES = 2_000_000  # in a file of images; tieredImageNet's largest has 448,695
 INSTRUCTIONS_PER_IMAGE = 50
 SHORTEST_SPAN = 17  # bytes; shorter ones may be names and types
-LONGEST_TEXT = 1000  # of a name or key; longer ones need not be converted
+LONGEST_TEXT = 1000  # characters of a name or key; longer ones are refused
 
 
 class Refused(ValueError):
@@ -37,7 +37,7 @@ class Refused(ValueError):
 
 
 def load(content: bytes) -> object:
-    """The object in a pickle of protocol 0 to 5, as Python 2 or 3 wrote it. Texts of Python 2 are decoded as Latin-1.
+    """The object in a pickle of protocol 0 to 5, as Python 2 or 3 wrote it. Strings of Python 2 are decoded as Latin-1.
 
     Arrays are read-only, and numbers of numpy's become Python's.
 
@@ -48,7 +48,7 @@ def load(content: bytes) -> object:
         return _Reader(io.BytesIO(content), len(content)).load(MOST_INSTRUCTIONS)
     except (Refused, MemoryError):
         raise
-    except Exception as error:  # damaged pickles raise about anything
+    except Exception as error:  # damaged pickles raise almost anything
         raise Refused('it is damaged') from error
 
 
@@ -59,7 +59,7 @@ class Span(NamedTuple):
 
 
 def spans(file: BinaryIO) -> list[Span]:
-    """Where the images of a pickled list lie in its file, each bytes, or an array of bytes, that are an image file.
+    """The places in its file of a pickled list's images, each bytes, or an array of bytes, that are an image file.
 
     Raises:
         Refused: it is damaged, or holds anything else.
@@ -77,7 +77,7 @@ def spans(file: BinaryIO) -> list[Span]:
 
 
 def texts(values: object) -> list[str]:
-    """A list of short texts, or of bytes that stand for texts in Latin-1, as texts. Raises Refused if it is anything else."""
+    """A list of short strings, or of bytes that are strings in Latin-1, as strings. Raises Refused if it is anything else."""
     _require(type(values) in (list, tuple) and
              all(type(value) in (str, bytes) and len(value) <= LONGEST_TEXT for value in values), 'it is no list of names')
     return [value.decode('latin1') if type(value) is bytes else value for value in values]
@@ -94,7 +94,7 @@ def integers(values: object, most: int) -> list[int]:
 
 
 def with_text_keys(entries: dict) -> dict:
-    """A dict from a pickle, its keys as texts. Raises Refused if two keys become the same."""
+    """A dict from a pickle, its keys as strings. Raises Refused if two keys become the same."""
     keys = texts(list(entries))
     _require(len(set(keys)) == len(keys), 'two of its keys are the same text')
     return dict(zip(keys, entries.values()))
@@ -105,7 +105,7 @@ class _Name(str):
 
 
 class _Type:
-    """A numpy.dtype that a pickle describes. Whether it is plain is only asked when an array is made of it."""
+    """A numpy.dtype that a pickle describes. Whether it is plain is only checked when an array is made of it."""
 
     def __init__(self, name):
         self._name, self._order, self._plain = name, None, False
@@ -133,15 +133,15 @@ def _require(condition, sentence):
 
 
 class _Reader:
-    """Follows the instructions of a pickle."""
+    """Executes the instructions of a pickle."""
 
     def __init__(self, file, size, spans=False):
         self._file, self._size, self._spans = file, size, spans
         self._stack, self._marks, self._memo = [], [], {}
-        self._room = size  # bytes that may still be made from texts
+        self._room = size  # bytes that may still be made from strings
 
     def load(self, most):
-        """Follows at most so many instructions; returns the object."""
+        """Executes at most `most` instructions; returns the object."""
         for _ in range(most):
             code = self._file.read(1)
             if code == b'.':
@@ -167,7 +167,7 @@ class _Reader:
         return True
 
     def as_bytes(self, value):
-        """Bytes, or a text that stands for them, as bytes."""
+        """Bytes, or a string that represents them, as bytes."""
         if type(value) is str:
             self._room -= len(value)
             _require(self._room >= 0, 'it would unpack to more than it holds')
@@ -272,7 +272,7 @@ class _Reader:
 # What a pickle may call: functions of the reader and the pickle's arguments.
 
 def _array(reader, content, kind, shape, order, axes=None):
-    """An array of plain numbers, of bytes that are as many as its shape says; of a Span, the Span."""
+    """An array of plain numbers from as many bytes as its shape needs; from a Span, the Span."""
     content = content if type(content) is Span else reader.as_bytes(content)
     _require(type(kind) is _Type, 'it holds an array without a type')
     dtype = kind.dtype()
@@ -319,7 +319,7 @@ for _core in 'numpy.core', 'numpy._core':
 
 
 def _read_python2_text(file):
-    """The argument of the instruction STRING: a text in quotes, on a line of its own. (pickletools decodes ASCII only.)"""
+    """The argument of the instruction STRING: a quoted string on its own line. (pickletools decodes ASCII only.)"""
     return codecs.escape_decode(pickletools.read_stringnl(file, decode=False))[0].decode('latin1')
 
 

@@ -39,7 +39,7 @@ LOCK = '.lock'
 DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
 # What reading a damaged or hostile picture or archive raises: Pillow, zipfile and tarfile raise almost anything.
 DAMAGE = Exception
-# Of large pictures Pillow would only warn, at half the size that it refuses.
+# Pillow would only warn of large pictures, from half the size that it refuses.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
 
 
@@ -50,7 +50,7 @@ class Picture(NamedTuple):
 
 
 class Class(NamedTuple):
-    """What there should be in a class folder."""
+    """The expected content of a class folder."""
     split: str    # 'train' | 'val' | 'test'
     images: int
 
@@ -63,13 +63,13 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
     parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
                         help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
-    parser.add_argument('--allow_missing', action='store_true', help='go on with what is there')
-    parser.add_argument('--force', action='store_true', help='make again what an earlier run has made')
+    parser.add_argument('--allow_missing', action='store_true', help='continue despite missing images')
+    parser.add_argument('--force', action='store_true', help='recreate what an earlier run has made')
     return parser
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a preparation script's main. What may end it anywhere, ends it with a sentence: Ctrl-C, little memory, a bad file."""
+    """Runs a preparation script's main. Interruptions, lack of memory and bad files end in a one-line message."""
     try:
         main()
     except KeyboardInterrupt:
@@ -88,8 +88,8 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
             manifest: bool = False) -> None:
     """Writes pictures, checks them against the known counts, and prints a summary.
 
-    A file that is there already is left as it is, unless it was made by another recipe: what an interrupted run has done is
-    not done again. Each file is written atomically.
+    A file that is there already is left as it is, unless it was made by another recipe: interrupted runs resume. Each file is
+    written atomically.
 
     Args:
         pictures: list of Picture.
@@ -98,13 +98,13 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         args: as parsed by `arguments`.
         recipe: what the content depends on besides the source.
         inputs: folders of originals, into which nothing may be written.
-        absent: names of images that the source should hold and does not.
-        describe: function of {class folder: images written} that returns the summary's last words.
+        absent: names of images that the source lacks.
+        describe: function of {class folder: images written} that returns the end of the summary.
         facts: how the images were chosen, for the summary and for the results of evaluations on them: JSON values.
-        manifest: write which class belongs to which split into a manifest, for class folders that do not say it.
+        manifest: write which class belongs to which split into a manifest, for class folders whose paths do not say it.
 
     Raises:
-        SystemExit: with one sentence for each thing that is not as it should be.
+        SystemExit: with one sentence for each problem found.
     """
     write_under_lock(args, inputs, lambda destination: _prepare(
         pictures, classes, size, args, recipe, absent, describe or describe_classes, destination, facts or {}, manifest))
@@ -130,17 +130,17 @@ def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Cal
         sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
                  'this again: it goes on where it stopped')
     if complaints:
-        text = 'Not as it should be:\n' + '\n'.join('  ' + line for line in complaints)
+        text = 'Problems found:\n' + '\n'.join('  ' + line for line in complaints)
         if not args.allow_missing:
-            sys.exit(text + '\nMend the source and run this again, or go on with what is there by --allow_missing.')
-        print(text + '\nGoing on with what is there (--allow_missing).', file=sys.stderr)
+            sys.exit(text + '\nFix the source and run this again, or accept this by --allow_missing.')
+        print(text + '\nContinuing despite this (--allow_missing).', file=sys.stderr)
 
 
 @contextlib.contextmanager
-def locked_folder(folder: str):
-    """Creates the folder and, while entered, keeps other preparations out. Raises filelock.Timeout if one is at work there.
+def locked_folder(folder: str) -> Iterator[None]:
+    """Creates the folder and, while entered, keeps other preparations out. Raises filelock.Timeout if one is running there.
 
-    The lock file is removed before the lock ends, so that nothing is left; the file of a killed process locks nothing.
+    The lock file is removed before the lock is released, so that nothing is left; the file of a killed process locks nothing.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, LOCK)
@@ -148,14 +148,14 @@ def locked_folder(folder: str):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # some systems remove no open file
+            with contextlib.suppress(OSError):  # some systems cannot remove open files
                 os.remove(path)
 
 
 def _prepare(pictures, classes, size, args, recipe, absent, describe, destination, facts, manifest):
     """`prepare`, under the lock; returns the complaints."""
     start(destination, recipe, args.force, [picture.name for picture in pictures])
-    remove_parts(destination)  # of killed preparations, for under the lock none is at work
+    remove_parts(destination)  # of killed preparations: no other process holds the lock
     for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
         os.makedirs(folder, exist_ok=True)
         remove_parts(folder)
@@ -167,13 +167,13 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     if manifest:
         write_manifest(os.path.join(destination, MANIFEST), {name: known.split for name, known in classes.items()})
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
-    # Last: whatever stops this function before leaves a record that says incomplete.
+    # Last: if anything stops this function earlier, the record says incomplete.
     write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing, facts=facts)
     return complaints
 
 
 def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> None:
-    """Records that a preparation is going on; then removes the files of another recipe (or any, by force)."""
+    """Records that a preparation is running; then removes the files of another recipe (or any, by force)."""
     try:
         same = json.loads(read_file(os.path.join(destination, RECORD))).get('recipe') == recipe
     except FileNotFoundError:
@@ -192,7 +192,7 @@ def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> N
 
 def write_preparation_record(destination: str, recipe: str | None, complete: bool,
                              facts: Mapping[str, object] | None = None) -> None:
-    """Writes what the program reads before it uses the images: whether all that should be there is, and how they were chosen."""
+    """Writes what the program reads before it uses the images: whether they are complete, and how they were chosen."""
     write_atomically(os.path.join(destination, RECORD), json.dumps(
         {'recipe': recipe, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
 
@@ -225,11 +225,11 @@ def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, 
 
 
 @contextlib.contextmanager
-def ctrl_c_noted():
-    """While entered, the first Ctrl-C is only noted, in the list that this yields; KeyboardInterrupt follows at the end.
+def ctrl_c_noted() -> Iterator[list[int]]:
+    """While entered, the first Ctrl-C is only recorded, in the list that this yields; KeyboardInterrupt follows at the end.
 
-    For where many locks are taken, as by a pool of threads: raised anywhere, KeyboardInterrupt may come between taking a lock and the
-    block that gives it back. A second Ctrl-C ends the program at once.
+    For thread pools and other code with many locks: a KeyboardInterrupt inside it could leave a lock held. A second Ctrl-C ends
+    the program at once.
     """
     noted, before = [], signal.getsignal(signal.SIGINT)
 
@@ -258,7 +258,7 @@ def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, in
 
 def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
           damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
-    """Sentences on what is not as it should be; [] if all is well."""
+    """A sentence for each problem found; [] if there is none."""
     files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
     duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
     return sentences([
@@ -269,7 +269,7 @@ def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mappi
 
 
 def differences(counts, classes, damaged, absent):
-    """What there should be and is not, for `sentences`."""
+    """Differences between the expected images and those found, for `sentences`."""
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
     wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
     return [('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
@@ -281,7 +281,7 @@ def differences(counts, classes, damaged, absent):
 
 
 def sentences(found: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
-    """A sentence for each kind of fault: of what comes before, how many, what, the first of them, and what comes after."""
+    """A sentence for each kind of problem with any names, from (text before, names, what they are, text after)."""
     return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
 
 
@@ -300,7 +300,7 @@ def left_over_folders(counts, classes, destination):
 
 
 def megabytes(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> dict[str, float]:
-    """What the class folders of each split take on the disk."""
+    """The disk space of the class folders of each split."""
     found = dict.fromkeys(SPLITS, 0.0)
     for name in counts.keys() & classes.keys():
         found[classes[name].split] += sum(entry.stat().st_size for entry in os.scandir(os.path.join(destination, name))) / 1e6
@@ -353,7 +353,7 @@ def read_file(path: str, limit: int | None = None) -> bytes:
     """A file's content.
 
     Raises:
-        OSError: it cannot be read, is larger than the limit in bytes, or is no regular file: pipes, for example, may never end.
+        OSError: it cannot be read, is larger than the limit in bytes, or is not a regular file: a pipe may never end.
     """
     check_regular(path)
     if limit is not None and os.path.getsize(path) > limit:
@@ -376,13 +376,13 @@ def read_part(path: str) -> bytes:
 
 
 def check_regular(path: str) -> None:
-    """Raises OSError if there is no regular file: to open a pipe or a device might take for ever."""
+    """Raises OSError if it is not a regular file: opening a pipe or a device could block forever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, 'Not a regular file', path)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says of damaged input, on one line, short and printable, since the input may have had a hand in it."""
+    """The message of an error on damaged input, on one line, short and printable, because parts may come from the input."""
     text = ' '.join(str(error).split())
     text = text if ' ' in text else f'{type(error).__name__} {text}'.strip()
     text = ''.join(character if character.isprintable() else '?' for character in text)
@@ -404,7 +404,7 @@ def encode(image: Image.Image, image_format: str = 'PNG') -> bytes:
 
 def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, float] | None = None,
         formats: Sequence[str] = PREPARED_FORMATS) -> bytes:
-    """The content of an image file of a size, from another: the same content where nothing has to be changed.
+    """The content of an image file of a given size, from another: the same content where nothing has to be changed.
 
     Args:
         size: (width, height), to which it is resized with a Lanczos filter.
@@ -412,7 +412,7 @@ def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, f
         formats: what the file may be.
 
     Raises:
-        One of DAMAGE: it cannot be decoded, or lies outside the box.
+        One of DAMAGE: it cannot be decoded, or the box lies outside the image.
     """
     with Image.open(io.BytesIO(content), formats=formats) as image:
         image.load()
@@ -432,8 +432,8 @@ def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, f
 class Zip:
     """A zip file whose members are read one by one and never unpacked, so that they cannot escape anywhere."""
 
-    def __init__(self, path):
-        """Raises SystemExit where it is missing or damaged."""
+    def __init__(self, path: str):
+        """Raises SystemExit if it is missing or damaged."""
         try:
             check_regular(path)
             self._file = zipfile.ZipFile(path)
@@ -441,10 +441,11 @@ class Zip:
             sys.exit(f'{path} is damaged ({reason(error)}); download it again')
         self._lock = threading.Lock()
 
-    def names(self):
+    def names(self) -> list[str]:
+        """The paths of its files."""
         return [name for name in self._file.namelist() if not name.endswith('/') and not name.startswith('__MACOSX/')]
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         """A member's content; raises one of DAMAGE."""
         if self._file.getinfo(name).file_size > LARGEST_PICTURE:
             raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
@@ -457,7 +458,7 @@ def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     check_regular(path)
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.size < 0:  # some versions of tarfile would go back by that, and round in circles
+            if member.size < 0:  # some versions of tarfile would loop forever
                 raise tarfile.ReadError('a member has a negative size')
             if member.isreg():
                 yield member, archive
@@ -492,13 +493,13 @@ def load_pickle(content: bytes, path: str) -> dict:
 
     Args:
         content: bytes.
-        path: what to call it in messages.
+        path: its name in messages.
 
     Returns:
-        The object, with the keys of its outermost dict as text.
+        The object, with the keys of its outermost dict as strings.
 
     Raises:
-        SystemExit: it is damaged, asks for anything but plain data, or is no dict.
+        SystemExit: it is damaged, asks for anything but plain data, or is not a dict.
     """
     try:
         data = pickles.load(content)

@@ -3,7 +3,7 @@
 A checkpoint is a TensorFlow tensor bundle, `<prefix>.index` and `<prefix>.data-00000-of-00001`: named tensors, readable by
 `tf.train.load_checkpoint`, as the reference's are. Besides the variables of `MAML.state()` it holds a record, a dict that says
 what the numbers belong to. Both files are written to a temporary folder and renamed, and no checkpoint is ever overwritten by
-another; the bundle's checksums tell whether it is complete.
+another; the bundle's checksums show whether it is complete.
 """
 import contextlib
 import glob
@@ -30,7 +30,7 @@ _ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pret
 _SUFFIXES = ('.data-00000-of-00001', '.index')  # renamed in this order: the index makes the checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
-# Summaries and results, which mean nothing for a run that starts anew in the directory.
+# Summaries and results, which are meaningless for a run that starts from scratch in the directory.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'test_*', 'predict_*'
 
 
@@ -162,7 +162,7 @@ def load(prefix: str) -> Checkpoint:
     record = _decode(prefix, arrays.pop(_RECORD))
     if not set(_ENTRIES) <= record.keys():
         raise UserError(f'the checkpoint {prefix} was written by an earlier version of this program: its weights can be used by '
-                        '--load_from, but training cannot go on from it')
+                        '--load_from, but training cannot continue from it')
     return Checkpoint(prefix, arrays, record)
 
 
@@ -189,10 +189,10 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
     """The requested checkpoint.
 
     Args:
-        wanted: an iteration, None for the newest, or BEST for the one that the newest says did best on meta-validation.
+        wanted: an iteration, None for the newest, or BEST for the one that the newest records as best on meta-validation.
 
     Raises:
-        UserError: as for `newest`, or it is not there; says where it was looked for and what is there.
+        UserError: as for `newest`, or it is not there; the message names the directory and what it holds.
     """
     what = 'checkpoint'
     if wanted is None or wanted == BEST:
@@ -219,7 +219,7 @@ def find_best(directory: str, count: int) -> list[Checkpoint]:
     """The `count` checkpoints that did best on meta-validation, the best first.
 
     Raises:
-        UserError: as for `find`, or the run has not so many.
+        UserError: as for `find`, or the run has fewer.
     """
     checkpoint = find(directory, None)
     ranking = [entry['iteration'] for entry in checkpoint.record.get('ranking', [])][:count]
@@ -326,7 +326,7 @@ def _check_there(prefix):
 
 
 def _own_weights(arrays, variables):
-    """The parameters in a checkpoint of this program, without the state of an inner optimizer that the model has not."""
+    """The parameters in a checkpoint of this program, without the state of an inner optimizer that the model lacks."""
     return {name: array for name, array in arrays.items()
             if '/adam/' not in name and (name in variables or not name.startswith('inner/'))}
 
@@ -352,7 +352,7 @@ def _assign(prefix, arrays, variables):
 
 
 def reference_names(names: Sequence[str]) -> dict[str, str]:
-    """{our name: the reference's}, for names of weights in the order of `maml.initial_weights`, and of norm parameters.
+    """{our name: the reference's}, for names of weights in the order of `utils.initial_weights`, and of norm parameters.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
     """

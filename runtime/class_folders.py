@@ -24,7 +24,7 @@ from runtime.images import BadImages, decode_images, image_files, readable_suffi
 
 SPLITS = ('train', 'val', 'test')
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
-# The partial manifest is what a preparation with --allow_missing leaves: the classes that are there.
+# The partial manifest is written by a preparation with --allow_missing: the classes that were found.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
 CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
@@ -71,11 +71,11 @@ class ClassFolders:
         if not self.split_ratios:
             return 'lower it'
         enough = math.ceil(num_classes * sum(self.split_ratios) / min(self.split_ratios))
-        return (f'lower it, or have {enough} class folders or more (as {_split_flag(self.split_ratios)} divides them) and delete '
+        return (f'lower it, or have {enough} class folders or more (for {_split_flag(self.split_ratios)}) and delete '
                 f'{MANIFEST} there, if there is one')
 
     def names(self, split: str) -> list[str]:
-        """The split's class folders relative to the root, sorted. Class folders that are not split yet are split for good.
+        """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
 
         Raises:
             UserError: the root, the split or a class folder is missing, or the preparation was not completed.
@@ -84,7 +84,7 @@ class ClassFolders:
         return self._names(split)
 
     def record_split(self) -> None:
-        """Writes a manifest into the root, if class folders there are not split yet. What `load` reads depends on it in nothing.
+        """Writes a manifest into the root, if class folders there are not split yet. `load` does not depend on it.
 
         Raises:
             UserError: there are too few classes, or the manifest cannot be written.
@@ -97,7 +97,7 @@ class ClassFolders:
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
         if not _preparation_complete(self.root):
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: '
-                            f'python {self.script} (with --allow_missing to go on with what is there)')
+                            f'python {self.script} (with --allow_missing to accept missing images)')
 
     def _names(self, split):
         self._check_prepared()
@@ -204,7 +204,7 @@ class ClassFolders:
         wanted = split_classes(listed, self.split_ratios, self.root)
         if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
             raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
-                            '--split, or delete that file to have them split anew')
+                            '--split, or delete that file to split them again')
 
 
 def listed_classes(folder: str, split: str) -> set[str]:
@@ -226,7 +226,7 @@ def preparation_facts(root: str) -> dict:
 
 
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders in a folder, but hidden ones; [] if it does not exist."""
+    """Names of the folders in a folder, except hidden ones; [] if it does not exist."""
     if not os.path.isdir(folder):
         return []
     return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
@@ -259,7 +259,7 @@ def read_manifest(path: str, split: str) -> list[str]:
 
 
 def write_manifest(path: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Writes [(split, class)] where `read_manifest` will find it, and says so.
+    """Writes [(split, class)] where `read_manifest` will find it, and prints a line about it.
 
     Raises:
         UserError: the file cannot be written.
@@ -307,7 +307,7 @@ def _report_unlisted(root: str, manifest: str) -> None:
     if unlisted:
         print(f'Left out, for {manifest} does not list {"it" if len(unlisted) == 1 else "them"}: {unlisted[0]}'
               + (f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else '')
-              + '. Add a line for each, or delete that file to have all split anew')
+              + '. Add a line for each, or delete that file to split all of them again')
 
 
 def _is_below(name: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""The standard output and error of the program: they never stop its work, and never carry out what a file name says."""
+"""The standard output and error of the program: errors of output never stop it, and file names cannot control the terminal."""
 import contextlib
 import os
 import sys
@@ -8,9 +8,9 @@ ASCII = {'±': '+-', '→': '->'}  # what to print where an encoding lacks these
 
 
 def printable(text: str) -> str:
-    """The text with escapes, like \\x1b, for what would steer a terminal or is no character; lines are kept.
+    """The text with escapes, like \\x1b, for control and invalid characters; lines are kept.
 
-    A carriage return at the beginning is kept too: with it a progress bar goes back to the beginning of its line.
+    A carriage return at the beginning is kept too: with it a progress bar returns to the beginning of its line.
     """
     if text.isprintable():
         return text
@@ -22,7 +22,7 @@ def printable(text: str) -> str:
 class Console:
     """A text stream on which what cannot be written is left out: on a full disk, a closed terminal, in another encoding.
 
-    Only a reader that has gone away is told of, by BrokenPipeError.
+    Only a closed pipe is reported, by BrokenPipeError.
     """
 
     def __init__(self, stream):

@@ -20,7 +20,7 @@ STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
 
 class Cluster(NamedTuple):
-    """What TF_CONFIG says."""
+    """The contents of TF_CONFIG."""
     workers: int    # number of processes
     worker: int     # index of this one; 0 is the chief, which alone prints and writes
 
@@ -45,10 +45,10 @@ def cluster_from_environment(strategy: str) -> Cluster:
         config = json.loads(text)
         hosts, task = config['cluster'], config['task']
         chiefs, workers = len(hosts.get('chief', [])), len(hosts.get('worker', []))
-        index = int(str(task['index']))  # by way of text: 1.5 and 1e999 are no indices
+        index = int(str(task['index']))  # via str, to reject 1.5 and 1e999
         addresses = hosts.get('chief', []) + hosts.get('worker', [])
         if not all(map(_is_address, addresses)) or len(set(addresses)) < len(addresses):
-            raise ValueError('addresses must be of the form host:port, with a port from 1 to 65535, each another')
+            raise ValueError('addresses must be of the form host:port, with a port from 1 to 65535, all different')
         if set(hosts) - {'chief', 'worker'} or not 0 <= index < len(hosts[task['type']]) or chiefs > 1:
             raise ValueError('unknown kinds of tasks, or an index out of range')
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -57,7 +57,7 @@ def cluster_from_environment(strategy: str) -> Cluster:
 
 
 def _is_address(text: str) -> bool:
-    """Whether a text is host:port; TensorFlow would wait for ever for others."""
+    """Whether a text is host:port; TensorFlow would wait forever for anything else."""
     match = re.fullmatch(r'[\w.-]+:([0-9]{1,5})', text)
     return bool(match) and 1 <= int(match[1]) <= 65535
 
@@ -77,8 +77,8 @@ def make_strategy(name: str, cluster: Cluster):
             with _ctrl_c_as_usual():
                 return tf.distribute.MultiWorkerMirroredStrategy()
         except tf.errors.OpError as error:
-            raise UserError(f'the workers of TF_CONFIG do not come together ({type(error).__name__}); start all of them, and '
-                            'see that they reach each other at these addresses') from error
+            raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
+                            'check that they reach each other at these addresses') from error
     gpus = tf.config.list_logical_devices('GPU')
     if name == 'mirrored' or name == 'auto' and len(gpus) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in gpus or tf.config.list_logical_devices('CPU')])
@@ -89,7 +89,7 @@ def make_strategy(name: str, cluster: Cluster):
 def _ctrl_c_as_usual():
     """Lets Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow waits for workers.
 
-    SIGTERM cannot be helped: TensorFlow handles it itself meanwhile, and goes on waiting.
+    SIGTERM cannot be restored: TensorFlow handles it itself meanwhile, and continues to wait.
     """
     hangup = getattr(signal, 'SIGHUP', signal.SIGINT)  # not all systems have it
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, hangup)}
@@ -134,10 +134,10 @@ def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> No
 
 
 def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
-    """Raises UserError if an inner optimizer hands its state from task to task and there are several replicas."""
+    """Raises UserError if an inner optimizer passes its state from task to task and there are several replicas."""
     if inner_optimizer == 'adam' and replicas > 1:
-        raise UserError(f'--inner_optimizer=adam hands its state from each task to the next, so that tasks cannot be divided between '
-                        f'{replicas} replicas; add --strategy=one, or --inner_optimizer=sgd')
+        raise UserError(f'--inner_optimizer=adam passes its state from task to task, so tasks cannot be spread over {replicas} '
+                        f'replicas; add --strategy=one, or --inner_optimizer=sgd')
 
 
 class Replicas:
@@ -176,7 +176,7 @@ class Replicas:
         return self.strategy.gather(values, axis)
 
     def check_in_sync(self, facts: Any, variables: Iterable = ()) -> None:
-        """Waits for all workers. What workers decide alike without communicating follows from the facts compared here.
+        """Waits for all workers, and checks that they agree on these facts, from which each derives the same decisions.
 
         Raises:
             UserError: the workers differ in the facts (by repr) or in the values of variables.

@@ -9,7 +9,7 @@ from runtime.tasks import TaskBatch
 
 
 class Ensemble:
-    """The mean outputs (logits, in classification) of several checkpoints of a network, each adapted to the task by itself.
+    """The mean outputs (logits, in classification) of several checkpoints of a network, each adapted to the task separately.
 
     It evaluates and predicts as a MAML does, on one device (MAML++'s evaluation: Antoniou et al., 2019, section 5).
 

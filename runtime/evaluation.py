@@ -28,7 +28,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and writes the results to files.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged or another network's, or the results cannot be written.
+        UserError: there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
     """
     results.existing(run.directory)  # one that is damaged is reported before the work, not after it
     trained, prefix, iterations = restore(run)
@@ -81,7 +81,7 @@ def beyond_training(run: Run) -> str:
 
 
 def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None) -> dict:
-    """What results.json says of an evaluation besides its figures."""
+    """What results.json records of an evaluation besides its figures."""
     facts = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     preparation = {'preparation': facts} if facts else {}  # such as which of several published splits
     return {
@@ -90,7 +90,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         **({'known_classes': known_classes(run, tasks)} if run.datasource != run.trained_on else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
         'score': run.metric, 'flags': run.flag_values,
-        # The number at which the method is meant: see --compare.
+        # The method's default number of updates: see --compare.
         'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
@@ -104,8 +104,8 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
 def known_classes(run: Run, tasks: Tasks) -> list[str]:
     """Of the classes of another source than the training's, those with names of classes that the model was trained on.
 
-    CIFAR-FS and FC100 divide the same hundred classes differently, MiniImagenet and tieredImageNet classes of ImageNet. Numbers are
-    no names.
+    CIFAR-FS and FC100 split the same hundred classes differently, MiniImagenet and tieredImageNet those of ImageNet. Numeric
+    class names are ignored.
     """
     folder = SOURCES[run.trained_on].folder
     trained = listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()

@@ -35,7 +35,7 @@ class Evaluation:
 
     @property
     def own_updates(self) -> int:
-        """The number of updates at which the method is meant to be evaluated."""
+        """The method's default number of updates in an evaluation."""
         asked = self.entry.get('own_updates', self.flag('num_updates'))
         return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
 
@@ -93,7 +93,7 @@ def describe_tasks(tasks: dict) -> str:
 
 
 def differing_parts(paths: Sequence[str]) -> list[str]:
-    """Of each path those components in which it differs from another, compared from the end."""
+    """The components of each path in which it differs from another, compared from the end."""
     columns = list(itertools.zip_longest(*(os.path.normpath(path).split(os.sep)[::-1] for path in paths), fillvalue=''))[::-1]
     parts = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
     return [os.sep.join(filter(None, one)) for one in parts]
@@ -112,5 +112,5 @@ def free_path(stem: str, suffix: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with what LaTeX takes for commands made harmless."""
+    """Text with LaTeX's special characters escaped."""
     return re.sub(r'([&%$#_{}])', r'\\\1', text.replace('\\', '/')).replace('~', r'\textasciitilde{}').replace('^', r'\^{}')

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and reading nothing but files."""
+"""Writing files so that a reader never sees a partial one, and reading only regular files."""
 import contextlib
 import errno
 import glob
@@ -45,7 +45,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
 
 
 def refuse_no_file(path: str | os.PathLike) -> None:
-    """Raises OSError for a pipe, a device or a folder, which would be read without an end or not at all."""
+    """Raises OSError for a pipe, a device or a folder: reading it could block, never end or fail."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, 'it is not a file', os.fspath(path))
 
@@ -71,7 +71,7 @@ def locked(path: str, wait: bool = True):
     """While entered, holds the lock of a file against other processes. The lock ends with the process, however that ends.
 
     Args:
-        path: the lock file, which is made if it is not there and has no content.
+        path: the lock file, an empty one, which is created if it is missing.
         wait: whether to wait for the lock.
 
     Raises:

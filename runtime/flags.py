@@ -30,7 +30,7 @@ class Learning:
 
     Attributes:
         label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
-            counts for the default too. '': nothing.
+            applies to the default too. '': nothing.
         network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
             'classes', 'convolutions', 'tables' or 'user images'; None: it says how they are trained.
     """

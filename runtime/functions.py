@@ -1,6 +1,6 @@
 """Families of functions of one number, and regression tasks drawn from them.
 
-A family makes each function of `numbers` uniform random numbers, and each of its inputs of one more. All arrays are
+A family builds each function from `numbers` uniform random numbers, and each of its inputs from one more. All arrays are
 [tasks, rows, 1]; parameters are tuples of arrays [tasks, 1, 1].
 """
 import math
@@ -16,7 +16,7 @@ Parameters = tuple[np.ndarray, ...]
 
 class Family(Protocol):
     """What a family must provide."""
-    numbers: int  # uniform random numbers that make a function
+    numbers: int  # uniform random numbers per function
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
         """Of functions, from numbers in [0, 1), [tasks, numbers, 1]."""
@@ -84,7 +84,7 @@ class SinusoidOrLine(Sinusoid):
 class Harmonic:
     """y = a1 sin(w x + b1) + a2 sin(2 w x + b2) with a1, a2 N(0, 1), w U[5, 7], b1, b2 U[0, 2 pi].
 
-    Each function is seen around a place of its own: x N(m, 1) with m U[-4, 4]. After Lacoste et al. (2018), without noise.
+    Each function is sampled around a random centre: x N(m, 1) with m U[-4, 4]. After Lacoste et al. (2018), without noise.
     """
     numbers = 6
     FREQUENCIES, PHASES, PLACES = (5.0, 7.0), (0.0, 2 * math.pi), (-4.0, 4.0)
@@ -123,7 +123,7 @@ def _normal(uniform):
 
 
 class FunctionTasks:
-    """Functions of a family, each seen at K + Q random inputs.
+    """Functions of a family, each sampled at K + Q random inputs.
 
     Inputs are x, or with the oracle baseline x and the function's parameters.
     """

@@ -41,8 +41,8 @@ def write_array(path: str, shape: tuple[int, ...], parts: Callable[[], Iterable[
 def is_whole(path: str, array: np.memmap, facts: dict, verify: bool) -> bool:
     """Whether an .npy file is as `write_array` wrote it.
 
-    A file of the size and the time that it had is believed to be, unless `verify` asks for its checksum. Of another time, as a
-    copied one has, it is read: in pieces, to save memory.
+    A file with the recorded size and time is trusted, unless `verify` asks for its checksum. With another time, as of a copy, its
+    checksum is verified: in pieces, to save memory.
     """
     status = os.stat(path)
     if facts.get('bytes', status.st_size) != status.st_size:
@@ -99,9 +99,9 @@ def _read(path: str, fingerprint: str, shape: tuple[int, ...], verify: bool) -> 
         if not is_whole(path + '.npy', array, record, verify):
             return None
         time = os.stat(path + '.npy').st_mtime_ns
-        if record.get('mtime_ns') != time:  # a copy: once it has been read, it need not be again
+        if record.get('mtime_ns') != time:  # a copy: verified now, it need not be verified again
             with contextlib.suppress(OSError):
                 write_atomically(path + '.json', json.dumps(record | {'mtime_ns': time}).encode())
         return array, record['crc32']
-    except Exception:  # numpy raises almost any exception on damaged files; an unreadable cache is made again
+    except Exception:  # numpy raises almost any exception on damaged files; an unreadable cache is rebuilt
         return None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from runtime.errors import UserError
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
-SHOWN_BAD_IMAGES = 100  # by name in a message
+SHOWN_BAD_IMAGES = 100  # named in a message
 
 # Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -38,9 +38,9 @@ class BadImages(UserError):
 
 
 class ImageFile(NamedTuple):
-    """An image file as the folder lists it, and what tells when a cache of its pixels is stale.
+    """An image file as the folder lists it, with the data that detect a stale cache of its pixels.
 
-    Size and modification time are not enough: archives restore the time, and two folders may be swapped. A file written anew has
+    Size and modification time are not enough: archives restore the time, and two folders may be swapped. A rewritten file has
     another change time, and a file of another folder another inode.
     """
     name: str
@@ -50,7 +50,7 @@ class ImageFile(NamedTuple):
     inode: int
 
 
-# Formats that are opened at all. Pillow knows others that run an interpreter (EPS hands the file to Ghostscript) or that are no
+# Formats that are opened at all. Pillow knows others that run an interpreter (EPS passes the file to Ghostscript) or that are not
 # images (HDF5, MPEG); it looks at the content, so checking suffixes would not help.
 PREPARED_FORMATS = ('PNG', 'JPEG')
 USER_FORMATS = (*PREPARED_FORMATS, 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000', 'MPO', 'AVIF')

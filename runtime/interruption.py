@@ -45,4 +45,4 @@ class Interruption:
         for hangup in set(ENDING) - {signal.SIGINT, signal.SIGTERM}:
             signal.signal(hangup, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
-            os.write(2, b'\nFinishing the iteration in hand and saving it; a second signal ends the program at once.\n')
+            os.write(2, b'\nFinishing the current iteration and saving it; a second signal ends the program at once.\n')

@@ -1,4 +1,4 @@
-"""The methods of the family: each is a set of flags. --method names one; a flag that is given as well overrides it."""
+"""The methods of the family: each is a set of flags. --method names one; flags on the command line override it."""
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from runtime.flags import FLAGS, GROUPS
 
 
 class Preset(NamedTuple):
-    """What --method stands for."""
+    """The flags that a --method sets."""
     title: str              # in tables and pictures
     flags: dict[str, Any]   # {flag: value} of what differs from MAML
 
@@ -32,12 +32,12 @@ PRESETS = {
 
 
 def switches() -> list[str]:
-    """The flags that tell methods apart. Those of a preset that do not, such as the step size, are settings of the method."""
+    """The flags that distinguish methods. Others in a preset, such as the step size, are settings of the method."""
     return ['stop_grad', *(name for name in GROUPS['Method'] if name not in ('method', 'ensemble'))]
 
 
 def apply_method(values: flags.FlagValues) -> None:
-    """Sets the flags that --method stands for, but for those on the command line."""
+    """Sets the flags that --method stands for, except those given on the command line."""
     for name, value in PRESETS[values.method].flags.items():
         if not values[name].present:
             values[name].value = value
@@ -52,7 +52,7 @@ def preset_hint(values: flags.FlagValues, sentence: str) -> str:
 
 
 def title(values: Mapping[str, Any]) -> str:
-    """The name of the method that switches make: that of the nearest preset, with what differs from it.
+    """The name of the method that the switches describe: that of the nearest preset, with the differences from it.
 
     Args:
         values: {name: value} of the flags that `switches` names.

@@ -33,7 +33,7 @@ class Adam:
             variable.assign_sub(rate * mean / (tf.sqrt(square) + ADAM_EPSILON))
 
     def state(self, prefix: str = '') -> dict[str, tf.Variable]:
-        """{prefix + name: variable}: what must be saved to go on."""
+        """{prefix + name: variable}: what must be saved to continue."""
         state = {'step': self.step, **{f'm/{name}': v for name, v in self.means.items()},
                  **{f'v/{name}': v for name, v in self.squares.items()}}
         return {prefix + name: variable for name, variable in state.items()}
@@ -51,7 +51,7 @@ class SGD:
             variable.assign_sub(_rate(self.learning_rate, iteration) * _clipped(name, gradients[name], self.clip))
 
     def state(self, prefix: str = '') -> dict[str, tf.Variable]:
-        """{}: there is nothing to go on with."""
+        """{}: there is no state to continue from."""
         return {}
 
 

@@ -1,7 +1,7 @@
-"""Packed images: one array a split, which the preparation of a large source writes in the place of class folders.
+"""Packed images: one array per split, which the preparation of a large source writes instead of class folders.
 
-<folder>/<split>.npy is uint8 [images, height, width, channels], class after class. <folder>/packed.json says of each split how
-many images of which classes it holds, in their order, and what tells that the array is whole.
+<folder>/<split>.npy is uint8 [images, height, width, channels], class after class. <folder>/packed.json has for each split the
+number of images of each class, in their order, and the size, time and checksum of the array.
 """
 import contextlib
 import json
@@ -55,8 +55,8 @@ def class_counts(root: str, split: str, script: str) -> dict[str, int]:
 
 
 def load(root: str, split: str, image_shape: tuple[int, int, int], script: str, verify: bool) -> tuple[np.ndarray, int]:
-    """The images of a split, memory-mapped, and their CRC-32. They are read only if `verify` asks for it or their file has another
-    time than it had, as a copied one does; then its time is noted, so that it need not be read again.
+    """The images of a split, memory-mapped, and their CRC-32. They are read only if `verify` asks for it or the time of their
+    file has changed, as of a copy; then the new time is recorded, so that they need not be read again.
 
     Raises:
         UserError: they are not there, of another shape, or damaged.

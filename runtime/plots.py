@@ -29,7 +29,7 @@ DPI = 110
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
-DIVERGED = 1000  # a loss that is so many times the median is that of a run that diverged
+DIVERGED = 1000  # losses above this many times the median count as diverged
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
@@ -37,15 +37,12 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
     """Figures of a model on the tasks of a split.
 
     Args:
-        run: a run.Run.
-        model: a maml.MAML.
-        tasks: of data_generator.
         split: 'val' or 'test'.
         values: {label: their metrics, [tasks, 1 + updates]}, a line each.
 
     Returns:
-        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; no tasks of
-        the classification of tables.
+        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; 'tasks' is
+        missing for the classification of tables.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title)}
@@ -62,7 +59,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     """A metric of query rows against the number of updates, with bands of the 95% interval of the mean.
 
     Like figure 3 of the paper. The first column of the values is another quantity, of support rows before adaptation: it is a
-    mark by itself at 0, and where it lies far from the others, it is said in the legend.
+    separate mark at 0. It may lie outside the axes, so its value is in the legend.
 
     Args:
         runs: {label: values [tasks, 1 + updates]}.
@@ -78,7 +75,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     for (label, values), style in zip(runs.items(), STYLES * len(runs)):
         mean, _, half = (statistic * factor for statistic in statistics(values))
         updates, low, high = np.arange(len(mean)), mean - half, mean + half
-        axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are drawn whole
+        axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
                   label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
         axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
         axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
@@ -98,7 +95,7 @@ def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], f
 
     Args:
         models, targets: labels of the rows and the columns.
-        means, texts: {(row, column): value, and how it is written}; empty places are white.
+        means, texts: {(row, column): value} and {(row, column): its text}; missing cells are white.
         metric: one of statistics.UNITS.
         notes: what marks in the texts mean.
 
@@ -149,8 +146,6 @@ def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -
     Like figure 2 of the paper.
 
     Args:
-        model: a maml.MAML.
-        tasks: a data_generator.FunctionTasks.
         heading: which run it is.
 
     Returns:
@@ -184,11 +179,9 @@ def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -
 
 
 def predicted_targets(model: MAML, tasks: TableTasks, heading: str, count: int = 4) -> Figure:
-    """The first tasks' query rows: what the network predicts of the first target against what it is, before and after adaptation.
+    """The first tasks' query rows: predictions of the first target against its true values, before and after adaptation.
 
     Args:
-        model: a maml.MAML.
-        tasks: a data_generator.TableTasks.
         heading: which run it is.
 
     Returns:
@@ -221,11 +214,10 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, s
     """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
 
     Args:
-        model: a maml.MAML.
-        tasks: a data_generator.ImageTasks; its first task is shown.
+        tasks: the first of them is shown.
         num_updates: inner updates before query images are classified.
         heading: which run it is.
-        shown_query: of each class, at the most.
+        shown_query: maximum number of query images per class.
 
     Returns:
         A matplotlib Figure.
@@ -263,7 +255,7 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, s
 
 
 def _first_classes(count):
-    """What a title says if not all classes are shown."""
+    """The part of a title that says that not all classes are shown."""
     return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
 
 
@@ -272,9 +264,7 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
 
     Args:
-        task: a user_task.UserTask.
         query_dir: the names of query images are shown relative to it.
-        source: an entry of data_generator.SOURCES.
         labels: of the query images, None if not known.
         probabilities: [query images, classes].
         shown_support, shown_query: maximum number of images shown, per class and in all.

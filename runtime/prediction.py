@@ -26,7 +26,7 @@ def predict(run: Run, task: UserTask) -> None:
     """Adapts a trained model to a task's support images, classifies its query images, and writes the predictions.
 
     predict_<support folder>_<query folder>.csv in the experiment directory has for each image its path, its class if that is
-    known, its predicted class, and the probability of each class; the .png of the same name shows them.
+    known, its predicted class, and the probability of each class; the picture of the same name shows them.
 
     Raises:
         UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs.

@@ -128,7 +128,7 @@ def existing(directory: str) -> dict[str, dict]:
 
 
 def read(path: str) -> dict[str, dict]:
-    """{evaluation: its facts and figures} of a results.json.
+    """{evaluation: its description and figures} of a results.json.
 
     Raises:
         UserError: it cannot be read, or is malformed.

@@ -14,7 +14,7 @@ PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'suppor
 
 
 class Request:
-    """The flags, and what the rules ask of them again and again.
+    """The flags, and the facts about them that several rules use.
 
     Attributes:
         values: the absl FlagValues; they are attributes of the request too.
@@ -23,7 +23,7 @@ class Request:
         images: whether the source has images.
         user_images: whether these are the user's own.
         tables: whether it has tables.
-        classes: whether its tasks are classification.
+        classes: whether its tasks are classification tasks.
     """
 
     def __init__(self, values: flags.FlagValues):
@@ -54,9 +54,9 @@ def mode(values: flags.FlagValues) -> str:
 
 
 def check_paths(values: flags.FlagValues) -> None:
-    """Refuses folders and files that cannot be meant, before anything is read from them; raises UserError.
+    """Refuses paths that are URLs or not valid text, before anything is read from them; raises UserError.
 
-    TensorFlow takes gs://bucket, file:///tmp and ram://x for places of other kinds, and Python for folders of these names.
+    TensorFlow interprets gs://bucket, file:///tmp and ram://x as remote or special paths, Python as folders of these names.
     """
     problems = []
     for name in PATHS:
@@ -85,7 +85,7 @@ def check_flags(values: flags.FlagValues) -> None:
 
 
 def check_comparison(values: flags.FlagValues, names: list[str]) -> None:
-    """Refuses flags, of those named, that mean nothing to --compare or --across; raises UserError."""
+    """Refuses flags, of those named, that cannot be combined with --compare or --across; raises UserError."""
     wanted = 'compare' if values.across is None else 'across'
     others = [name for name in names if values[name].present and name not in (wanted, 'plot', 'format', 'plot_format')]
     if others:
@@ -184,7 +184,7 @@ RULES = [
     Rule(lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
          '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
     Rule(lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
-         '--resume=False starts anew, and --test_iter goes on from a checkpoint: give one'),
+         '--resume=False starts from scratch, and --test_iter continues from a checkpoint: give one'),
     # Evaluation
     Rule(lambda r: r.train_datasource is not None and r.mode != 'evaluate', '--train_datasource is for evaluation: add --train=False'),
     Rule(lambda r: r.train_datasource is not None and not (r.images and SOURCES[r.train_datasource].image_shape),
@@ -199,10 +199,10 @@ RULES = [
          '--train_num_classes is for the evaluation of a classifier: add --train=False'),
     Rule(lambda r: -1 < r.train_num_classes < r.num_classes,
          '--num_classes={num_classes}: a network trained with --train_num_classes={train_num_classes} has no more outputs than '
-         'that; evaluate on tasks of at most so many classes'),
+         'that; evaluate on tasks of at most that many classes'),
     Rule(lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
     Rule(lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
-         '--query_norm={query_norm} is about batch norm, and with --norm={norm} each example is normalised by itself'),
+         '--query_norm={query_norm} applies only to batch norm; with --norm={norm} each example is normalised separately'),
     Rule(lambda r: r.test_best and r.mode == 'train', '--test_best is for evaluation: add --train=False'),
     *(Rule(lambda r, one=one, other=other: r.given(one) and r.given(other),
            f'--{one} and --{other} name different checkpoints: give one')

@@ -20,8 +20,8 @@ from runtime.tasks import Source, TaskConfig, Tasks
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
 DESCRIBING_GROUPS = ('Data', 'Training', 'Method', 'Network')  # the groups of flags that FLAG_FILE holds
-# What an evaluation may have otherwise than the training, and the flags that tell it what the training had.
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
+# The flags in which an evaluation may differ from the training, and those that state the training's values.
 TRAINED_WITH = {name: f'train_{name}' for name in ('num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm',
                                                     'datasource')}
 IN_DIRECTORY_NAME = 'num_classes', 'update_batch_size', 'update_lr'  # of these, before the labels
@@ -88,7 +88,7 @@ class Run:
     def write_description(self) -> None:
         """Writes the flags that describe the run into its directory, for --run, and the columns of tables.
 
-        If the former fails, says so and goes on.
+        If the former fails, reports it and continues.
 
         Raises:
             UserError: the columns cannot be written, without which the model cannot be used.
@@ -108,7 +108,7 @@ class Run:
 
 
 def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
-    """The Run that the flags describe, on the data that `data_from_flags` made of them. Imports TensorFlow."""
+    """The Run that the flags describe, on the data that `data_from_flags` made from them. Imports TensorFlow."""
     from runtime.checkpoints import BEST
 
     query_norm = _query_norm(values)
@@ -183,7 +183,7 @@ def _iterations(values):
 
 
 def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
-    """The source, an entry of SOURCES (changed by flags for the user's own images), and what its tasks look like."""
+    """The source, an entry of SOURCES (changed by flags for the user's own images or tables), and what its tasks look like."""
     source = _with_flags(SOURCES[values.datasource], values)
     if trained_with(values, 'datasource') != values.datasource:
         source = _with_network_of(trained_with(values, 'datasource'), source, values)
@@ -214,7 +214,7 @@ def _with_flags(source, values):
 
 
 def _with_network_of(trained_on, source, values):
-    """A source whose tasks are given to a model of another one: with that one's network.
+    """A source whose tasks are given to a model of another source, with that model's network.
 
     Raises:
         UserError: their images differ in shape, and --resize does not ask to change it.
@@ -255,10 +255,10 @@ def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[
 
 
 def _validation_config(source, tasks):
-    """What a validation task of a training looks like: as those of the training, or with all classes if the split has fewer.
+    """What a validation task of a training looks like: like those of the training, or with all classes if the split has fewer.
 
-    The splits of published sources are what they are: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users
-    can split their own images anew.
+    Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
+    own images again.
     """
     if source.loss != 'xent' or not source.image_shape or source.user_images:
         return tasks
@@ -305,10 +305,10 @@ def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
 
 
 def find_query_norm(values: flags.FlagValues) -> None:
-    """Sets --train_query_norm for an evaluation whose --query_norm is that of the training.
+    """Sets --train_query_norm if --query_norm repeats the training's.
 
-    The command of a training with --query_norm=support, repeated with --train=False, means that run, unless there is one that was
-    trained without.
+    The command of a training with --query_norm=support, repeated with --train=False, means that run, unless there is only one
+    that was trained without.
 
     Raises:
         UserError: there are both.
@@ -354,10 +354,10 @@ def run_directory(values: flags.FlagValues) -> str | None:
 
 
 def apply_run(values: flags.FlagValues) -> None:
-    """Sets the flags that --run=DIR describes, but for those on the command line, which win.
+    """Sets the flags that --run=DIR describes, except those given on the command line.
 
-    An evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr, --datasource) is
-    told what the training had.
+    For an evaluation on other tasks than those of the training (--num_classes, --update_batch_size, --update_lr, --datasource),
+    the --train_ flags are set too.
 
     Raises:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
@@ -373,7 +373,7 @@ def apply_run(values: flags.FlagValues) -> None:
     if mode(values) != 'train' and not values['train_query_norm'].present:
         values.train_query_norm = stored.get('query_norm', 'batch')
     for name in _describing_flags():
-        if elsewhere and name == 'data_path':  # the run's is that of the training's images
+        if elsewhere and name == 'data_path':  # the run's is the folder of the training's images
             continue
         value = stored.get(name, values[name].default)
         if not values[name].present:
@@ -385,7 +385,7 @@ def apply_run(values: flags.FlagValues) -> None:
 
 
 def _may_differ(values, name, trained, elsewhere):
-    """Whether an evaluation may have a flag otherwise than the training; then --train_<name>, if there is one, is set."""
+    """Whether a flag of an evaluation may differ from the training's; then --train_<name>, if there is one, is set."""
     if mode(values) != 'train' and name in TRAINED_WITH:
         if not values[TRAINED_WITH[name]].present:
             values[TRAINED_WITH[name]].value = trained

@@ -1,4 +1,4 @@
-"""What a training run saves: its state and its checkpoints, also where saving fails for a while."""
+"""What a training run saves: its state and its checkpoints, even if saving fails temporarily."""
 import contextlib
 import dataclasses
 import time
@@ -16,7 +16,7 @@ RETRY_SECONDS = 30  # between attempts to save after a failure
 
 @dataclasses.dataclass
 class TrainState:
-    """How far a run is. With the model's variables, all that it needs to go on as if it had never been interrupted."""
+    """The progress of a run. With the model's variables, all that it needs to continue as if it had never been interrupted."""
     iteration: int = 0              # finished iterations
     ranking: list = dataclasses.field(default_factory=list)  # {'iteration', 'score'} of the checkpoints best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
@@ -44,7 +44,7 @@ class Saver:
         """
         Args:
             fingerprints: {split: number} of the data.
-            iteration: of the checkpoint from which the run goes on; 0: of none.
+            iteration: of the checkpoint from which the run continues; 0: there is none.
             log: shows the user a line.
         """
         self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
@@ -91,4 +91,4 @@ def diverged(run: Run, what: str) -> UserError:
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr'
-                     + ('' if run.skip_nonfinite else ', or pass over such iterations by --skip_nonfinite'))
+                     + ('' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'))

@@ -9,7 +9,7 @@ Config = Any
 
 
 def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Tensor]:
-    """The weight of the query loss after each inner update, which sum to 1; they move to the last as the iterations go on.
+    """The weights of the query losses after each inner update, which sum to 1; they move to the last one with the iterations.
 
     MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
     """
@@ -21,7 +21,7 @@ def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Te
 
 
 def stage(config: Config, iteration: int) -> Config:
-    """The config that is in force in an iteration of meta-training, without schedules that are over or not yet at work."""
+    """The config that is in force in an iteration of meta-training, without schedules that are over or inactive."""
     start = iteration // config.schedule_interval * config.schedule_interval
     return dataclasses.replace(config, first_order_iterations=0, stop_grad=config.stop_grad or start < config.first_order_iterations,
                                multi_step_loss=config.multi_step_loss if start < config.multi_step_loss else 0)

@@ -14,7 +14,7 @@ from runtime.run import Run, apply_run, data_from_flags, find_query_norm, read_d
 
 
 def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
-    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask.
+    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask or UserTables.
 
     Args:
         rest: arguments that are not flags, which are refused.
@@ -31,7 +31,7 @@ def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
     mode = rules.mode(FLAGS)
     strategy = 'one' if mode == 'predict' else FLAGS.strategy
     cluster = distribution.cluster_from_environment(strategy)
-    # The data first: what is wrong with them is said before anybody has waited for TensorFlow.
+    # The data first: their errors are reported before TensorFlow loads.
     source, tasks = data_from_flags(FLAGS)
     if mode == 'predict':
         data = _user_data(source)
@@ -73,7 +73,7 @@ def import_tensorflow(strategy: str = 'one',
         strategy, cluster: as for `distribution.make_strategy`, which must come before the first computation.
     """
     silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
-    # With several workers, TensorFlow reports a lost worker as an error, at length; this program says so in a sentence.
+    # With several workers, TensorFlow reports a lost worker at length; this program reports it in one line.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3' if cluster.workers > 1 else '2')
     with _hidden_stderr() if silent else contextlib.nullcontext():
         import tensorflow as tf
@@ -110,7 +110,7 @@ def _hidden_stderr():
 
 
 def _scratch():
-    """A temporary file; if there is no place for one, nothing can be read from it."""
+    """A temporary file; if none can be created, the null device, from which nothing can be read."""
     try:
         return tempfile.TemporaryFile()
     except OSError:

@@ -7,7 +7,7 @@ from scipy import stats
 
 RESAMPLES = 2000
 LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
-NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; how many changes no figure
+NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the results
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
 
@@ -55,7 +55,7 @@ def interval(values: np.ndarray, digits: int) -> str:
 
 
 def p_value(one: np.ndarray, other: np.ndarray) -> float:
-    """Of a two-sided paired t-test on values [tasks]; 1 if they are equal, not a number if one is not finite."""
+    """The p-value of a two-sided paired t-test on values [tasks]; 1 if they are equal, nan if one is not finite."""
     if np.array_equal(one, other, equal_nan=True):
         return 1.0
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike

@@ -9,13 +9,13 @@ from runtime.errors import first_line
 
 
 class Summaries:
-    """TensorBoard summaries under the reference's tags. If they cannot be written, a line says so once; it is not an error."""
+    """TensorBoard summaries under the reference's tags. If they cannot be written, one line reports it; it is not an error."""
 
     def __init__(self, directory: str, enabled: bool, start: int, log: Callable[[str], None]):
         """
         Args:
             enabled: False: nothing is written.
-            start: the iteration from which the run goes on; TensorBoard is told to forget later ones.
+            start: the iteration from which the run continues; TensorBoard discards later events.
             log: shows the user a line.
         """
         self._log, self._writer = log, tf.summary.create_noop_writer()
@@ -79,5 +79,5 @@ class Summaries:
             action()
         except (OSError, tf.errors.OpError) as error:
             if self._log:
-                self._log(f'Summaries for TensorBoard cannot be written ({first_line(error)}); the program goes on')
+                self._log(f'Summaries for TensorBoard cannot be written ({first_line(error)}); the program continues')
             self._log = None

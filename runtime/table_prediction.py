@@ -12,8 +12,8 @@ from runtime.user_tables import UserTables
 def predict(run: Run, task: UserTables) -> None:
     """Adapts a trained model to a task's support rows, predicts for its query rows, and writes the predictions.
 
-    predict_<support file>_<query file>.csv in the experiment directory has the query file's columns and behind them the predicted
-    targets, in their own unit; or the predicted class and the probability of each.
+    predict_<support file>_<query file>.csv in the experiment directory has the query file's columns, followed by the predicted
+    targets in their own units, or by the predicted class and the probability of each.
 
     Raises:
         UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs.

@@ -29,14 +29,14 @@ from runtime.tasks import TaskBatch, Tasks
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
 VALIDATION_TASKS = 100
-MANY_UPDATES = 50  # inner updates from which on a user is told why nothing seems to happen
+MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
 
 def train(run: Run, data: dict[str, Tasks]) -> None:
     """Trains from fresh weights, or from a checkpoint, to the last iteration.
 
     Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
-    SIGHUP ends the run after the iteration in hand, with a checkpoint.
+    SIGHUP ends the run after the current iteration, with a checkpoint.
 
     Args:
         data: {split: tasks}, for train and val.
@@ -78,12 +78,12 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
         there = {**checkpoint.record['flags'],
                  'pretrain_iterations': min(iteration, checkpoint.record['pretrain_iterations'])}
         checkpoints.check_flags(checkpoint.prefix, there, {**run.learning_flags, **pretrained},
-                                'give the flags of its training, or start anew by --resume=False or in another --logdir')
+                                'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
         other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
         if other:
             raise UserError(f'the data of the {" and ".join(other)} split are not those that the checkpoint '
-                            f'{checkpoint.prefix} was trained on; bring them back, or start anew by --resume=False or in '
-                            'another --logdir')
+                            f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
+                            'in another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Going on from {checkpoint.prefix}')
         return TrainState.of(checkpoint.record)
@@ -94,7 +94,7 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
 
 
 def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
-    """Moves later checkpoints out of the way, writes the file of flags that --run reads, and says if saving does not work."""
+    """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'Later checkpoints were moved to {moved}')
@@ -102,8 +102,8 @@ def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
-        print(f'Warning: checkpoints cannot be saved in {run.directory} now ({error}); if that does not change, nothing of this '
-              'training is kept', flush=True)
+        print(f'Warning: checkpoints cannot be saved in {run.directory} now ({error}); unless this is fixed, nothing of this '
+              'training will be saved', flush=True)
 
 
 def report_end(run: Run, state: TrainState, interruption: Interruption, saver: Saver) -> None:
@@ -154,7 +154,7 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
 
 
 def data_description(run: Run, data: dict[str, Tasks]) -> list[str]:
-    """Texts: how much data each split has, if they are on disk."""
+    """Texts: the amount of data in each split, if the source has data on disk."""
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
     outputs = task_outputs(data['val'])
     if outputs < run.model.dim_output:
@@ -168,7 +168,7 @@ def task_outputs(tasks: Tasks) -> int:
 
 
 def many_updates(config: ModelConfig) -> list[str]:
-    """A line for the user who sees no iteration for a long time, if there are so many inner updates."""
+    """A line that warns that compiling takes long, if there are that many inner updates."""
     return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={config.num_updates} that may take many '
             'minutes and gigabytes of memory before the first one; --recompute avoids both'
             ] if config.num_updates > MANY_UPDATES and not config.recompute else []
@@ -307,7 +307,7 @@ def console_line(run: Run, phase: str, state: TrainState) -> str:
 def ranked(run: Run, ranking: list[dict], candidate: dict) -> list[dict]:
     """The `run.ensemble` best of {'iteration', 'score'}, best first, by accuracy (higher is better) or loss (lower is).
 
-    Of equal ones the earlier is better. A candidate whose score is not finite does not count.
+    Of equals the earlier is better. A candidate whose score is not finite is ignored.
     """
     if not math.isfinite(candidate['score']):
         return ranking

@@ -36,7 +36,7 @@ def read_user_tables(source: TableSource, support_csv: str, query_csv: str) -> U
     (support_x, support_y), (query_x, query_y) = (np.split(rows, [len(columns.features)], axis=1) for rows in values)
     if not targets:
         if CLASS not in support.columns:
-            raise UserError(f'{support_csv} has no column {CLASS}, which says of what class each row is')
+            raise UserError(f'{support_csv} has no column {CLASS}, the class of each row')
         named = [_classes(sheet) for sheet in (support, queries)]
         classes = sorted(set(named[0]))
         if len(classes) < 2 or '' in classes:

@@ -23,11 +23,11 @@ def read_user_task(source: ImageSource, support_dir: str, query_dir: str, left_o
 
     Args:
         support_dir: has one folder of images for each class.
-        query_dir: has images to classify, directly or in folders; a folder named like a class says that its images are of it.
-        left_out: paths of images that are not looked at.
+        query_dir: has images to classify, directly or in folders; the images in a folder named like a class are of that class.
+        left_out: paths of images to ignore.
 
     Raises:
-        BadImages: images cannot be read, and the source does not say to leave them out.
+        BadImages: images cannot be read, and the source does not ask to leave them out.
         UserError: a folder or its images are missing.
     """
     for name, folder in ('support_dir', support_dir), ('query_dir', query_dir):

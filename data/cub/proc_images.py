@@ -9,7 +9,7 @@ The list of classes is data/cub/classes.csv.
 Several splits are published under this name: --split=chen (Chen et al., 2019: 100 / 50 / 50 classes; of torchmeta, too), frn
 (Wertheimer et al., 2021: the same rule, but its train classes are exactly chen's val and test classes), feat (Ye et al., 2020),
 metadataset (Triantafillou et al., 2020: 140 / 30 / 30) or dn4 (Li et al., 2019: 130 / 20 / 50). --crop crops to the boxes
-around the birds, as feat's images are. Both are recorded, and appear in the results of evaluations.
+around the birds, as feat's images are. Both are recorded and appear in the results of evaluations.
 """
 import os
 import sys

@@ -6,8 +6,8 @@ fetches GTSRB_Final_Training_Images.zip (https://benchmark.ini.rub.de/gtsrb_data
 it reads the archive or its unpacked folder there. It writes data/gtsrb/classes/<class>/ and data/gtsrb/splits.csv. It may be
 interrupted and run again. The list of classes is data/gtsrb/classes.csv.
 
-30 pictures in a row show the same sign as a car approaches it. They are nearly the same, and support and query examples of a
-task may be of one such track, as in Meta-Dataset.
+Each track has 30 nearly identical images of one sign, taken as a car approaches it. Support and query examples of a task may
+come from the same track, as in Meta-Dataset.
 """
 import os
 import sys

@@ -4,8 +4,8 @@ Put into data/miniImagenet/ one of
 
     images.zip, or its unpacked folder images/, with train.csv, val.csv and test.csv (columns filename,label); without the
         csv files the classes are taken from the images' names (n01532829...jpg) or folders (images/n01532829/...)
-    mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl (or else mini-imagenet-cache-validation.pkl, which is not read
-        if both are there) and mini-imagenet-cache-test.pkl
+    mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl and mini-imagenet-cache-test.pkl (…-validation.pkl is used only
+        if …-val.pkl is absent)
 
 and run, there or anywhere,
 
@@ -20,6 +20,7 @@ import csv
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -49,13 +50,14 @@ SIZE = (84, 84)
 IMAGES_PER_CLASS = 600
 IMAGE = re.compile(r'\.(jpe?g|png)$', re.IGNORECASE)
 CLASS = re.compile(r'n\d{8}')
+Found = tuple[list[Picture], Mapping[tuple[str, str], int], list[str]]  # see from_images
 
 
-def from_images(source):
+def from_images(source: str) -> Found:
     """Pictures from images.zip or images/, by the csv files or else by names.
 
     Returns:
-        [Picture], {(split, class): images that there should be}, names of images that are not there.
+        [Picture], {(split, class): expected images}, names of missing images.
     """
     files = find_images(source)
     lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
@@ -83,7 +85,7 @@ def from_images(source):
     return pictures, expected, absent
 
 
-def find_images(source):
+def find_images(source: str) -> dict[str, Callable[[], bytes]]:
     """{path within images.zip or images/: function that returns the file's content}."""
     folder, archive = os.path.join(source, 'images'), os.path.join(source, 'images.zip')
     if os.path.isdir(folder):
@@ -102,8 +104,8 @@ def find_images(source):
     return readers
 
 
-def by_last_components(paths):
-    """{end of a path: paths that end so}, for ends of one and of two components and for whole paths."""
+def by_last_components(paths: Iterable[str]) -> dict[str, list[str]]:
+    """{end of a path: paths with that ending}, for ends of one and of two components and for whole paths."""
     index = collections.defaultdict(list)
     for path in paths:
         components = path.split('/')
@@ -112,7 +114,7 @@ def by_last_components(paths):
     return index
 
 
-def locate(index, name, label):
+def locate(index: Mapping[str, list[str]], name: str, label: str) -> str | None:
     """The path of an image that a csv file calls `name`: it is there under that name, or in a folder of its class."""
     matches = index.get(f'{label}/{os.path.basename(name)}') or index.get(name) or [None]
     if len(matches) > 1:
@@ -120,12 +122,12 @@ def locate(index, name, label):
     return matches[0]
 
 
-def class_list():
-    """[(split, label)] of the classes that there should be."""
+def class_list() -> list[tuple[str, str]]:
+    """[(split, label)] of the expected classes."""
     return [(row['split'], row['class']) for row in read_classes(os.path.join(HERE, 'classes.csv'))]
 
 
-def rows_from_names(files):
+def rows_from_names(files: Iterable[str]) -> list[tuple[str, str, str]]:
     """[(split, path, label)]: the class is an image's folder, or else the beginning of its name."""
     split_of, rows = {label: split for split, label in class_list()}, []
     for path in files:
@@ -139,8 +141,8 @@ def rows_from_names(files):
     return sorted(rows)
 
 
-def read_rows(path):
-    """[(filename, label)] of a csv file."""
+def read_rows(path: str) -> Iterator[tuple[str, str]]:
+    """Yields (filename, label) of each row of a csv file."""
     try:
         check_regular(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
@@ -159,7 +161,7 @@ def read_rows(path):
         yield name, label
 
 
-def check_rows(rows):
+def check_rows(rows: Iterable[tuple[str, str, str]]) -> None:
     """Refuses an image that is listed twice and a class in two splits."""
     seen, split_of = {}, {}
     for split, name, label in rows:
@@ -170,13 +172,13 @@ def check_rows(rows):
             sys.exit(f'the class {label} is in {split_of[label]}.csv and in {split}.csv; a class belongs to one split')
 
 
-def find_pickle(source, split):
+def find_pickle(source: str, split: str) -> str | None:
     """The path of a split's cached pickle, or None."""
     names = [f'mini-imagenet-cache-{name}.pkl' for name in ([split, 'validation'] if split == 'val' else [split])]
     return next((path for path in (os.path.join(source, name) for name in names) if os.path.exists(path)), None)
 
 
-def from_pickles(source):
+def from_pickles(source: str) -> Found:
     """Pictures from the three cached pickles; returns as `from_images`."""
     pictures = []
     for split in SPLITS:
@@ -190,7 +192,7 @@ def from_pickles(source):
     return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
 
 
-def read_pickle(path):
+def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:
     """The images of a cached pickle, uint8 [images, 84, 84, 3], and {class: indices of its images}.
 
     Raises:
@@ -216,7 +218,7 @@ def read_pickle(path):
     return images, members
 
 
-def main():
+def main() -> None:
     args = arguments(__doc__, HERE, HERE).parse_args()
     download.fetch('miniimagenet', args)
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))

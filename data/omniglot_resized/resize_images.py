@@ -6,13 +6,14 @@ fetches images_background.zip and images_evaluation.zip (https://github.com/bren
 data/omniglot/. Without --download, it reads the archives or their unpacked folders there. It writes
 data/omniglot_resized/<alphabet>/<character>/<drawing>.png and leaves the source as it is. It may be run again at any time.
 
-The originals are 1-bit images, which Pillow resizes by nearest neighbour whatever filter it is asked for. So did the
-reference code, and so does this script; --antialias makes grey images with a real Lanczos filter instead.
+The originals are 1-bit images, which Pillow resizes by nearest neighbour whatever filter it is given. So did the reference
+code, and so does this script; --antialias makes grey images with a real Lanczos filter instead.
 """
 import io
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping
 
 from PIL import Image
 
@@ -38,7 +39,7 @@ SIZE = (28, 28)
 DRAWING = re.compile(r'(?P<name>[^/.][^/]*/character\d+/\d+_\d+\.png)$')
 
 
-def find_drawings(source):
+def find_drawings(source: str) -> dict[str, Callable[[], bytes]]:
     """Every drawing in the source, archive or folder; ignores other files.
 
     Args:
@@ -65,20 +66,20 @@ def find_drawings(source):
     return drawings
 
 
-def resize(original, antialias):
+def resize(original: bytes, antialias: bool) -> bytes:
     """The content of a drawing's small PNG file, from that of the original."""
     with Image.open(io.BytesIO(original), formats=PREPARED_FORMATS) as image:
         return encode(image.convert('L' if antialias else '1').resize(SIZE, Image.Resampling.LANCZOS))
 
 
-def describe(counts):
+def describe(counts: Mapping[str, int]) -> str:
     alphabets = {name.split('/')[0] for name in counts}
     return f'{len(alphabets)} alphabets / {len(counts)} characters / {sum(counts.values()):,} images'
 
 
-def main():
+def main() -> None:
     parser = arguments(__doc__, os.path.join(os.path.dirname(HERE), 'omniglot'), HERE)
-    parser.add_argument('--antialias', action='store_true', help='grey images, really filtered (not as the reference)')
+    parser.add_argument('--antialias', action='store_true', help='grey images, filtered (unlike the reference)')
     args = parser.parse_args()
     download.fetch('omniglot', args)
     pictures = [Picture(name, lambda read=read: resize(read(), args.antialias))

@@ -12,15 +12,17 @@ and run, there or anywhere,
 
     python data/tieredimagenet/proc_images.py
 
-These files' hosts ask for clicks, so --download only says where they are and checks those that are there. The script writes the
-arrays data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: whole splits stay.
+These files must be downloaded manually, so --download only prints where they are and checks those present. The script writes the
+arrays data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: complete splits stay.
 Images of other sizes are resized with a Lanczos filter. The classes of each split are in data/tieredimagenet/classes.csv.
 """
+import argparse
 import collections
 import io
 import os
 import sys
 import zipfile
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -48,9 +50,11 @@ from runtime.class_folders import SPLITS  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')
+Rows = list[dict[str, str]]    # of classes.csv
+Lists = dict[str, ImageList]   # by class
 
 
-def decode(content):
+def decode(content: bytes) -> np.ndarray:
     """An image file as uint8 [84, 84, 3], resized if it is of another size; raises one of DAMAGE."""
     with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
         pixels = image.convert('RGB')
@@ -59,8 +63,8 @@ def decode(content):
 
 # Each of these returns {class: ImageList} of a split, or None where the source has nothing of its kind.
 
-def from_pickle(source, split, rows, args):
-    """Of PNG files in a pickled list, which are read where they lie in it."""
+def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
+    """Of PNG files in a pickled list, which are read directly from it."""
     path = os.path.join(source, f'{split}_images_png.pkl')
     if not os.path.exists(path):
         return None
@@ -74,13 +78,13 @@ def from_pickle(source, split, rows, args):
             for name, indices in read_labels(source, split, rows, len(spans)).items()}
 
 
-def read_span(file, span):
+def read_span(file: BinaryIO, span: pickles.Span) -> bytes:
     if span.length > LARGEST_PICTURE:
         raise ValueError(f'it has {span.length:,} bytes')
     return os.pread(file.fileno(), span.length, span.offset)
 
 
-def from_npz(source, split, rows, args):
+def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of an array in an .npz file, which is memory-mapped."""
     path = os.path.join(source, f'{split}_images.npz')
     if not os.path.exists(path):
@@ -93,7 +97,7 @@ def from_npz(source, split, rows, args):
             for name, indices in read_labels(source, split, rows, len(images)).items()}
 
 
-def map_npz(path, name):
+def map_npz(path: str, name: str) -> np.memmap:
     """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
     try:
         check_regular(path)
@@ -114,8 +118,8 @@ def map_npz(path, name):
         sys.exit(f'{path} cannot be used ({reason(error)}); download it again')
 
 
-def read_labels(source, split, rows, count):
-    """{class: indices of its images} from a split's pickle of labels: numbers of names, of which classes.csv says the class."""
+def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, list[int]]:
+    """{class: indices of its images} from a split's pickle of labels: indices of names, whose classes are in classes.csv."""
     path = os.path.join(source, f'{split}_labels.pkl')
     entries = load_pickle(read_part(path), path)
     wnids = {row['name']: row['class'] for row in rows} | {row['class']: row['class'] for row in rows}
@@ -134,7 +138,7 @@ def read_labels(source, split, rows, count):
     return found
 
 
-def from_folders(source, split, rows, args):
+def from_folders(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of images in <split>/<wnid>/, train/<wnid>/ (of ILSVRC2012) or <wnid>/."""
     found = {}
     for name in [row['class'] for row in rows if row['split'] == split]:
@@ -146,7 +150,7 @@ def from_folders(source, split, rows, args):
     return found or None
 
 
-def main():
+def main() -> None:
     parser = arguments(__doc__, HERE, HERE)
     parser.add_argument('--channels', choices=['bgr', 'rgb'], default='bgr',
                         help='order of the colours in .npz files: most were unpacked by OpenCV, blue first (default: %(default)s)')
