@@ -240,6 +240,44 @@ def test_results_that_are_no_results(text, tmp_path):
     assert f'{tmp_path}/results.json cannot be read' in error_of(f'--compare={tmp_path}')
 
 
+# Disks and clocks
+
+def test_a_disk_too_small_for_decoded_images(tmp_path, capsys):
+    """They are used from memory; nothing half written stays, and the next start, with room, keeps them."""
+    write_image_tree(tmp_path, ['train/a'], images=5, size=(30, 30, 3))
+    whole = class_folders.ClassFolders(str(tmp_path)).load('train', (30, 30, 3))
+    for path in (tmp_path / '.cache').iterdir():
+        path.unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        found = class_folders.ClassFolders(str(tmp_path)).load('train', (30, 30, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'could not be kept for the next run' in capsys.readouterr().err and not list((tmp_path / '.cache').glob('*.n*'))
+    assert np.array_equal(found.images, whole.images) and found.checksum == whole.checksum
+    class_folders.ClassFolders(str(tmp_path)).load('train', (30, 30, 3))
+    assert len(list((tmp_path / '.cache').glob('*.npy'))) == 1
+
+
+@pytest.mark.parametrize('days', [-20000, 4000])
+def test_clocks_that_are_wrong(days, tmp_path):
+    """Files from 1970 or from the next decade: caches are used or made again, and the newest checkpoint is the furthest."""
+    time = 1.8e9 + days * 86400
+    write_image_tree(tmp_path / 'images', ['train/a'], images=2, size=(4, 4, 3))
+    first = class_folders.ClassFolders(str(tmp_path / 'images')).load('train', (4, 4, 3))
+    for path in (tmp_path / 'images').rglob('*.*'):
+        os.utime(path, (time, time))
+    again = class_folders.ClassFolders(str(tmp_path / 'images')).load('train', (4, 4, 3))
+    assert np.array_equal(first.images, again.images) and first.checksum == again.checksum
+    record = dict.fromkeys(checkpoints._ENTRIES)
+    for iteration in 1, 2:
+        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
+    for path in tmp_path.glob('model1.*'):
+        os.utime(path, (time, time))
+    assert checkpoints.newest(str(tmp_path)).record['iteration'] == 2
+
+
 # Clusters
 
 def config(worker='["a:1", "b:1"]', index='0'):
