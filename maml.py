@@ -45,7 +45,7 @@ class ModelConfig:
     max_pool: bool = False
     head: str | None = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
-    inner_weights: str = 'all'              # what the inner loop adapts: 'all' weights, 'head': the last layer, 'body': the others
+    inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
     adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
     norm_scale: bool = False                # batch norm has a scale
     norm_per_step: bool = False             # offsets and scales of each inner step
@@ -159,7 +159,7 @@ def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) 
     return TaskState(fast, fixed, parameters.carried)
 
 
-def answer(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
+def forward(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
     """The network's outputs for a task's support or query rows at an inner step."""
     if state.features:
         return classify(config, state.features[query], state.fast)
@@ -189,10 +189,10 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
         moved = {name: state.fast[name] for name in adapted_names(config, state.fast)}
         with tf.GradientTape() as tape:
             tape.watch(moved)
-            outputs = answer(config, parameters, part, state, step, query=False)
+            outputs = forward(config, parameters, part, state, step, query=False)
             loss = loss_of(config_of_step, outputs, part.support_y)
         if config.inner_batch:
-            outputs = answer(config, parameters, task, state, step, query=False)
+            outputs = forward(config, parameters, task, state, step, query=False)
         gradients = tape.gradient(loss, moved, unconnected_gradients='zero')
         if config.stop_grad:
             gradients = {name: tf.stop_gradient(gradient) for name, gradient in gradients.items()}
@@ -206,12 +206,15 @@ def inner_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num
 
 def recomputed_loop(config: ModelConfig, task: TaskBatch, parameters: Parameters, num_updates: int,
                     iteration: Step) -> Iterator[tuple[tf.Tensor, TaskState]]:
-    """Like `inner_loop` from the first step, for many steps; always yields the support outputs before adaptation."""
+    """Like `inner_loop` from the first step, for many steps; always yields the support outputs before the first.
+
+    Without `multi_step_loss` it yields the last state only, so that the graph does not grow with num_updates.
+    """
     initial = initial_state(config, parameters, task)
     states = recomputing_loop(lambda number, state, parameters: next(
         inner_loop(config, task, parameters, 1, number, state, iteration))[1], num_updates, initial, parameters)
-    outputs = answer(config, parameters, task, initial, 0, query=False)
-    for index in range(num_updates):
+    outputs = forward(config, parameters, task, initial, 0, query=False)
+    for index in range(0 if config.multi_step_loss else num_updates - 1, num_updates):
         yield outputs, tf.nest.map_structure(lambda values, index=index: values[index], states)
 
 
@@ -225,7 +228,7 @@ def adapt_and_predict(config: ModelConfig, parameters: Parameters, step: Step,
     """Inner step number `step` of a task: Outputs, and its state after it."""
     task, state = task_and_state
     (pre, state), = inner_loop(config, task, parameters, 1, step, state)
-    return Outputs(pre, answer(config, parameters, task, state, step, query=True)), state
+    return Outputs(pre, forward(config, parameters, task, state, step, query=True)), state
 
 
 def metrics_of(config: ModelConfig, batch: TaskBatch, outputs: Outputs) -> Tensors:
@@ -241,19 +244,19 @@ def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, traj
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner update (line 8 of algorithm 1).
 
-    With `multi_step_loss`, a weighted mean of those after every one; `trajectory` holds the task's states after each.
+    With `multi_step_loss`, a weighted mean of those after every one; `trajectory` ends with the task's states after each.
 
     Returns:
         The loss, and the query outputs after the last update, [N*Q, dim_output].
     """
     def outputs_after(step):
-        return answer(config, parameters, task, trajectory[step], step, query=True)
+        return forward(config, parameters, task, trajectory[step - config.num_updates], step, query=True)
 
-    last = outputs_after(len(trajectory) - 1)
+    last = outputs_after(config.num_updates - 1)
     loss = loss_of(config, last, task.query_y)
     if config.multi_step_loss:
         *weights, weight = multi_step_weights(config, iteration)
-        loss = weight * loss + sum(weight * loss_of(config, outputs_after(step), task.query_y) for step, weight in enumerate(weights))
+        loss = weight * loss + sum(w * loss_of(config, outputs_after(step), task.query_y) for step, w in enumerate(weights))
     return loss, last
 
 
@@ -283,7 +286,7 @@ def reptile_gradient(config: ModelConfig, phase: str, parameters: Parameters, it
     Query outputs are computed only for the metrics. Returns the same as `meta_gradient`.
     """
     support_outputs, (*_, last) = zip(*loop_of(config)(config, task, parameters, config.num_updates, iteration=iteration))
-    query_outputs = answer(config, parameters, task, last, config.num_updates - 1, query=True)
+    query_outputs = forward(config, parameters, task, last, config.num_updates - 1, query=True)
     gradients = {name: value - last.fast.get(name, value) for name, value in parameters.trained().items()}
     return gradients, Outputs(support_outputs[0], query_outputs), last.optimizer
 
@@ -327,7 +330,7 @@ class MAML:
         self._initial_state = (lambda parameters, _, task: tf.nest.map_structure(  # tf.vectorized_map needs an operation
             tf.identity, initial_state(config, parameters, task))), state
         self._adapt = functools.partial(adapt_and_predict, config), (Outputs(0, 0), state)
-        self._predict_unadapted = (lambda parameters, _, task: answer(
+        self._predict_unadapted = (lambda parameters, _, task: forward(
             config, parameters, task, initial_state(config, parameters, task), 0, query=True)), None
 
     def parameters(self) -> dict[str, tf.Variable]:

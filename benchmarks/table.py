@@ -19,8 +19,9 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import filelock
@@ -44,6 +45,7 @@ PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
 PAGE = os.path.join('docs', 'results.md')
 LOCK = os.path.join('logs', '.table.lock')
+CONSOLE = 'console.log'  # in a run's directory: what its training printed
 TIMES = 'training_time.json'  # in a run's directory: {machine: seconds of training}
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
@@ -80,7 +82,7 @@ ROWS = [
         '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000',
         '--logdir=logs/cifarfs1shot_boil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
-        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1', '--test_updates=10')),
+        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1',)),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
@@ -132,15 +134,19 @@ def lowest_priority() -> None:
         file.write('19')
 
 
-def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
+def run(arguments: list[str], log: str = os.devnull, enough: Callable[[], bool] = lambda: False) -> int:
     """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status.
 
     Args:
+        log: a file to which what main.py prints is appended.
         enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
     """
     # In a new session: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
-    process = subprocess.Popen([sys.executable, 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True,
+                               stdout=subprocess.PIPE, text=True, errors='replace')
     handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
+    copying = threading.Thread(target=copy_lines, args=(process.stdout, log))
+    copying.start()
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -150,8 +156,20 @@ def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int
                 process.wait()
                 return 0
     finally:
+        copying.join()
         for one, handler in handlers.items():
             signal.signal(one, handler)
+
+
+def copy_lines(lines: Iterable[str], log: str) -> None:
+    """Prints lines as they come, and adds them to a file, as soon as its folder exists."""
+    waiting = ''
+    for one in lines:
+        print(one, end='', flush=True)
+        waiting += one
+        with contextlib.suppress(OSError), open(log, 'a', encoding='utf-8') as file:
+            file.write(waiting)
+            waiting = ''
 
 
 def times(directory: str) -> dict[str, float]:
@@ -169,7 +187,8 @@ def train(row: Row, state: State, until: int) -> None:
         until: iterations; at the first checkpoint of that many, the training is stopped.
     """
     started = time.monotonic()
-    status = run(row.arguments, lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
+    status = run(row.arguments, os.path.join(state.directory, CONSOLE),
+                 lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
     spent, machine = times(state.directory), f'{os.cpu_count()} cores, {platform.machine()}'
     spent[machine] = spent.get(machine, 0) + time.monotonic() - started
     if os.path.isdir(state.directory):

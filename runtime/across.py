@@ -54,12 +54,12 @@ class Matrix:
             return ''
         evaluation = self.cells[row, column]
         mark = (KNOWN_CLASSES if evaluation.entry.get('known_classes') else '') if evaluation.elsewhere else OWN_SOURCE
-        return interval(own_scores(evaluation), UNITS[self.metric][2]) + mark
+        return interval(own_values(evaluation), UNITS[self.metric][2]) + mark
 
 
-def own_scores(evaluation: Evaluation):
+def own_values(evaluation: Evaluation):
     """The values after as many updates as the method is meant for, [tasks]."""
-    return evaluation.scores[:, evaluation.own_updates]
+    return evaluation.values[:, evaluation.own_updates]
 
 
 def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
@@ -136,7 +136,7 @@ def as_csv(tables: Sequence[Matrix]) -> str:
     writer.writerow(['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path'])
     for table in tables:
         for (row, column), one in sorted(table.cells.items(), key=lambda item: item[0]):
-            mean, std, half = (float(values[0]) for values in statistics(own_scores(one)[:, None]))
+            mean, std, half = (float(values[0]) for values in statistics(own_values(one)[:, None]))
             source = one.entry['tasks']['datasource']
             known = len(one.entry.get('known_classes', [])) if one.elsewhere else ''
             writer.writerow([table.models[row], one.flag('train_datasource') or source, source, known, table.targets[column],
@@ -160,6 +160,6 @@ def draw(table: Matrix, folder: str, plot_format: str) -> str:
     """Draws the table into a new file of a folder; returns its path."""
     from runtime import plots  # imported late: matplotlib is slow to import, and only --plot needs it
     path = free_path(os.path.join(folder, 'across'), plot_format)
-    plots.save(plots.matrix(table.models, table.targets, {place: float(own_scores(one).mean()) for place, one in table.cells.items()},
+    plots.save(plots.matrix(table.models, table.targets, {place: float(own_values(one).mean()) for place, one in table.cells.items()},
                             {place: table.text(*place) for place in table.cells}, table.metric, table.notes), path)
     return path

@@ -63,12 +63,12 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """One for each number of updates that all have, and one at each one's own number if these differ."""
-        scores = [evaluation.scores for evaluation in self.evaluations]
+        values_of_each = [evaluation.values for evaluation in self.evaluations]
         own = [evaluation.own_updates for evaluation in self.evaluations]
-        rows = [Row(str(updates), [values[:, updates] for values in scores])
-                for updates in range(min(values.shape[1] for values in scores))]
+        rows = [Row(str(updates), [values[:, updates] for values in values_of_each])
+                for updates in range(min(values.shape[1] for values in values_of_each))]
         if len(set(own)) > 1:
-            rows.append(Row('own', [values[:, updates] for values, updates in zip(scores, own)]))
+            rows.append(Row('own', [values[:, updates] for values, updates in zip(values_of_each, own)]))
         return rows
 
     def seed_groups(self) -> list[list[int]]:
@@ -216,7 +216,7 @@ def as_csv(*comparisons: Comparison) -> str:
 def as_latex(comparison: Comparison) -> str:
     """A tabular environment: one row for each run, with its difference from the first at its own number of updates."""
     digits = UNITS[comparison.metric][2]
-    own = Row('own', [evaluation.scores[:, evaluation.own_updates] for evaluation in comparison.evaluations])
+    own = Row('own', [evaluation.values[:, evaluation.own_updates] for evaluation in comparison.evaluations])
     lines = [f'% {comparison.title}', r'\begin{tabular}{lrrrr}', r'\hline',
              rf'run & updates & {latex(UNITS[comparison.metric][0])} & difference & $p$ \\', r'\hline']
     for label, evaluation, values in zip(what_differs(comparison.evaluations), comparison.evaluations, own.values):

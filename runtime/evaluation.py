@@ -65,11 +65,19 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
         written.append(file)
 
     print(results.table({f'--query_norm={norm}': values for norm, values in found.items()}, run.metric))
+    print(beyond_training(run), end='')
     print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
           + ', '.join(f'{file}.csv and .pkl' for file in written) + f', {results.FILE}')
     if run.plot and run.replicas.chief:
         for path in draw(run, models[run.query_norms[0]], tasks, found, names, prefix, iterations):
             print(f'Drawn: {path}')
+
+
+def beyond_training(run: Run) -> str:
+    """A line for an evaluation with more updates than the training, if those of the training differ; else ''."""
+    trained, differ = run.model.num_updates, run.model.learn_lr == 'step' or run.model.norm_per_step
+    return (f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)\n'
+            if run.test_updates > trained and differ else '')
 
 
 def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None) -> dict:

@@ -29,7 +29,7 @@ class Evaluation:
         return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
 
     @property
-    def scores(self) -> np.ndarray:
+    def values(self) -> np.ndarray:
         """[tasks, 1 + updates], in the unit that is shown."""
         return np.array(self.entry['scores'], float) * UNITS[self.entry['score']][1]
 

@@ -1,4 +1,5 @@
 """The methods of the family: each is a set of flags. --method names one; flags on the command line override it."""
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,6 +41,14 @@ def apply_method(values: flags.FlagValues) -> None:
     for name, value in PRESETS[values.method].flags.items():
         if not values[name].present:
             values[name].value = value
+
+
+def preset_hint(values: flags.FlagValues, sentence: str) -> str:
+    """Text to add to a refusal: which of the flags that it names were not given, but come from --method; '' if none."""
+    own = {name: value for name, value in PRESETS[values.method].flags.items()
+           if not values[name].present and re.search(rf'--{name}\b', sentence)}
+    settings = ' and '.join(f'--{name}={value}' for name, value in own.items())
+    return f' (--method={values.method} sets {settings}; a flag on the command line overrides it)' if own else ''
 
 
 def title(values: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from absl import flags
 
 from data_generator import SOURCES, TableSource
 from runtime.errors import UserError
+from runtime.methods import preset_hint
 
 PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
 
@@ -79,7 +80,8 @@ def check_flags(values: flags.FlagValues) -> None:
     request = Request(values)
     broken = [rule.message.format(**values.flag_values_dict()) for rule in RULES if rule.refused(request)]
     if broken:
-        raise UserError('; '.join(dict.fromkeys(broken)))
+        sentence = '; '.join(dict.fromkeys(broken))
+        raise UserError(sentence + preset_hint(values, sentence))
 
 
 def check_comparison(values: flags.FlagValues, names: list[str]) -> None:

@@ -329,7 +329,7 @@ def find_query_norm(values: flags.FlagValues) -> None:
 # --run=DIR ----------------------------------------------------------------------------------------------------------
 
 def _describing_flags():
-    return [name for group in DESCRIBING_GROUPS for name in GROUPS[group] if name != 'method']
+    return [*(name for group in DESCRIBING_GROUPS for name in GROUPS[group] if name != 'method'), 'test_updates']
 
 
 def run_directory(values: flags.FlagValues) -> str | None:

@@ -3,6 +3,7 @@
 The first line of a file names its columns; all files have the same ones, in any order. Numbers are standardised: each column has
 mean 0 and standard deviation 1 over the rows of all files in train.
 """
+import collections
 import csv
 import dataclasses
 import json
@@ -99,8 +100,9 @@ class Tables:
         sheets = each(read_sheet, [path for split in SPLITS for path in paths[split]])
         if not sheets:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
-        names = self._names(sheets[0])
-        values = dict(zip([sheet.path for sheet in sheets], each(lambda sheet: numbers(sheet, names, sheets[0].path), sheets)))
+        model = _usual(sheets)
+        names = self._names(model)
+        values = dict(zip([sheet.path for sheet in sheets], each(lambda sheet: numbers(sheet, names, model.path), sheets)))
         return names, {split: {os.path.basename(path)[:-len('.csv')]: values[path] for path in paths[split]} for split in SPLITS}
 
     def _names(self, sheet: Sheet) -> list[str]:
@@ -175,6 +177,12 @@ def each(function: Callable[[object], Result], arguments: Iterable[object]) -> l
         more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
         raise UserError(f'{count}{"; ".join(errors[:SHOWN])}{more}')
     return found
+
+
+def _usual(sheets: Sequence[Sheet]) -> Sheet:
+    """The first sheet whose columns most have, so that an odd one is blamed and not all others."""
+    counts = collections.Counter(frozenset(sheet.columns) for sheet in sheets)
+    return max(sheets, key=lambda sheet: counts[frozenset(sheet.columns)])
 
 
 def table_files(folder: str) -> list[str]:

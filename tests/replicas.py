@@ -3,7 +3,7 @@
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
 gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, of networks of the shapes that sinusoid,
-Omniglot and miniImageNet have, are written to FILE by the chief.
+Omniglot and miniImageNet have, and one with learned step sizes and offsets of each step, are written to FILE by the chief.
 """
 import dataclasses
 import os
@@ -28,6 +28,9 @@ def shapes():
     mini = dataclasses.replace(omniglot, dim_input=84 * 84 * 3, image_shape=(84, 84, 3), num_filters=2, max_pool=True,
                                head='flatten', update_lr=0.01, num_updates=2, clip=10.0)
 
+    steps = dataclasses.replace(omniglot, update_lr=0.1, num_updates=2, learn_lr='step', norm_scale=True, norm_per_step=True,
+                                multi_step_loss=50)
+
     def images(config):
         def draw(first, count):
             tasks = []
@@ -40,7 +43,8 @@ def shapes():
         return draw
 
     points = SOURCES['sinusoid'].tasks(TaskConfig(5, 10, 10, seed=0), 'train')
-    return {'sinusoid': (sinusoid, points.draw), 'omniglot': (omniglot, images(omniglot)), 'mini': (mini, images(mini))}
+    return {'sinusoid': (sinusoid, points.draw), 'omniglot': (omniglot, images(omniglot)), 'mini': (mini, images(mini)),
+            'steps': (steps, images(steps))}
 
 
 def gradients(replicas, path):
@@ -56,8 +60,8 @@ def gradients(replicas, path):
         metrics = model.evaluate(batch(0), 2)
         found[f'{name} metrics'] = np.stack([metrics.pre_loss, *metrics.post_losses])
         for step in range(STEPS):
-            model.metatrain_step(batch(step))
-        found |= {f'{name} trained {weights}': variable.numpy() for weights, variable in model.weights.items()}
+            model.metatrain_step(batch(step), step)
+        found |= {f'{name} trained {weights}': variable.numpy() for weights, variable in model.parameters().items()}
     if replicas.chief:
         np.savez(path, **found)
 

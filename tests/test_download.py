@@ -15,7 +15,7 @@ import time
 import pytest
 from test_preparation import cifar_parts, write_cifar
 
-from conftest import ROOT
+from conftest import ROOT, run_ok
 from data import download
 from data.download import File, Patience
 
@@ -269,6 +269,34 @@ def test_from_nothing_to_class_folders(server, cifar_table, tmp_path):
     assert process.returncode == 0 and 'comes from https://example.org, whose terms apply' in process.stdout, process.stderr
     assert len(list((tmp_path / 'prepared').rglob('*.png'))) == 2000
     assert [wanted for _, wanted in server.requests] == [None, 'bytes=100000-']
+
+
+SHARED = os.environ.get('MAML_DATA', os.path.join(ROOT, os.pardir, 'shared', 'data'))  # real archives, too large for the repository
+REAL = {'omniglot': ('omniglot_resized/resize_images.py', 'omniglot', ['images_background.zip', 'images_evaluation.zip'], 32460),
+        'cifarfs': ('cifarfs/proc_images.py', 'cifar100', ['cifar-100-python.tar.gz'], 60000)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('source', REAL)
+def test_real_archives_from_nothing_to_training(source, server, tmp_path):
+    """One command, a transfer that breaks off in the middle, all images; then a training starts."""
+    script, folder, names, images = REAL[source]
+    if not os.path.isdir(os.path.join(SHARED, folder)):
+        pytest.skip(f'there is no {folder} in {SHARED}')
+    rows = []
+    for name in names:
+        with open(os.path.join(SHARED, folder, name), 'rb') as file:
+            content = server.files[f'/{name}'] = file.read()
+        server.behaviours[f'/{name}'] = [break_off_at(len(content) // 2)]
+        rows.append(row_of(folder, name, content, server.url(name)))
+    process = subprocess.run(command(script, '--downloads', write_table(tmp_path / 'table.csv', rows), '--source', tmp_path / 'source',
+                                     '--destination', tmp_path / 'prepared'), capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(list((tmp_path / 'prepared').rglob('*.png'))) == images
+    assert {wanted is None for _, wanted in server.requests} == {True, False} and len(server.requests) == 2 * len(names)
+    output = run_ok(f'--datasource={source}', f'--data_path={tmp_path / "prepared"}', '--conv=False', '--update_batch_size=1',
+                    '--meta_batch_size=2', '--metatrain_iterations=1', f'--logdir={tmp_path / "logs"}')
+    assert f'Training 5-way 1-shot {source}' in output and 'The last checkpoint is' in output
 
 
 def test_ctrl_c_keeps_what_has_come(server, cifar_table, tmp_path):

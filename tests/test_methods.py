@@ -19,8 +19,9 @@ import runtime.engine
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, loop_of, objective
-from runtime import methods
+from runtime import distribution, methods
 from runtime.ensemble import Ensemble
+from runtime.errors import UserError
 from runtime.schedules import meta_lr, multi_step_weights, stage_end
 from utils import rows_of_step
 
@@ -146,6 +147,15 @@ def numbers(gradients, prefix=''):
 def test_closed_forms(name):
     changes, expected = CLOSED_FORMS[name]
     np.testing.assert_allclose(np.ravel(numbers(tiny(**changes).meta_gradients(BATCH))), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_closed_form_of_the_multi_step_loss():
+    """Weights 0.3 and 0.7 of the query losses after two updates: E = 10, iteration 4."""
+    model = tiny(multi_step_loss=10)
+    np.testing.assert_allclose([float(weight) for weight in multi_step_weights(model.config, 4)], [0.3, 0.7], rtol=1e-12)
+    expected = [-0.07138273895773264, -0.006781976449882369, -0.09686054221274205, 0.034676179853181166]
+    np.testing.assert_allclose(np.ravel(numbers(model.meta_gradients(BATCH, 4))), expected, rtol=1e-12)
+    np.testing.assert_allclose(np.ravel(tiny().evaluate(BATCH, 2).post_losses), [0.09209862053125, 0.0833517432024749], rtol=1e-12)
 
 
 def test_closed_forms_of_learned_rates():
@@ -277,6 +287,15 @@ def test_recomputed_steps_give_the_same(name):
     fixture = Fixture(FIXTURES[name])
     found = fixture.model('float64', recompute=True).meta_gradients(fixture.batch(np.float64), fixture.iteration)
     assert relative(found, fixture.group('metagrad')) < 1e-8
+
+
+def test_the_graph_does_not_grow_with_recomputed_steps():
+    def operations(updates, recompute):
+        model = tiny(num_updates=updates, recompute=recompute)
+        graph = tf.function(lambda: model.meta_gradients(BATCH)).get_concrete_function().graph
+        return len(graph.as_graph_def().node) + sum(len(one.node_def) for one in graph.as_graph_def().library.function)
+
+    assert operations(4, True) == operations(40, True) and operations(8, False) > operations(4, False) * 1.2
 
 
 # Identities -----------------------------------------------------------------------------------------------------------
@@ -447,6 +466,23 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
         assert np.array_equal(whole[name], parts[name]), name
 
 
+@pytest.mark.parametrize('flags', [
+    pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'], id='norms'),
+    pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile')])
+def test_norm_sets_and_moments_resume_to_the_bit(flags, tmp_path):
+    """Offsets and scales of each step; second moments and their count that Reptile's tasks hand on, and its schedule."""
+    flags = [*SINUSOID, '--metatrain_iterations=6', *flags]
+    run_ok(*flags, f'--logdir={tmp_path / "whole"}', '--save_interval=3')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
+    for path in tmp_path.glob('parts/*/model6.*'):
+        path.unlink()
+    assert 'model3' in run_ok(*flags, f'--logdir={tmp_path / "parts"}', '--save_interval=3')
+    whole, parts = trained_variables(tmp_path / 'whole'), trained_variables(tmp_path / 'parts')
+    assert whole.keys() == parts.keys() and len(whole) > 9
+    for name in whole:
+        assert np.array_equal(whole[name], parts[name]), name
+
+
 def test_a_run_with_another_end_is_another_run(tmp_path):
     """Where the outer step size depends on the last iteration, that is part of the run."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--meta_lr_schedule=cosine', '--meta_optimizer=sgd']
@@ -598,6 +634,36 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--ensemble=2', '--train=False', '--test_iter=5'], 'name different checkpoints')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of(*flags)
+
+
+@pytest.mark.parametrize('flags, hint', [
+    (['--method=maml++', '--datasource=omniglot', '--stop_grad'], ' (--method=maml++ sets --first_order_iterations=5500; a flag on'),
+    (['--method=reptile', '--meta_lr_schedule=constant'], ' (--method=reptile sets --meta_lr_final=0.0; '),
+    (['--method=boil'], ' (--method=boil sets --mean_loss=True; '), (['--method=fomaml', '--stop_grad', '--first_order_iterations=5'], '')])
+def test_a_flag_that_a_preset_sets_is_named(flags, hint):
+    sentence = error_of(*flags)
+    assert hint in sentence and ('--method' in sentence) == bool(hint)
+
+
+def test_moments_that_tasks_hand_on_need_one_device():
+    with pytest.raises(UserError, match='--inner_optimizer=adam .* 2 replicas'):
+        distribution.check_one_after_the_other('adam', 2)
+    distribution.check_one_after_the_other('adam', 1)
+    distribution.check_one_after_the_other('sgd', 2)
+
+
+def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
+    """Reptile's 50 updates, with --run as with the whole command; and what updates beyond the trained ones use is said."""
+    flags = [*SINUSOID, '--method=reptile', '--norm=batch_norm', '--num_updates=2', '--inner_batch=2', '--metatrain_iterations=1']
+    run_ok(*flags, f'--logdir={tmp_path}', '--save_interval=1')
+    run, = tmp_path.iterdir()
+    output = run_ok(f'--run={run}', '--train=False', '--num_test_tasks=3')
+    entry, = json.loads((run / 'results.json').read_text()).values()
+    assert entry['own_updates'] == 50 and len(entry['updates']) == 51 and 'beyond' not in output
+    steps = [*SINUSOID, '--learn_lr=step', '--num_updates=2', f'--logdir={tmp_path / "steps"}']
+    run_ok(*steps, '--metatrain_iterations=1')
+    assert '(beyond the 2 of the training: with the step sizes' in run_ok(*steps, '--train=False', '--num_test_tasks=3')
+    assert 'beyond' not in run_ok(*steps, '--train=False', '--num_test_tasks=3', '--test_updates=2')
 
 
 PROTOTYPES = """

@@ -1,10 +1,12 @@
 """The queue that makes the table of results, benchmarks/table.py, on a row that trains in seconds."""
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from conftest import ROOT
@@ -55,6 +57,7 @@ def test_rows_are_trained_evaluated_and_written(start, tmp_path):
     assert 'without data' not in printed and 'left out, there is no folder /nowhere' in printed
     run, = (tmp_path / 'logs').iterdir()
     newest = max(int(path.stem.removeprefix('model')) for path in run.glob('model*.index'))
+    assert (run / 'console.log').read_text().startswith('Training 10-shot sinusoid for 300 iterations')
     assert 100 <= newest < 300 and json.loads((run / 'training_time.json').read_text())
     assert lines(tmp_path)['tiny sinusoid'][4] == f'{newest:,} of 300'
 
@@ -99,3 +102,17 @@ def lines_after_write(start, tmp_path):
 def test_a_row_that_does_not_exist(start):
     status, printed = end(start('--only', 'nothing'))
     assert status == 1 and "no row has 'nothing' in its name; there are: sinusoid_10shot" in printed
+
+
+def test_validations_of_a_console_log(tmp_path):
+    sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
+    import curves
+    log = ('Iteration 400: 0.2, 0.3\nIteration 500: 0.2, 0.4\nValidation results: 0.2, 0.35\nValidation of model700: 0.2, 0.5\n'
+           'Going on from model500\nIteration 600: 0.2, 0.5\nValidation of model700: 0.2, 0.45\nIteration 1000: 0.2, 0.5\n'
+           'Validation results: 0.2, 0.25\n')
+    np.testing.assert_array_equal(curves.validations(log), [[500, 0.35], [700, 0.45], [1000, 0.25]])
+    np.testing.assert_allclose(curves.running_mean(np.array([1., 2, 3, 4, 5, 6, 7])), [1, 1.5, 2, 2.5, 3, 4, 5])
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'console.log').write_text(log)
+    curves.draw({'a': curves.console_log(str(tmp_path))}, str(tmp_path / 'curves.png'))
+    assert (tmp_path / 'curves.png').stat().st_size > 5000

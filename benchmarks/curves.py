@@ -1,0 +1,78 @@
+"""Draws the validation accuracy of trainings against iterations, from the console logs in their directories.
+
+    python benchmarks/curves.py docs/images/curves.png MAML=logs/cifarfs1shot ANIL=logs/cifarfs1shot_anil
+"""
+import argparse
+import glob
+import os
+import re
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from matplotlib.figure import Figure  # noqa: E402
+
+from runtime import plots  # noqa: E402
+from runtime.evaluations import split_name  # noqa: E402
+
+CONSOLE = 'console.log'
+WINDOW = 5  # validations in a running mean: each is on 100 tasks only
+
+
+def validations(text: str) -> np.ndarray:
+    """[[iteration, accuracy after adaptation]] of a console log, in order; of a part that was trained twice, the later."""
+    found, iteration = {}, 0
+    for line in text.splitlines():
+        if match := re.match(r'Iteration (\d+): ', line):
+            iteration = int(match[1])
+        elif match := re.match(r'Validation (?:results|of model(\d+)): \S+, (\S+)$', line):
+            found[int(match[1] or iteration)] = float(match[2])
+    return np.array(sorted(found.items())).reshape(-1, 2)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and up to WINDOW - 1 before it."""
+    sums = np.cumsum(np.concatenate([[0], values]))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - WINDOW, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def draw(logs: dict[str, str], path: str) -> None:
+    """Writes the picture.
+
+    Args:
+        logs: {label: text of a console log}.
+    """
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for label, text in logs.items():
+        iterations, accuracies = validations(text).T
+        axes.plot(iterations, 100 * running_mean(accuracies), label=label)
+    axes.set_xscale('log')
+    axes.set_xlabel('iterations')
+    axes.set_ylabel('accuracy in %')
+    axes.set_title(f'Meta-validation during training, running mean of {WINDOW} validations on 100 tasks', fontsize='small')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    plots.save(figure, path)
+
+
+def console_log(folder: str) -> str:
+    """The text of the console log in a run's directory, or in the only directory in it that has one."""
+    paths = [path for path in (os.path.join(folder, CONSOLE), *glob.glob(os.path.join(glob.escape(folder), '*', CONSOLE)))
+             if os.path.exists(path)]
+    if len(paths) != 1:
+        sys.exit(f'{folder} holds {len(paths)} files {CONSOLE}, and not one')
+    with open(paths[0], encoding='utf-8') as file:
+        return file.read()
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('path', help='the picture')
+    parser.add_argument('runs', nargs='+', help="run folders, 'name=folder'")
+    options = parser.parse_args()
+    draw({given or folder: console_log(folder) for given, folder in map(split_name, options.runs)}, options.path)
