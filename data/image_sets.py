@@ -4,7 +4,6 @@ The pictures go to <destination>/classes/<class>/, resized with a Lanczos filter
 The split of each class is written to <destination>/splits.csv. So another --split moves no picture.
 """
 import argparse
-import io
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from data import download
 from data.archives import Folder, Tar, open_archive, read_text
+from data.mat_files import read_array
 from data.preparation import (
     DAMAGE,
     MEGABYTE,
@@ -65,10 +65,9 @@ def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
 
 def flowers_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
     """Numbers from 001 to 102, of imagelabels.mat beside the archive: there are no official names."""
-    import scipy.io
     path = os.path.join(source, 'imagelabels.mat')
     try:
-        labels = scipy.io.loadmat(io.BytesIO(read_file(path, MEGABYTE // 16)), variable_names=['labels'])['labels'].ravel()
+        labels = read_array(read_file(path, MEGABYTE // 16), 'labels')
         return {f'image_{number:05d}': f'{int(label):03d}' for number, label in enumerate(labels, start=1)}
     except DAMAGE as error:
         sys.exit(f'{path} cannot be read ({reason(error)}); fetch it by --download')

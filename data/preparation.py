@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
+from runtime import console
 from runtime.class_folders import MANIFEST, PARTIAL_MANIFEST, SPLITS, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
 from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
@@ -70,6 +71,7 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a preparation script's main. Interruptions, lack of memory and bad files end in a one-line message."""
+    console.protect()
     try:
         main()
     except KeyboardInterrupt:

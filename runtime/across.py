@@ -2,9 +2,11 @@
 import csv
 import dataclasses
 import io
+import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,10 +104,14 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 
 def _table(evaluations):
     """Of several evaluations of one model on the same tasks, the last in its file counts."""
-    keys, tasks = [Model.of(one) for one in evaluations], [describe_tasks(one.entry['tasks']) for one in evaluations]
-    models, targets = list(dict.fromkeys(keys)), sorted(set(tasks))
+    keys, tasks = [Model.of(one) for one in evaluations], [json.dumps(one.entry['tasks'], sort_keys=True) for one in evaluations]
+    described = {key: describe_tasks(one.entry['tasks']) for key, one in zip(tasks, evaluations)}
+    models, targets = list(dict.fromkeys(keys)), sorted(described, key=lambda key: (described[key], key))
     cells = {(models.index(key), targets.index(target)): one for key, target, one in zip(keys, tasks, evaluations)}
-    return Matrix(_labels(models), targets, cells)
+    texts = list(described.values())
+    titles = [described[key] + (f', data or settings {zlib.crc32(key.encode()):08x}' if texts.count(described[key]) > 1 else '')
+              for key in targets]
+    return Matrix(_labels(models), titles, cells)
 
 
 def _labels(models):

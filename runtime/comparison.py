@@ -15,12 +15,12 @@ from runtime import across
 from runtime.errors import UserError
 from runtime.evaluations import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
 from runtime.methods import switches
-from runtime.statistics import UNITS, interval, number, p_text, p_value, statistics
+from runtime.statistics import UNITS, difference, interval, number, p_text, p_value, statistics
 
 # Flags that do not influence the figures of an evaluation, or that are compared otherwise: by the tasks, the checkpoint or the
 # statistics of batch norm. The switches of methods are in the method's name.
 NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
-                'task_chunk', 'strategy', 'train', 'baseline', 'pretrain_iterations', 'metatrain_iterations', 'run',
+                'task_chunk', 'strategy', 'train', 'baseline', 'verify', 'metatrain_iterations', 'run',
                 'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method'}
 
 
@@ -170,7 +170,7 @@ def as_text(comparison: Comparison) -> str:
     for row in comparison.rows():
         cells = [interval(values, digits) for values in row.values]
         for values in row.values[1:]:
-            cells += [interval(values - row.values[0], digits), p_text(values, row.values[0])]
+            cells += [interval(difference(values, row.values[0]), digits), p_text(values, row.values[0])]
         table.append([row.title, *cells, *(_mean_and_deviation(over_seeds(row, group), digits) for group in groups)])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines += ['', *('  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table)]
@@ -192,8 +192,9 @@ def _seeds_title(group, letters):
 
 def over_seeds(row: Row, group: Sequence[int]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1) over the runs of a group of their means over tasks."""
-    means = [row.values[one].mean() for one in group]
-    return float(np.mean(means)), float(np.std(means, ddof=1))
+    with np.errstate(all='ignore'):  # some diverged
+        means = [row.values[one].mean() for one in group]
+        return float(np.mean(means)), float(np.std(means, ddof=1))
 
 
 def as_csv(*comparisons: Comparison) -> str:
@@ -207,10 +208,19 @@ def as_csv(*comparisons: Comparison) -> str:
         for row in comparison.rows():
             for letter, label, evaluation, values in zip(comparison.letters, labels, comparison.evaluations, row.values):
                 mean, std, half = (float(column[0]) for column in statistics(values[:, None]))
-                difference, _, other = (float(column[0]) for column in statistics((values - row.values[0])[:, None]))
+                apart, _, apart_half = (float(column[0]) for column in statistics(difference(values, row.values[0])[:, None]))
                 writer.writerow([comparison.tasks, UNITS[comparison.metric][0], letter, label, evaluation.path, evaluation.flag('seed'), row.title,
-                                 mean, std, half, difference, other, float(p_value(values, row.values[0]))])
+                                 mean, std, half, apart, apart_half, float(p_value(values, row.values[0]))])
+            for group in comparison.seed_groups():
+                writer.writerow([comparison.tasks, UNITS[comparison.metric][0], *_over_seeds_cells(comparison, group), row.title,
+                                 *over_seeds(row, group), '', '', '', ''])
     return text.getvalue().rstrip('\n')
+
+
+def _over_seeds_cells(comparison, group):
+    """What the columns run, label, path and seed hold in a line of csv about runs that differ by seed only."""
+    seeds = ' '.join(str(comparison.evaluations[number].flag('seed')) for number in group)
+    return ''.join(comparison.letters[number] for number in group), 'over seeds: mean, and deviation of the means', '', seeds
 
 
 def as_latex(comparison: Comparison) -> str:
@@ -220,10 +230,10 @@ def as_latex(comparison: Comparison) -> str:
     lines = [f'% {comparison.title}', r'\begin{tabular}{lrrrr}', r'\hline',
              rf'run & updates & {latex(UNITS[comparison.metric][0])} & difference & $p$ \\', r'\hline']
     for label, evaluation, values in zip(what_differs(comparison.evaluations), comparison.evaluations, own.values):
-        difference = ['', ''] if values is own.values[0] else [
-            interval(values - own.values[0], digits), p_text(values, own.values[0])]
+        apart = ['', ''] if values is own.values[0] else [
+            interval(difference(values, own.values[0]), digits), p_text(values, own.values[0])]
         cells = [latex(label), str(evaluation.own_updates), *(f'${cell.replace("±", chr(92) + "pm")}$' if cell else ''
-                                                                for cell in (interval(values, digits), *difference))]
+                                                                for cell in (interval(values, digits), *apart))]
         lines.append(' & '.join(cells) + r' \\')
     for group in comparison.seed_groups():
         mean, std = over_seeds(own, group)

@@ -91,9 +91,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
     """
     try:
-        for path in _flag_files(argv):
-            if not path.startswith(('/dev/fd/', '/dev/stdin')):  # a shell's <(...) is a pipe, but somebody writes into it
-                refuse_no_file(path)
+        _refuse_pipes(_flag_files(argv), set())
         return FLAGS(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
@@ -105,6 +103,18 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError('a flag has a name of thousands of characters; write --name=value, one a line in a --flagfile') from error
     except UnicodeDecodeError as error:
         raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
+
+
+def _refuse_pipes(paths, seen):
+    """Refuses what is not a file among files of flags and those that they name; reading it could block."""
+    for path in paths:
+        if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
+            continue
+        seen.add(path)
+        refuse_no_file(path)
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                _refuse_pipes(_flag_files(file.read().splitlines()), seen)
 
 
 def _flag_files(arguments):

@@ -29,6 +29,7 @@ DPI = 110
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
     ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
 SHOWN_UPDATES = (0, 1, 10)
+LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
 DIVERGED = 1000  # losses above this many times the median count as diverged
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
@@ -73,7 +74,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
     axes, bounds = figure.subplots(), []
     for (label, values), style in zip(runs.items(), STYLES * len(runs)):
-        mean, _, half = (statistic * factor for statistic in statistics(values))
+        mean, _, half = (_drawable(statistic * factor) for statistic in statistics(values))
         updates, low, high = np.arange(len(mean)), mean - half, mean + half
         axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
                   label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
@@ -87,6 +88,11 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small', frameon=False)
     return figure
+
+
+def _drawable(values):
+    """Values within what axes can hold; those that are not finite stay, and are not drawn."""
+    return np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
 
 
 def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], float], texts: dict[tuple[int, int], str],

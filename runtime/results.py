@@ -62,10 +62,6 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[s
         OSError: a file cannot be written.
         UserError: there is a results.json that cannot be read.
     """
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
-    writer.writerows(statistics(values))
     columns = zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())
     updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
     if not os.path.isdir(directory):  # the lock would make it
@@ -75,12 +71,20 @@ def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[s
         name, file = _claim(entries, name, facts)
         _keep_earlier(directory, entries, name, facts)
         entries[_key(name, facts)] = {'file': file, **facts, 'updates': updates, 'scores': values.tolist()}
-        path = os.path.join(directory, file)
-        write_atomically(path + '.csv', text.getvalue().encode())
-        write_atomically(path + '.pkl', lambda file: pickle.dump({'mses': values}, file))
+        _write_files(os.path.join(directory, file), values)
         # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
         write_atomically(os.path.join(directory, FILE), lambda file: json.dump(entries, codecs.getwriter('ascii')(file), indent=1))
     return name, file
+
+
+def _write_files(path: str, values: np.ndarray) -> None:
+    """Writes <path>.csv and <path>.pkl of an evaluation."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
+    writer.writerows(statistics(values))
+    write_atomically(path + '.csv', text.getvalue().encode())
+    write_atomically(path + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
 
 def _key(name, facts):
@@ -104,16 +108,20 @@ def _claim(entries: dict[str, dict], name: str, facts: dict) -> tuple[str, str]:
 
 
 def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: dict) -> None:
-    """If another checkpoint was evaluated under a name, renames that evaluation, its files and its pictures."""
+    """If another checkpoint was evaluated under a name, renames that evaluation and its pictures, and writes its files anew.
+
+    They are not renamed: if the program was killed after it had written the files of this evaluation, and before results.json,
+    they are not those of the earlier one.
+    """
     earlier = entries.get(_key(name, facts))
     if earlier is None or os.path.basename(earlier['checkpoint']) == os.path.basename(facts['checkpoint']):
         return
     checkpoint = os.path.basename(earlier['checkpoint'])
-    file, split = _file(_key(name, facts), earlier), facts['tasks']['split']
+    split = facts['tasks']['split']
     other, other_file = _claim(entries, f'{name}_{checkpoint}', earlier)
-    renamed = [(file + suffix, other_file + suffix) for suffix in ('.csv', '.pkl')]
-    renamed += [(f'{name}_{split}_{picture}', f'{other}_{split}_{picture}')
-                for picture in ('updates.png', 'updates.pdf', 'updates.svg', 'tasks.png', 'tasks.pdf', 'tasks.svg')]
+    _write_files(os.path.join(directory, other_file), np.array(earlier['scores']))
+    renamed = [(f'{name}_{split}_{picture}', f'{other}_{split}_{picture}')
+               for picture in ('updates.png', 'updates.pdf', 'updates.svg', 'tasks.png', 'tasks.pdf', 'tasks.svg')]
     for old, new in renamed:
         with contextlib.suppress(FileNotFoundError):
             os.replace(os.path.join(directory, old), os.path.join(directory, new))

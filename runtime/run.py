@@ -267,7 +267,7 @@ def _validation_config(source, tasks):
 
 
 def record_split(source: Source, tasks: TaskConfig) -> None:
-    """Writes down how the user's class folders are split, now that the flags are known to fit them."""
+    """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them."""
     if source.image_shape and source.user_images:
         source.folders(tasks.data_path).record_split()
 

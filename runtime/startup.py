@@ -10,7 +10,7 @@ from runtime import distribution, rules
 from runtime.errors import UserError
 from runtime.flags import FLAGS
 from runtime.methods import apply_method
-from runtime.run import Run, apply_run, data_from_flags, find_query_norm, read_data, record_split, run_from_flags
+from runtime.run import Run, apply_run, data_from_flags, find_query_norm, read_data, run_from_flags
 
 
 def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
@@ -44,10 +44,7 @@ def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
         distribution.check_one_after_the_other(FLAGS.inner_optimizer, replicas.count)
     elif FLAGS.ensemble > 1 and replicas.count > 1:
         raise UserError(f'--ensemble={FLAGS.ensemble} is evaluated on one device: add --strategy=one')
-    run = run_from_flags(FLAGS, source, tasks, replicas)
-    if mode != 'predict':
-        record_split(source, tasks)
-    return run, data
+    return run_from_flags(FLAGS, source, tasks, replicas), data
 
 
 def _user_data(source):

@@ -20,7 +20,7 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns:
         Three arrays [columns]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
     """
-    with np.errstate(invalid='ignore', over='ignore'):  # adaptation diverged on some tasks
+    with np.errstate(all='ignore'):  # adaptation diverged on some tasks
         std = values.std(axis=0)
         return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
 
@@ -41,6 +41,12 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
         interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=batch,
                                    random_state=np.random.default_rng(0)).confidence_interval
     return np.stack([interval.low, interval.high], axis=1)
+
+
+def difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """values - base; nan or infinite, without a warning, where one of them is not finite."""
+    with np.errstate(all='ignore'):
+        return values - base
 
 
 def number(value: float, digits: int) -> str:

@@ -20,7 +20,7 @@ from runtime.errors import UserError
 from runtime.evaluation import evaluate_tasks, task_metrics
 from runtime.interruption import Interruption
 from runtime.progress import Progress
-from runtime.run import Run
+from runtime.run import Run, record_split
 from runtime.saving import Saver, TrainState, diverged
 from runtime.schedules import stage_end
 from runtime.summaries import Summaries
@@ -59,6 +59,7 @@ def train(run: Run, data: dict[str, Tasks]) -> None:
             return
         if replicas.chief:
             prepare_directory(run, state, model)
+            record_split(run.source, run.tasks)
         print(description(run, data, model), flush=True)
         with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
                 Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
@@ -253,8 +254,8 @@ class Trainer:
                                  max(run.model.num_updates, run.source.validation_updates))
         self.summarise_validation(metrics, saving)
         pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
-        if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-            what = 'Validation results' if validating else f'Validation of model{iteration}'
+        if run.metric == 'accuracy' or saving:  # Reference behaviour: in regression, no line unless a checkpoint is chosen by it
+            what = 'Validation results' if validating and run.metric == 'accuracy' else f'Validation of model{iteration}'
             self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
         return ranked(run, self.state.ranking, {'iteration': iteration, 'score': float(post)}) if saving else self.state.ranking
 

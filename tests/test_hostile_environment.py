@@ -221,6 +221,11 @@ def test_a_pipe_as_flag_file(pipe):
     assert 'it is not a file' in error_of('--flagfile', path) and 'it is not a file' in error_of('--flagfile=/dev/null')
 
 
+def test_a_pipe_as_flag_file_that_another_names(pipe, tmp_path):
+    (tmp_path / 'outer').write_text(f'--flagfile={pipe("inner")}\n--flagfile={tmp_path / "outer"}\n')
+    assert 'it is not a file' in error_of(f'--flagfile={tmp_path / "outer"}')
+
+
 def test_pipes_among_images(pipe, tmp_path):
     write_image_tree(tmp_path, ['a'], images=1, size=(4, 4, 3))
     pipe('a/pipe.png')
@@ -243,7 +248,7 @@ def config(worker='["a:1", "b:1"]', index='0'):
 
 @pytest.mark.parametrize('text', [
     config('["a:99999", "b:1"]'), config('["a:0", "b:1"]'), config('["a\\u0000:1", "b:1"]'), config('["a b:1", "b:1"]'),
-    config('["a:1", "\\u001b[2J:1"]'), config('["a:١", "b:1"]'), config(index='1e999'), config(index='0.7'), config(index='NaN'),
+    config('["-:1", "..:2"]'), config('["a:1", "a..b:1"]'), config('["a:1", "é:1234"]'), config('["a:1", "\\u001b[2J:1"]'), config('["a:١", "b:1"]'), config(index='1e999'), config(index='0.7'), config(index='NaN'),
     config(index='true'), '[' * 100_000, '{"cluster": ' * 100_000, config('[' * 100_000)])
 def test_clusters_that_cannot_be(text, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', text)

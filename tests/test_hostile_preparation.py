@@ -368,3 +368,35 @@ def test_little_memory_and_unreadable_files_are_sentences():
 def test_names_too_long_for_a_disk_are_no_plain_names():
     """With the temporary name's host and process number."""
     assert preparation.is_plain_name('é' * 75) and not preparation.is_plain_name('é' * 76)
+
+
+# Where nothing can be printed
+
+@pytest.mark.parametrize('shell, environment', [
+    ('>/dev/full', {}), ('2>/dev/full', {}), ('>&-', {}), ('2>&-', {}), ('', {'PYTHONIOENCODING': 'ascii'}),
+    ('', {'PYTHONIOENCODING': 'utf-8:strict'})])
+def test_printing_never_stops_a_preparation(shell, environment, small_cifar, tmp_path):
+    """All images are written, and the record says so, under a name that no encoding here has."""
+    destination = os.fsencode(tmp_path / 'prepared') + 'é'.encode() + b'\xff'
+    command = f'exec "$0" "$1" --allow_missing --source "$2" --destination "$3" {shell}'
+    process = subprocess.run(['bash', '-c', command, sys.executable, os.path.join(ROOT, 'data', 'cifarfs', 'proc_images.py'), small_cifar,
+                              destination], capture_output=True, env={**os.environ, **environment})
+    assert process.returncode == 0 and b'Traceback' not in process.stderr, process.stderr
+    with open(os.path.join(destination, b'.prepared.json'), encoding='utf-8') as file:
+        assert json.load(file)['complete'] is True
+    assert sum(len(files) for _, _, files in os.walk(destination)) > 200
+
+
+def test_file_names_cannot_steer_the_terminal_in_a_preparation(small_cifar, tmp_path):
+    stray = tmp_path / 'prepared' / 'train' / 'apple' / '\x1b[31mred.png'
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b'')
+    process = subprocess.run([sys.executable, os.path.join(ROOT, 'data', 'cifarfs', 'proc_images.py'), '--allow_missing', '--source',
+                              small_cifar, '--destination', tmp_path / 'prepared'], capture_output=True, text=True)
+    assert '\x1b' not in process.stdout + process.stderr and r'\x1b[31mred.png' in process.stdout + process.stderr
+
+
+@pytest.fixture
+def small_cifar(tmp_path):
+    write_cifar(tmp_path / 'source', cifar_parts())
+    return tmp_path / 'source'

@@ -1,12 +1,15 @@
 """data/image_sets.py on small archives of the real layouts, good and bad: CUB, Flowers, Aircraft, DTD, GTSRB."""
+import contextlib
 import csv
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import scipy.io
 from PIL import Image
 
 from conftest import ROOT
-from data import archives, image_sets, preparation
+from data import archives, image_sets, mat_files, preparation
 from data_generator import SOURCES
 from runtime.class_folders import preparation_facts
 
@@ -280,6 +283,33 @@ def test_labels_of_flowers_that_cannot_be(content, tmp_path, prepare):
         path.write_bytes(content)
     said, _ = prepare('flowers', path.parent)
     assert 'imagelabels.mat cannot be read' in said or 'first classes/unknown' in said, said
+
+
+@pytest.mark.parametrize('dtype', ['u1', 'i2', 'f8'])
+@pytest.mark.parametrize('compressed', [True, False])
+@pytest.mark.parametrize('count', [1, 3, 9])
+def test_arrays_of_matlab_files(dtype, compressed, count):
+    """As scipy writes them: small elements, names of other lengths, other arrays before."""
+    content = io.BytesIO()
+    array = np.arange(count, dtype=dtype)
+    scipy.io.savemat(content, {'a': np.ones(5), 'labels': array, 'a_long_name': array + 1}, do_compression=compressed)
+    for name, expected in ('labels', array), ('a_long_name', array + 1):
+        np.testing.assert_array_equal(mat_files.read_array(content.getvalue(), name), expected)
+    with pytest.raises(ValueError, match='no array'):
+        mat_files.read_array(content.getvalue(), 'label')
+
+
+def test_damaged_matlab_files():
+    """Every byte replaced by others: an array, or an error of Python."""
+    rng, content = np.random.default_rng(0), labels_of([1, 2, 3])
+    for position in range(120, len(content)):
+        for value in rng.integers(0, 256, 20):
+            damaged = bytearray(content)
+            damaged[position] = value
+            with contextlib.suppress(ValueError, struct.error, zlib.error):
+                assert mat_files.read_array(bytes(damaged), 'labels').size <= 2 ** 20
+            with contextlib.suppress(ValueError, struct.error, zlib.error):
+                mat_files.read_array(bytes(damaged[:position]), 'labels')
 
 
 @pytest.mark.parametrize('source', MAKE)

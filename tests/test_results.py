@@ -13,7 +13,7 @@ from scipy import stats
 
 import main
 from conftest import error_of, run_ok
-from runtime import comparison, results, statistics
+from runtime import comparison, evaluations, plots, results, statistics
 from runtime.errors import UserError
 from runtime.run import experiment_name
 
@@ -137,6 +137,36 @@ def test_runs_that_differ_by_seed_only_are_averaged():
     text = comparison.as_text(found)
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
     assert 'std' in comparison.as_latex(found)
+
+
+def test_seeds_of_runs_that_differ_in_more_are_not_averaged(tmp_path):
+    scores = np.random.default_rng(0).normal(size=[2, 9, 2]).tolist()
+    runs = [evaluation(f'run{seed}', seed=seed, scores=one, pretrain_iterations=seed) for seed, one in enumerate(scores)]
+    assert comparison.Comparison(runs).seed_groups() == []
+    assert comparison.what_differs(runs) == ['pretrain_iterations=0, seed=0', 'pretrain_iterations=1, seed=1']
+    alike = [evaluation(f'run{seed}', seed=seed, scores=one, verify=bool(seed)) for seed, one in enumerate(scores)]
+    found = comparison.Comparison(alike)
+    rows = list(csv.DictReader(comparison.as_csv(found).splitlines()))
+    together, = (row for row in rows if row['run'] == 'AB' and row['updates'] == '1')
+    assert together['seed'] == '0 1' and float(together['mean']) == pytest.approx(np.mean(scores, axis=(0, 1))[1])
+
+
+@pytest.mark.filterwarnings('error')
+def test_nothing_is_warned_of_where_all_runs_diverged(tmp_path):
+    bad = [[1., np.inf, np.nan, 1e300]] * 5
+    runs = [evaluation(f'run{seed}', seed=seed, scores=bad) for seed in range(3)]
+    for style in comparison.as_text, comparison.as_csv, comparison.as_latex:
+        assert 'inf' in style(comparison.Comparison(runs))
+    plots.save(plots.curves({'a': np.array(bad), 'b': np.ones((5, 4))}, 'loss', 'heading'), str(tmp_path / 'a.png'))
+
+
+def test_runs_behind_links_are_compared_once(tmp_path):
+    (tmp_path / 'there' / 'run').mkdir(parents=True)
+    (tmp_path / 'there' / 'run' / 'results.json').write_text('{}')
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here' / 'link').symlink_to(tmp_path / 'there')
+    (tmp_path / 'there' / 'circle').symlink_to(tmp_path / 'here')
+    assert evaluations.result_directories(str(tmp_path / 'here')) == [str(tmp_path / 'here' / 'link' / 'run')]
 
 
 def test_tables_of_other_programs(two_runs, capsys):

@@ -14,8 +14,9 @@ from PIL import EpsImagePlugin, Image
 from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
-from runtime import evaluation, images, plots, results
+from runtime import across, evaluation, images, plots, results
 from runtime.errors import UserError
+from runtime.evaluations import Evaluation
 
 OMNIGLOT = SOURCES['omniglot']
 
@@ -239,3 +240,46 @@ def test_no_interpreter_is_run_on_a_download(script, tmp_path, monkeypatch):
         else:
             load_script('miniImagenet/proc_images.py').fit(EPS)
     shutil.rmtree(tmp_path)
+
+
+def test_a_kill_between_the_files_of_an_evaluation_and_its_results(tmp_path, monkeypatch):
+    """The files of a new checkpoint are there, results.json knows the old one: its figures are not taken for the new one's."""
+    def facts(checkpoint):
+        return {'checkpoint': checkpoint, 'score': 'loss', 'flags': {}, 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 3}}
+
+    def killed(path, content, write=results.write_atomically):
+        if path.endswith(results.FILE):
+            raise KeyboardInterrupt
+        write(path, content)
+
+    results.write(str(tmp_path), 'n', np.full((3, 3), 1.), facts('model1'))
+    with monkeypatch.context() as patch:
+        patch.setattr(results, 'write_atomically', killed)
+        with pytest.raises(KeyboardInterrupt):
+            results.write(str(tmp_path), 'n', np.full((3, 3), 2.), facts('model2'))
+    results.write(str(tmp_path), 'n', np.full((3, 3), 2.), facts('model2'))
+    entries = results.existing(str(tmp_path))
+    assert {entry['file']: entry['scores'][0][0] for entry in entries.values()} == {'n_model1': 1., 'n': 2.}
+    for entry in entries.values():
+        assert np.array_equal(np.load(tmp_path / f'{entry["file"]}.pkl', allow_pickle=True)['mses'], entry['scores'])
+
+
+def test_a_table_across_sources_keeps_other_data_apart():
+    """Other images, or rotated ones, under one description: a column each."""
+    tasks = {'datasource': 'folder', 'split': 'test', 'count': 3, 'num_classes': 5, 'update_batch_size': 1, 'query_shots': 1, 'seed': 0}
+    found = [Evaluation('run', f'n{number}', None, {'checkpoint': 'model1', 'score': 'accuracy', 'flags': {}, 'scores': [[0.1, value]] * 3,
+                                                    'tasks': {**tasks, **more}})
+             for number, (value, more) in enumerate([(0.2, {'data': 1}), (0.5, {'data': 2}), (0.9, {'data': 1, 'rotations': True})])]
+    table, = across.tables(found)
+    assert len(set(table.targets)) == 3 and sorted(table.text(0, column)[:5] for column in range(3)) == ['20.00', '50.00', '90.00']
+
+
+def test_evaluations_with_other_updates_do_not_overwrite_each_other(tmp_path):
+    flags = ['--norm=None', '--update_batch_size=2', '--meta_batch_size=2', f'--logdir={tmp_path}', '--log=False']
+    run_ok(*flags, '--metatrain_iterations=1')
+    for more in [], ['--test_updates=2'], ['--test_updates=3']:
+        run_ok(*flags, '--train=False', '--num_test_tasks=3', *more)
+    run, = tmp_path.iterdir()
+    entries = results.existing(str(run))
+    assert [len(entry['updates']) for entry in entries.values()] == [11, 3, 4]
+    assert [name.split(',')[0].partition('_tasks3')[2] for name in entries] == ['', '_updates2', '_updates3']

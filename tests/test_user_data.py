@@ -1,5 +1,6 @@
 """Users' own images: bad ones are listed at once, folders are taken for what they are, nothing is written that is not wanted."""
 import os
+import re
 
 import pytest
 from PIL import Image
@@ -7,6 +8,7 @@ from PIL import Image
 from conftest import class_names, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
 from runtime.class_folders import ClassFolders
+from runtime.errors import UserError
 from runtime.images import BadImages
 
 SMALL = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
@@ -88,6 +90,25 @@ def test_no_split_is_written_for_flags_that_do_not_fit(tmp_path):
         assert not (tmp_path / 'data' / 'splits.csv').exists()
     assert 'Split the classes into 4 / 3 / 3' in run_ok(*flags, '--split=4/3/3')
     assert (tmp_path / 'data' / 'splits.csv').exists()
+
+
+def test_no_split_is_written_for_a_checkpoint_that_is_not_there(tmp_path):
+    write_image_tree(tmp_path / 'data', [f'class{number}' for number in range(10)], images=2, size=(8, 8, 3))
+    flags = [*SMALL[:-1], f'--data_path={tmp_path / "data"}', '--split=4/3/3']
+    assert 'checkpoint' in error_of(*flags, f'--logdir={tmp_path / "logs"}', '--train=False')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises((OSError, UserError)):
+        run_ok(*flags, f'--logdir={tmp_path / "file"}')
+    assert not (tmp_path / 'data' / 'splits.csv').exists()
+
+
+def test_every_validation_of_a_regression_is_shown(tmp_path):
+    """--test_best chooses by them."""
+    output = run_ok('--norm=None', '--update_batch_size=5', '--meta_batch_size=2', '--metatrain_iterations=4', '--save_interval=2',
+                    f'--logdir={tmp_path}', '--log=False')
+    shown = dict(re.findall(r'Validation of (model\d): \S+, (\S+)', output))
+    best, score = re.search(r'on meta-validation (model\d) did best .* of (\S+)', output).groups()
+    assert list(shown) == ['model2', 'model4'] and shown[best] == score == min(shown.values(), key=float)
 
 
 def test_a_training_needs_no_test_split(tmp_path):
