@@ -76,7 +76,7 @@ class ClassTasks:
         """What a task is drawn from: a random generator, labels [shots, way], and the class of each label [way]."""
         shots = self.config.update_batch_size + self.config.query_shots
         rng = np.random.default_rng([self.config.seed, self._split_index, task])
-        # Every shot lists the classes in an order of its own: rows in class order would give the label away by position.
+        # Every shot lists the classes in its own order: rows in class order would give the label away by position.
         labels = rng.permuted(np.tile(np.arange(self.way), (shots, 1)), axis=1)
         return rng, labels, rng.choice(len(self.classes.names), self.way, replace=False)
 
@@ -119,7 +119,7 @@ class TableTasks(ClassTasks):
 # The sources --------------------------------------------------------------------------------------------------------
 
 class NumberSource:
-    """What sources of numbers, and not of images, have in common."""
+    """The common part of sources of numbers, not of images."""
     image_shape = head = clip = None
     dim_hidden = (40, 40)
     validation_updates = 5
@@ -132,7 +132,7 @@ class NumberSource:
 
 @dataclasses.dataclass(frozen=True)
 class FunctionSource(NumberSource):
-    """Regression on the functions of a family. Needs no data on disk."""
+    """Regression on the functions of a family. It needs no data on disk."""
     family: Family
     baselines: tuple[str, ...] = ()
     loss = 'mse'

@@ -350,7 +350,7 @@ class MAML:
         metatrain, pretrain = (optimizer.state(f'{phase}/adam/') for phase, optimizer in self._optimizers.items())
         return {**self.parameters(), **metatrain, **pretrain}
 
-    def variant(self, **changes) -> 'MAML':
+    def variant(self, **changes: Any) -> 'MAML':
         """A MAML with the same weights, another config and a fresh optimizer.
 
         With a smaller `dim_output` n it has the first n outputs. They make a network for n-way tasks: the labels of a task are

@@ -1,11 +1,11 @@
-"""Attacks everything that reads a file or a setting with spoilt input, and counts what happens.
+"""Attacks everything that reads a file or a setting with corrupted input, and counts the outcomes.
 
     python benchmarks/attack.py --cases 20000
 
-Each case takes a valid input and spoils it: bits are flipped; pieces cut, repeated, exchanged or replaced by numbers and words that
-programs stumble over. It must be refused by the exception that is meant for it (printed as one sentence), or be accepted. Another
+Each case takes a valid input and corrupts it: bits are flipped; pieces cut, repeated, exchanged or replaced by numbers and words
+that break programs. It must be refused by the exception for bad input (printed as one sentence), or be accepted. Another
 exception, a crash of the process, or more than SECONDS is a failure. This is not the fuzzer of tests/test_hostile_input.py, which
-draws whole inputs from a grammar. Cases run in processes of their own, CASES_PER_PROCESS each, so that a crash is found.
+draws whole inputs from a grammar. Cases run in separate processes, CASES_PER_PROCESS each, so that a crash is found.
 """
 import argparse
 import collections
@@ -21,6 +21,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,7 +35,7 @@ WORDS = [b'', b'\0', b'\xff' * 8, b'-1', b'1e999', b'nan', b'9999999999999999999
 
 
 def spoil(content: bytes, rng: random.Random) -> bytes:
-    """A spoilt copy: one to four changes at random places."""
+    """A corrupted copy: one to four changes at random places."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(content) + 1)
@@ -55,12 +57,13 @@ def spoil(content: bytes, rng: random.Random) -> bytes:
 
 
 class Target:
-    """Something that reads input: a valid input, what is done with one, and the exceptions by which it may be refused."""
+    """Something that reads input: `valid` makes a valid input, `read` reads one, and may refuse it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         self.folder = folder
 
-    def path(self, name, content):
+    def path(self, name: str, content: bytes) -> str:
+        """The path of a new file with this content."""
         path = os.path.join(self.folder, name)
         with open(path, 'wb') as file:
             file.write(content)
@@ -73,12 +76,12 @@ def _user_error():
 
 
 class Pickles(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         data = {'data': np.arange(48, dtype=rng.choice(['u1', '<f4', 'i8'])).reshape(4, 12), 'fine_labels': [1, 2, 3, 0],
                 b'filenames': [b'a.png', 'b.png'], 'nested': [[(1, 2.5, None, True)], {'x': 10 ** 30}]}
         return pickle.dumps(data, protocol=rng.randrange(6))
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from data import pickles
         try:
             pickles.load(content)
@@ -89,12 +92,12 @@ class Pickles(Target):
 class Cifar(Target):
     """The archive of CIFAR-100, with a few images."""
 
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         parts = {'meta': {'fine_label_names': ['cat', 'dog']}}
         for part in 'train', 'test':
             parts[part] = {'data': np.zeros([2, 3072], np.uint8), 'fine_labels': [0, 1], 'filenames': [f'{part}1.png', f'{part}2.png']}
         archive, content = io.BytesIO(), {name: pickle.dumps(part, 2) for name, part in parts.items()}
-        if rng.random() < 0.5:  # a sound archive with a spoilt part in it
+        if rng.random() < 0.5:  # a valid archive with a corrupted part in it
             name = rng.choice(sorted(content))
             content[name] = spoil(content[name], rng)
         with tarfile.open(fileobj=archive, mode=rng.choice(['w', 'w:gz', 'w:xz', 'w:bz2'])) as file:
@@ -104,20 +107,20 @@ class Cifar(Target):
                 file.addfile(member, io.BytesIO(part))
         return archive.getvalue()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from data import cifar100
         cifar100.read_images(self.path('cifar-100-python.tar.gz', content))
 
 
 class Zips(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, 'w', rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])) as file:
             for name in 'images/a.png', 'images/é.png', 'x/y/z.jpg':
                 file.writestr(name, os.urandom(40))
         return archive.getvalue()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from data.preparation import Zip
         archive = Zip(self.path('x.zip', content))
         for name in archive.names():
@@ -130,7 +133,7 @@ class Zips(Target):
 class Images(Target):
     FORMATS = ['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000']
 
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         content = io.BytesIO()
         mode = rng.choice(['RGB', 'L', 'P'])
         try:
@@ -140,39 +143,39 @@ class Images(Target):
             return self.valid(rng)
         return content.getvalue()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from runtime.images import decode_images
         array, = decode_images([self.path('x.png', content)], (16, 16, 3), True, 'remove it', '')
         assert array.shape == (1, 16, 16, 3) and array.dtype == np.uint8
 
 
 class Manifests(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         return b'split,class\ntrain,a\ntrain,b/c\nval,"d e"\ntest,\xc3\xa9\n'
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from runtime.class_folders import read_manifest
         for name in read_manifest(self.path('splits.csv', content), 'train'):
             assert not os.path.isabs(name) and '..' not in name.split('/')
 
 
 class Results(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         entry = {'checkpoint': 'model1', 'score': 'loss', 'method': 'MAML', 'flags': {'num_updates': 1, 'seed': 0}, 'own_updates': 1,
                  'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 2}, 'scores': [[1.5, 2.0], [2.5, 1.0]]}
         return json.dumps({'a, val': entry, 'b, val': {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}}).encode()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from runtime.comparison import compare
         self.path('results.json', content)
         compare([self.folder], style=['text', 'csv', 'latex'][len(content) % 3])
 
 
 class RunFlags(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         return b'--norm=None\n--update_batch_size=10\n--meta_lr=0.01\n--max_pool=True\n--split=64/16/20\n--data_path=x\n'
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         import main
         from runtime.rules import check_flags
         from runtime.run import apply_run
@@ -184,10 +187,10 @@ class RunFlags(Target):
 
 
 class FlagFiles(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         return b'# a comment\n--datasource=sinusoid\n--norm=None\n--metatrain_iterations=10\n--test_query=3\n--plot\n'
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from absl import flags
 
         import main
@@ -205,10 +208,10 @@ class FlagFiles(Target):
 
 
 class Clusters(Target):
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         return json.dumps({'cluster': {'worker': ['host1:12345', '127.0.0.1:2']}, 'task': {'type': 'worker', 'index': 1}}).encode()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from runtime.distribution import cluster_from_environment
         try:
             os.environ['TF_CONFIG'] = content.decode('utf-8', 'surrogateescape')
@@ -224,7 +227,7 @@ class Clusters(Target):
 class Checkpoints(Target):
     """One of the two files of a checkpoint."""
 
-    def valid(self, rng):
+    def valid(self, rng: random.Random) -> bytes:
         import tensorflow as tf
 
         from runtime import checkpoints
@@ -237,7 +240,7 @@ class Checkpoints(Target):
         with open(self.prefix + self.suffix, 'rb') as file:
             return file.read()
 
-    def read(self, content):
+    def read(self, content: bytes) -> None:
         from runtime import checkpoints
         self.path('model5' + self.suffix, content)
         found = checkpoints.load(self.prefix)
@@ -249,8 +252,8 @@ TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'i
            'results.json': Results, 'run.flags': RunFlags, 'flag files': FlagFiles, 'TF_CONFIG': Clusters, 'checkpoints': Checkpoints}
 
 
-def attack(name, seeds, counts, failures):
-    """Runs cases in this process; counts[0] tells the parent which is going on."""
+def attack(name: str, seeds: Iterable[int], counts: Any, failures: Any) -> None:
+    """Runs cases in this process; counts[0] tells the parent which case is running."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     sys.stdout = sys.stderr = open(os.devnull, 'w')
@@ -268,7 +271,7 @@ def attack(name, seeds, counts, failures):
                 counts[1] += 1
             except expected as error:
                 message = str(error)
-                # sys.exit(status) instead of a sentence, and nothing said
+                # sys.exit(status) instead of a sentence, without a message
                 counts[2] += 1
                 if not message or isinstance(error, SystemExit) and isinstance(error.code, int):
                     failures.put((name, seed, 'refused without a sentence'))
@@ -282,7 +285,7 @@ def _late(number, frame):
     raise TimeoutError(f'not finished after {SECONDS} seconds')
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', type=int, default=20_000)
     parser.add_argument('--only', choices=TARGETS, help='attack this only')

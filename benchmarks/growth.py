@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py
 
-Prints the process's own resident memory (not that of libraries, of which the system takes back what is long unused) and
-the number of its open files, after 5,000 and then every 20,000 of 100,000 iterations. Linux only.
+Prints the process's own resident memory (not that of libraries, whose unused pages the system reclaims) and the number of its
+open files, after 5,000 and then every 20,000 of 100,000 iterations. Linux only.
 """
 import os
 import re
@@ -15,14 +15,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ITERATIONS, FIRST, EVERY = 100_000, 5_000, 20_000
 
 
-def footprint(process):
+def footprint(process: subprocess.Popen) -> tuple[float, int]:
     """(resident megabytes, open files) of a running process."""
     with open(f'/proc/{process.pid}/status') as file:
         kilobytes = int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1])
     return kilobytes / 1024, len(os.listdir(f'/proc/{process.pid}/fd'))
 
 
-def main():
+def main() -> None:
     with tempfile.TemporaryDirectory() as logdir:
         # Some more iterations than are measured, so that the process is still running.
         command = [sys.executable, os.path.join(ROOT, 'main.py'), '--datasource=sinusoid', '--norm=None',

@@ -1,9 +1,9 @@
-"""What many inner updates take: seconds to the first step, seconds a step, and peak memory, with and without --recompute.
+"""The cost of many inner updates: seconds to the first step, seconds per step, and peak memory, with and without --recompute.
 
     python benchmarks/inner_updates.py
     python benchmarks/inner_updates.py --updates 5 200 --limit 600
 
-Every case runs in a process of its own, one after the other; one that takes longer than --limit seconds is ended and said to be.
+Every case runs in a separate process, one after the other; one that takes longer than --limit seconds is stopped and reported.
 """
 import argparse
 import dataclasses
@@ -13,13 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 STARTED = time.perf_counter()
 
 from workloads import WORKLOADS, seconds_of_step  # noqa: E402
 
 
-def sinusoid():
+def sinusoid() -> tuple[Any, Any]:
     """The paper's 10-shot sinusoid: (ModelConfig, a meta-batch of 25 tasks)."""
     from data_generator import SOURCES, TaskConfig
     from maml import ModelConfig
@@ -27,7 +28,7 @@ def sinusoid():
     return ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=10, update_lr=1e-3, norm='None'), tasks.draw(0, 25)
 
 
-def cifarfs():
+def cifarfs() -> tuple[Any, Any]:
     """The 5-way 1-shot CIFAR-FS step: (ModelConfig, a meta-batch of 4 tasks of noise)."""
     return WORKLOADS['cifarfs1'].model_config(), WORKLOADS['cifarfs1'].batch()
 
@@ -35,7 +36,7 @@ def cifarfs():
 SHAPES = {'sinusoid': sinusoid, 'cifarfs': cifarfs}
 
 
-def measure(shape, updates, recompute):
+def measure(shape: str, updates: int, recompute: bool) -> dict[str, float]:
     from runtime.startup import import_tensorflow
     import_tensorflow()
     from maml import MAML
@@ -47,7 +48,7 @@ def measure(shape, updates, recompute):
     return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--updates', nargs='+', type=int, default=[5, 20, 50, 200])
     parser.add_argument('--shapes', nargs='+', choices=list(SHAPES), default=list(SHAPES))

@@ -1,11 +1,10 @@
-"""Kills training runs at random moments, starts them again, and compares their ends with that of an undisturbed run.
+"""Kills training runs at random moments, restarts them, and compares their results with those of an undisturbed run.
 
     python benchmarks/interruptions.py --kills 50
 
-Half of the kills go to a sinusoid run, half to one on images (small ones made up for the purpose). Each is SIGKILL or SIGTERM, drawn at
-random, at a time between the start of the process and a while after its first iterations. A finished run is compared with the
-undisturbed one, bit for bit: variables, record, console lines, summaries, evaluation. Ends with status 1 if anything
-differs.
+Half of the kills go to a sinusoid run, half to one on images (small generated ones). Each is SIGKILL or SIGTERM, drawn at random,
+at a time between the start of the process and a while after its first iterations. A finished run is compared with the undisturbed
+one, bit for bit: variables, record, console lines, summaries, evaluation. Ends with status 1 if anything differs.
 """
 import argparse
 import glob
@@ -18,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ RUNS = {
 }
 
 
-def write_images(folder, classes=20, images=4, seed=0):
+def write_images(folder: str, classes: int = 20, images: int = 4, seed: int = 0) -> None:
     """Class folders of noisy random patterns."""
     rng = np.random.default_rng(seed)
     for number in range(classes):
@@ -41,22 +42,22 @@ def write_images(folder, classes=20, images=4, seed=0):
             Image.fromarray(pixels).save(os.path.join(folder, f'class{number:02d}', f'{image}.png'))
 
 
-def start(arguments):
-    """A process of main.py and the file that it writes what it prints to."""
+def start(arguments: Sequence[str]) -> tuple[subprocess.Popen, IO[str]]:
+    """A process of main.py and the file that receives its output."""
     printed = tempfile.TemporaryFile('w+')
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], stdout=printed,
                                stderr=subprocess.STDOUT, cwd=ROOT)
     return process, printed
 
 
-def finish(process, printed):
+def finish(process: subprocess.Popen, printed: IO[str]) -> tuple[int, str]:
     """Exit status and output of a process, once it has ended."""
     status = process.wait(timeout=600)
     printed.seek(0)
     return status, printed.read()
 
 
-def results(logdir, output, iterations, arguments):
+def results(logdir: str, output: str, iterations: int, arguments: Sequence[str]) -> dict[str, Any]:
     """The results of a run as one dict of comparable values."""
     import tensorflow as tf
     directory, = glob.glob(os.path.join(logdir, 'cls_*'))
@@ -70,7 +71,7 @@ def results(logdir, output, iterations, arguments):
                 for value in event.summary.value:
                     found['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
         except tf.errors.DataLossError:
-            pass  # what a killed process was about to write
+            pass  # a partial record of a killed process
     status, output = finish(*start([*arguments, '--train=False']))
     if status:
         raise SystemExit(f'the evaluation failed: {output}')
@@ -80,7 +81,7 @@ def results(logdir, output, iterations, arguments):
     return found
 
 
-def differences(one, other):
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The names of entries that are not the same, bit for bit."""
     def same(a, b):
         return a == b if isinstance(a, (dict, bytes)) else np.array_equal(a, b)
@@ -88,7 +89,7 @@ def differences(one, other):
             if name not in one or name not in other or not same(one[name], other[name])]
 
 
-def run_and_kill(command, seconds, rng):
+def run_and_kill(command: Sequence[str], seconds: float, rng: random.Random) -> tuple[signal.Signals | None, int, str]:
     """Runs a command, and sends it SIGKILL or SIGTERM after some seconds: the signal or None, exit status and output.
 
     Raises:
@@ -105,11 +106,12 @@ def run_and_kill(command, seconds, rng):
     # SIGTERM makes a training save and stop; before it begins and after its end there is nothing to save.
     begun, ended = 'Training ' in text and 'iterations/s' in text, 'The last checkpoint is' in text
     if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
-        raise SystemExit(f'SIGTERM was not heeded: status {status}\n{text}')
+        raise SystemExit(f'SIGTERM was ignored: status {status}\n{text}')
     return number, status, text
 
 
-def torture(arguments, iterations, kills, folder, rng, longest=12.0):
+def torture(arguments: Sequence[str], iterations: int, kills: int, folder: str, rng: random.Random,
+            longest: float = 12.0) -> Iterator[str]:
     """Yields a line of text for each kill and each comparison.
 
     Args:
@@ -117,7 +119,7 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
         longest: seconds from the start of a process after which it is killed at the latest.
 
     Raises:
-        SystemExit: a run ends otherwise than the undisturbed one, or a process not as it should.
+        SystemExit: a run differs from the undisturbed one, or a process fails.
     """
     def command(logdir):
         return [*arguments, f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
@@ -149,7 +151,7 @@ def torture(arguments, iterations, kills, folder, rng, longest=12.0):
         round_number, output = round_number + 1, ''
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')

@@ -1,11 +1,11 @@
-"""Kills every part of the program at random moments, and looks for a state that is wrong and called complete.
+"""Kills every part of the program at random moments, and looks for a state that is corrupt but marked complete.
 
     python benchmarks/kills.py --kills 200
 
 The parts are a preparation, the cache of decoded images, a training, an evaluation with pictures, and a comparison. Each kill is
-SIGKILL, at a moment drawn between the start of a process and somewhat after its usual end. After each, what the part has left is
-compared with what an undisturbed process leaves; then the part is started again where the last one left off. Prints how many kills
-met a working process, and ends with status 1 if anything was wrong and called complete.
+SIGKILL, at a moment drawn between the start of a process and somewhat after its usual end. After each, the files of the part are
+compared with those of an undisturbed process; then the part is started again where the last one left off. Prints how many kills
+hit a running process, and ends with status 1 if anything was corrupt but marked complete.
 """
 import argparse
 import csv
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 from interruptions import ROOT, write_images
@@ -33,10 +34,10 @@ IMAGE_SHAPE = (28, 28, 1)
 
 
 class Wrong(Exception):
-    """A state that is wrong and called complete."""
+    """A state that is corrupt but marked complete."""
 
 
-def contents(folder, pattern):
+def contents(folder: str, pattern: str) -> dict[str, bytes]:
     """{path below the folder: bytes} of the files that match."""
     found = {}
     for path in glob.glob(os.path.join(folder, pattern), recursive=True):
@@ -46,17 +47,17 @@ def contents(folder, pattern):
     return found
 
 
-def equal(found, expected, what):
-    """Raises Wrong unless each file is there as it should be; `found` may lack files."""
+def equal(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
+    """Raises Wrong unless each file found has the expected content; `found` may lack files."""
     wrong = [name for name, content in found.items() if expected.get(name) != content]
     if wrong:
-        raise Wrong(f'{what}: {len(wrong)} files are not as they should be, first {wrong[0]}')
+        raise Wrong(f'{what}: {len(wrong)} files are wrong, first {wrong[0]}')
 
 
 class Preparation:
-    """MiniImagenet's script on a small archive. Every other process makes all anew, by --force."""
+    """MiniImagenet's script on a small archive. Every other process recreates everything, by --force."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         self.source, self.destination, self.runs = os.path.join(folder, 'source'), os.path.join(folder, 'prepared'), 0
         os.makedirs(self.source)
         rng, rows = np.random.default_rng(0), {'train': [], 'val': [], 'test': []}
@@ -73,60 +74,60 @@ class Preparation:
         run(self.command(self.destination))
         self.expected = contents(self.destination, '*/*/*.png')
 
-    def command(self, destination=None):
+    def command(self, destination: str | None = None) -> list[str]:
         self.runs += 1
         return [os.path.join(ROOT, 'data', 'miniImagenet', 'proc_images.py'), f'--source={self.source}',
                 f'--destination={destination or self.destination}', *(['--force'] if self.runs % 2 else [])]
 
-    def check(self):
+    def check(self) -> None:
         with open(os.path.join(self.destination, PREPARATION_RECORD), encoding='utf-8') as file:
             complete = json.load(file)['complete']
         found = contents(self.destination, '*/*/*.png')
         equal(found, self.expected, 'preparation')
         if complete and len(found) < len(self.expected):
-            raise Wrong(f'preparation: {len(found)} of {len(self.expected)} images, called complete')
+            raise Wrong(f'preparation: {len(found)} of {len(self.expected)} images, marked complete')
 
 
 class Cache:
-    """The cache of decoded images. A new image is added before each process, so that the cache is made again."""
+    """The cache of decoded images. A new image is added before each process, so that the cache is rebuilt."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         self.root, self.runs = os.path.join(folder, 'images'), 0
         write_images(self.root, classes=60, images=30)
 
-    def command(self):
+    def command(self) -> list[str]:
         self.runs += 1
         pixels = np.random.default_rng(self.runs).integers(0, 256, IMAGE_SHAPE[:2], np.uint8)
         Image.fromarray(pixels).save(os.path.join(self.root, f'class{self.runs % 60:02d}', f'later{self.runs}.png'))
         return ['-c', f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.class_folders import ClassFolders\n'
                       f'ClassFolders({self.root!r}, split_ratios=(64, 16, 20)).load("train", {IMAGE_SHAPE})']
 
-    def check(self):
+    def check(self) -> None:
         source = ClassFolders(self.root, split_ratios=(64, 16, 20))
-        for _ in range(2):  # from what the killed process has left, and from what this check leaves
+        for _ in range(2):  # from the files of the killed process, and from those of this check
             images = source.load('train', IMAGE_SHAPE)
             for number in range(0, len(images.names), 7):
                 path = min(glob.glob(os.path.join(self.root, images.names[number], '*.png')))
                 with Image.open(path) as image:
                     if not np.array_equal(np.asarray(image), images.images[images.starts[number]][..., 0]):
-                        raise Wrong(f'cache: {path} is not what the cache says')
+                        raise Wrong(f'cache: {path} differs from the cache')
 
 
 class Training:
     """A short training of a sinusoid, continued until it ends; then the next begins."""
     ITERATIONS = 3000
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         self.logdir, self.number = os.path.join(folder, 'training'), 0
         run(self.command(self.logdir + '_undisturbed'))
         self.expected = self.checkpoints(self.logdir + '_undisturbed')
 
-    def command(self, logdir=None):
+    def command(self, logdir: str | None = None) -> list[str]:
         return [os.path.join(ROOT, 'main.py'), '--norm=None', '--update_batch_size=10', f'--metatrain_iterations={self.ITERATIONS}',
                 '--save_interval=500', f'--logdir={logdir or self.logdir + str(self.number)}']
 
-    def checkpoints(self, logdir):
-        """{name of a checkpoint: its variables}, of those that can be found."""
+    def checkpoints(self, logdir: str) -> dict[int, dict[str, np.ndarray]]:
+        """{iteration of a checkpoint: its variables}, of those that can be found."""
         from runtime import checkpoints
         found = {}
         for directory in glob.glob(os.path.join(glob.escape(logdir), 'cls_*')):
@@ -134,7 +135,7 @@ class Training:
                 found[iteration] = checkpoints.load(checkpoints.path(directory, iteration)).arrays
         return found
 
-    def check(self):
+    def check(self) -> None:
         found = self.checkpoints(self.logdir + str(self.number))
         for iteration, arrays in found.items():
             expected = self.expected[iteration]
@@ -147,64 +148,64 @@ class Evaluation:
     """An evaluation with pictures, of a trained sinusoid. Each starts without results, or with those of the one before."""
     FLAGS = ['--train=False', '--num_test_tasks=50', '--plot']
 
-    def __init__(self, folder, training):
+    def __init__(self, folder: str, training: Training):
         self.training, self.logdir, self.runs = training, training.logdir + '_undisturbed', 0
         run(self.command())
         self.directory, = glob.glob(os.path.join(glob.escape(self.logdir), 'cls_*'))
         self.expected, self.scores = self.files(), self.results()
 
-    def command(self):
+    def command(self) -> list[str]:
         self.runs += 1
         return [*self.training.command(self.logdir), *self.FLAGS, f'--test_seed={self.runs % 3}']
 
-    def files(self):
-        """Of evaluations of the first kind; later ones add others."""
+    def files(self) -> dict[str, bytes]:
+        """{name: content} of the files of evaluations."""
         return {name: content for name, content in contents(self.directory, 'test_*').items() if '.' in name}
 
-    def results(self):
+    def results(self) -> dict[str, list]:
         path = os.path.join(self.directory, 'results.json')
         if not os.path.exists(path):
             return {}
         with open(path, encoding='utf-8') as file:
             return {name: entry['scores'] for name, entry in json.load(file).items()}
 
-    def check(self):
+    def check(self) -> None:
         for name, scores in self.results().items():
             if self.scores.setdefault(name, scores) != scores or len(scores) != 50:
-                raise Wrong(f'evaluation: {name} in results.json is not what it was')
+                raise Wrong(f'evaluation: {name} in results.json has changed')
         for name, content in self.files().items():
             if name.endswith('.png'):
                 with Image.open(io.BytesIO(content)) as image:
                     image.load()  # raises for half a picture
             elif self.expected.setdefault(name, content) != content:
-                raise Wrong(f'evaluation: {name} is not what it was')
+                raise Wrong(f'evaluation: {name} has changed')
 
 
 class Comparison:
     """A comparison with its picture."""
 
-    def __init__(self, folder, evaluation):
+    def __init__(self, folder: str, evaluation: Evaluation):
         self.evaluation = evaluation
 
-    def command(self):
+    def command(self) -> list[str]:
         return [os.path.join(ROOT, 'main.py'), '--compare', self.evaluation.logdir, self.evaluation.logdir + '2', '--plot']
 
-    def check(self):
+    def check(self) -> None:
         self.evaluation.check()
         for path in glob.glob(os.path.join(glob.escape(self.evaluation.logdir), 'comparison*.png')):
             with Image.open(path) as image:
                 image.load()
 
 
-def run(command):
+def run(command: Sequence[str]) -> float:
     """A Python process that must succeed; returns its seconds."""
     started = time.monotonic()
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT, capture_output=True)
     return time.monotonic() - started
 
 
-def kill_at(command, seconds):
-    """Starts a process and kills it after some seconds; returns whether it was still at work."""
+def kill_at(command: Sequence[str], seconds: float) -> bool:
+    """Starts a process and kills it after some seconds; returns whether it was still running."""
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(seconds)
@@ -215,7 +216,7 @@ def kill_at(command, seconds):
         return True
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=200)
     parser.add_argument('--seed', type=int, default=0)
@@ -230,19 +231,19 @@ def main():
         parts = {'preparation': Preparation(folder), 'cache': Cache(folder), 'training': training, 'evaluation': evaluation,
                  'comparison': Comparison(folder, evaluation)}
         for name, part in parts.items():
-            usual, met = max(run(part.command()) for _ in range(2)), 0  # two, for every other one makes more
+            usual, met = max(run(part.command()) for _ in range(2)), 0  # two, because every other one does more
             kills = round(options.kills * SHARES[name])
             for _ in range(kills):
                 met += kill_at(part.command(), rng.uniform(0, 1.1 * usual))
                 try:
                     part.check()
-                except Exception as error:  # an unreadable file is as wrong as another content
+                except Exception as error:  # an unreadable file is as wrong as a changed one
                     wrong += 1
                     print(f'{name}: {type(error).__name__}: {error}', flush=True)
-            run(part.command())  # nothing that was left keeps the next from its end
+            run(part.command())  # whatever was left, the next one must succeed
             part.check()
-            print(f'{name}: {kills} kills, {met} of a working process (its usual end is after {usual:.1f} s)', flush=True)
-    print(f'{wrong} states were wrong and called complete')
+            print(f'{name}: {kills} kills, {met} of a running process (which usually takes {usual:.1f} s)', flush=True)
+    print(f'{wrong} states were corrupt but marked complete')
     sys.exit(bool(wrong))
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/large_source.py [--images=200000] [--folder=/tmp/large_source]
 
-Writes tieredImageNet-like arrays of that many random images (once), then loads its training split and draws tasks, each in a
-process of its own: as a training does, and with --verify. Prints seconds and the peak of resident memory that is not shared
+Writes tieredImageNet-like arrays of that many random images, then loads its training split and draws tasks in two separate
+processes: as a training does, and with --verify. Prints seconds and the peak of resident memory that is not shared
 file pages.
 """
 import argparse
@@ -41,7 +41,7 @@ def memory() -> int:
 
 
 def load(folder: str, verify: bool) -> None:
-    """Loads and draws as a training does; prints what it took."""
+    """Loads and draws as a training does; prints time and memory."""
     source = dataclasses.replace(SOURCES['tieredimagenet'], verify=verify)
     before, start = memory(), time.perf_counter()
     tasks = source.tasks(TaskConfig(num_classes=5, update_batch_size=1, query_shots=15, seed=0, data_path=folder), 'train')

@@ -3,9 +3,9 @@
     python benchmarks/methods.py
     python benchmarks/methods.py --workloads cifarfs1 --rounds 21
 
-All methods of a workload are compiled in one process; then in each round each takes a few steps, of which the first, which finds
-another method's data in the caches, does not count. Printed are the medians, and the median over rounds of the ratio to MAML's steps
-of the same round. Nothing else should run meanwhile.
+All methods of a workload are compiled in one process; then each takes a few steps per round. The first of them, which finds
+another method's data in the caches, does not count. Printed are the medians, and the median over rounds of the ratio to MAML's
+steps of the same round. Nothing else should run meanwhile.
 """
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ import sys
 from workloads import WORKLOADS, seconds_of_step
 
 MULTI_STEP = {'learn_lr': 'step', 'norm_scale': True, 'norm_per_step': True, 'mean_loss': True, 'multi_step_loss': 1000}
-METHODS = {  # {title: (what differs from MAML, iteration)}
+METHODS = {  # {title: (changes from MAML, iteration)}
     'MAML': ({}, 0),
     'first-order MAML': ({'stop_grad': True}, 0),
     'ANIL': ({'inner_weights': 'head'}, 0),
@@ -31,7 +31,7 @@ METHODS = {  # {title: (what differs from MAML, iteration)}
     'Reptile': ({'outer': 'reptile', 'inner_optimizer': 'adam', 'adapt_norm': True, 'norm_scale': True}, 0)}
 
 
-def measure(name, rounds, only):
+def measure(name: str, rounds: int, only: str) -> None:
     """Prints the table of a workload."""
     from runtime.startup import import_tensorflow
     import_tensorflow()
@@ -54,7 +54,7 @@ def measure(name, rounds, only):
         print(f'  {title:26}{seconds:8.3f} s{ratio:8.2f} of MAML', flush=True)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=['cifarfs1', 'omniglot20', 'omniglot5'])
     parser.add_argument('--rounds', type=int, default=11)

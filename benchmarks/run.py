@@ -1,12 +1,12 @@
-"""Times whole runs of main.py, and what the input pipeline adds to the steps.
+"""Times whole runs of main.py, and the share of the input pipeline in the steps.
 
     python benchmarks/run.py
     python benchmarks/run.py --only start evaluation --rounds 5
 
-Images must be prepared under data/; what is not there is left out. Nothing else should run meanwhile.
+Images must be prepared under data/; missing sources are skipped. Nothing else should run meanwhile.
 
-  pipeline    a source's training steps on fresh meta-batches, against as many on one meta-batch that is kept: seconds a step
-              of both, taken in turn, and the share of the time in which a step waited for its meta-batch
+  pipeline    a source's training steps on fresh meta-batches, against as many on one fixed meta-batch: seconds per step of
+              both, taken in turn, and the share of the time in which a step waited for its meta-batch
   bar         20,000 iterations of the 10-shot sinusoid on a terminal: the share of the time that the progress bar takes
   start       from the start of the process to the end of one iteration, validation and saving included
   sinusoid    70,000 iterations of the 10-shot sinusoid, the whole process
@@ -38,8 +38,8 @@ TRAINING = {
 WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluation': ('mini1', 1)}
 
 
-def measure_pipeline(name, seconds=20):
-    """{'fresh', 'kept': seconds a step, 'waiting': share of the fresh steps' time}, each over about `seconds`."""
+def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
+    """{'fresh', 'kept': seconds per step, 'waiting': share of the fresh steps' time}, each over about `seconds`."""
     import main
     run, data = main.run_and_data(main.parse(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000']))
     from maml import MAML
@@ -66,8 +66,8 @@ def measure_pipeline(name, seconds=20):
     return dict(zip(('fresh', 'kept'), medians), waiting=waiting)
 
 
-def measure_bar():
-    """The share of training time that is spent in the progress bar, when it is drawn on a terminal."""
+def measure_bar() -> float:
+    """The share of training time spent in the progress bar when it is drawn on a terminal."""
     import main
     from runtime import progress
     calls = []  # (when, how long)
@@ -98,13 +98,14 @@ def measure_bar():
         return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation
 
 
-def in_process(*arguments):
+def in_process(*arguments: str) -> str | None:
+    """The last line that a Python process prints, or None if it failed."""
     command = [sys.executable, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return process.stdout.splitlines()[-1] if process.returncode == 0 else None
 
 
-def measure_whole(name):
+def measure_whole(name: str) -> float | None:
     """Seconds of the process, or None if it failed."""
     training, iterations = WHOLE[name]
     with tempfile.TemporaryDirectory() as logdir:
@@ -117,7 +118,7 @@ def measure_whole(name):
         return None if in_process(*arguments) is None else time.perf_counter() - start
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=['pipeline', 'bar', *WHOLE], default=['pipeline', 'bar', *WHOLE])
     parser.add_argument('--rounds', type=int, default=3, help='of the whole processes')
@@ -128,7 +129,7 @@ def main():
         return
 
     if 'pipeline' in args.only:
-        print(f'{"pipeline":12}{"fresh":>10}{"kept":>10}{"waiting":>10}   median seconds a step, share of the time')
+        print(f'{"pipeline":12}{"fresh":>10}{"kept":>10}{"waiting":>10}   median seconds per step, share of the time')
         for name in TRAINING:
             line = in_process(__file__, '--measure', name)
             if line is None:

@@ -1,11 +1,11 @@
-"""What several machines would gain: measured steps of one and of two processes, and what follows for more.
+"""The gain of several machines: measured steps of one and of two processes, and an extrapolation to more.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --only omniglot5 --bandwidth 25 --latency 20
 
 Measured: a meta-training step of one task and of a whole meta-batch, in one process on one core; and of two processes, a core
-each, that share the meta-batch over the loopback interface. What a step tells the others is counted, 8 bytes for each weight
-and score, and beside it what the two processes do send, by the interface's own count.
+each, that share the meta-batch over the loopback interface. The bytes that a step sends are computed, 8 for each weight and
+score, and beside them those that the two processes really send, by the interface's own count.
 
 From these: a replica needs a + b * tasks seconds, and a ring all-reduce of that many bytes between R replicas sends
 2 (R - 1) / R times as many over each link in 2 (R - 1) messages. Efficiency is the share of a step that is not spent on these.
@@ -27,11 +27,11 @@ from workloads import WORKLOADS
 
 REPLICAS = 8, 64, 512
 ROUNDS, STEPS = 3, 8
-ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is told
+ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is reported
 
 
-def measure(name, tasks):
-    """Median seconds of a step on this process's tasks, the bytes that it tells others, and those on the loopback interface."""
+def measure(name: str, tasks: int) -> tuple[float, int, float]:
+    """Median seconds of a step on this process's tasks, the bytes that it sends, and those on the loopback interface."""
     from runtime import distribution
     from runtime.startup import import_tensorflow
     replicas = import_tensorflow('auto', distribution.cluster_from_environment('auto'))
@@ -54,13 +54,14 @@ def measure(name, tasks):
     return seconds, SUM_DTYPE.size * (numbers + 5), (loopback_bytes() - before) / STEPS
 
 
-def loopback_bytes():
+def loopback_bytes() -> int:
+    """Bytes that the loopback interface has received."""
     with open('/proc/net/dev') as file:
         return next(int(line.split()[1]) for line in file if line.split()[0] == 'lo:')
 
 
-def processes(count, name, tasks):
-    """What `measure` finds in the first of `count` processes with so many tasks each, each on a core of its own."""
+def processes(count: int, name: str, tasks: int) -> list[float]:
+    """The result of `measure` in the first of `count` processes with `tasks` tasks each, each on its own core."""
     with contextlib.ExitStack() as stack:
         ports = [stack.enter_context(socket.socket()) for _ in range(count)]
         for port in ports:
@@ -80,7 +81,8 @@ def processes(count, name, tasks):
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def report(name, bandwidth, latency):
+def report(name: str, bandwidth: float, latency: float) -> None:
+    """Measures a workload and prints its table, for links of `bandwidth` bytes per second and messages of `latency` seconds."""
     tasks = WORKLOADS[name].meta_batch_size
     found = {key: [] for key in ('task', 'half', 'all', 'two')}
     for _ in range(ROUNDS):
@@ -94,7 +96,7 @@ def report(name, bandwidth, latency):
     def sending(replicas):
         return 2 * (replicas - 1) / replicas * size / bandwidth + 2 * (replicas - 1) * latency
 
-    print(f'\n{name}: {size / 1024:.0f} KiB told in a step; two processes send {sent / 1024:.0f} KiB in all\n'
+    print(f'\n{name}: {size / 1024:.0f} KiB to send per step; two processes send {sent / 1024:.0f} KiB in all\n'
           f'  on one core a step of n tasks takes {a:.3f} + {b:.4f} n seconds\n'
           f'  measured, {tasks} tasks: {whole:.3f} s in one process; {two:.3f} s in two, {tasks // 2} tasks and a core each: '
           f'{half / two:.0%} efficient (one process with {tasks // 2} tasks takes {half:.3f} s)')
@@ -106,7 +108,7 @@ def report(name, bandwidth, latency):
               f'   T = {share * replicas:,}')
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=list(WORKLOADS), default=['omniglot5', 'mini1'])
     parser.add_argument('--bandwidth', type=float, default=10, help='of each link, Gbit/s')
@@ -116,7 +118,7 @@ def main():
     if args.measure:
         print(json.dumps(measure(args.measure[0], int(args.measure[1]))))
         return
-    print(f'assumed: {args.bandwidth:g} Gbit/s a link, {args.latency:g} microseconds a message')
+    print(f'assumed: {args.bandwidth:g} Gbit/s per link, {args.latency:g} microseconds per message')
     for name in args.only:
         report(name, args.bandwidth * 1e9 / 8, args.latency * 1e-6)
 

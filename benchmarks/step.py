@@ -3,9 +3,9 @@
     python benchmarks/step.py
     python benchmarks/step.py --workloads omniglot5 mini1 --rounds 7 --peer 'torch=/venv/bin/python torch_peer.py {} loop'
 
-In each round every contender runs every workload once, in a process of its own, one after the other; the GEMM rate that
-sets the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands for
-the workload, whose last output line ends in '<number> s a step'. Nothing else should run meanwhile.
+In each round every contender runs every workload once, in separate processes, one after the other; the GEMM rate that sets
+the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands for the
+workload, whose last output line ends in '<number> s a step'. Nothing else should run meanwhile.
 """
 import argparse
 import json
@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from workloads import WORKLOADS, seconds_of_step  # noqa: E402
 
 
-def gemm_rate(n=2048, repeats=9):
+def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
     """FLOP/s of the fastest of some float32 matrix products of size n, by numpy on all cores."""
     a = np.random.default_rng(0).random((n, n), np.float32)
 
@@ -35,7 +35,7 @@ def gemm_rate(n=2048, repeats=9):
     return 2 * n ** 3 / min(seconds() for _ in range(1 + repeats))
 
 
-def measure(name, steps):
+def measure(name: str, steps: int) -> dict[str, float]:
     """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
     from runtime.startup import import_tensorflow
     import_tensorflow()
@@ -48,19 +48,20 @@ def measure(name, steps):
     return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
-def measure_in_process(name, steps):
+def measure_in_process(name: str, steps: int) -> dict[str, float]:
+    """The result of `measure` in a new process."""
     command = [sys.executable, __file__, '--measure', name, '--steps', str(steps)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def measure_peer(command, name):
-    """Seconds of a step, or None where the peer fails."""
+def measure_peer(command: str, name: str) -> float | None:
+    """Seconds of a step, or None if the peer fails."""
     process = subprocess.run(shlex.split(command.replace('{}', name)), capture_output=True, text=True)
     found = re.search(r'([\d.]+) s a step\s*$', process.stdout)
     return float(found[1]) if found else None
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument('--rounds', type=int, default=5)
@@ -85,9 +86,10 @@ def main():
     report(args, statistics.median(rates), ours, theirs, peers)
 
 
-def report(args, rate, ours, theirs, peers):
+def report(args: argparse.Namespace, rate: float, ours: dict[str, list], theirs: dict[tuple[str, str], list],
+           peers: dict[str, str]) -> None:
     """Prints the medians: a row for each workload."""
-    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds a step')
+    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds per step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
           + ''.join(f'{peer:>15}' for peer in peers))
     for name in args.workloads:

@@ -8,8 +8,9 @@ round after round. Nothing else should run meanwhile. --plot needs matplotlib.
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Sequence
 
-from workloads import WORKLOADS, seconds_of_step
+from workloads import WORKLOADS, Workload, seconds_of_step
 
 SWEEPS = {
     'meta_batch_size': (2, 4, 8, 16, 32),
@@ -19,7 +20,7 @@ SWEEPS = {
 }
 
 
-def seconds_a_step(workloads, rounds):
+def seconds_a_step(workloads: Sequence[Workload], rounds: int) -> list[float]:
     """Median seconds of a step of each workload."""
     from maml import MAML
     contenders = [(MAML(workload.model_config()), workload.batch()) for workload in workloads]
@@ -30,7 +31,7 @@ def seconds_a_step(workloads, rounds):
     return [statistics.median(column) for column in zip(*times)]
 
 
-def draw(results, workload, path):
+def draw(results: dict[str, tuple], workload: Workload, path: str) -> None:
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
@@ -41,11 +42,11 @@ def draw(results, workload, path):
         axis.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
         axis.grid(alpha=0.3)
         axis.axvline(getattr(workload, quantity), color='grey', linestyle=':')
-    axes[0].set_ylabel('seconds a step')
+    axes[0].set_ylabel('seconds per step')
     figure.savefig(path, dpi=120)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workload', choices=list(WORKLOADS), default='cifarfs1')
     parser.add_argument('--rounds', type=int, default=7)

@@ -2,14 +2,14 @@
 
     make table                                   (or: nice python benchmarks/table.py)
     python benchmarks/table.py --only fc100      rows whose name contains that
-    python benchmarks/table.py --until 10000     trains no row beyond so many iterations
-    python benchmarks/table.py --evaluate        trains nothing: evaluates what is trained so far, and writes the table
-    python benchmarks/table.py --write           only writes the table, from what is there
+    python benchmarks/table.py --until 10000     trains no row beyond that many iterations
+    python benchmarks/table.py --evaluate        trains nothing: evaluates the checkpoints so far, and writes the table
+    python benchmarks/table.py --write           only writes the table, from existing results
 
-A row is a file of configs/ and further flags. Rows are trained in order, each to its end; what is trained already is not trained again.
+A row is a file of configs/ and further flags. Rows are trained in order, each to its end; finished trainings are not repeated.
 It can be interrupted (Ctrl-C) and started again at any time: trainings continue exactly. A second one is refused while one runs.
 Trainings run at the lowest priority. Then the newest checkpoint and the one that did best on meta-validation are evaluated on 600
-meta-test tasks. Rows whose data are not prepared are left out, and said to be.
+meta-test tasks. Rows whose data are not prepared are skipped with a message.
 """
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ from runtime.run import data_from_flags, experiment_name  # noqa: E402
 from runtime.statistics import UNITS, number  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-POLL = 1  # seconds between looks at how far a training is
+POLL = 1  # seconds between checks of a training's progress
 PAGE = os.path.join('docs', 'results.md')
 LOCK = os.path.join('logs', '.table.lock')
 CONSOLE = 'console.log'  # in a run's directory: what its training printed
@@ -51,7 +51,7 @@ BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of 
 
 
 class Row(NamedTuple):
-    """A run, and what others report for it, with the source."""
+    """A run, and the figures published for it, with the source."""
     config: str                 # a file of configs/, without suffix
     title: str
     paper: str = ''
@@ -98,12 +98,12 @@ ROWS = [
 
 
 class State(NamedTuple):
-    """How far a row is."""
+    """The progress of a row."""
     directory: str
     wanted: int             # iterations
     newest: int             # iterations of the newest checkpoint; 0: none
     ranking: list[int]      # iterations of the checkpoints that did best on meta-validation
-    prepared: str           # '' or why its data cannot be used
+    prepared: str           # '', or the reason why its data cannot be used
     ensemble: int           # checkpoints of the method's ensemble; 1: it has none
 
 
@@ -128,7 +128,7 @@ def state_of(row: Row) -> State:
 
 
 def lowest_priority() -> None:
-    """Gives this process the lowest priority, and on Linux its session too, for there priorities count within a session only."""
+    """Gives this process the lowest priority, and on Linux its session too, because priorities apply per session there."""
     os.nice(19)
     with contextlib.suppress(OSError), open('/proc/self/autogroup', 'w', encoding='ascii') as file:
         file.write('19')
@@ -138,10 +138,10 @@ def run(arguments: list[str], log: str = os.devnull, enough: Callable[[], bool] 
     """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status.
 
     Args:
-        log: a file to which what main.py prints is added.
-        enough: asked again and again; when it says so, main.py is ended as by SIGTERM, and the status is 0.
+        log: a file to which what main.py prints is appended.
+        enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
     """
-    # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
+    # In a new session: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
     process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True,
                                stdout=subprocess.PIPE, text=True, errors='replace')
     handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
@@ -181,10 +181,10 @@ def times(directory: str) -> dict[str, float]:
 
 
 def train(row: Row, state: State, until: int) -> None:
-    """Trains a row, and adds the seconds to what is known of it. Ends the program if it is interrupted.
+    """Trains a row, and adds the seconds to its recorded time. Ends the program if it is interrupted.
 
     Args:
-        until: iterations; at the first checkpoint of so many, the training is stopped.
+        until: iterations; at the first checkpoint of that many, the training is stopped.
     """
     started = time.monotonic()
     status = run(row.arguments, os.path.join(state.directory, CONSOLE),
@@ -240,7 +240,7 @@ def line(row: Row) -> str:
 
 
 def scores(entry: dict) -> str:
-    """The scores of an evaluation after as many updates as the method is meant for, and after 10."""
+    """The scores of an evaluation after the method's default number of updates, and after 10."""
     own = entry.get('own_updates', entry['flags']['num_updates'])
     numbers = dict.fromkeys([own, 10])
     return ', '.join(f'{figure(entry, updates)} after {updates}' for updates in numbers if updates < len(entry['updates']))
@@ -288,11 +288,12 @@ def main_loop(rows: list[Row], until: int) -> None:
 
 
 def command_line(arguments: list[str] | None = None) -> None:
-    """The queue, as the command line asks for it."""
+    """Runs the queue, as the command line asks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='rows whose name contains this')
     parser.add_argument('--until', type=int, default=sys.maxsize, metavar='N', help='train no row beyond N iterations')
-    parser.add_argument('--evaluate', dest='until', action='store_const', const=0, help='train nothing: evaluate what is trained so far')
+    parser.add_argument('--evaluate', dest='until', action='store_const', const=0,
+                        help='train nothing: evaluate the checkpoints so far')
     parser.add_argument('--write', action='store_true', help='only write the table')
     options = parser.parse_args(arguments)
     if options.write:

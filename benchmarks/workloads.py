@@ -1,8 +1,9 @@
-"""Standard meta-training steps, what they cost in arithmetic, and this program's model on a fixed random batch of each."""
+"""Standard meta-training steps, their arithmetic cost, and this program's model on a fixed random batch of each."""
 import os
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,13 @@ class Workload:
     query_shots: int
     num_updates: int
     update_lr: float
-    image_shape: tuple
+    image_shape: tuple[int, int, int]
     num_filters: int
     max_pool: bool
     meta_batch_size: int
 
-    def model_config(self):
+    def model_config(self) -> Any:
+        """The maml.ModelConfig."""
         from maml import ModelConfig
         return ModelConfig(
             dim_input=int(np.prod(self.image_shape)), dim_output=self.num_classes, loss='xent',
@@ -30,7 +32,7 @@ class Workload:
             image_shape=self.image_shape, num_filters=self.num_filters, max_pool=self.max_pool,
             head='flatten' if self.max_pool else 'mean', clip=10.0 if self.max_pool else None)
 
-    def batch(self):
+    def batch(self) -> Any:
         """A TaskBatch of noise; classes in turn."""
         from data_generator import TaskBatch
         rng = np.random.default_rng(0)
@@ -41,7 +43,7 @@ class Workload:
             return x, labels
         return TaskBatch(*rows(self.update_batch_size), *rows(self.query_shots))
 
-    def flops(self):
+    def flops(self) -> int:
         """Floating-point operations of the convolutions of one exact meta-gradient, by reverse over reverse.
 
         A query row needs each product forward and for two gradients, of the input and of the kernel; a support row, in every
@@ -67,8 +69,8 @@ WORKLOADS = {
 }
 
 
-def seconds_of_step(model, batch, iteration=0):
-    """How long one meta-training step takes, its metrics fetched."""
+def seconds_of_step(model: Any, batch: Any, iteration: int = 0) -> float:
+    """Seconds of one meta-training step, its metrics fetched."""
     start = time.perf_counter()
     {key: float(value) for key, value in model.metatrain_step(batch, iteration).items()}
     return time.perf_counter() - start

@@ -270,7 +270,8 @@ def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mappi
         (f'{destination} holds ', folders, 'further class folders', '; remove them')])
 
 
-def differences(counts, classes, damaged, absent):
+def differences(counts: Mapping[str, int], classes: Mapping[str, Class], damaged: Sequence[tuple[str, Exception]],
+                absent: Sequence[str]) -> list[tuple[str, Sequence[str], str, str]]:
     """Differences between the expected images and those found, for `sentences`."""
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
     wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
@@ -287,14 +288,14 @@ def sentences(found: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]
     return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
 
 
-def left_over_files(pictures, counts, destination):
+def left_over_files(pictures: Sequence[Picture], counts: Mapping[str, int], destination: str) -> list[str]:
     """Files of another preparation in our class folders, which would be taken for images of this one."""
     ours = {picture.name for picture in pictures}
     return [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
             if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
 
 
-def left_over_folders(counts, classes, destination):
+def left_over_folders(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> list[str]:
     """Folders of another preparation beside our class folders, which would be taken for classes of this one."""
     parents = {os.path.dirname(name) for name in classes}
     found = [f'{parent}/{name}' for parent in parents for name in subfolders(os.path.join(destination, parent))]

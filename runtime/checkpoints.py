@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import filelock
@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
 
 
 @contextlib.contextmanager
-def exclusive(directory: str):
+def exclusive(directory: str) -> Iterator[None]:
     """Creates the directory and, while entered, locks it against other training processes. The lock ends with the process.
 
     Raises:

@@ -3,6 +3,7 @@ import contextlib
 import os
 import sys
 import unicodedata
+from typing import Any, TextIO
 
 ASCII = {'±': '+-', '→': '->'}  # what to print where an encoding lacks these
 
@@ -25,10 +26,10 @@ class Console:
     Only a closed pipe is reported, by BrokenPipeError.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:

@@ -62,7 +62,7 @@ def _is_address(text: str) -> bool:
     return bool(match) and 1 <= int(match[1]) <= 65535
 
 
-def make_strategy(name: str, cluster: Cluster):
+def make_strategy(name: str, cluster: Cluster) -> Any:
     """A tf.distribute.Strategy. Call this before TensorFlow computes anything.
 
     Args:
@@ -150,28 +150,28 @@ class Replicas:
         chief: whether this process is the one that prints and writes.
     """
 
-    def __init__(self, strategy=None, cluster: Cluster = ALONE):
+    def __init__(self, strategy: Any = None, cluster: Cluster = ALONE):
         """strategy: None: the default one, of a single replica."""
         import tensorflow as tf
         self._tf, self.strategy = tf, strategy or tf.distribute.get_strategy()
         self.count, self.workers, self.chief = self.strategy.num_replicas_in_sync, cluster.workers, cluster.worker == 0
 
-    def distribute(self, make: Callable[[int], Any]):
+    def distribute(self, make: Callable[[int], Any]) -> Any:
         """Gives each replica of this process a structure of arrays: make(replica), numbered among all replicas."""
         if self.count == 1:
             return make(0)
         return self.strategy.experimental_distribute_values_from_function(
             lambda context: self._tf.nest.map_structure(self._tf.convert_to_tensor, make(context.replica_id_in_sync_group)))
 
-    def add_leading_axis(self, arrays):
+    def add_leading_axis(self, arrays: Any) -> Any:
         """Adds a leading axis of length 1 to a structure that `distribute` returned."""
         return self.strategy.run(lambda arrays: self._tf.nest.map_structure(lambda array: array[None], arrays), (arrays,))
 
-    def first_local(self, values):
+    def first_local(self, values: Any) -> Any:
         """A tensor's value on the first replica of this process."""
         return self.strategy.experimental_local_results(values)[0]
 
-    def gather(self, values, axis: int):
+    def gather(self, values: Any, axis: int) -> Any:
         """The tensors of all replicas concatenated along an axis."""
         return self.strategy.gather(values, axis)
 

@@ -1,5 +1,6 @@
 """Several checkpoints of one run as one model: the mean of their outputs."""
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -34,7 +35,7 @@ class Ensemble:
                 variable.assign(member[name])
             yield self._model
 
-    def variant(self, **changes) -> 'Ensemble':
+    def variant(self, **changes: Any) -> 'Ensemble':
         """As `MAML.variant`."""
         variants = [model.variant(**changes) for model in self._as_each_member()]
         return Ensemble(variants[0], [{name: variable.numpy() for name, variable in one.parameters().items()} for one in variants],

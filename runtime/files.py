@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
 import filelock
@@ -67,7 +67,7 @@ def remove_parts(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str, wait: bool = True):
+def locked(path: str, wait: bool = True) -> Iterator[None]:
     """While entered, holds the lock of a file against other processes. The lock ends with the process, however that ends.
 
     Args:

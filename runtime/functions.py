@@ -39,21 +39,21 @@ class Sinusoid:
     numbers = 2
     AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
-    def parameters(self, uniform):
+    def parameters(self, uniform: np.ndarray) -> Parameters:
         return _between(self.AMPLITUDES, uniform[:, 0:1]), _between(self.PHASES, uniform[:, 1:2])
 
-    def inputs(self, parameters, uniform):
+    def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
         return _between(self.INPUTS, uniform)
 
-    def span(self, parameters):
+    def span(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.INPUTS
         return np.full(parameters[0].shape[:2], low), np.full(parameters[0].shape[:2], high)
 
-    def values(self, parameters, x):
+    def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
         amplitude, phase = parameters
         return amplitude * np.sin(x - phase)
 
-    def describe(self, parameters):
+    def describe(self, parameters: Parameters) -> str:
         amplitude, phase = parameters
         return f'amplitude {amplitude.item():.2f}, phase {phase.item():.2f} rad'
 
@@ -66,17 +66,17 @@ class SinusoidOrLine(Sinusoid):
     numbers = 3
     COEFFICIENTS = (-3.0, 3.0)
 
-    def parameters(self, uniform):
+    def parameters(self, uniform: np.ndarray) -> Parameters:
         """Whether it is a line; amplitude or slope; phase or offset."""
         line = uniform[:, 0:1] >= 0.5
         curves, lines = super().parameters(uniform[:, 1:]), [_between(self.COEFFICIENTS, uniform[:, at:at + 1]) for at in (1, 2)]
         return line, *(np.where(line, of_line, of_curve) for of_line, of_curve in zip(lines, curves))
 
-    def values(self, parameters, x):
+    def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
         line, first, second = parameters
         return np.where(line, first * x + second, super().values((first, second), x))
 
-    def describe(self, parameters):
+    def describe(self, parameters: Parameters) -> str:
         line, first, second = parameters
         return f'slope {first.item():.2f}, offset {second.item():.2f}' if line.item() else super().describe((first, second))
 
@@ -89,24 +89,24 @@ class Harmonic:
     numbers = 6
     FREQUENCIES, PHASES, PLACES = (5.0, 7.0), (0.0, 2 * math.pi), (-4.0, 4.0)
 
-    def parameters(self, uniform):
+    def parameters(self, uniform: np.ndarray) -> Parameters:
         """a1, a2, w, b1, b2, m."""
         first, second, frequency, phase, other_phase, place = np.split(uniform, self.numbers, axis=1)
         return (_normal(first), _normal(second), _between(self.FREQUENCIES, frequency), _between(self.PHASES, phase),
                 _between(self.PHASES, other_phase), _between(self.PLACES, place))
 
-    def inputs(self, parameters, uniform):
+    def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
         return parameters[-1] + _normal(uniform)
 
-    def span(self, parameters):
+    def span(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
         place = parameters[-1][:, 0]
         return place - 2, place + 2
 
-    def values(self, parameters, x):
+    def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
         first, second, frequency, phase, other_phase, _ = parameters
         return first * np.sin(frequency * x + phase) + second * np.sin(2 * frequency * x + other_phase)
 
-    def describe(self, parameters):
+    def describe(self, parameters: Parameters) -> str:
         first, second, frequency = (parameter.item() for parameter in parameters[:3])
         return f'amplitudes {first:.2f} and {second:.2f}, frequency {frequency:.2f}'
 

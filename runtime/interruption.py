@@ -25,12 +25,12 @@ class Interruption:
         """Records that some worker was interrupted; all workers learn so after the same iteration."""
         self.agreed, self.signal = True, self.signal or signal.SIGTERM
 
-    def __enter__(self):
+    def __enter__(self) -> 'Interruption':
         self._before = {number: signal.getsignal(number) for number in ENDING}
         self._handle(self._record)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

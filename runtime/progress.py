@@ -2,6 +2,7 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 class Progress(tqdm):
     """Iterations per second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
 
-    def __init__(self, start: int, total: int, shown: bool = True, unit: str = 'it', **others):
+    def __init__(self, start: int, total: int, shown: bool = True, unit: str = 'it', **others: Any):
         """
         Args:
             start, total: the first and the last count.
@@ -19,14 +20,14 @@ class Progress(tqdm):
         super().__init__(initial=start, total=total, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True,
                          disable=not shown, **others)
 
-    def display(self, msg=None, pos=None):
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         with contextlib.suppress(OSError):  # a closed terminal or a full disk must not stop training
             if self.fp.isatty():
                 super().display(msg, pos)
             else:
                 print(msg or str(self), file=self.fp, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 

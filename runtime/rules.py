@@ -2,7 +2,7 @@
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -34,7 +34,7 @@ class Request:
         self.tables = isinstance(source, TableSource)
         self.classes = self.images or (self.tables and not values.targets)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.values, name)
 
     def given(self, name: str) -> bool:

@@ -28,13 +28,13 @@ class Summaries:
             restart = tf.compat.v1.Event(step=start + 1, session_log=tf.compat.v1.SessionLog(status='START'))
             tf.raw_ops.ImportEvent(writer=self._writer._resource, event=restart.SerializeToString())
 
-    def __enter__(self):
+    def __enter__(self) -> 'Summaries':
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._attempt(self._writer.close)
 
-    def flush(self):
+    def flush(self) -> None:
         self._attempt(self._writer.flush)
 
     def write(self, prefix: str, metrics: Metrics, iteration: int) -> None:
