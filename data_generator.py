@@ -166,6 +166,7 @@ class ImageSource:
     skip_bad_images: bool = False            # leave out images that cannot be used
     verify: bool = False                     # compare checksums of decoded images
     test_only: bool = False                  # there are no classes to train or to validate on
+    validate_on_fewer: bool = False          # if val has fewer classes than N, validate on tasks of all of them
     stored_shape: tuple[int, int, int] | None = None  # of the images on disk, if they are resized to image_shape as tasks are drawn
     print_interval: int = 100
     loss = 'xent'
@@ -261,7 +262,8 @@ SOURCES: dict[str, Source] = {
                                 train_query_shots=15, validation_updates=1),
     **{name: ImageSource((side, side, 3), name, f'data/{name}/proc_images.py', clip=10.0, train_query_shots=15)
        for side, names in ((32, 'cifarfs fc100'), (84, 'tieredimagenet cub flowers aircraft dtd')) for name in names.split()},
-    **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py')
+    **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py',
+                                     validate_on_fewer=count == 'double')
        for count, side in (('double', 64), ('triple', 84))},
     'gtsrb': ImageSource((32, 32, 3), 'gtsrb', 'data/gtsrb/proc_images.py', test_only=True),
     'table': TableSource(),  # the user's own

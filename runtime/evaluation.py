@@ -37,15 +37,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     tasks, updates = data[run.split], run.test_updates
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
     facts = evaluation_facts(run, tasks, trained, prefix, iterations)
-    described = f'{iterations} iterations' if iterations else 'weights of another run'
-    if isinstance(trained, Ensemble):
-        described += f"; mean outputs of {', '.join(f'model{number}' for number in trained.iterations)}"
-    print(f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks\n{prefix} ({described})', flush=True)
-    if facts.get('known_classes'):
-        known = facts['known_classes']
-        print(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was trained on, '
-              f'such as {known[0]}')
-    print()
+    print(heading(run, tasks, facts), flush=True)
     found, rates, names, written = {}, [], [], []
     models = {norm: trained.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
     for query_norm, model in models.items():
@@ -73,6 +65,19 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     if run.plot and run.replicas.chief:
         for path in draw(run, models[run.query_norms[0]], tasks, found, names, prefix, iterations):
             print(f'Drawn: {path}')
+
+
+def heading(run: Run, tasks: Tasks, facts: dict) -> str:
+    """Text: which checkpoint is evaluated on which tasks, given what `evaluation_facts` returned."""
+    described = f'{facts["iterations"]} iterations' if facts['iterations'] else 'weights of another run'
+    if 'ensemble' in facts:
+        described += f"; mean outputs of {', '.join(f'model{number}' for number in facts['ensemble'])}"
+    lines = [f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks', f'{facts["checkpoint"]} ({described})']
+    known = facts.get('known_classes')
+    if known:
+        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was trained '
+                     f'on, such as {known[0]}')
+    return '\n'.join([*lines, ''])
 
 
 def beyond_training(run: Run) -> str:

@@ -260,7 +260,7 @@ def _validation_config(source, tasks):
     Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
     own images again.
     """
-    if source.loss != 'xent' or not source.image_shape or source.user_images:
+    if not (source.image_shape and source.validate_on_fewer):
         return tasks
     there = len(source.class_folders('val', tasks.data_path))
     return dataclasses.replace(tasks, num_classes=there) if 1 < there < tasks.num_classes else tasks

@@ -82,7 +82,8 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
                                 'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
         other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
         if other:
-            raise UserError(f'the data of the {" and ".join(other)} split are not those that the checkpoint '
+            kind = 'images' if run.source.image_shape else 'data'
+            raise UserError(f'the {kind} of the {" and ".join(other)} split are not those that the checkpoint '
                             f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
                             'in another --logdir')
         checkpoints.restore(checkpoint, model.state())

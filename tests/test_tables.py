@@ -226,7 +226,8 @@ def test_refused_classes(classes, tmp_path):
     flags = [*CLASSES, f'--data_path={classes}', f'--logdir={tmp_path / "logs"}']
     assert '--num_classes=7 asks for more classes than the 6 of the train split' in error_of(*flags, '--num_classes=7')
     assert 'a task needs 14 rows of a class' in error_of(*flags, '--update_batch_size=7')
-    (classes / 'train' / 'a.csv').write_text('class,width,height\n1,2,3\n')
+    for path in classes.rglob('*.csv'):
+        path.write_text('class,width,height\n' + '1,2,3\n' * 9)
     assert 'has a column class, but each csv file is a class' in error_of(*flags)
 
 
