@@ -115,7 +115,7 @@ group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
 number('num_filters', 64, 'filters of each convolution (paper: 32 for miniImagenet)', 1, Learning('hidden{}', 'convolutions'))
-boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning('.dense', network='images'))
+boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning(label='maxpool', network='convolutions'))
 string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '

@@ -255,8 +255,8 @@ class Trainer:
                                  max(run.model.num_updates, run.source.validation_updates))
         self.summarise_validation(metrics, saving)
         pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
-        if run.metric == 'accuracy' or saving:  # Reference behaviour: in regression, no line unless a checkpoint is chosen by it
-            what = 'Validation results' if validating and run.metric == 'accuracy' else f'Validation of model{iteration}'
+        if run.metric == 'accuracy':  # Reference behaviour: no line in regression
+            what = 'Validation results' if validating else f'Validation of model{iteration}'
             self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
         return ranked(run, self.state.ranking, {'iteration': iteration, 'score': float(post)}) if saving else self.state.ranking
 
