@@ -99,6 +99,7 @@ def checkpoint(logdir, iteration):
     return variables(path.removesuffix('.index'))
 
 
+@pytest.mark.slow
 def test_whole_runs(tmp_path):
     """Trained and evaluated by two processes: what one prints and writes, and only the chief does so."""
     flags = [*SINUSOID, '--metatrain_iterations=300', '--num_test_tasks=25']

@@ -468,7 +468,7 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize('flags', [
     pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'], id='norms'),
-    pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile')])
+    pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile', marks=pytest.mark.slow)])
 def test_norm_sets_and_moments_resume_to_the_bit(flags, tmp_path):
     """Offsets and scales of each step; second moments and their count that Reptile's tasks hand on, and its schedule."""
     flags = [*SINUSOID, '--metatrain_iterations=6', *flags]
@@ -504,7 +504,7 @@ def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
     assert np.allclose(read('lr/conv1'), 0.4) and np.array_equal(read('conv1'), tf.train.load_variable(str(prefix), 'conv1'))
 
 
-@pytest.mark.parametrize('method, name, label', [('anil', 'ANIL', '.innerhead'), pytest.param(
+@pytest.mark.parametrize('method, name, label', [pytest.param('anil', 'ANIL', '.innerhead', marks=pytest.mark.slow), pytest.param(
     'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
     'metasgd', 'Meta-SGD', '.learnlrweight'), pytest.param(
     'reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10', marks=pytest.mark.slow)])
@@ -652,6 +652,7 @@ def test_moments_that_tasks_hand_on_need_one_device():
     distribution.check_one_after_the_other('sgd', 2)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
     """Reptile's 50 updates, with --run as with the whole command; and what updates beyond the trained ones use is said."""
     flags = [*SINUSOID, '--method=reptile', '--norm=batch_norm', '--num_updates=2', '--inner_batch=2', '--metatrain_iterations=1']

@@ -67,7 +67,7 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path):
     assert 'the same as that of the undisturbed run (3 kills' in lines[-1]
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signals(number, tmp_path):
     """The iteration in hand is finished and saved, the exit status is the customary one, and the run can go on."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--log=False']

@@ -77,6 +77,7 @@ def test_rows_are_trained_evaluated_and_written(start, tmp_path):
     assert status == 0 and 'Iteration' not in printed and (run / 'results.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_queue_saves_and_goes_on(start, tmp_path):
     """SIGTERM is passed on to the training; a second queue is refused meanwhile."""
     process = start('--only', 'sinusoid', iterations=10 ** 6)

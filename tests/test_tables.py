@@ -103,7 +103,7 @@ def test_constant_columns_and_blank_lines(tmp_path):
     assert (batch.query_x[..., 1] == 0).all() and np.isfinite(batch.query_x).all()
 
 
-@pytest.mark.parametrize('flags, data', [(REGRESSION, 'regression'), (CLASSES, 'classes')])
+@pytest.mark.parametrize('flags, data', [pytest.param(REGRESSION, 'regression', marks=pytest.mark.slow), (CLASSES, 'classes')])
 def test_a_run(flags, data, tmp_path, few_tasks, request):
     """It learns; evaluation repeats exactly although the split train has changed since; --run needs no flags."""
     data = request.getfixturevalue(data)

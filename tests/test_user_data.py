@@ -146,7 +146,7 @@ def test_a_picture_of_a_run_that_diverged_is_logarithmic():
     assert low > 90 and high - low < 10, 'the band can be seen'
 
 
-@pytest.mark.parametrize('image_format', ['pdf', 'svg'])
+@pytest.mark.parametrize('image_format', ['pdf', pytest.param('svg', marks=pytest.mark.slow)])
 def test_formats_of_pictures(tmp_path, image_format):
     flags = ['--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
     run_ok(*flags)
