@@ -36,6 +36,7 @@ from runtime.startup import import_tensorflow  # noqa: E402
 import_tensorflow()
 from runtime import checkpoints, results  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
+from runtime.evaluations import Evaluation  # noqa: E402
 from runtime.files import locked, write_atomically  # noqa: E402
 from runtime.methods import apply_method  # noqa: E402
 from runtime.run import data_from_flags, experiment_name  # noqa: E402
@@ -217,8 +218,8 @@ def evaluated(state: State) -> dict[str, int | list[int]]:
 
 def belongs(entry: dict) -> bool:
     """Whether an evaluation is one that the table shows."""
-    elsewhere = entry['flags'].get('train_datasource') not in (None, entry['tasks']['datasource'])
-    return entry['tasks']['split'] == 'test' and entry['tasks']['count'] == 600 and entry.get('query_norm') == 'batch' and not elsewhere
+    return (entry['tasks']['split'] == 'test' and entry['tasks']['count'] == 600 and entry.get('query_norm') == 'batch'
+            and not Evaluation('', '', None, entry).elsewhere)
 
 
 def figure(entry: dict, updates: int) -> str:

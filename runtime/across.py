@@ -2,7 +2,6 @@
 import csv
 import dataclasses
 import io
-import json
 import os
 import re
 import sys
@@ -46,7 +45,7 @@ class Matrix:
     @property
     def notes(self) -> list[str]:
         """What the marks in the texts mean."""
-        known = any(one.elsewhere and one.entry.get('known_classes') for one in self.cells.values())
+        known = any(one.entry.get('known_classes') for one in self.cells.values())
         return [f'{OWN_SOURCE}: the source that the model was trained on',
                 *([f'{KNOWN_CLASSES}: some classes have the names of classes that the model was trained on'] if known else [])]
 
@@ -104,7 +103,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 
 def _table(evaluations):
     """Of several evaluations of one model on the same tasks, the last in its file counts."""
-    keys, tasks = [Model.of(one) for one in evaluations], [json.dumps(one.entry['tasks'], sort_keys=True) for one in evaluations]
+    keys, tasks = [Model.of(one) for one in evaluations], [one.tasks_key for one in evaluations]
     described = {key: describe_tasks(one.entry['tasks']) for key, one in zip(tasks, evaluations)}
     models, targets = list(dict.fromkeys(keys)), sorted(described, key=lambda key: (described[key], key))
     cells = {(models.index(key), targets.index(target)): one for key, target, one in zip(keys, tasks, evaluations)}

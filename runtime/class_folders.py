@@ -212,11 +212,10 @@ def listed_classes(folder: str, split: str) -> set[str]:
 
     None of a source without such a list, or of one with several published splits.
     """
-    path = os.path.join(folder, CLASS_LIST)
-    if not os.path.isfile(path):
+    try:
+        return set(read_manifest(os.path.join(folder, CLASS_LIST), split))
+    except UserError:
         return set()
-    with open(path, newline='', encoding='utf-8') as file:
-        return {row['class'] for row in csv.DictReader(file) if row.get('split') == split}
 
 
 def preparation_facts(root: str) -> dict:

@@ -119,7 +119,7 @@ def by_tasks(evaluations: Sequence[Evaluation]) -> tuple[list[Comparison], list[
     """Evaluations on the same tasks together, and those on tasks of which there is no other."""
     groups = {}
     for one in evaluations:
-        groups.setdefault(json.dumps([one.entry['tasks'], one.entry['score']], sort_keys=True), []).append(one)
+        groups.setdefault((one.tasks_key, one.entry['score']), []).append(one)
     return ([Comparison(group) for group in groups.values() if len(group) > 1],
             [group[0] for group in groups.values() if len(group) == 1])
 

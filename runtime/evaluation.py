@@ -16,7 +16,7 @@ from runtime.class_folders import listed_classes, preparation_facts
 from runtime.ensemble import Ensemble
 from runtime.errors import UserError
 from runtime.progress import Progress
-from runtime.run import TEST_UPDATES, Run, record_split
+from runtime.run import Run, record_split, usual_updates
 from runtime.summaries import Summaries
 from runtime.tasks import Tasks
 
@@ -131,7 +131,7 @@ def results_name(run: Run, prefix: str, query_norm: str) -> str:
         f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
         f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
         f'_seed{run.tasks.seed}' if run.tasks.seed else '',
-        f'_updates{run.test_updates}' if run.test_updates != max(run.model.num_updates, TEST_UPDATES) else '',
+        f'_updates{run.test_updates}' if run.test_updates != usual_updates(run.model.num_updates) else '',
         f'_batch{run.model.inner_batch}' if run.flag_values['train_inner_batch'] not in (-1, run.model.inner_batch) else '',
         f'_querynorm{query_norm}' if query_norm != 'batch' else '',
         f'_ensemble{run.ensemble}' if run.ensemble > 1 else '',

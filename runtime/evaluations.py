@@ -29,6 +29,11 @@ class Evaluation:
         return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
 
     @property
+    def tasks_key(self) -> str:
+        """Equal for evaluations on the same tasks: all that draws them."""
+        return json.dumps(self.entry['tasks'], sort_keys=True)
+
+    @property
     def values(self) -> np.ndarray:
         """[tasks, 1 + updates], in the unit that is shown."""
         return np.array(self.entry['scores'], float) * UNITS[self.entry['score']][1]

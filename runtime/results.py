@@ -117,9 +117,12 @@ def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: di
     if earlier is None or os.path.basename(earlier['checkpoint']) == os.path.basename(facts['checkpoint']):
         return
     checkpoint = os.path.basename(earlier['checkpoint'])
-    split = facts['tasks']['split']
+    file, split = _file(_key(name, facts), earlier), facts['tasks']['split']
     other, other_file = _claim(entries, f'{name}_{checkpoint}', earlier)
     _write_files(os.path.join(directory, other_file), np.array(earlier['scores']))
+    for suffix in '.csv', '.pkl':
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(directory, file + suffix))
     renamed = [(f'{name}_{split}_{picture}', f'{other}_{split}_{picture}')
                for picture in ('updates.png', 'updates.pdf', 'updates.svg', 'tasks.png', 'tasks.pdf', 'tasks.svg')]
     for old, new in renamed:

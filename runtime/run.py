@@ -130,11 +130,16 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         checkpoint=BEST if values.test_best else {-1: None}.get(values.test_iter, values.test_iter),
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'), ensemble=values.ensemble,
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
-        test_updates=max(values.num_updates, TEST_UPDATES) if values.test_updates == -1 else values.test_updates,
+        test_updates=usual_updates(values.num_updates) if values.test_updates == -1 else values.test_updates,
         plot_format=values.plot_format,
         method=tasks.baseline or _method(values),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
+
+
+def usual_updates(num_updates: int) -> int:
+    """Inner updates of an evaluation, if no flag asks for others, of a model trained with num_updates."""
+    return max(num_updates, TEST_UPDATES)
 
 
 def _directory(values):
