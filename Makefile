@@ -3,6 +3,7 @@
 # make test:   all tests but the slow ones (under 10 minutes); make test TESTS= : the slow ones too.
 # make omniglot: fetches and prepares Omniglot, and evaluates the shipped 5-way 1-shot model on it.
 # make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
+# make zoo:    evaluates the models in logs/ again and compares the figures with those recorded.
 # All work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
 # make demo CONSTRAINTS=constraints.txt installs the versions that were tested.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 
 TESTS ?= -m "not slow"
 
-.PHONY: demo omniglot check test table clean
+.PHONY: demo omniglot check test table zoo clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
@@ -31,6 +32,9 @@ test: $(VENV)/tested
 
 table: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/table.py
+
+zoo: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/zoo.py check
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

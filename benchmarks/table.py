@@ -90,6 +90,10 @@ ROWS = [
         '--update_batch_size=1', '--train_update_batch_size=15', '--inner_batch=5', '--train_inner_batch=10')),
     *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}', '--logdir=logs/sine_seeds/'))
       for seed in range(1, 5)),
+    Row('omniglot_5way1shot', 'Omniglot 5-way 5-shot', '99.9 ± 0.1 (MAML)', flags=('--update_batch_size=5', '--logdir=logs/omniglot5way5shot/')),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 5-shot', '71.5 ± 1.0 (R2D2)', '70.8 ± 0.9 (a fork)', flags=(
+        '--update_batch_size=5', '--logdir=logs/cifarfs5shot/')),
+    Row('fc100_5way1shot', 'FC100 5-way 5-shot', '50.4 ± 1.0 (T-NAS)', flags=('--update_batch_size=5', '--logdir=logs/fc1005shot/')),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot, no convolutions', '89.7 ± 1.1 (MAML)', flags=('--conv=False', '--logdir=logs/omniglot5way_dense/')),
     Row('doublemnist_5way1shot', 'DoubleMNIST 5-way 1-shot', '97.05 (MultiDigitMNIST)'),
     Row('doublemnist_20way1shot', 'DoubleMNIST 20-way 1-shot', '85.46 (MultiDigitMNIST)'),

@@ -30,6 +30,7 @@ _ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pret
 _SUFFIXES = ('.data-00000-of-00001', '.index')  # renamed in this order: the index makes the checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
+_OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # Summaries and results, which are meaningless for a run that starts from scratch in the directory.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'test_*', 'predict_*'
 
@@ -271,7 +272,7 @@ def _decode(prefix, record):
 
 
 def restore(checkpoint: Checkpoint, state: dict[str, tf.Variable]) -> None:
-    """Assigns the values of a checkpoint to variables.
+    """Assigns the values of a checkpoint to variables, to continue a training.
 
     Args:
         state: {name: tf.Variable}, which the checkpoint must match in names and shapes.
@@ -279,7 +280,20 @@ def restore(checkpoint: Checkpoint, state: dict[str, tf.Variable]) -> None:
     Raises:
         UserError: it does not; says what differs.
     """
+    if any(_OPTIMIZER in name for name in state) and not any(_OPTIMIZER in name for name in checkpoint.arrays):
+        raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training cannot '
+                        'continue from it; start another run from its weights by --load_from')
     _assign(checkpoint.prefix, checkpoint.arrays, state)
+
+
+def restore_parameters(checkpoint: Checkpoint, parameters: dict[str, tf.Variable]) -> None:
+    """As `restore`, for an evaluation: the state of the optimizer is not used, and need not be there."""
+    _assign(checkpoint.prefix, without_optimizer(checkpoint.arrays), parameters)
+
+
+def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint that an evaluation needs."""
+    return {name: array for name, array in arrays.items() if _OPTIMIZER not in name}
 
 
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
@@ -327,8 +341,7 @@ def _check_there(prefix):
 
 def _own_weights(arrays, variables):
     """The parameters in a checkpoint of this program, without the state of an inner optimizer that the model lacks."""
-    return {name: array for name, array in arrays.items()
-            if '/adam/' not in name and (name in variables or not name.startswith('inner/'))}
+    return {name: array for name, array in without_optimizer(arrays).items() if name in variables or not name.startswith('inner/')}
 
 
 def _reference_weights(arrays, variables):

@@ -186,7 +186,7 @@ def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None]:
                         f'{run.regime}ing; give the flags of its training')
     checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.trained_on},
                             'give the flags of its training')
-    checkpoints.restore(checkpoint, model.state())
+    checkpoints.restore_parameters(checkpoint, model.parameters())
     if best:
         model = Ensemble(model, [{name: one.arrays[name] for name in model.parameters()} for one in best],
                          [one.record['iteration'] for one in best])
