@@ -30,6 +30,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 
+from run_files import CONSOLE, TIMES  # noqa: E402
+
 import main  # noqa: E402
 from runtime.startup import import_tensorflow  # noqa: E402
 
@@ -46,8 +48,11 @@ PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
 PAGE = os.path.join('docs', 'results.md')
 LOCK = os.path.join('logs', '.table.lock')
-CONSOLE = 'console.log'  # in a run's directory: what its training printed
-TIMES = 'training_time.json'  # in a run's directory: {machine: seconds of training}
+NOTE = '''<details><summary>The commands of each row</summary>
+
+They train a row, and evaluate its newest checkpoint, or for MAML++ the five best together. With `--test_best` the one that did best on
+meta-validation is evaluated, and with `--ensemble=1` one checkpoint of MAML++.'''
+EVALUATION = '--train=False', '--test_set=True'
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
 
@@ -210,7 +215,7 @@ def evaluate(row: Row, state: State) -> None:
     if len(state.ranking) >= state.ensemble > 1:
         wanted['ensemble'] = state.ranking[:state.ensemble], []
     for what, (of, more) in wanted.items():
-        if of not in evaluated(state).values() and run([*row.arguments, *row.evaluation, '--train=False', '--test_set=True', *more]):
+        if of not in evaluated(state).values() and run([*row.arguments, *row.evaluation, *EVALUATION, *more]):
             sys.exit(f'the evaluation of {row.name} ({what}) failed')
 
 
@@ -232,9 +237,8 @@ def figure(entry: dict, updates: int) -> str:
     return f'{number(found["mean"] * factor, digits)} ± {number(found["ci95"] * factor, digits)}'
 
 
-def line(row: Row) -> str:
+def line(row: Row, state: State) -> str:
     """A row of the table, in Markdown."""
-    state = state_of(row)
     entries, found = results.existing(state.directory), evaluated(state)
     cells = [', '.join(scores(entries[name]) for name in found if found[name] == wanted)
              for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
@@ -252,13 +256,23 @@ def scores(entry: dict) -> str:
     return ', '.join(f'{figure(entry, updates)} after {updates}' for updates in numbers if updates < len(entry['updates']))
 
 
+def commands(row: Row, run: str) -> str:
+    """Text: the commands that train a row and evaluate it, from the folder `run`."""
+    return '\n'.join([f'# {row.title}', ' '.join(['python main.py', *row.arguments]),
+                      ' '.join([f'python main.py --run={run}', *row.evaluation, *EVALUATION])])
+
+
 def write_table() -> None:
-    """Writes the table between its two marks in docs/results.md."""
+    """Writes the table and the commands of its rows between two marks in docs/results.md."""
     heads = 'run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training'
-    table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS)])
+    states = [state_of(row) for row in ROWS]
+    table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS, states)])
+    folders = [os.path.dirname(state.directory) for state in states]
+    runs = [folder if folders.count(folder) == 1 else state.directory for folder, state in zip(folders, states)]
+    listing = '\n'.join(map(commands, ROWS, runs))
     with open(PAGE, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
-    write_atomically(PAGE, f'{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}'.encode())
+    write_atomically(PAGE, f'{before}{BEGIN}\n\n{table}\n\n{NOTE}\n\n```\n{listing}\n```\n\n</details>\n\n{END}{rest.split(END)[1]}'.encode())
     print(f'Written: {PAGE}')
 
 

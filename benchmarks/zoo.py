@@ -23,6 +23,8 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from run_files import CONSOLE, TIMES  # noqa: E402
+
 import main  # noqa: E402
 from runtime.startup import import_tensorflow  # noqa: E402
 
@@ -31,10 +33,10 @@ from runtime import checkpoints, results  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 from runtime.evaluations import result_directories  # noqa: E402
 from runtime.files import write_atomically  # noqa: E402
-from runtime.run import data_from_flags  # noqa: E402
+from runtime.run import FLAG_FILE, data_from_flags  # noqa: E402
 from runtime.statistics import UNITS, number  # noqa: E402
 
-ALSO = 'run.flags', 'console.log', 'training_time.json'  # files that are copied as they are
+ALSO = FLAG_FILE, CONSOLE, TIMES  # files that are copied as they are
 NOT_REPEATED = 'run', 'logdir', 'method', 'test_best', 'test_iter', 'log', 'plot'  # flags; those of the method are recorded too
 
 
@@ -112,9 +114,9 @@ def pack(source: str, destination: str) -> None:
     Raises:
         UserError: there is no run, or a checkpoint cannot be read.
     """
-    runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(source), '**', 'run.flags'), recursive=True)]
+    runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(source), '**', FLAG_FILE), recursive=True)]
     if not runs:
-        raise UserError(f'there is no run (a folder with run.flags) in {source}')
+        raise UserError(f'there is no run (a folder with {FLAG_FILE}) in {source}')
     for directory in sorted(runs):
         pack_run(directory, os.path.join(destination, os.path.relpath(directory, source)))
 
