@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import filelock
+from absl.flags import FlagValues
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -41,8 +42,9 @@ from runtime.errors import UserError  # noqa: E402
 from runtime.evaluations import Evaluation  # noqa: E402
 from runtime.files import locked, write_atomically  # noqa: E402
 from runtime.methods import apply_method  # noqa: E402
-from runtime.run import data_from_flags, experiment_name  # noqa: E402
-from runtime.statistics import UNITS, number  # noqa: E402
+from runtime.run import data_from_flags, experiment_name, missing_classes  # noqa: E402
+from runtime.statistics import figure  # noqa: E402
+from runtime.tasks import TaskConfig  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
@@ -50,8 +52,8 @@ PAGE = os.path.join('docs', 'results.md')
 LOCK = os.path.join('logs', '.table.lock')
 NOTE = '''<details><summary>The commands of each row</summary>
 
-They train a row, and evaluate its newest checkpoint, or for MAML++ the five best together. With `--test_best` the one that did best on
-meta-validation is evaluated, and with `--ensemble=1` one checkpoint of MAML++.'''
+The first trains a row. The second evaluates its newest checkpoint; for MAML++, the five best together. Add `--test_best` for the
+checkpoint that did best on meta-validation, `--ensemble=1` for the newest of MAML++, or both for the best of MAML++.'''
 EVALUATION = '--train=False', '--test_set=True'
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
@@ -113,28 +115,30 @@ class State(NamedTuple):
     wanted: int             # iterations
     newest: int             # iterations of the newest checkpoint; 0: none
     ranking: list[int]      # iterations of the checkpoints that did best on meta-validation
-    prepared: str           # '', or the reason why its data cannot be used
+    missing: str            # '', or the reason why its data cannot be used
     ensemble: int           # checkpoints of the method's ensemble; 1: it has none
+    tasks: TaskConfig       # of its evaluations
+
+
+def parse(arguments: list[str]) -> FlagValues:
+    """The flags after a command line."""
+    main.FLAGS.unparse_flags()
+    main.parse(['main.py', *arguments])
+    apply_method(main.FLAGS)
+    return main.FLAGS
 
 
 def state_of(row: Row) -> State:
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', *row.arguments])
-    values = main.FLAGS
-    apply_method(values)
+    """Reads it from the row's directory."""
+    _, tasks = data_from_flags(parse([*row.arguments, *row.evaluation, *EVALUATION]))
+    values = parse(row.arguments)
     directory = os.path.join(values.logdir, experiment_name(values, pretrain_only=False))
-    try:
-        source, tasks = data_from_flags(values)
-        if source.image_shape:
-            source.folders(tasks.data_path).names('train')
-        missing = ''
-    except UserError as error:
-        missing = str(error)
+    missing = missing_classes(values, 'train')
     there = checkpoints.iterations(directory)
     record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
-    ranking = [entry['iteration'] for entry in record.get('ranking', [record['best']] if record['best'] else [])
+    ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
-    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble)
+    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble, tasks)
 
 
 def lowest_priority() -> None:
@@ -182,7 +186,8 @@ def copy_lines(lines: Iterable[str], log: str) -> None:
             waiting = ''
 
 
-def times(directory: str) -> dict[str, float]:
+def times(directory: str) -> dict[str, dict]:
+    """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is."""
     try:
         with open(os.path.join(directory, TIMES), encoding='utf-8') as file:
             return json.load(file)
@@ -191,7 +196,7 @@ def times(directory: str) -> dict[str, float]:
 
 
 def train(row: Row, state: State, until: int) -> None:
-    """Trains a row, and adds the seconds to its recorded time. Ends the program if it is interrupted.
+    """Trains a row, and adds seconds and iterations to its recorded time. Ends the program if it is interrupted.
 
     Args:
         until: iterations; at the first checkpoint of that many, the training is stopped.
@@ -199,10 +204,12 @@ def train(row: Row, state: State, until: int) -> None:
     started = time.monotonic()
     status = run(row.arguments, os.path.join(state.directory, CONSOLE),
                  lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
-    spent, machine = times(state.directory), f'{os.cpu_count()} cores, {platform.machine()}'
-    spent[machine] = spent.get(machine, 0) + time.monotonic() - started
+    recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {platform.machine()}'
+    done = {'seconds': time.monotonic() - started, 'iterations': max(checkpoints.iterations(state.directory), default=0) - state.newest}
+    earlier = recorded.get(machine, {})
+    recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
     if os.path.isdir(state.directory):
-        write_atomically(os.path.join(state.directory, TIMES), json.dumps(spent).encode())
+        write_atomically(os.path.join(state.directory, TIMES), json.dumps(recorded).encode())
     if status:
         sys.exit(f'the training of {row.name} ended with status {status}; start this again to continue')
 
@@ -222,19 +229,16 @@ def evaluate(row: Row, state: State) -> None:
 def evaluated(state: State) -> dict[str, int | list[int]]:
     """{name of an evaluation that the table shows: the iterations of its checkpoint, or of its ensemble}."""
     return {name: entry.get('ensemble', entry['iterations'])
-            for name, entry in results.existing(state.directory).items() if belongs(entry)}
+            for name, entry in results.existing(state.directory).items() if belongs(entry, state.tasks)}
 
 
-def belongs(entry: dict) -> bool:
-    """Whether an evaluation is one that the table shows."""
-    return (entry['tasks']['split'] == 'test' and entry['tasks']['count'] == 600 and entry.get('query_norm') == 'batch'
-            and not Evaluation('', '', None, entry).elsewhere)
-
-
-def figure(entry: dict, updates: int) -> str:
-    _, factor, digits = UNITS[entry['score']]
-    found = entry['updates'][updates]
-    return f'{number(found["mean"] * factor, digits)} ± {number(found["ci95"] * factor, digits)}'
+def belongs(entry: dict, config: TaskConfig) -> bool:
+    """Whether an evaluation is one that the table shows: of the run's own checkpoints, on 600 meta-test tasks such as the row wants."""
+    tasks, evaluation = entry['tasks'], Evaluation('', '', None, entry)
+    wanted = {'split': 'test', 'count': 600, 'update_batch_size': config.update_batch_size, 'query_shots': config.query_shots,
+              'seed': config.seed, 'num_classes': tasks['num_classes'] and config.num_classes}
+    return (all(tasks[name] == value for name, value in wanted.items()) and entry.get('query_norm') == 'batch'
+            and not evaluation.elsewhere and not evaluation.flag('load_from'))
 
 
 def line(row: Row, state: State) -> str:
@@ -244,22 +248,23 @@ def line(row: Row, state: State) -> str:
              for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
     best = cells[1] and f'{cells[1]} (model{state.ranking[0]})'
     ensemble = cells[2] and f'; {state.ensemble} best together: {cells[2]}'
-    hours = ', '.join(f'{seconds / 3600:.2g} h on {machine}' for machine, seconds in times(state.directory).items())
+    hours = ', '.join(f'{spent["seconds"] / 3600:.2g} h for {spent["iterations"]:,} on {machine}'
+                      for machine, spent in times(state.directory).items())
     return (f'| {row.title} | {row.paper} | {row.reference} | {cells[0]} | {best}{ensemble} | {state.newest:,} of {state.wanted:,} | '
             f'{hours} |')
 
 
 def scores(entry: dict) -> str:
     """The scores of an evaluation after the method's default number of updates, and after 10."""
-    own = entry.get('own_updates', entry['flags']['num_updates'])
-    numbers = dict.fromkeys([own, 10])
-    return ', '.join(f'{figure(entry, updates)} after {updates}' for updates in numbers if updates < len(entry['updates']))
+    numbers = dict.fromkeys([Evaluation('', '', None, entry).own_updates, 10])
+    return ', '.join(f'{figure(one["mean"], one["ci95"], entry["score"])} after {updates}'
+                     for updates in numbers for one in entry['updates'][updates:updates + 1])
 
 
-def commands(row: Row, run: str) -> str:
-    """Text: the commands that train a row and evaluate it, from the folder `run`."""
+def commands(row: Row, state: State) -> str:
+    """Text: the commands that train and evaluate a row."""
     return '\n'.join([f'# {row.title}', ' '.join(['python main.py', *row.arguments]),
-                      ' '.join([f'python main.py --run={run}', *row.evaluation, *EVALUATION])])
+                      ' '.join([f'python main.py --run={state.directory}', *row.evaluation, *EVALUATION])])
 
 
 def write_table() -> None:
@@ -267,9 +272,7 @@ def write_table() -> None:
     heads = 'run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training'
     states = [state_of(row) for row in ROWS]
     table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS, states)])
-    folders = [os.path.dirname(state.directory) for state in states]
-    runs = [folder if folders.count(folder) == 1 else state.directory for folder, state in zip(folders, states)]
-    listing = '\n'.join(map(commands, ROWS, runs))
+    listing = '\n'.join(map(commands, ROWS, states))
     with open(PAGE, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
     write_atomically(PAGE, f'{before}{BEGIN}\n\n{table}\n\n{NOTE}\n\n```\n{listing}\n```\n\n</details>\n\n{END}{rest.split(END)[1]}'.encode())
@@ -280,9 +283,11 @@ def remaining(states: list[State], until: int) -> str:
     """Text: the hours that unfinished rows will take, as far as their speed is known."""
     hours, unknown = 0.0, 0
     for state in states:
-        left, seconds = min(state.wanted, until) - state.newest, sum(times(state.directory).values())
-        if left > 0 and seconds and state.newest:
-            hours += left * seconds / state.newest / 3600
+        left = max(min(state.wanted, until) - state.newest, 0) if not state.missing else 0
+        spent = times(state.directory).values()
+        iterations = sum(one['iterations'] for one in spent)
+        if iterations:
+            hours += left * sum(one['seconds'] for one in spent) / iterations / 3600
         else:
             unknown += left > 0
     return f'about {hours:.1f} hours' + (f', and {unknown} rows of unknown speed' if unknown else '')
@@ -295,14 +300,14 @@ def main_loop(rows: list[Row], until: int) -> None:
         state = states[0]
         title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.wanted:,} iterations'
         unfinished = state.newest < min(state.wanted, until)
-        if state.prepared and unfinished:
-            print(f'{title}: left out, {state.prepared}', flush=True)
+        if state.missing and unfinished:
+            print(f'{title}: left out, {state.missing}', flush=True)
             continue
         print(f'{title}; left in the queue: {remaining(states, until)}', flush=True)
         if unfinished:
             train(row, state, until)
             state = state_of(row)
-        if state.newest and not state.prepared:
+        if state.newest and not state.missing:
             evaluate(row, state)
         write_table()
 
@@ -316,17 +321,19 @@ def command_line(arguments: list[str] | None = None) -> None:
                         help='train nothing: evaluate the checkpoints so far')
     parser.add_argument('--write', action='store_true', help='only write the table')
     options = parser.parse_args(arguments)
-    if options.write:
-        write_table()
-    else:
-        chosen = [row for row in ROWS if options.only in row.name]
-        if not chosen:
-            sys.exit(f'no row has {options.only!r} in its name; there are: ' + '; '.join(row.name for row in ROWS))
-        try:
+    chosen = [row for row in ROWS if options.only in row.name]
+    if not chosen:
+        sys.exit(f'no row has {options.only!r} in its name; there are: ' + '; '.join(row.name for row in ROWS))
+    try:
+        if options.write:
+            write_table()
+        else:
             with locked(LOCK, wait=False):
                 main_loop(chosen, options.until)
-        except filelock.Timeout:
-            sys.exit('another queue is running; wait for it, or stop it (Ctrl-C there)')
+    except filelock.Timeout:
+        sys.exit('another queue is running; wait for it, or stop it (Ctrl-C there)')
+    except UserError as error:
+        sys.exit(f'Error: {error}')
 
 
 if __name__ == '__main__':

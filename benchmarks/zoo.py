@@ -5,14 +5,15 @@
     python benchmarks/zoo.py pack ../training/logs/fc1001shot logs/fc1001shot
 
 check repeats every evaluation in the results.json files of some folders and compares its figures, as they are printed, with those
-that are recorded. It leaves the folders as they are. Evaluations whose data are not prepared are left out. The exit status is 1 if
-a figure is another one.
+that are recorded. The folders stay as they are. Evaluations whose data are not there are left out. Exit status: 1 if a figure
+differs, if an evaluation fails, or if there was none.
 
-pack copies runs: their newest checkpoint, from which the training can be continued; those that did best on meta-validation, without
-the state of the optimizer, a third of the size; the evaluations of these in results.json; and the flags, console log and hours.
+pack copies runs: their newest checkpoint, from which the training can continue; those that did best on meta-validation, without
+the state of the optimizer, which makes them a fifth as large; the evaluations of these; and the flags, console log and times. What
+an earlier pack left at the destination is replaced.
 """
 import argparse
-import glob
+import collections
 import json
 import os
 import shutil
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 
+from run_files import CONSOLE, TIMES
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-
-from run_files import CONSOLE, TIMES  # noqa: E402
 
 import main  # noqa: E402
 from runtime.startup import import_tensorflow  # noqa: E402
@@ -31,118 +32,151 @@ from runtime.startup import import_tensorflow  # noqa: E402
 import_tensorflow()
 from runtime import checkpoints, results  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
-from runtime.evaluations import result_directories  # noqa: E402
+from runtime.evaluations import Evaluation, read_evaluations, result_directories  # noqa: E402
 from runtime.files import write_atomically  # noqa: E402
-from runtime.run import FLAG_FILE, data_from_flags  # noqa: E402
-from runtime.statistics import UNITS, number  # noqa: E402
+from runtime.run import FLAG_FILE, apply_run, missing_classes  # noqa: E402
+from runtime.statistics import figure  # noqa: E402
+from runtime.tables import COLUMNS_FILE  # noqa: E402
 
-ALSO = FLAG_FILE, CONSOLE, TIMES  # files that are copied as they are
-NOT_REPEATED = 'run', 'logdir', 'method', 'test_best', 'test_iter', 'log', 'plot'  # flags; those of the method are recorded too
-
-
-def flags_of(entry: dict) -> list[str]:
-    """The flags of an evaluation that are not at their defaults, without those that say where the run is."""
-    return [f'--{name}={value}' for name, value in entry['flags'].items()
-            if name in main.FLAGS and name not in NOT_REPEATED and value != main.FLAGS[name].default]
+COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, TIMES
+# Flags of an evaluation that are not repeated: where the run is, which checkpoint, and what does not change the figures.
+PLACES = 'run', 'logdir', 'method', 'test_best', 'test_iter', 'log', 'plot', 'query_norm'
+SAME, DIFFERENT, LEFT_OUT = 'the same', 'different', 'left out'
 
 
-def missing_data(arguments: list[str]) -> str:
-    """'', or why the data of an evaluation with these flags cannot be used."""
+def flags_of(evaluation: Evaluation) -> list[str]:
+    """The flags that repeat an evaluation with --run: those that are not at their defaults, or that the run has otherwise."""
+    with open(os.path.join(evaluation.directory, FLAG_FILE), encoding='utf-8') as file:
+        described = {line.removeprefix('--').partition('=')[0] for line in file}
+    values = {name: value for name, value in evaluation.entry['flags'].items() if name in main.FLAGS and name not in PLACES}
+    which = [] if 'ensemble' in evaluation.entry else [f'--test_iter={evaluation.entry["iterations"]}']
+    return [f'--{name}={value}' for name, value in values.items()
+            if value is not None and (value != main.FLAGS[name].default or name in described)] + [
+        f'--query_norm={evaluation.entry["query_norm"]}', '--log=False', *which]
+
+
+def missing_data(evaluation: Evaluation, flags: list[str]) -> str:
+    """'', or why the images of an evaluation cannot be used."""
     main.FLAGS.unparse_flags()
-    main.parse(['main.py', *arguments])
-    try:
-        source, tasks = data_from_flags(main.FLAGS)
-        if source.image_shape:
-            source.folders(tasks.data_path).names('test' if main.FLAGS.test_set else 'val')
-    except UserError as error:
-        return str(error)
-    return ''
+    main.parse(['main.py', f'--run={evaluation.directory}', *flags])
+    apply_run(main.FLAGS)
+    return missing_classes(main.FLAGS, 'test' if main.FLAGS.test_set else 'val')
 
 
-def figures(entry: dict) -> list[str]:
-    """The figures of an evaluation after 0, 1, ... updates, as they are printed."""
-    _, factor, digits = UNITS[entry['score']]
-    return [f'{number(one["mean"] * factor, digits)} ± {number(one["ci95"] * factor, digits)}' for one in entry['updates']]
-
-
-def evaluate_again(directory: str, entry: dict, flags: list[str]) -> dict:
+def evaluate_again(evaluation: Evaluation, flags: list[str]) -> dict:
     """The entry of results.json that the same evaluation makes now, in a temporary copy of the run.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    with tempfile.TemporaryDirectory() as logs:
-        copy = os.path.join(logs, os.path.basename(os.path.abspath(directory)))
-        os.mkdir(copy)
-        for path in glob.glob(os.path.join(glob.escape(directory), 'model*')):
-            os.symlink(os.path.abspath(path), os.path.join(copy, os.path.basename(path)))
-        which = [] if 'ensemble' in entry else [f'--test_iter={entry["iterations"]}']
-        subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *flags, f'--logdir={logs}', *which], check=True,
+    with tempfile.TemporaryDirectory() as folder:
+        for name in os.listdir(evaluation.directory):
+            if checkpoints.is_file_of(name) or name in COPIED:
+                os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
+        subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        found, = results.read(os.path.join(copy, results.FILE)).values()
-        return found
+        entry, = results.read(os.path.join(folder, results.FILE)).values()
+        return entry
+
+
+def figures(entry: dict) -> list[str]:
+    """The figures of an evaluation after 0, 1, ... updates, as they are printed."""
+    return [figure(one['mean'], one['ci95'], entry['score']) for one in entry['updates']]
+
+
+def repeat(evaluation: Evaluation) -> tuple[str, str]:
+    """Evaluates again; returns SAME, DIFFERENT or LEFT_OUT, and why."""
+    entry = evaluation.entry
+    if not {'flags', 'updates', 'query_norm'} <= entry.keys():
+        return LEFT_OUT, 'recorded by an earlier version'
+    if evaluation.flag('load_from'):
+        return LEFT_OUT, "not the run's own weights"
+    flags = flags_of(evaluation)
+    missing = missing_data(evaluation, flags)
+    if missing:
+        return LEFT_OUT, missing
+    try:
+        again = evaluate_again(evaluation, flags)
+    except subprocess.CalledProcessError as error:
+        return DIFFERENT, ' '.join(['evaluation failed:', *error.output.strip().splitlines()[-1:]])
+    if again['tasks'] != entry['tasks']:
+        return LEFT_OUT, 'the data here are not those of the recorded evaluation'
+    recorded, now = figures(entry), figures(again)
+    if recorded == now:
+        return SAME, f'{recorded[evaluation.own_updates]} after {evaluation.own_updates}'
+    if len(recorded) != len(now):
+        return DIFFERENT, f'{len(recorded) - 1} updates recorded, {len(now) - 1} now'
+    return DIFFERENT, ', '.join(f'{one} recorded and {other} now after {updates}'
+                                for updates, (one, other) in enumerate(zip(recorded, now)) if one != other)
 
 
 def check(folders: list[str]) -> bool:
-    """Repeats all evaluations in some folders, and prints a line about each. Returns whether all gave the recorded figures."""
-    done, different, left_out = 0, 0, 0
-    for directory in (directory for folder in folders for directory in result_directories(folder)):
-        for name, entry in results.read(os.path.join(directory, results.FILE)).items():
-            title, flags = f'{directory}: {name}, {os.path.basename(entry["checkpoint"])}', ['--log=False', *flags_of(entry)]
-            missing = missing_data(flags)
-            if missing:
-                left_out += 1
-                print(f'{title}: left out, {missing}', flush=True)
-                continue
-            try:
-                before, after = figures(entry), figures(evaluate_again(directory, entry, flags))
-                others = [f'{there} recorded and {here} now after {updates} updates'
-                          for updates, (there, here) in enumerate(zip(before, after, strict=True)) if there != here]
-                said = ', '.join(others) or f'the same, {before[min(entry.get("own_updates", 1), len(before) - 1)]}'
-            except subprocess.CalledProcessError as error:
-                others = [error.output.strip().splitlines()[-1] if error.output.strip() else f'status {error.returncode}']
-                said = f'could not be evaluated: {others[0]}'
-            done, different = done + 1, different + bool(others)
-            print(f'{title}: {said}', flush=True)
-    print(f'{done} evaluations repeated, {different} of them with another outcome; {left_out} left out for lack of data')
-    return done > 0 and not different
+    """Repeats all evaluations in some folders and prints a line about each; returns whether all repeated ones were the same.
+
+    Raises:
+        UserError: there are no evaluations, or a file of a run cannot be read.
+    """
+    counts = collections.Counter()
+    for evaluation in read_evaluations([(None, folder) for folder in folders]):
+        outcome, why = repeat(evaluation)
+        counts[outcome] += 1
+        print(f'{evaluation.path}: {outcome}, {why}', flush=True)
+    print(', '.join(f'{counts[outcome]} {outcome}' for outcome in (SAME, DIFFERENT, LEFT_OUT)))
+    return counts[SAME] > 0 and not counts[DIFFERENT]
 
 
 def pack(source: str, destination: str) -> None:
-    """Copies a run, or all runs in a folder; what an earlier packing left at the destination is replaced.
+    """Copies all runs in a folder.
 
     Raises:
-        UserError: there is no run, or a checkpoint cannot be read.
+        UserError: there is none, or one cannot be copied.
     """
-    runs = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(source), '**', FLAG_FILE), recursive=True)]
+    runs = result_directories(source, FLAG_FILE)
     if not runs:
         raise UserError(f'there is no run (a folder with {FLAG_FILE}) in {source}')
-    for directory in sorted(runs):
-        pack_run(directory, os.path.join(destination, os.path.relpath(directory, source)))
+    for directory in runs:
+        pack_run(directory, os.path.normpath(os.path.join(destination, os.path.relpath(directory, source))))
 
 
 def pack_run(directory: str, destination: str) -> None:
-    """Copies one run; prints what is there now."""
-    newest = checkpoints.find(directory, None)
-    iteration, there = newest.record['iteration'], checkpoints.iterations(directory)
-    best = {one['iteration']: checkpoints.find(directory, one['iteration']) for one in newest.record.get('ranking', [])
-            if one['iteration'] in there and one['iteration'] != iteration}
-    os.makedirs(destination, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(destination), 'model*')):
-        os.remove(path)
-    checkpoints.save(checkpoints.path(destination, iteration), newest.arrays, newest.record)
-    for other, checkpoint in best.items():
-        checkpoints.save(checkpoints.path(destination, other), checkpoints.without_optimizer(checkpoint.arrays), checkpoint.record)
-    shipped = {iteration, *best}
+    """Copies one run, and prints what is there now. If that fails, the destination stays as it was.
+
+    Raises:
+        UserError: it has no checkpoint, something in it cannot be read, or names an absolute path, or source and destination are one.
+    """
+    if os.path.realpath(directory) == os.path.realpath(destination):
+        raise UserError(f'{directory} cannot be copied to itself')
+    there = checkpoints.iterations(directory)
+    if not there:
+        raise UserError(f'there is no checkpoint in {directory}')
+    newest = checkpoints.load(checkpoints.path(directory, there[-1]))
+    best = [one['iteration'] for one in checkpoints.ranking_of(newest.record) if one['iteration'] in there[:-1]]
     entries = {name: entry for name, entry in results.existing(directory).items()
-               if shipped.issuperset(entry.get('ensemble', [entry['iterations']]))}
-    if entries:
-        write_atomically(os.path.join(destination, results.FILE), json.dumps(entries, indent=1).encode())
-    for name in ALSO:
-        if os.path.exists(os.path.join(directory, name)):
-            shutil.copyfile(os.path.join(directory, name), os.path.join(destination, name))
-    size = sum(os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(destination), '*')))
-    print(f'{destination}: model{iteration}{"".join(f", model{one}" for one in best)}; {len(entries)} evaluations; {size / 2 ** 20:.1f} MB')
+               if {there[-1], *best}.issuperset(entry.get('ensemble', [entry.get('iterations')]))}
+    for name, entry in entries.items():
+        absolute = [path for path in (entry['checkpoint'], *entry.get('flags', {}).values())
+                    if isinstance(path, str) and os.path.isabs(path)]
+        if absolute:
+            raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
+                            'relative paths')
+    os.makedirs(os.path.dirname(destination) or '.', exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(destination) or '.') as temporary:
+        folder = os.path.join(temporary, 'run')
+        os.mkdir(folder)
+        for iteration in best:
+            arrays, record = checkpoints.load(checkpoints.path(directory, iteration))[1:]
+            checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(arrays), record)
+        for name in os.listdir(directory):
+            if name in COPIED or checkpoints.is_file_of(name, there[-1]):
+                shutil.copy(os.path.join(directory, name), folder)
+        if entries:
+            write_atomically(os.path.join(folder, results.FILE), json.dumps(entries, indent=1).encode())
+        if os.path.exists(destination):
+            os.replace(destination, os.path.join(temporary, 'earlier'))
+        os.replace(folder, destination)
+    size = sum(os.path.getsize(os.path.join(destination, name)) for name in os.listdir(destination))
+    print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [there[-1], *best])}; {len(entries)} evaluations; '
+          f'{size / 2 ** 20:.1f} MB')
 
 
 def command_line(arguments: list[str] | None = None) -> None:
@@ -160,7 +194,7 @@ def command_line(arguments: list[str] | None = None) -> None:
             pack(options.source, options.destination)
         elif not check(options.folders):
             sys.exit(1)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f'Error: {error}')
 
 

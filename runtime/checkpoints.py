@@ -75,6 +75,12 @@ def iterations(directory: str) -> list[int]:
     return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
 
 
+def is_file_of(name: str, iteration: int | None = None) -> bool:
+    """Whether a file of this name is one of a checkpoint's: of an iteration's, or of any."""
+    match = _FILE.match(name)
+    return bool(match) and iteration in (None, int(match[1]))
+
+
 def path(directory: str, iteration: int) -> str:
     """The prefix of an iteration's checkpoint."""
     return os.path.join(directory, f'model{iteration}')
@@ -216,6 +222,11 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
                     '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
 
 
+def ranking_of(record: dict) -> list[dict]:
+    """{'iteration', 'score'} of the checkpoints that did best on meta-validation, the best first; earlier versions ranked one."""
+    return record.get('ranking', [record['best']] if record['best'] else [])
+
+
 def find_best(directory: str, count: int) -> list[Checkpoint]:
     """The `count` checkpoints that did best on meta-validation, the best first.
 
@@ -223,7 +234,7 @@ def find_best(directory: str, count: int) -> list[Checkpoint]:
         UserError: as for `find`, or the run has fewer.
     """
     checkpoint = find(directory, None)
-    ranking = [entry['iteration'] for entry in checkpoint.record.get('ranking', [])][:count]
+    ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record)][:count]
     if len(ranking) < count:
         raise UserError(f'--ensemble={count} needs as many checkpoints that were validated and kept, and {directory} has '
                         f'{len(ranking) or "none"}; train on with --ensemble={count}, or evaluate with --ensemble={max(len(ranking), 1)}')

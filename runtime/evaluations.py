@@ -80,16 +80,17 @@ def read_evaluations(named: Sequence[tuple[str | None, str]]) -> list[Evaluation
     return found
 
 
-def result_directories(folder: str) -> list[str]:
-    """The folder, and folders below it at any depth, that hold results; without what --resume=False and --test_iter moved aside."""
+def result_directories(folder: str, name: str = FILE) -> list[str]:
+    """The folder, and folders below it at any depth, that hold results, or another file; without what --resume=False and --test_iter
+    moved aside."""
     found, seen = [], set()
     for directory, below, files in os.walk(folder, followlinks=True):
         if os.path.realpath(directory) in seen:  # links may lead round in a circle
             below.clear()
             continue
         seen.add(os.path.realpath(directory))
-        below[:] = sorted(name for name in below if not re.fullmatch(r'earlier\d+', name))
-        found += [directory] if FILE in files else []
+        below[:] = sorted(one for one in below if not re.fullmatch(r'earlier\d+', one))
+        found += [directory] if name in files else []
     return found
 
 

@@ -205,6 +205,17 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
         data_path=values.data_path and os.path.expanduser(values.data_path))
 
 
+def missing_classes(values: flags.FlagValues, split: str) -> str:
+    """'', or why a split's classes of images cannot be listed, as where the data are not prepared; reads no image."""
+    try:
+        source, tasks = data_from_flags(values)
+        if source.image_shape:
+            source.folders(tasks.data_path).names(split)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
 def _with_flags(source, values):
     """A source as the flags change it, if its data are the user's own."""
     if isinstance(source, TableSource):

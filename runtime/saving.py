@@ -28,9 +28,9 @@ class TrainState:
 
     @classmethod
     def of(cls, record: dict) -> 'TrainState':
-        """The state that a checkpoint's record holds; earlier versions ranked one checkpoint."""
-        best = [record['best']] if record['best'] else []
-        return cls(**{'ranking': best, **{field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record}})
+        """The state that a checkpoint's record holds."""
+        record = {**record, 'ranking': checkpoints.ranking_of(record)}
+        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
 
 
 class Saver:

@@ -54,6 +54,12 @@ def number(value: float, digits: int) -> str:
     return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS else f'{value:.2e}'
 
 
+def figure(mean: float, half: float, metric: str) -> str:
+    """Text: a mean and the half-width of its interval, both of UNITS[metric] before its factor, as tables show them."""
+    _, factor, digits = UNITS[metric]
+    return f'{number(mean * factor, digits)} ± {number(half * factor, digits)}'
+
+
 def interval(values: np.ndarray, digits: int) -> str:
     """Text: mean and half-width of the 95% interval of values [tasks]."""
     mean, _, half = statistics(values[:, None])
