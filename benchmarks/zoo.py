@@ -154,8 +154,8 @@ def pack_run(directory: str, destination: str) -> None:
     entries = {name: entry for name, entry in results.existing(directory).items()
                if {there[-1], *best}.issuperset(entry.get('ensemble', [entry.get('iterations')]))}
     for name, entry in entries.items():
-        absolute = [path for path in (entry['checkpoint'], *entry.get('flags', {}).values())
-                    if isinstance(path, str) and os.path.isabs(path)]
+        given = [value for name, value in entry.get('flags', {}).items() if name in main.FLAGS and value != main.FLAGS[name].default]
+        absolute = [path for path in (entry['checkpoint'], *given) if isinstance(path, str) and os.path.isabs(path)]
         if absolute:
             raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
                             'relative paths')
