@@ -186,6 +186,15 @@ def copy_lines(lines: Iterable[str], log: str) -> None:
             waiting = ''
 
 
+def processor() -> str:
+    """The name of this machine's processor, or if the system does not tell, its architecture."""
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+        names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
 def times(directory: str) -> dict[str, dict]:
     """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is."""
     try:
@@ -204,7 +213,7 @@ def train(row: Row, state: State, until: int) -> None:
     started = time.monotonic()
     status = run(row.arguments, os.path.join(state.directory, CONSOLE),
                  lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
-    recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {platform.machine()}'
+    recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
     done = {'seconds': time.monotonic() - started, 'iterations': max(checkpoints.iterations(state.directory), default=0) - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
