@@ -257,8 +257,10 @@ def line(row: Row, state: State) -> str:
              for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
     best = cells[1] and f'{cells[1]} (model{state.ranking[0]})'
     ensemble = cells[2] and f'; {state.ensemble} best together: {cells[2]}'
-    hours = ', '.join(f'{spent["seconds"] / 3600:.2g} h for {spent["iterations"]:,} on {machine}'
-                      for machine, spent in times(state.directory).items())
+    spent = times(state.directory)
+    hours = ', '.join(f'{one["seconds"] / 3600:.2g} h on {machine}' for machine, one in spent.items())
+    timed = sum(one['iterations'] for one in spent.values())
+    hours += f' for {timed:,} of them' if hours and timed != state.newest else ''
     return (f'| {row.title} | {row.paper} | {row.reference} | {cells[0]} | {best}{ensemble} | {state.newest:,} of {state.wanted:,} | '
             f'{hours} |')
 
