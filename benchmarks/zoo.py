@@ -149,34 +149,45 @@ def pack_run(directory: str, destination: str) -> None:
     there = checkpoints.iterations(directory)
     if not there:
         raise UserError(f'there is no checkpoint in {directory}')
-    newest = checkpoints.load(checkpoints.path(directory, there[-1]))
-    best = [one['iteration'] for one in checkpoints.ranking_of(newest.record) if one['iteration'] in there[:-1]]
+    ranking = checkpoints.ranking_of(checkpoints.load(checkpoints.path(directory, there[-1])).record)
+    best = [one['iteration'] for one in ranking if one['iteration'] in there[:-1]]
     entries = {name: entry for name, entry in results.existing(directory).items()
                if {there[-1], *best}.issuperset(entry.get('ensemble', [entry.get('iterations')]))}
-    for name, entry in entries.items():
-        given = [value for name, value in entry.get('flags', {}).items() if name in main.FLAGS and value != main.FLAGS[name].default]
-        absolute = [path for path in (entry['checkpoint'], *given) if isinstance(path, str) and os.path.isabs(path)]
-        if absolute:
-            raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
-                            'relative paths')
-    os.makedirs(os.path.dirname(destination) or '.', exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(destination) or '.') as temporary:
+    refuse_absolute_paths(directory, entries)
+    parent = os.path.dirname(destination) or '.'
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = os.path.join(temporary, 'run')
-        os.mkdir(folder)
-        for iteration in best:
-            arrays, record = checkpoints.load(checkpoints.path(directory, iteration))[1:]
-            checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(arrays), record)
-        for name in os.listdir(directory):
-            if name in COPIED or checkpoints.is_file_of(name, there[-1]):
-                shutil.copy(os.path.join(directory, name), folder)
-        if entries:
-            write_atomically(os.path.join(folder, results.FILE), json.dumps(entries, indent=1).encode())
+        write_run(directory, folder, there[-1], best, entries)
         if os.path.exists(destination):
             os.replace(destination, os.path.join(temporary, 'earlier'))
         os.replace(folder, destination)
     size = sum(os.path.getsize(os.path.join(destination, name)) for name in os.listdir(destination))
-    print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [there[-1], *best])}; {len(entries)} evaluations; '
+    print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [there[-1], *best])}; evaluations: {len(entries)}; '
           f'{size / 2 ** 20:.1f} MB')
+
+
+def refuse_absolute_paths(directory: str, entries: dict[str, dict]) -> None:
+    """Raises UserError if evaluations of a run name files by absolute paths."""
+    for name, entry in entries.items():
+        given = [value for flag, value in entry.get('flags', {}).items() if flag in main.FLAGS and value != main.FLAGS[flag].default]
+        absolute = [path for path in (entry['checkpoint'], *given) if isinstance(path, str) and os.path.isabs(path)]
+        if absolute:
+            raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
+                            'relative paths')
+
+
+def write_run(directory: str, folder: str, newest: int, best: list[int], entries: dict[str, dict]) -> None:
+    """Writes a new folder with what ships of a run: its newest checkpoint as it is, the best without the state of the optimizer."""
+    os.mkdir(folder)
+    for iteration in best:
+        checkpoint = checkpoints.load(checkpoints.path(directory, iteration))
+        checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(checkpoint.arrays), checkpoint.record)
+    for name in os.listdir(directory):
+        if name in COPIED or checkpoints.is_file_of(name, newest):
+            shutil.copy(os.path.join(directory, name), folder)
+    if entries:
+        write_atomically(os.path.join(folder, results.FILE), json.dumps(entries, indent=1).encode())
 
 
 def command_line(arguments: list[str] | None = None) -> None:
