@@ -166,7 +166,9 @@ class Engine:
         else:
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
             zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs(signature))
-            sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=1)
+            # Where tasks hand on state, the next one's inner steps need not wait for this one's metrics.
+            at_once = os.cpu_count() if shared.carried else 1
+            sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
         return _pack((*means, carried, tf.cast(stopping, SUM_DTYPE)))
 
