@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import string
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from runtime.statistics import UNITS, difference, interval, number, p_text, p_va
 # statistics of batch norm. The switches of methods are in the method's name.
 NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
                 'task_chunk', 'strategy', 'train', 'baseline', 'verify', 'metatrain_iterations', 'run',
-                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method'}
+                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method',
+                'ensemble'}  # the method's name tells of it
 
 
 def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -144,8 +146,10 @@ def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     for given, one in named:
         alike = [other for name, other in named if name == given]
         differing = [name for name in one if len({str(other[name]) for other in alike}) > 1]
-        known.append([*([given] if given else []),
-                      *(str(one[name]) if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing)])
+        parts = [one[name] if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
+        if given and parts and differing[0] == '':  # a name that is the method's is not said twice
+            parts[0] = re.sub(f'^{re.escape(given)}(, |$)', '', parts[0])
+        known.append([*([given] if given else []), *filter(None, parts)])
     if not _all_different(known):
         for parts, path in zip(known, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)

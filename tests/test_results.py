@@ -111,6 +111,8 @@ def test_labels_say_what_differs():
     assert labels(evaluation('a', seed=0), evaluation('b')) == ['a, model5', 'b, model5'], 'an evaluation older than a flag has its default'
     assert labels(evaluation('a', given='old'), evaluation('b', given='new', norm='None')) == ['old', 'new']
     assert labels(evaluation('a', given='m', seed=0), evaluation('b', given='m', seed=1)) == ['m, seed=0', 'm, seed=1']
+    assert labels(evaluation('a', 'MAML++, ensemble of 5', 'MAML++', ensemble=5), evaluation('a', 'MAML++', 'MAML++', ensemble=1)) == [
+        'MAML++, ensemble of 5', 'MAML++'], 'neither the name nor the ensemble is said twice'
 
 
 def test_each_at_its_own_number_of_updates():
