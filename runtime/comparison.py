@@ -146,14 +146,18 @@ def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     for given, one in named:
         alike = [other for name, other in named if name == given]
         differing = [name for name in one if len({str(other[name]) for other in alike}) > 1]
-        parts = [one[name] if name in ('', 'checkpoint') else f'{name}={one[name]}' for name in differing]
-        if given and parts and differing[0] == '':  # a name that is the method's is not said twice
-            parts[0] = re.sub(f'^{re.escape(given)}(, |$)', '', parts[0])
-        known.append([*([given] if given else []), *filter(None, parts)])
+        known.append([*filter(None, [given, *(_setting_text(given, name, one[name]) for name in differing)])])
     if not _all_different(known):
         for parts, path in zip(known, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
     return [', '.join(parts) for parts in known]
+
+
+def _setting_text(given, name, value):
+    """Text of a setting in a label; the method without what the user's own name says already."""
+    if name == '':
+        return re.sub(f'^{re.escape(given)}(, |$)', '', value) if given else value
+    return value if name == 'checkpoint' else f'{name}={value}'
 
 
 def _all_different(lists):
