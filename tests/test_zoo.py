@@ -69,7 +69,7 @@ def test_shipped_figures_are_reproduced(capsys):
     assert zoo.check([SEED3, SEED3])  # named twice, evaluated once
     printed = capsys.readouterr().out
     assert 'model70000: the same, 0.4572 ± 0.0454 after 1' in printed and 'model64000: the same, 0.4422 ± 0.0452 after 1' in printed
-    assert printed.endswith('2 the same, 0 different, 0 left out\n')
+    assert printed.endswith('2 the same, 0 nearly the same, 0 different, 0 left out\n')
 
 
 @pytest.mark.slow
@@ -77,7 +77,9 @@ def test_other_figures_are_reported(tmp_path, capsys):
     run = tmp_path / os.path.basename(SEED3)
     shutil.copytree(SEED3, run)
     entries = entries_of(run)
-    entries['test_ubs10_stepsize0.001, test']['updates'][1]['mean'] += 0.0002
+    entries['test_ubs10_stepsize0.001, test']['updates'][1]['mean'] += 0.0032
+    entries['another, test'] = entries_of(SEED3)['test_ubs10_stepsize0.001, test'] | {'scores': [[0.0]]}
+    entries['another, test']['updates'][1]['mean'] += 0.0002
     entries['test_ubs10_stepsize0.001_model64000, test']['iterations'] = 63000
     (run / 'results.json').write_text(json.dumps(entries))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -85,9 +87,10 @@ def test_other_figures_are_reported(tmp_path, capsys):
         zoo.command_line(['check', str(tmp_path)])
     printed = capsys.readouterr().out
     assert end.value.code == 1
-    assert 'model70000: different, 0.4574 ± 0.0454 recorded and 0.4572 ± 0.0454 now after 1\n' in printed
+    assert 'model70000: different, 0.4604 ± 0.0454 recorded and 0.4572 ± 0.0454 now after 1\n' in printed
+    assert 'model70000: nearly the same, 0.4574 ± 0.0454 recorded and 0.4572 ± 0.0454 now after 1\n' in printed
     assert 'evaluation failed: ' in printed and 'there is no checkpoint model63000' in printed
-    assert printed.endswith('0 the same, 2 different, 0 left out\n')
+    assert printed.endswith('0 the same, 1 nearly the same, 2 different, 0 left out\n')
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
