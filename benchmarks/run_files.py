@@ -1,3 +1,3 @@
 """Names of the files that the queue adds to the directory of a run."""
 CONSOLE = 'console.log'         # what its training printed
-TIMES = 'training_time.json'    # {machine: seconds of training}
+TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of training}

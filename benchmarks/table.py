@@ -210,11 +210,13 @@ def train(row: Row, state: State, until: int) -> None:
     Args:
         until: iterations; at the first checkpoint of that many, the training is stopped.
     """
+    def newest():
+        return max(checkpoints.iterations(state.directory), default=0)
+
     started = time.monotonic()
-    status = run(row.arguments, os.path.join(state.directory, CONSOLE),
-                 lambda: max(checkpoints.iterations(state.directory), default=0) >= until)
+    status = run(row.arguments, os.path.join(state.directory, CONSOLE), lambda: newest() >= until)
     recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
-    done = {'seconds': time.monotonic() - started, 'iterations': max(checkpoints.iterations(state.directory), default=0) - state.newest}
+    done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
     if os.path.isdir(state.directory):
