@@ -96,7 +96,9 @@ def dense_block(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor, norm: str, sco
 def at_step(values: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
     """Entry number `step` of values [steps, ...]; the last one beyond them."""
     last = values.shape[0] - 1
-    return values[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
+    if isinstance(step, int):
+        return values[min(step, last)]
+    return tf.gather(values, tf.minimum(step, last))  # not values[step], for each value of which XLA compiles the whole graph
 
 
 def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | tf.Tensor) -> tf.Tensor:

@@ -62,8 +62,8 @@ class Engine:
         compiled = functools.partial(tf.function, jit_compile=xla and single, autograph=False)
         on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
         if not single:
-            self._local_means, self._map, self._map_and_measure = map(
-                on_replica, (self._local_means, self._map, self._map_and_measure))
+            self._map, self._map_and_measure = on_replica(self._map), on_replica(self._map_and_measure)
+            self._local_means = self._of_one_step(on_replica(self._local_means))
         self.train, self.means, self.map_on_replicas, self.map_and_measure = map(
             compiled, (self.train, self.means, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
@@ -149,7 +149,7 @@ class Engine:
             index: which of the meta-batches [steps, tasks, rows, dim]; None: batch is one meta-batch.
         """
         if index is not None:
-            batch, iteration = tf.nest.map_structure(lambda array: array[index], batch), iteration + tf.cast(index, tf.int64)
+            batch, iteration = _at(index, batch, iteration)
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = 1 if shared.carried else self._task_chunk or tasks
 
@@ -171,6 +171,15 @@ class Engine:
             sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
         return _pack((*means, carried, tf.cast(stopping, SUM_DTYPE)))
+
+    @staticmethod
+    def _of_one_step(local_means):
+        """`_local_means` that picks the meta-batch of a step before compiled code begins: XLA compiles again for each index."""
+        def of_step(shared, task_gradient, signature, batch, iteration, stopping=0., index=None):
+            if index is not None:
+                batch, iteration = _at(index, batch, iteration)
+            return local_means(shared, task_gradient, signature, batch, iteration, stopping)
+        return of_step
 
     def _sums(self, batch, gradients, outputs):
         """Gradients and metrics summed over the tasks of a meta-batch."""
@@ -198,6 +207,11 @@ class Engine:
         variables = {name: variable for group in self._shared for name, variable in group.items()}
         return ({name: tf.TensorSpec(variables[name].shape, SUM_DTYPE) for name in signature[0]},
                 {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics})
+
+
+def _at(index, batches, iteration):
+    """The meta-batch of a step, and its iteration."""
+    return tf.nest.map_structure(lambda array: array[index], batches), iteration + tf.cast(index, tf.int64)
 
 
 def _values(variables):

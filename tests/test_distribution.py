@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -19,6 +20,7 @@ from runtime import distribution
 from runtime.errors import UserError
 
 SINUSOID = ['--norm=None', '--update_batch_size=10', '--meta_batch_size=4', '--save_interval=100']
+NETWORKS = 'sinusoid', 'omniglot', 'steps', 'mini'  # of tests/replicas.py
 PATIENCE = 480  # seconds after which a process hangs
 
 
@@ -65,23 +67,28 @@ def run(*arguments, **where):
 
 @pytest.fixture(scope='module')
 def of_one(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp('one') / 'one.npz')
-    run('gradients', path)
+    """Computed once, also if several processes run the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    path = str((folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder) / 'one.npz')
+    with filelock.FileLock(f'{path}.lock'):
+        if not os.path.exists(path):
+            run('gradients', path, *NETWORKS)
     return np.load(path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('where', [{'devices': 2}, {'devices': 4}, {'workers': 2}, {'workers': 4}], ids=str)
-def test_gradients_and_training_are_those_of_one_device(where, of_one, tmp_path):
+@pytest.mark.parametrize('where, networks', [({'devices': 2}, NETWORKS), ({'workers': 2}, NETWORKS),
+                                             ({'devices': 4}, NETWORKS[:2]), ({'workers': 4}, NETWORKS[:2])], ids=str)
+def test_gradients_and_training_are_those_of_one_device(where, networks, of_one, tmp_path):
     """Meta-gradients of a meta-batch to 1e-6, weights after 100 steps to 1e-4, relative to a tensor's largest number.
 
     The networks for images hold the latter by being the same to the last bit: from a single one on, ReLUs near zero part them.
     See runtime.engine.SUM_DTYPE.
     """
     path = str(tmp_path / 'found.npz')
-    run('gradients', path, **where)
+    run('gradients', path, *networks, **where)
     found, worst = np.load(path), {}
-    assert found.files == of_one.files
+    assert found.files == [name for name in of_one.files if name.split()[0] in networks]
     for name in found.files:
         what = ' '.join(name.split()[:2])
         scale = np.abs(of_one[name]).max() or 1
@@ -119,6 +126,17 @@ def test_whole_runs(tmp_path):
     assert len(glob.glob(f'{tmp_path}/two/*/events*')) == 1
     # What several have begun, one can go on with.
     assert 'Going on from' in run_ok(*flags, f'--logdir={tmp_path}/two', '--metatrain_iterations=400')
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_for_each_step(tmp_path, monkeypatch):
+    """Neither for each iteration of a call, nor for each inner step of an evaluation: once for each shape of tasks."""
+    monkeypatch.setenv('TF_CPP_MIN_LOG_LEVEL', '0')
+    monkeypatch.setenv('TF_CPP_VMODULE', 'device_compilation_profiler=1')
+    (_, _, log), = run('main', *SINUSOID, '--strategy=mirrored', '--learn_lr=step', '--metatrain_iterations=20', f'--logdir={tmp_path}',
+                       devices=2)
+    compiled = re.findall(r'Compiled (\S+) (\d+) times', log)
+    assert len(compiled) > 3 and max(int(times) for _, times in compiled) <= 2, compiled
 
 
 def wait_for_checkpoint(logdir, processes):
