@@ -1,9 +1,9 @@
-"""A process on several replicas, for test_distribution.py: python tests/replicas.py DEVICES (gradients FILE NETWORKS... | main FLAGS...)
+"""A process on several replicas, for test_distribution.py: python tests/replicas.py DEVICES (gradients FILE | main FLAGS...)
 
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
-gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, are written to FILE by the chief.
-NETWORKS: of the shapes that sinusoid, omniglot and mini(ImageNet) have; steps: with learned step sizes and offsets of each step.
+gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, of networks of the shapes that sinusoid,
+Omniglot and miniImageNet have, and one with learned step sizes and offsets of each step, are written to FILE by the chief.
 """
 import dataclasses
 import os
@@ -47,12 +47,10 @@ def shapes():
             'steps': (steps, images(steps))}
 
 
-def gradients(replicas, path, *networks):
+def gradients(replicas, path):
     from maml import MAML
     share, found = TASKS // replicas.count, {}
-    for name in networks:
-        config, draw = shapes()[name]
-
+    for name, (config, draw) in shapes().items():
         def batch(step, draw=draw):
             return replicas.distribute(lambda replica: draw(step * TASKS + replica * share, share))
 
