@@ -91,9 +91,8 @@ def test_fixtures_in_double_precision(name):
     assert_agrees_in_double_precision(name, 'tasks')
 
 
-@pytest.mark.parametrize('name', ['layer_rates_fc', 'meta_sgd_mse', 'reptile_adam_mse'])
+@pytest.mark.parametrize('name', fixtures(['layer_rates_fc', 'reptile_adam_mse']))
 def test_fixtures_in_one_graph(name):
-    """Those of dense nets; those of convolutions: see test_the_graph_of_a_gpu."""
     assert_agrees_in_double_precision(name, 'wide')
 
 
@@ -459,7 +458,7 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
     """An interruption within a stage and at its end; the first stage ends within what is one call else."""
     flags = [*SINUSOID, '--num_updates=2', '--learn_lr=step', '--multi_step_loss=5', '--first_order_iterations=2']
     run_ok(*flags, f'--logdir={tmp_path / "whole"}', '--metatrain_iterations=6')
-    for last in 1, 5, 6:
+    for last in 1, 2, 5, 6:
         run_ok(*flags, f'--logdir={tmp_path / "parts"}', f'--metatrain_iterations={last}')
     whole, parts = trained_variables(tmp_path / 'whole'), trained_variables(tmp_path / 'parts')
     assert whole.keys() == parts.keys() and 'lr/w1' in whole and not np.array_equal(whole['lr/w1'], [0.001, 0.001])
