@@ -55,6 +55,8 @@ NOTE = '''<details><summary>The commands of each row</summary>
 The first trains a row. The second evaluates its newest checkpoint; for MAML++, the five best together. Add `--test_best` for the
 checkpoint that did best on meta-validation, `--ensemble=1` for the newest of MAML++, or both for the best of MAML++.'''
 EVALUATION = '--train=False', '--test_set=True'
+HEADS = ('run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training',
+         'best peer')
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
 
 
@@ -64,9 +66,9 @@ class Row(NamedTuple):
     title: str
     paper: str = ''
     reference: str = ''         # by the reference's code
-    peer: str = ''              # the best by another program's authors
     flags: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()  # further flags of its evaluations
+    peer: str = ''              # the best by another program's authors
 
     @property
     def name(self) -> str:
@@ -80,7 +82,7 @@ class Row(NamedTuple):
 ROWS = [
     Row('sinusoid_10shot', 'sinusoid 10-shot', '(only plotted)', '0.358 ± 0.036 after 1'),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot', '98.7 ± 0.4 (MAML)', peer='99.1 (learn2learn)'),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (R2D2)', '56.8 ± 1.9 (a fork)', '57.06 ± 3.83 (PaddleFSL)'),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (R2D2)', '56.8 ± 1.9 (a fork)', peer='57.06 ± 3.83 (PaddleFSL)'),
     Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (T-NAS)', peer='37.63 ± 2.23 (PaddleFSL)'),
     Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3 (MAML)'),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', peer='56.19 ± 3.39 (PaddleFSL)', flags=(
@@ -102,7 +104,7 @@ ROWS = [
       for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 5-shot', '99.9 ± 0.1 (MAML)', peer='99.23 ± 0.40 (PaddleFSL)', flags=(
         '--update_batch_size=5', '--logdir=logs/omniglot5way5shot/')),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 5-shot', '71.5 ± 1.0 (R2D2)', '70.8 ± 0.9 (a fork)', '73.6 (learn2learn)', flags=(
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 5-shot', '71.5 ± 1.0 (R2D2)', '70.8 ± 0.9 (a fork)', peer='73.6 (learn2learn)', flags=(
         '--update_batch_size=5', '--logdir=logs/cifarfs5shot/')),
     Row('fc100_5way1shot', 'FC100 5-way 5-shot', '50.4 ± 1.0 (T-NAS)', peer='49.14 ± 1.58 (PaddleFSL)', flags=(
         '--update_batch_size=5', '--logdir=logs/fc1005shot/')),
@@ -258,19 +260,18 @@ def belongs(entry: dict, config: TaskConfig) -> bool:
             and not evaluation.elsewhere and not evaluation.flag('load_from'))
 
 
-def line(row: Row, state: State) -> str:
-    """A row of the table, in Markdown."""
+def cells(row: Row, state: State) -> tuple[str, ...]:
+    """The cells of a row of the table, one for each of HEADS."""
     entries, found = results.existing(state.directory), evaluated(state)
-    cells = [', '.join(scores(entries[name]) for name in found if found[name] == wanted)
+    shown = [', '.join(scores(entries[name]) for name in found if found[name] == wanted)
              for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
-    best = cells[1] and f'{cells[1]} (model{state.ranking[0]})'
-    ensemble = cells[2] and f'; {state.ensemble} best together: {cells[2]}'
+    best = shown[1] and f'{shown[1]} (model{state.ranking[0]})'
+    ensemble = shown[2] and f'; {state.ensemble} best together: {shown[2]}'
     spent = times(state.directory)
     hours = ', '.join(f'{one["seconds"] / 3600:.2g} h on {machine}' for machine, one in spent.items())
     timed = sum(one['iterations'] for one in spent.values())
     hours += f' for {timed:,} of them' if hours and timed != state.newest else ''
-    return (f'| {row.title} | {row.paper} | {row.reference} | {row.peer} | {cells[0]} | {best}{ensemble} | '
-            f'{state.newest:,} of {state.wanted:,} | {hours} |')
+    return (row.title, row.paper, row.reference, shown[0], best + ensemble, f'{state.newest:,} of {state.wanted:,}', hours, row.peer)
 
 
 def scores(entry: dict) -> str:
@@ -288,10 +289,8 @@ def commands(row: Row, state: State) -> str:
 
 def write_table() -> None:
     """Writes the table and the commands of its rows between two marks in docs/results.md."""
-    heads = ('run', 'published', 'reference', 'best peer', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations',
-             'training')
     states = [state_of(row) for row in ROWS]
-    table = '\n'.join([f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|', *map(line, ROWS, states)])
+    table = '\n'.join(f'| {" | ".join(one)} |' for one in [HEADS, ['---'] * len(HEADS), *map(cells, ROWS, states)])
     listing = '\n'.join(map(commands, ROWS, states))
     with open(PAGE, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
