@@ -46,7 +46,7 @@ class ClassFolders:
     Attributes:
         root: the data folder.
         script: the preparation script that makes it; None: they are the user's own images, of any size and format.
-        shipped_manifest: the manifest to use if root holds none.
+        shipped_manifest: the manifest to use if root holds neither one nor folders train, val and test.
         split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
         split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
         skip_bad_images: leave out images that cannot be used, instead of refusing the split.
@@ -184,19 +184,20 @@ class ClassFolders:
 
     def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, if there is one."""
-        candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), self.shipped_manifest]
+        candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST),
+                      None if self._split_by_folders() else self.shipped_manifest]
         found = next((path for path in candidates if path and os.path.exists(path)), None)
         if found and self.split_given:
             self._check_split(found)
         return found
 
     def _unsplit(self) -> bool:
-        """Whether the root holds class folders that neither a manifest nor folders train, val and test divide.
+        """Whether the root holds class folders that neither a manifest nor folders train, val and test divide."""
+        return bool(self.split_ratios and not self._manifest() and not self._split_by_folders())
 
-        A folder called train that holds no folders is a class of that name.
-        """
-        return bool(self.split_ratios and not self._manifest()
-                    and not any(subfolders(os.path.join(self.root, split)) for split in SPLITS))
+    def _split_by_folders(self) -> bool:
+        """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
+        return any(subfolders(os.path.join(self.root, split)) for split in SPLITS)
 
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""

@@ -13,7 +13,7 @@ import data_generator
 from conftest import class_names, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig
 from runtime import class_folders, images
-from runtime.class_folders import SPLITS, read_manifest
+from runtime.class_folders import SPLITS, ClassFolders, read_manifest
 from runtime.errors import UserError
 
 OMNIGLOT = SOURCES['omniglot']
@@ -401,6 +401,17 @@ def test_a_split_without_classes_to_train_on_is_refused_and_not_written(own_imag
     with pytest.raises(UserError, match='--split=1/1/100 leaves no class of the 10'):
         dataclasses.replace(FOLDER, split_ratios=(1, 1, 100)).class_folders('train', str(own_images))
     assert not (own_images / 'splits.csv').exists()
+
+
+def test_folders_of_a_split_count_more_than_the_manifest_of_another_place(small_data, tmp_path):
+    """GTSRB prepared in its own folder has a manifest there. It does not divide other data, given by --data_path."""
+    write_manifest(tmp_path, ['alphabet/test01'])
+    elsewhere, undivided = str(tmp_path / 'splits.csv'), tmp_path / 'undivided'
+    undivided.mkdir()
+    divided = ClassFolders(str(small_data['cifarfs']), shipped_manifest=elsewhere)
+    assert divided.names('train') == [f'train/train{number:02d}' for number in range(6)]
+    with pytest.raises(UserError, match='1 of the 1 class folders of the test split are missing'):
+        ClassFolders(str(undivided), shipped_manifest=elsewhere).names('test')
 
 
 def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):
