@@ -51,6 +51,7 @@ class ClassTasks:
 
     @property
     def size(self) -> str:
+        """Text: how many classes and examples there are."""
         units = {'class': 'classes', 'table': 'tables'}[self.unit]
         return f'{len(self.classes.names):,} {units}, {self.classes.counts.sum():,} {self.examples}s'
 

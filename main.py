@@ -92,7 +92,7 @@ choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop ada
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning(label='.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning(label='.normscale'))
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning(label='.normperstep'))
-choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr on: one for each tensor, "
+choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
 boolean('mean_loss', False, 'divide the cross-entropy by rows; False: by shots, as the reference does', Learning('.meanloss'))
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: 'batch': their "
@@ -122,7 +122,7 @@ string('hidden', None, 'sizes of the hidden layers of a fully connected network,
        'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'))
 group('Network')
 choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are cores; 'wide': all "
-       'tasks in one graph; auto: wide for fully connected networks and on a GPU, else tasks')
+       'tasks in one graph; auto: wide for fully connected networks and on a GPU, but not with --recompute; else tasks')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
 boolean('recompute', False, 'keep the activations of one inner step only, and recompute the others in the backward pass: for many '
         'inner updates')
@@ -208,6 +208,7 @@ def execute(run: Run, data: Any) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """What the command line asks for. Raises UserError or absl.flags.Error, each with one sentence, for what is wrong with it."""
     rest = parse(argv)
     if FLAGS.help:
         print(help_text(__doc__))

@@ -41,22 +41,22 @@ class ModelConfig:
     norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
     image_shape: tuple[int, int, int] | None = None  # (height, width, channels); None: fully connected net
     dim_hidden: tuple[int, ...] = (40, 40)  # fully connected layer sizes
-    num_filters: int = 64
-    max_pool: bool = False
+    num_filters: int = 64                   # channels of each convolution
+    max_pool: bool = False                  # pool after each block, instead of convolutions of stride 2
     head: str | None = 'mean'            # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
     adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
     norm_scale: bool = False                # batch norm has a scale
     norm_per_step: bool = False             # offsets and scales of each inner step
-    learn_lr: str = 'no'                    # learned step sizes of each tensor: 'layer'; and step: 'step'; or number: 'weight'
+    learn_lr: str = 'no'                    # a learned step size: 'layer': per tensor, 'step': per tensor and step, 'weight': per number
     mean_loss: bool = False                 # 'xent' divides by the number of rows
     multi_step_loss: int = 0                # iterations in which the objective includes the loss after each inner update
     first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
     meta_optimizer: str = 'adam'            # of the outer loop: 'adam' | 'sgd'
     meta_lr_schedule: str = 'constant'      # how the outer step size moves to meta_lr_final: 'constant' | 'linear' | 'cosine'
     meta_lr_final: float = -1               # -1: 0
-    metatrain_iterations: int = 0           # after which it gets there; unused if it is constant
+    metatrain_iterations: int = 0           # when meta_lr_final is reached; unused if constant
     schedule_interval: int = 1              # iterations between changes of the schedules
     query_norm: str = 'batch'               # statistics for query rows: 'batch' | 'support' | 'each', see `query_features`
     outer: str = 'gradient'                 # what the outer step follows: the meta-'gradient', or the adapted weights, 'reptile'
@@ -84,7 +84,7 @@ class Parameters(NamedTuple):
 class TaskState(NamedTuple):
     """The state of a task while it is adapted."""
     fast: Tensors                     # its fast weights
-    features: tuple[tf.Tensor, ...]   # of its support and query rows, if the inner loop does not change them; else ()
+    features: tuple[tf.Tensor, ...]   # [N*K, features] and [N*Q, features], if the inner loop does not change them; else ()
     optimizer: Tensors = {}           # the state of the inner optimizer, if it has one
 
 
@@ -160,7 +160,7 @@ def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) 
 
 
 def forward(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step, query: bool) -> tf.Tensor:
-    """The network's outputs for a task's support or query rows at an inner step."""
+    """The network's outputs at an inner step, [rows, dim_output]: for the task's query rows, or else for its support rows."""
     if state.features:
         return classify(config, state.features[query], state.fast)
     at = state.fast, norm_at(config, parameters.norm_params, state.fast, step)
@@ -247,7 +247,7 @@ def objective(config: ModelConfig, task: TaskBatch, parameters: Parameters, traj
     With `multi_step_loss`, a weighted mean of those after every one; `trajectory` ends with the task's states after each.
 
     Returns:
-        The loss, and the query outputs after the last update, [N*Q, dim_output].
+        The loss, a scalar divided as by `utils.loss_of`, and the query outputs after the last update, [N*Q, dim_output].
     """
     def outputs_after(step):
         return forward(config, parameters, task, trajectory[step - config.num_updates], step, query=True)
@@ -264,7 +264,7 @@ def meta_gradient(config: ModelConfig, phase: str, parameters: Parameters, itera
                   task: TaskBatch) -> tuple[Tensors, Outputs, Tensors]:
     """The exact gradient of one task's objective, through its inner loop (line 8 of algorithm 1, equation 1).
 
-    In phase 'pretrain', joint training, it is the gradient of the support loss before adaptation instead.
+    `phase` is 'metatrain', or 'pretrain', joint training: then it is the gradient of the support loss before adaptation.
 
     Returns:
         {name: gradient} of `Parameters.trained`, Outputs, and `Parameters.carried` for the next task.
@@ -295,8 +295,8 @@ class MAML:
     """The shared parameters, and what is done with them on meta-batches: TaskBatches of arrays [tasks, rows, dim].
 
     Attributes:
-        weights: {'conv1': tf.Variable, ...}, adapted in the inner loop; the reference's names.
-        norm_params: {'0/beta': tf.Variable, ...}, trained by the outer loop only.
+        weights: {'conv1': tf.Variable, ...}, the reference's names. The inner loop adapts them, unless `inner_weights` leaves some out.
+        norm_params: {'0/beta': tf.Variable, ...}, trained by the outer loop, and adapted by the inner loop with `adapt_norm`.
         learning_rates: {name: tf.Variable} of learned inner step sizes; {} if they are fixed.
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
@@ -399,7 +399,7 @@ class MAML:
         return self._engine.means(*self._gradient('pretrain', 0), batch, tf.constant(0, tf.int64))[0]
 
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
-        """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's."""
+        """Metrics of a meta-batch, each [tasks] or [num_updates, tasks]; no task's figures depend on another's. num_updates >= 1."""
         state, found = self._engine.map_on_replicas(*self._initial_state, batch, tf.constant(0, tf.int64)), []
         for step in tf.range(num_updates, dtype=tf.int64):
             metrics, state = self._engine.map_and_measure(*self._adapt, batch, state, step)
@@ -407,7 +407,7 @@ class MAML:
         return Metrics(*(tf.stack(each) if post else each[0] for each, post in zip(zip(*found), itertools.cycle([0, 1]))))
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
-        """Outputs before adaptation [tasks, N*K, dim_output], and after each update [num_updates, tasks, N*Q, dim_output]."""
+        """Outputs before adaptation [tasks, N*K, dim_output], and after each of num_updates >= 1, [num_updates, tasks, N*Q, dim_output]."""
         state, found = self._engine.map(*self._initial_state, batch, tf.constant(0, tf.int64)), []
         for step in tf.range(num_updates, dtype=tf.int64):
             outputs, state = self._engine.map(*self._adapt, (batch, state), step)

@@ -161,7 +161,7 @@ def accuracy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 
 def truncated_normal(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
-    """Initial weights, normal(0, 0.01) redrawn beyond two standard deviations."""
+    """Initial weights, normal with mean 0 and standard deviation 0.01, redrawn beyond two standard deviations."""
     return tf.random.stateless_truncated_normal(shape, seed, stddev=0.01)
 
 
@@ -175,9 +175,12 @@ def glorot_uniform(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
 # Initial values -------------------------------------------------------------------------------------------------------
 
 def initial_weights(config: Config, seed: int) -> Tensors:
-    """The weights that the inner loop adapts, float32, each a function of (seed, name) only.
+    """All weights of the network, float32, each a function of (seed, name) only, distributed as in the reference.
 
-    They have the reference's names: `conv1 b1 ... conv4 b4 w5 b5`, or `w1 b1 w2 b2 ...` for the fully connected net.
+    Returns:
+        {name: tensor}, the reference's names. Convolutional: `conv1 b1 ... conv4 b4 w5 b5`, convolutions [3, 3, channels,
+        num_filters] by `glorot_uniform`, w5 [features, dim_output] by it after flattening, else standard normal. Fully connected:
+        `w1 b1 w2 b2 ...`, [inputs, units] by `truncated_normal`. Biases [units] are 0.
     """
     def draw(name, distribution, *shape):
         weights[name] = distribution(shape, [seed, zlib.crc32(name.encode())])

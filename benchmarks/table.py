@@ -72,10 +72,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The part of the command that identifies the row: what --only looks for."""
         return ' '.join([self.config, *self.flags])
 
     @property
     def arguments(self) -> list[str]:
+        """The flags of the training."""
         return [f'--flagfile=configs/{self.config}.flags', *self.flags]
 
 

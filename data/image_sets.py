@@ -57,6 +57,7 @@ def aircraft_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
 
 
 def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
+    """{picture: (left, upper, right, lower)} in pixels, of bounding_boxes.txt."""
     paths = dict(pairs(read_text(archive, 'images.txt')))
     found = {number: numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
     return {os.path.splitext(path)[0].rsplit('/', 1)[-1]: (left, upper, left + width, upper + height)

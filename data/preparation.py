@@ -321,6 +321,7 @@ def summary(counts: Mapping[str, int], classes: Mapping[str, Class], megabytes: 
 
 
 def describe_classes(counts: Mapping[str, int]) -> str:
+    """Text: how many classes and images there are, from {class: images}."""
     return f'{len(counts):,} classes / {sum(counts.values()):,} images'
 
 

@@ -26,6 +26,7 @@ class Model(NamedTuple):
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> 'Model':
+        """The model that was evaluated."""
         entry = evaluation.entry
         return cls(evaluation.given, evaluation.directory, os.path.basename(entry['checkpoint']), entry.get('query_norm') or '',
                    str(entry.get('ensemble', '')))
@@ -40,6 +41,7 @@ class Matrix:
 
     @property
     def metric(self) -> str:
+        """The kind of score, a key of UNITS."""
         return next(iter(self.cells.values())).entry['score']
 
     @property

@@ -53,14 +53,17 @@ class Comparison:
 
     @property
     def title(self) -> str:
+        """Text: the tasks, and the unit of the values."""
         return f'{self.tasks}: {UNITS[self.metric][0]}'
 
     @property
     def metric(self) -> str:
+        """The kind of score, a key of UNITS."""
         return self.evaluations[0].entry['score']
 
     @property
     def letters(self) -> list[str]:
+        """A letter for each evaluation, or its number after Z."""
         return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(self.evaluations))]
 
     def rows(self) -> list[Row]:

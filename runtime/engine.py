@@ -30,6 +30,7 @@ def resolve(kind: str, convolutional: bool, recompute: bool = False) -> str:
 
 
 def has_gpu() -> bool:
+    """Whether TensorFlow sees a GPU."""
     return bool(tf.config.list_physical_devices('GPU'))
 
 

@@ -26,6 +26,7 @@ class Evaluation:
 
     @property
     def path(self) -> str:
+        """Text: directory, name and checkpoint."""
         return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
 
     @property
@@ -40,7 +41,7 @@ class Evaluation:
 
     @property
     def own_updates(self) -> int:
-        """The method's default number of updates in an evaluation."""
+        """The method's own number of updates in an evaluation."""
         asked = self.entry.get('own_updates', self.flag('num_updates'))
         return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
 

@@ -42,6 +42,7 @@ def read_record(root: str) -> dict[str, dict]:
 
 
 def write_record(root: str, record: dict[str, dict]) -> None:
+    """Writes the record of a folder of packed arrays, atomically."""
     write_atomically(os.path.join(root, RECORD), json.dumps(record).encode())
 
 

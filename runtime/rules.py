@@ -220,5 +220,5 @@ RULES = [
          '--predict is for images and tables, and --datasource={datasource} has none'),
     Rule(lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'),
          '--predict runs on one device: leave out --strategy'),
-    Rule(lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch or support'),
+    Rule(lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch, support or each'),
 ]

@@ -63,10 +63,12 @@ class Run:
 
     @property
     def iterations(self) -> int:
+        """Of pre-training and meta-training together."""
         return self.pretrain_iterations + self.metatrain_iterations
 
     @property
     def regime(self) -> str:
+        """The last phase of the training: 'metatrain' or 'pretrain'."""
         return 'metatrain' if self.metatrain_iterations else 'pretrain'
 
     @property
@@ -82,6 +84,7 @@ class Run:
 
     @property
     def description(self) -> str:
+        """Text: the kind of task, such as 5-way 1-shot omniglot."""
         way = f'{self.tasks.num_classes}-way ' if self.model.loss == 'xent' else ''
         return f'{way}{self.tasks.update_batch_size}-shot {self.datasource}'
 

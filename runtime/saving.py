@@ -24,6 +24,7 @@ class TrainState:
 
     @property
     def best(self) -> dict | None:
+        """{'iteration', 'score'} of the checkpoint best on meta-validation."""
         return self.ranking[0] if self.ranking else None
 
     @classmethod

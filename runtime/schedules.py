@@ -9,9 +9,10 @@ Config = Any
 
 
 def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Tensor]:
-    """The weights of the query losses after each inner update, which sum to 1; they move to the last one with the iterations.
+    """The weights of the query losses after each of T inner updates, which sum to 1; they move to the last one with the iterations.
 
-    MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
+    In epoch e of E (an epoch has `schedule_interval` iterations), all but the last are max(1/T - e/(T E), 0.03/T); the last one is
+    the rest. MAML++ (Antoniou et al., 2019, section 4), with the numbers of its program.
     """
     updates, epochs = config.num_updates, config.multi_step_loss / config.schedule_interval
     epoch = tf.cast(iteration // config.schedule_interval, config.dtype)
@@ -35,7 +36,11 @@ def stage_end(config: Config, iteration: int) -> float:
 
 
 def meta_lr(config: Config, iteration: int | tf.Tensor) -> float | tf.Tensor:
-    """The step size of the outer loop in an iteration of meta-training; constant within `schedule_interval` iterations."""
+    """The step size of the outer loop in an iteration of meta-training; constant within `schedule_interval` iterations.
+
+    With d in [0, 1], the part of `metatrain_iterations` that is done: final + (meta_lr - final) left, where left is 1 - d for
+    'linear' and (1 + cos(pi d)) / 2 for 'cosine'.
+    """
     if config.meta_lr_schedule == 'constant':
         return config.meta_lr
     start = iteration // config.schedule_interval * config.schedule_interval

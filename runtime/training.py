@@ -278,6 +278,7 @@ class Trainer:
 
 
 def due(iteration: int, interval: int) -> bool:
+    """Whether something that happens at multiples of the interval happens after this iteration."""
     return iteration % interval == 0
 
 

@@ -73,6 +73,7 @@ def resize(original: bytes, antialias: bool) -> bytes:
 
 
 def describe(counts: Mapping[str, int]) -> str:
+    """Text: how many alphabets, characters and images there are, from {alphabet/character: images}."""
     alphabets = {name.split('/')[0] for name in counts}
     return f'{len(alphabets)} alphabets / {len(counts)} characters / {sum(counts.values()):,} images'
 

@@ -79,6 +79,7 @@ def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -
 
 
 def read_span(file: BinaryIO, span: pickles.Span) -> bytes:
+    """The bytes of a picture within a pickle. Raises ValueError if they are too many for one."""
     if span.length > LARGEST_PICTURE:
         raise ValueError(f'it has {span.length:,} bytes')
     return os.pread(file.fileno(), span.length, span.offset)
