@@ -86,7 +86,7 @@ ROWS = [
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot', '98.7 ± 0.4 (MAML)', peer='99.1 (learn2learn)'),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (R2D2)', '56.8 ± 1.9 (a fork)', peer='57.06 ± 3.83 (PaddleFSL)'),
     Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (T-NAS)', peer='37.63 ± 2.23 (PaddleFSL)'),
-    Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3 (MAML)'),
+    Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3 (MAML)', peer='94.5 (haebeom-lee/maml)'),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', peer='56.19 ± 3.39 (PaddleFSL)', flags=(
         '--method=anil', '--logdir=logs/cifarfs1shot_anil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, first order', peer='57.06 ± 3.83 (PaddleFSL)', flags=(
