@@ -269,10 +269,24 @@ def _read(prefix):
         for suffix in '.index', '.data-*':
             for name in glob.glob(glob.escape(prefix) + suffix):
                 refuse_no_file(name)
-        reader = tf.train.load_checkpoint(prefix)
-        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        with _without_wildcards(prefix) as path:
+            reader = tf.train.load_checkpoint(path)
+            return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     except (OSError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         raise Damaged(f'the checkpoint {prefix} cannot be read: {first_line(error)}') from error
+
+
+@contextlib.contextmanager
+def _without_wildcards(prefix):
+    """A path of a checkpoint that TensorFlow, which expands wildcards in what it reads, takes as it is."""
+    if not re.search(r'[*?[\]\\]', prefix):
+        yield prefix
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in _SUFFIXES:
+            if os.path.exists(prefix + suffix):
+                os.symlink(os.path.abspath(prefix + suffix), os.path.join(folder, 'model' + suffix))
+        yield os.path.join(folder, 'model')
 
 
 def _decode(prefix, record):

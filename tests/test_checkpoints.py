@@ -45,6 +45,18 @@ def test_what_is_saved_is_restored(tmp_path):
     assert files(tmp_path) == ['model1000.data-00000-of-00001', 'model1000.index']
 
 
+@pytest.mark.parametrize('name', ['runs[1]', '[!x]', 'what?', 'back\\slash', '*'])
+def test_wildcards_in_a_path_are_no_wildcards(name, tmp_path):
+    """TensorFlow expands them in what it reads, and not in what it writes."""
+    os.makedirs(tmp_path / 'another')
+    os.makedirs(tmp_path / name)
+    save(tmp_path / 'another', 7, offset=1.0)
+    assert same(checkpoints.load(save(tmp_path / name, 7)), 0.0)
+    os.remove(tmp_path / name / f'model7{INDEX}')
+    with pytest.raises(checkpoints.Damaged):
+        checkpoints.load(str(tmp_path / name / 'model7'))
+
+
 def test_tensorflow_reads_it(tmp_path):
     assert dict(tf.train.list_variables(save(tmp_path, 1000)))['conv1'] == [2, 3]
 
