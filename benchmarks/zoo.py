@@ -133,8 +133,11 @@ def pack(source: str, destination: str) -> None:
     """Copies all runs in a folder.
 
     Raises:
-        UserError: there is none, or one cannot be copied.
+        UserError: there is none, one cannot be copied, or one of the folders is in the other.
     """
+    here, there = os.path.realpath(source), os.path.realpath(destination)
+    if here != there and os.path.commonpath([here, there]) in (here, there):
+        raise UserError(f'one of {source} and {destination} is in the other; name a folder elsewhere')
     runs = result_directories(source, FLAG_FILE)
     if not runs:
         raise UserError(f'there is no run (a folder with {FLAG_FILE}) in {source}')
@@ -146,7 +149,8 @@ def pack_run(directory: str, destination: str) -> None:
     """Copies one run, and prints what is there now. If that fails, the destination stays as it was.
 
     Raises:
-        UserError: it has no checkpoint, something in it cannot be read, or names an absolute path, or source and destination are one.
+        UserError: it has no checkpoint, something in it cannot be read, or names an absolute path, or source and destination are one;
+            or the destination has what no pack wrote, or a process trains there.
     """
     if os.path.realpath(directory) == os.path.realpath(destination):
         raise UserError(f'{directory} cannot be copied to itself')
@@ -158,13 +162,15 @@ def pack_run(directory: str, destination: str) -> None:
     entries = {name: entry for name, entry in results.existing(directory).items()
                if {there[-1], *best}.issuperset(entry.get('ensemble', [entry.get('iterations')]))}
     refuse_absolute_paths(directory, entries)
+    refuse_other_files(destination)
     parent = os.path.dirname(destination) or '.'
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = os.path.join(temporary, 'run')
         write_run(directory, folder, there[-1], best, entries)
         if os.path.exists(destination):
-            os.replace(destination, os.path.join(temporary, 'earlier'))
+            with checkpoints.exclusive(destination):
+                os.replace(destination, os.path.join(temporary, 'earlier'))
         os.replace(folder, destination)
     size = sum(os.path.getsize(os.path.join(destination, name)) for name in os.listdir(destination))
     print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [there[-1], *best])}; evaluations: {len(entries)}; '
@@ -179,6 +185,15 @@ def refuse_absolute_paths(directory: str, entries: dict[str, dict]) -> None:
         if absolute:
             raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
                             'relative paths')
+
+
+def refuse_other_files(destination: str) -> None:
+    """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
+    locks = '.lock', '.results.lock'
+    others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
+              if name not in (*COPIED, *locks, results.FILE) and not checkpoints.is_file_of(name)]
+    if others:
+        raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
 
 def write_run(directory: str, folder: str, newest: int, best: list[int], entries: dict[str, dict]) -> None:

@@ -158,6 +158,31 @@ def test_a_run_of_an_earlier_version_is_packed(tmp_path):
     assert (run / 'model70000.data-00000-of-00001').read_bytes() == (tmp_path / 'packed' / 'model70000.data-00000-of-00001').read_bytes()
 
 
+def test_a_destination_that_holds_something_else(tmp_path):
+    """It would be replaced: notes, other runs, or the run itself, that is, the folder that it is in."""
+    run, notes = tmp_path / 'exp' / 'run', tmp_path / 'dest' / 'notes'
+    shutil.copytree(SEED3, run)
+    shutil.copytree(SEED3, tmp_path / 'dest')
+    notes.mkdir()
+    (notes / 'thesis.txt').touch()
+
+    def refusal(source, destination):
+        with pytest.raises(SystemExit) as end:
+            zoo.command_line(['pack', str(source), str(destination)])
+        assert (notes / 'thesis.txt').exists() and (run / 'run.flags').exists() and (tmp_path / 'dest' / 'run.flags').exists()
+        return str(end.value)
+
+    assert 'would be replaced, and holds notes, which does not ship with a run' in refusal(run, tmp_path / 'dest')
+    assert 'is in the other; name a folder elsewhere' in refusal(run, tmp_path / 'exp')
+    assert 'is in the other; name a folder elsewhere' in refusal(tmp_path / 'exp', tmp_path / 'exp' / 'run' / 'copy')
+    shutil.rmtree(notes)
+    with checkpoints.exclusive(str(tmp_path / 'dest')):
+        with pytest.raises(SystemExit, match='another process is training in'):
+            zoo.command_line(['pack', str(run), str(tmp_path / 'dest')])
+    zoo.command_line(['pack', str(run), str(tmp_path / 'dest')])
+    assert not (tmp_path / 'dest' / '.lock').exists()
+
+
 def test_what_cannot_be_packed(tmp_path):
     """What is at the destination stays."""
     run, packed = tmp_path / 'run', tmp_path / 'packed'
