@@ -128,6 +128,7 @@ class State(NamedTuple):
     missing: str            # '', or the reason why its data cannot be used
     ensemble: int           # checkpoints of the method's ensemble; 1: it has none
     tasks: TaskConfig       # of its evaluations
+    inner: tuple            # of these: step size, support rows of a step, number of updates
 
 
 def parse(arguments: list[str]) -> FlagValues:
@@ -140,7 +141,10 @@ def parse(arguments: list[str]) -> FlagValues:
 
 def state_of(row: Row) -> State:
     """Reads it from the row's directory."""
-    _, tasks = data_from_flags(parse([*row.arguments, *row.evaluation, *EVALUATION]))
+    values = parse([*row.arguments, *row.evaluation, *EVALUATION])
+    _, tasks = data_from_flags(values)
+    updates = values.num_updates if values.test_updates == -1 else values.test_updates
+    inner = values.update_lr, values.inner_batch, updates
     values = parse(row.arguments)
     directory = os.path.join(values.logdir, experiment_name(values, pretrain_only=False))
     missing = missing_classes(values, 'train')
@@ -148,7 +152,7 @@ def state_of(row: Row) -> State:
     record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
-    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble, tasks)
+    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble, tasks, inner)
 
 
 def lowest_priority() -> None:
@@ -250,16 +254,17 @@ def evaluate(row: Row, state: State) -> None:
 def evaluated(state: State) -> dict[str, int | list[int]]:
     """{name of an evaluation that the table shows: the iterations of its checkpoint, or of its ensemble}."""
     return {name: entry.get('ensemble', entry['iterations'])
-            for name, entry in results.existing(state.directory).items() if belongs(entry, state.tasks)}
+            for name, entry in results.existing(state.directory).items() if belongs(entry, state)}
 
 
-def belongs(entry: dict, config: TaskConfig) -> bool:
-    """Whether an evaluation is one that the table shows: of the run's own checkpoints, on 600 meta-test tasks such as the row wants."""
-    tasks, evaluation = entry['tasks'], Evaluation('', '', None, entry)
+def belongs(entry: dict, state: State) -> bool:
+    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row wants, on 600 meta-test tasks."""
+    tasks, evaluation, config = entry['tasks'], Evaluation('', '', None, entry), state.tasks
+    inner = evaluation.flag('update_lr'), evaluation.flag('inner_batch'), evaluation.own_updates
     wanted = {'split': 'test', 'count': 600, 'update_batch_size': config.update_batch_size, 'query_shots': config.query_shots,
               'seed': config.seed, 'num_classes': tasks['num_classes'] and config.num_classes}
     return (all(tasks[name] == value for name, value in wanted.items()) and entry.get('query_norm') == 'batch'
-            and not evaluation.elsewhere and not evaluation.flag('load_from'))
+            and inner == state.inner and not evaluation.elsewhere and not evaluation.flag('load_from'))
 
 
 def cells(row: Row, state: State) -> tuple[str, ...]:

@@ -11,6 +11,9 @@ import pytest
 
 from conftest import ROOT
 
+sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
+import table  # noqa: E402
+
 PROGRAM = '''
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + '/benchmarks']
@@ -47,6 +50,20 @@ def lines(tmp_path):
     assert page.startswith('before\n') and page.endswith('\nafter\n') and 'old' not in page
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in page.splitlines() if line.startswith('| ')]
     return {row[0]: row[1:] for row in rows}
+
+
+def test_evaluations_with_other_steps_are_not_the_rows(monkeypatch):
+    """Of the shipped runs; Reptile's has steps of its own in evaluations."""
+    monkeypatch.chdir(ROOT)
+    for title in 'FC100 5-way 1-shot', 'CIFAR-FS 5-way 1-shot, Reptile':
+        state = table.state_of(next(row for row in table.ROWS if row.title == title))
+        shown = table.evaluated(state)
+        assert state.newest in shown.values()
+        entry = table.results.existing(state.directory)[next(iter(shown))]
+        assert table.belongs(entry, state)
+        for other in {'update_lr': 0.2}, {'inner_batch': 3}:
+            assert not table.belongs({**entry, 'flags': {**entry['flags'], **other}}, state)
+        assert not table.belongs({**entry, 'own_updates': 3}, state)
 
 
 @pytest.mark.slow
