@@ -56,7 +56,7 @@ def classifier(run: Run, support: str, way: int, support_rows: int) -> tuple[MAM
     if way > run.num_outputs:
         raise UserError(f'{support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or train with '
                         f'--num_classes={way}')
-    trained, prefix, _ = restore(run)
+    trained, prefix, *_ = restore(run)
     # The loss is divided by the shots; if classes have different numbers of them, by the mean.
     return trained.variant(dim_output=way, update_batch_size=support_rows / way, query_norm=run.query_norms[0]), prefix
 
@@ -121,7 +121,7 @@ def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
         batch: a TaskBatch of one task.
     """
     rows = batch.query_x.shape[1]
-    parts = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm == 'support' else 1
+    parts = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
     found = []
     for part in np.array_split(np.arange(rows), parts):
         queries = TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])

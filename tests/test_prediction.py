@@ -2,12 +2,14 @@
 import csv
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import error_of, run_ok, write_image_tree
+from data_generator import TaskBatch
 
 FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
 
@@ -99,6 +101,21 @@ def test_many_images_at_a_time(trained, folders, monkeypatch):
     _, parts = predict(trained, *folders)
     np.testing.assert_allclose(np.array([row[3:] for row in parts[1:]], float), np.array([row[3:] for row in once[1:]], float),
                                atol=2e-4)
+
+
+@pytest.mark.parametrize('query_norm, sizes', [('batch', [7]), ('support', [3, 2, 2]), ('each', [3, 2, 2])])
+def test_independent_images_take_bounded_memory(query_norm, sizes, monkeypatch):
+    from runtime import prediction
+    monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 3)
+    seen = []
+
+    def predict(batch, num_updates):
+        seen.append(batch.query_x.shape[1])
+        return types.SimpleNamespace(post=batch.query_y[None])
+
+    model = types.SimpleNamespace(config=types.SimpleNamespace(query_norm=query_norm), predict=predict)
+    batch = TaskBatch(*(np.arange(7.0).reshape(1, 7, 1) for _ in range(4)))
+    assert prediction.outputs(model, batch, 1)[:, 0].tolist() == list(range(7)) and seen == sizes
 
 
 def test_refusals(trained, folders, tmp_path):
