@@ -17,19 +17,23 @@ KNOWN_CLASSES = '+'  # marks another source some of whose classes have the names
 
 
 class Model(NamedTuple):
-    """What tells the models of evaluations apart."""
+    """What tells the models of evaluations apart, and the ways to adapt one."""
     given: str | None   # what the user calls it
     directory: str
-    checkpoint: str
+    checkpoint: str     # its whole path, if it was given by --load_from
     query_norm: str
     ensemble: str
+    update_lr: str
+    inner_batch: str
+    updates: str
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> 'Model':
         """The model that was evaluated."""
         entry = evaluation.entry
-        return cls(evaluation.given, evaluation.directory, os.path.basename(entry['checkpoint']), entry.get('query_norm') or '',
-                   str(entry.get('ensemble', '')))
+        checkpoint = entry['checkpoint'] if evaluation.flag('load_from') else os.path.basename(entry['checkpoint'])
+        return cls(evaluation.given, evaluation.directory, checkpoint, entry.get('query_norm') or '', str(entry.get('ensemble', '')),
+                   *(f'--{name}={evaluation.flag(name)}' for name in ('update_lr', 'inner_batch')), f'{evaluation.own_updates} updates')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 
 
 def _table(evaluations):
-    """Of several evaluations of one model on the same tasks, the last in its file counts."""
+    """Of several evaluations of one model, adapted in one way, on the same tasks, the last in its file counts."""
     keys, tasks = [Model.of(one) for one in evaluations], [one.tasks_key for one in evaluations]
     described = {key: describe_tasks(one.entry['tasks']) for key, one in zip(tasks, evaluations)}
     models, targets = list(dict.fromkeys(keys)), sorted(described, key=lambda key: (described[key], key))
@@ -116,12 +120,23 @@ def _table(evaluations):
 
 
 def _labels(models):
-    """For each model its name, or what tells its directory from the others', and in what else it differs from others."""
+    """For each model its name, what tells its directory from the others', and in what else it differs from others.
+
+    How models are adapted is stated only where those of one directory differ in it.
+    """
     directories = [model.directory for model in models]
     names = differing_parts(directories) if len(set(directories)) > 1 else directories
-    differing = [field for field in ('checkpoint', 'query_norm', 'ensemble') if len({getattr(model, field) for model in models}) > 1]
-    return [', '.join([model.given or name, *filter(None, (getattr(model, field) for field in differing))])
-            for model, name in zip(models, names)]
+
+    def label(model, name):
+        alike = [other for other in models if other.given == model.given]
+        several = len({other.directory for other in alike}) > 1
+        here = [other for other in models if other.directory == model.directory]
+        differing = [*(field for field in ('checkpoint', 'query_norm', 'ensemble') if len({getattr(other, field) for other in models}) > 1),
+                     *(field for field in ('update_lr', 'inner_batch', 'updates') if len({getattr(other, field) for other in here}) > 1)]
+        return ', '.join(filter(None, [model.given, name if several or not model.given else '',
+                                       *(getattr(model, field) for field in differing)]))
+
+    return list(map(label, models, names))
 
 
 def as_text(table: Matrix) -> str:
@@ -146,7 +161,7 @@ def as_csv(tables: Sequence[Matrix]) -> str:
             mean, std, half = (float(values[0]) for values in statistics(own_values(one)[:, None]))
             source = one.entry['tasks']['datasource']
             known = len(one.entry.get('known_classes', [])) if one.elsewhere else ''
-            writer.writerow([table.models[row], one.flag('train_datasource') or source, source, known, table.targets[column],
+            writer.writerow([table.models[row], one.trained_on, source, known, table.targets[column],
                              UNITS[table.metric][0], one.own_updates, mean, std, half, one.path])
     return text.getvalue().rstrip('\n')
 

@@ -96,8 +96,8 @@ class ClassFolders:
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
         if not _preparation_complete(self.root):
-            raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: '
-                            f'python {self.script} (with --allow_missing to accept missing images)')
+            again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
+            raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
 
     def _names(self, split):
         self._check_prepared()
@@ -226,10 +226,19 @@ def preparation_facts(root: str) -> dict:
 
 
 def subfolders(folder: str) -> list[str]:
-    """Names of the folders in a folder, except hidden ones; [] if it does not exist."""
+    """Names of the folders in a folder, except hidden ones; [] if it does not exist.
+
+    Raises:
+        UserError: it holds a link to what is not there, which may have been a folder.
+    """
     if not os.path.isdir(folder):
         return []
-    return [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.')]
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
+    broken = sorted(entry.path for entry in entries if not os.path.exists(entry.path))
+    if broken:
+        raise UserError(f'{broken[0]} is a link to what is not there; mend or remove it'
+                        + (f' ({len(broken) - 1} more are, too)' if len(broken) > 1 else ''))
+    return [entry.name for entry in entries if entry.is_dir()]
 
 
 def read_manifest(path: str, split: str) -> list[str]:

@@ -31,12 +31,12 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
         UserError: there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
     """
     results.existing(run.directory)  # one that is damaged is reported before the work, not after it
-    trained, prefix, iterations = restore(run)
+    trained, prefix, iterations, trained_on = restore(run)
     if run.replicas.chief:
         record_split(run.source, run.tasks)
     tasks, updates = data[run.split], run.test_updates
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
-    facts = evaluation_facts(run, tasks, trained, prefix, iterations)
+    facts = evaluation_facts(run, tasks, trained, prefix, iterations, trained_on)
     print(heading(run, tasks, facts), flush=True)
     found, rates, names, written = {}, [], [], []
     models = {norm: trained.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
@@ -87,14 +87,15 @@ def beyond_training(run: Run) -> str:
             if run.test_updates > trained and differ else '')
 
 
-def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None) -> dict:
-    """What results.json records of an evaluation besides its figures."""
+def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None, trained_on: str) -> dict:
+    """What results.json records of an evaluation besides its figures; the arguments are what `restore` returned."""
     facts = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     preparation = {'preparation': facts} if facts else {}  # such as which of several published splits
     return {
         'checkpoint': prefix, 'iterations': iterations,
         **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
-        **({'known_classes': known_classes(run, tasks)} if run.datasource != run.trained_on else {}),
+        **({'known_classes': known_classes(trained_on, tasks)} if run.source.image_shape and run.datasource != trained_on else {}),
+        **({'trained_on': trained_on} if trained_on != run.trained_on else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
         'score': run.metric, 'flags': run.flag_values,
         # The method's default number of updates: see --compare.
@@ -108,13 +109,13 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
 
 
-def known_classes(run: Run, tasks: Tasks) -> list[str]:
+def known_classes(trained_on: str, tasks: Tasks) -> list[str]:
     """Of the classes of another source than the training's, those with names of classes that the model was trained on.
 
     CIFAR-FS and FC100 split the same hundred classes differently, MiniImagenet and tieredImageNet those of ImageNet. Numeric
     class names are ignored.
     """
-    folder = SOURCES[run.trained_on].folder
+    folder = SOURCES[trained_on].folder
     trained = listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
     names = map(os.path.basename, tasks.classes.names)
     return [name for name in names if name in trained and not name.isdigit()]
@@ -164,12 +165,12 @@ def draw(run: Run, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], name
     return paths
 
 
-def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None]:
+def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None, str]:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
 
     Returns:
-        A MAML with as many outputs as it was trained with, the checkpoint's prefix and its iterations, None if not known; of an
-        ensemble these are those of the best.
+        A MAML with as many outputs as it was trained with; the checkpoint's prefix; its iterations, None if not known; and the source
+        that it was trained on, as far as is known. Of an ensemble these are those of the best.
 
     Raises:
         UserError: as for `evaluate`.
@@ -177,20 +178,22 @@ def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None]:
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
-        return model, run.load_from, record.get('iteration')
+        return model, run.load_from, record.get('iteration'), record.get('flags', {}).get('datasource', run.trained_on)
     best = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
     checkpoint = best[0] if best else checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
                         f'{run.regime}ing; give the flags of its training')
-    checkpoints.check_flags(checkpoint.prefix, record['flags'], {**run.network_flags, 'datasource': run.trained_on},
+    there, wanted = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], run.pretrain_iterations))
+    checkpoints.check_flags(checkpoint.prefix, {**record['flags'], 'pretrain_iterations': there},
+                            {**run.network_flags, 'datasource': run.trained_on, 'pretrain_iterations': wanted},
                             'give the flags of its training')
     checkpoints.restore_parameters(checkpoint, model.parameters())
     if best:
         model = Ensemble(model, [{name: one.arrays[name] for name in model.parameters()} for one in best],
                          [one.record['iteration'] for one in best])
-    return model, checkpoint.prefix, record['iteration']
+    return model, checkpoint.prefix, record['iteration'], run.trained_on
 
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,

@@ -46,9 +46,14 @@ class Evaluation:
         return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
 
     @property
+    def trained_on(self) -> str:
+        """The source that the model was trained on."""
+        return self.entry.get('trained_on') or self.flag('train_datasource') or self.entry['tasks']['datasource']
+
+    @property
     def elsewhere(self) -> bool:
         """Whether the tasks are those of another source than the training's."""
-        return self.flag('train_datasource') not in (None, self.entry['tasks']['datasource'])
+        return self.trained_on != self.entry['tasks']['datasource']
 
     def flag(self, name: str) -> Any:
         """The value of a flag; where the evaluation is older than the flag, its default."""

@@ -69,15 +69,19 @@ def readable_suffixes() -> set[str]:
 
 
 def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
-    """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored."""
+    """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored.
+
+    A link to what is not there counts as an image, which cannot be read.
+    """
     def is_image(name):
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
 
     def image_file(entry):
-        status = os.stat(entry.path)
+        status = os.stat(entry.path) if os.path.exists(entry.path) else os.lstat(entry.path)
         return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
-    return sorted(image_file(entry) for entry in os.scandir(folder) if is_image(entry.name) and entry.is_file())
+    return sorted(image_file(entry) for entry in os.scandir(folder)
+                  if is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)))
 
 
 def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,

@@ -114,9 +114,9 @@ def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: di
     they are not those of the earlier one.
     """
     earlier = entries.get(_key(name, facts))
-    if earlier is None or os.path.basename(earlier['checkpoint']) == os.path.basename(facts['checkpoint']):
+    if earlier is None or _weights(earlier) == _weights(facts):
         return
-    checkpoint = os.path.basename(earlier['checkpoint'])
+    checkpoint = '_'.join(map(str, _weights(earlier)))
     file, split = _file(_key(name, facts), earlier), facts['tasks']['split']
     other, other_file = _claim(entries, f'{name}_{checkpoint}', earlier)
     _write_files(os.path.join(directory, other_file), np.array(earlier['scores']))
@@ -130,6 +130,11 @@ def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: di
             os.replace(os.path.join(directory, old), os.path.join(directory, new))
     del entries[_key(name, facts)]
     entries[_key(other, facts)] = {**earlier, 'file': other_file}
+
+
+def _weights(entry):
+    """The checkpoint that was evaluated, and the iterations of the others that made an ensemble with it."""
+    return [os.path.basename(entry['checkpoint']), *entry.get('ensemble', [])[1:]]
 
 
 def existing(directory: str) -> dict[str, dict]:

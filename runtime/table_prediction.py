@@ -27,7 +27,7 @@ def predict(run: Run, task: UserTables) -> None:
         cells = [[task.classes[np.argmax(row)], *(f'{p:.4f}' for p in row)] for row in probabilities]
         judged = _accuracy(task, probabilities)
     else:
-        trained, prefix, _ = restore(run)
+        trained, prefix, *_ = restore(run)
         columns = run.source.files.columns
         found = columns.restore_targets(outputs(trained.variant(query_norm=run.query_norms[0]), task.batch, updates).astype(float))
         heads = [f'predicted {name}' for name in columns.targets]

@@ -2,6 +2,7 @@
 import builtins
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+import main
 from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
-from runtime import across, evaluation, images, plots, results
+from runtime import across, class_folders, evaluation, images, plots, results
 from runtime.errors import UserError
 from runtime.evaluations import Evaluation
+from runtime.run import experiment_name
 
 OMNIGLOT = SOURCES['omniglot']
 
@@ -272,6 +275,65 @@ def test_a_table_across_sources_keeps_other_data_apart():
              for number, (value, more) in enumerate([(0.2, {'data': 1}), (0.5, {'data': 2}), (0.9, {'data': 1, 'rotations': True})])]
     table, = across.tables(found)
     assert len(set(table.targets)) == 3 and sorted(table.text(0, column)[:5] for column in range(3)) == ['20.00', '50.00', '90.00']
+
+
+def test_a_table_across_sources_keeps_ways_to_adapt_apart():
+    """Other step sizes or weights from elsewhere are rows of their own; a name for several runs does not make them one."""
+    tasks = {'datasource': 'sinusoid', 'split': 'test', 'count': 3, 'update_batch_size': 5, 'query_shots': 5, 'seed': 0, 'data': 1}
+
+    def one(number, directory='run', given=None, checkpoint='run/model1', **flags):
+        return Evaluation(directory, f'n{number}', given, {'checkpoint': checkpoint, 'score': 'loss', 'scores': [[1.0, number]] * 3,
+                                                           'tasks': tasks, 'flags': {'num_updates': 1, **flags}})
+
+    table, = across.tables([one(0, update_lr=0.01), one(1, update_lr=0.1), one(2, checkpoint='a/model1', load_from='a/model1'),
+                            one(3, checkpoint='b/model1', load_from='b/model1')])
+    assert len(set(table.models)) == 4 and [table.text(row, 0)[:1] for row in range(4)] == ['0', '1', '2', '3']
+    assert [bool('--update_lr=0.1' in model) for model in table.models] == [False, True, False, False]
+    table, = across.tables([one(0, 'runs/a', 'mine'), one(1, 'runs/b', 'mine'), one(2, 'other', 'other')])
+    assert [model.split(',')[:2] for model in table.models] == [['mine', ' runs/a'], ['mine', ' runs/b'], ['other']]
+
+
+def test_weights_of_another_source_are_no_home_match(tmp_path):
+    """A model of the sinusoid, given by --load_from, is not one of the source that it is evaluated on."""
+    flags = ['--norm=None', '--meta_batch_size=2', '--log=False']
+    run_ok(*flags, '--metatrain_iterations=1', f'--logdir={tmp_path / "sine"}')
+    run, = (tmp_path / 'sine').iterdir()
+    run_ok(*flags, '--datasource=harmonic', '--train=False', '--num_test_tasks=3', f'--load_from={run / "model1"}', f'--logdir={tmp_path / "other"}')
+    table = run_ok(f'--across={tmp_path / "other"}')
+    assert re.search(r'± [\d.]+\n', table) and not re.search(r'± [\d.]+\*', table)
+    assert ',sinusoid,harmonic,' in run_ok(f'--across={tmp_path / "other"}', '--format=csv')
+
+
+def test_ensembles_with_the_same_best_do_not_overwrite_each_other(tmp_path):
+    for number, members in enumerate([[13, 5, 14], [13, 40, 41]]):
+        results.write(str(tmp_path), 'n', np.full((2, 2), float(number)), {
+            'checkpoint': 'run/model13', 'ensemble': members, 'score': 'loss', 'tasks': {'split': 'test', 'datasource': 'sinusoid'}, 'flags': {}})
+    assert {name: entry['scores'][0][0] for name, entry in results.existing(str(tmp_path)).items()} == {
+        'n_model13_5_14, test': 0.0, 'n, test': 1.0}
+
+
+def test_links_to_what_is_not_there(tmp_path):
+    """Images and class folders on a disk that is not mounted are missing, and not left out."""
+    write_image_tree(tmp_path, ['a'], images=2, size=(4, 4, 3))
+    os.symlink(tmp_path / 'away.png', tmp_path / 'a' / '02.png')
+    paths = [str(tmp_path / 'a' / file.name) for file in images.image_files(str(tmp_path / 'a'), {'.png'})]
+    with pytest.raises(images.BadImages) as error:
+        list(images.decode_images(paths, (4, 4, 3), True, '', ''))
+    assert [path for path, _ in error.value.images] == [str(tmp_path / 'a' / '02.png')]
+    os.symlink(tmp_path / 'away', tmp_path / 'b')
+    with pytest.raises(UserError, match='/b is a link to what is not there'):
+        class_folders.subfolders(str(tmp_path))
+
+
+def test_the_images_of_an_evaluation_are_not_in_the_name_of_the_training():
+    def name(*flags):
+        main.FLAGS.unparse_flags()
+        main.parse(['main.py', '--train=False', *flags])
+        return experiment_name(main.FLAGS, pretrain_only=False)
+
+    folder = '--datasource=folder', '--image_size=28', '--image_channels=1'
+    assert name(*folder, '--train_datasource=omniglot') == name('--datasource=omniglot')
+    assert name('--datasource=gtsrb', '--train_datasource=folder', *folder[1:]) == name(*folder) != name('--datasource=folder')
 
 
 def test_evaluations_with_other_updates_do_not_overwrite_each_other(tmp_path):
