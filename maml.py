@@ -318,8 +318,8 @@ class MAML:
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in variables.values()) < 10_000 else 1
         # Reference behaviour: the gradient of pre-training is not clipped. Neither is Reptile's update, which is not a gradient.
         clips = {'metatrain': config.clip if config.outer == 'gradient' else None, 'pretrain': None}
-        self._optimizers = {phase: OPTIMIZERS[config.meta_optimizer](variables, functools.partial(meta_lr, config), clip)
-                            for phase, clip in clips.items()}
+        rates = {'metatrain': functools.partial(meta_lr, config), 'pretrain': lambda iteration: config.meta_lr}  # no schedule
+        self._optimizers = {phase: OPTIMIZERS[config.meta_optimizer](variables, rates[phase], clip) for phase, clip in clips.items()}
         metrics = ['pre_loss', 'post_loss'] + ['pre_accuracy', 'post_accuracy'] * (config.loss == 'xent')
         self._engine = engine.Engine(config.engine, config.task_chunk, convolutional, config.recompute, config.dtype,
                                      self.replicas, self._parameters, functools.partial(metrics_of, config), metrics)

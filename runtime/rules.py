@@ -116,6 +116,7 @@ def _needs(r: Request, name: str) -> bool:
 
 RULES = [
     Rule(lambda r: not r.logdir, '--logdir must name a folder'),
+    Rule(lambda r: r.load_from == '', '--load_from must name a checkpoint'),
     Rule(lambda r: r.run is not None and r.given('method'), '--run names a run, whose method is known: leave out --method'),
     Rule(lambda r: r.run is not None and r.given('logdir'), '--run names the directory of a run: leave out --logdir'),
     Rule(lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
@@ -160,6 +161,8 @@ RULES = [
          '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
     Rule(lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
     Rule(lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
+    Rule(lambda r: r.mode == 'train' and r.meta_lr_schedule != 'constant' and (r.baseline == 'oracle' or r.metatrain_iterations == 0),
+         '--meta_lr_schedule={meta_lr_schedule} counts iterations of meta-training, and there are none: leave it out'),
     Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
          '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     Rule(lambda r: r.recompute and r.engine == 'wide', '--recompute loops over the inner steps of one task at a time: leave out --engine=wide'),
@@ -192,7 +195,10 @@ RULES = [
     Rule(lambda r: r.resize and r.train_datasource in (None, r.datasource),
          '--resize is for the evaluation of a model of another source: add --train_datasource, or --run=DIR and --datasource'),
     Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
-    *_only_with(['train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train', 'is for evaluation: add --train=False'),
+    *_only_with(['train_update_batch_size', 'train_update_lr', 'train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train',
+                'is for evaluation: add --train=False'),
+    Rule(lambda r: r.mode != 'train' and r.learn_lr != 'no' and r.train_update_lr not in (-1, r.update_lr),
+         '--update_lr={update_lr}: the step sizes of this model are learned (--learn_lr={learn_lr}), and an evaluation cannot change them'),
     Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),
     Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.classes),

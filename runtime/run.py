@@ -1,5 +1,6 @@
 """From flags to a Run: what the command line asks for, with every default resolved."""
 import dataclasses
+import glob
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from runtime.flags import FLAGS, GROUPS, LEARNING, labels, names
 from runtime.images import BadImages
 from runtime.methods import switches, title
 from runtime.rules import mode
-from runtime.tables import Tables, read_columns, write_columns
+from runtime.tables import COLUMNS_FILE, Tables, read_columns, write_columns
 from runtime.tasks import Source, TaskConfig, Tasks
 
 FLAG_FILE = 'run.flags'  # in a run's directory: the flags that describe the run, for --run
@@ -222,7 +223,7 @@ def missing_classes(values: flags.FlagValues, split: str) -> str:
 def _with_flags(source, values):
     """A source as the flags change it, if its data are the user's own."""
     if isinstance(source, TableSource):
-        known = read_columns(_directory(values)) if mode(values) != 'train' or values.resume else None
+        known = _known_columns(values)
         root = os.path.expanduser(values.data_path or '')
         return dataclasses.replace(source, files=Tables(root, target_names(values), known))
     if not source.image_shape or not source.user_images:
@@ -230,6 +231,24 @@ def _with_flags(source, values):
     return dataclasses.replace(
         source, image_shape=(values.image_size, values.image_size, int(values.image_channels)), rotations=values.rotations,
         split_ratios=tuple(map(int, values.split.split('/'))), split_given=values['split'].present)
+
+
+def _known_columns(values):
+    """The columns of tables that the model was trained with; None if a training starts from scratch.
+
+    Raises:
+        UserError: they cannot be read, or are not beside the checkpoint that --load_from names.
+    """
+    directory = _directory(values)
+    started = values.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
+    if values.load_from and (mode(values) != 'train' or not started):
+        folder = os.path.dirname(os.path.expanduser(values.load_from)) or '.'
+        known = read_columns(folder)
+        if known is None:
+            raise UserError(f'there is no {COLUMNS_FILE} in {folder}, which says what the columns of the model of --load_from are, and how '
+                            'they are scaled; copy it there from the directory of its training')
+        return known
+    return read_columns(directory) if mode(values) != 'train' or started else None
 
 
 def _with_network_of(trained_on, source, values):
@@ -319,8 +338,11 @@ def experiment_name(values: flags.FlagValues, pretrain_only: bool) -> str:
     way, shot, rate = (trained_with(values, name) for name in IN_DIRECTORY_NAME)
     # Not in the reference, where the pre-training baseline shares a directory with MAML and resumes MAML's checkpoint.
     suffix = 'pretrain' if pretrain_only and values.baseline != 'oracle' else ''
-    return (f'cls_{way}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}'
-            + labels({name: trained_with(values, name) for name in LEARNING}) + suffix)
+    trained_on = SOURCES[trained_with(values, 'datasource')]
+    # In an evaluation of a model of another source, the flags of one's own images are about the tasks.
+    own_images = trained_on.image_shape and trained_on.user_images
+    named = {name: trained_with(values, name) if own_images or name not in OF_IMAGES else values[name].default for name in LEARNING}
+    return (f'cls_{way}.mbs_{values.meta_batch_size}.ubs_{shot}.numstep{values.num_updates}.updatelr{rate}' + labels(named) + suffix)
 
 
 def find_query_norm(values: flags.FlagValues) -> None:

@@ -100,6 +100,12 @@ class Tables:
         sheets = each(read_sheet, [path for split in SPLITS for path in paths[split]])
         if not sheets:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
+        for split in SPLITS:
+            tables = {}
+            for path in paths[split]:
+                other = tables.setdefault(path[:-len('.csv')], path)
+                if other != path:
+                    raise UserError(f'{path} and {os.path.basename(other)} are two tables of one name; rename one')
         model = _usual(sheets)
         names = self._names(model)
         values = dict(zip([sheet.path for sheet in sheets], each(lambda sheet: numbers(sheet, names, model.path), sheets)))

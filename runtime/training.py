@@ -88,7 +88,9 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
                             'in another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Going on from {checkpoint.prefix}')
-        return TrainState.of(checkpoint.record)
+        state, there = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
+        state.ranking = [entry for entry in state.ranking if entry['iteration'] in there]  # later ones may have replaced the others
+        return state
     if run.load_from:
         checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         print(f'Starting from the weights of {run.load_from}')

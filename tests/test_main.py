@@ -373,6 +373,12 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--logdir=\udcff'], ['--logdir', 'UTF-8']),
     (['--resume=False', '--test_iter=3'], ['--resume=False', '--test_iter']),
     (['--meta_batch_size=2000000000', '--update_batch_size=2000000000'], ['--meta_batch_size', 'memories']),
+    (['--train_update_batch_size=3'], ['--train_update_batch_size', 'add --train=False']),
+    (['--train_update_lr=0.1'], ['--train_update_lr', 'add --train=False']),
+    (['--train=False', '--learn_lr=weight', '--update_lr=0.1', '--train_update_lr=0.01'], ['--update_lr=0.1', 'are learned']),
+    (['--load_from='], ['--load_from must name a checkpoint']),
+    (['--baseline=oracle', '--meta_lr_schedule=linear'], ['--meta_lr_schedule=linear', 'leave it out']),
+    (['--pretrain_iterations=5', '--metatrain_iterations=0', '--meta_lr_schedule=cosine'], ['--meta_lr_schedule=cosine', 'leave it out']),
 ])
 def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
     error = error_of(f'--logdir={tmp_path}', *flags)

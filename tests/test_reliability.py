@@ -1,5 +1,6 @@
 """Interrupted runs lose nothing, runs that diverge or cannot save say so, and other flags than before are refused."""
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
+from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 from runtime import checkpoints, saving, training
 from runtime.errors import UserError
@@ -134,6 +136,32 @@ def test_contradictions_are_spelt_out(tmp_path):
     os.rename(tmp_path, f'{tmp_path}_moved')
     output = run_ok(*on, f'--logdir={tmp_path}_moved', '--save_interval=50', '--log=False', '--num_filters=64')
     assert 'Going on from' in output
+
+
+def test_an_evaluation_without_the_pretraining_of_its_run_is_refused(tmp_path, few_tasks):
+    """And a training goes on without ranking checkpoints that are gone."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--pretrain_iterations=1', '--log=False']
+    run_ok(*flags, '--metatrain_iterations=1')
+    assert 'made with --pretrain_iterations=1, and not with --pretrain_iterations=0' in error_of(
+        *flags, '--pretrain_iterations=0', '--train=False')
+    assert '40 tasks' in run_ok(*flags, '--train=False')
+    run = str(directory_of(tmp_path))
+    prefix, arrays, record = checkpoints.load(checkpoints.path(run, 2))
+    best = {'iteration': 1, 'score': -1.0}
+    checkpoints.save(prefix, arrays, {**record, 'best': best, 'ranking': [best]})
+    assert 'model3 did best' in run_ok(*flags, '--metatrain_iterations=2')
+
+
+@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
+def test_schedules_are_those_of_meta_training(schedule):
+    """Pre-training has the first step size throughout, however many of its iterations are computed in one call."""
+    config = ModelConfig(1, 1, 'mse', 5, 0.01, norm='None', meta_lr=0.01, metatrain_iterations=3, dim_hidden=(4,))
+    batches = TaskBatch(*np.random.default_rng(0).normal(size=(4, 6, 2, 5, 1)).astype(np.float32))
+    plain, scheduled = (MAML(dataclasses.replace(config, **more)) for more in ({}, {'meta_lr_schedule': schedule}))
+    for model in plain, scheduled:
+        model.train_steps('pretrain', batches)
+    for name, weights in plain.parameters().items():
+        np.testing.assert_array_equal(weights, scheduled.parameters()[name])
 
 
 def test_other_images_are_refused(tmp_path, few_tasks):

@@ -8,10 +8,12 @@ import shlex
 import numpy as np
 import pytest
 
+import main
 from conftest import ROOT, error_of, run_ok, run_process
 from data_generator import SOURCES, TableSource, TaskConfig
 from runtime.errors import UserError
-from runtime.tables import Columns, Tables
+from runtime.run import experiment_name
+from runtime.tables import Columns, Tables, read_columns, write_columns
 
 with open(os.path.join(ROOT, 'docs', 'data.md'), encoding='utf-8') as page:
     PAGES = page.read()
@@ -49,6 +51,12 @@ def classes(tmp_path):
             write(tmp_path / 'classes' / split / f'{split}{number}.csv', ['width', 'height'] if number % 2 else ['height', 'width'],
                   rows[:, order].tolist())
     return tmp_path / 'classes'
+
+
+def run_name(*flags):
+    main.FLAGS.unparse_flags()
+    main.parse(['main.py', *flags])
+    return experiment_name(main.FLAGS, pretrain_only=False)
 
 
 def source(data, targets=(), known=None):
@@ -265,6 +273,32 @@ def test_damaged_columns_of_a_run(regression, tmp_path, few_tasks):
         assert 'columns.json cannot be read, or no training wrote it' in error_of(*flags, *EVALUATE)
     (run / 'columns.json').unlink()
     assert 'meta-test, 20 tasks' in run_ok(*flags, *EVALUATE)  # the data are those of the training
+
+
+def test_columns_are_those_of_the_model(regression, tmp_path, few_tasks):
+    """Of one that --load_from names too; and not those of a training that was stopped before its first checkpoint."""
+    flags = [*REGRESSION, f'--data_path={regression}', '--metatrain_iterations=2']
+    run = tmp_path / 'logs' / run_name(*flags)
+    stale = Columns({'x': (5.0, 2.0), 'z': (0.0, 1.0)}, {'y': (1.0, 3.0)})
+    os.makedirs(run)
+    write_columns(str(run), stale)
+    run_ok(*flags, f'--logdir={tmp_path / "logs"}')
+    assert read_columns(str(run)) != stale
+    for path in regression.glob('*/*.csv'):
+        with open(path, newline='', encoding='utf-8') as file:
+            rows = [[z, x, 2 * float(y) if y != 'y' else y] for x, y, z in csv.reader(file)]
+        write(path, rows[0], rows[1:])
+    there = run_ok(*flags, *EVALUATE, f'--logdir={tmp_path / "logs"}')
+    elsewhere = [*flags, *EVALUATE, f'--logdir={tmp_path / "other"}', f'--load_from={run / "model2"}']
+    assert re.findall(' .* ± .*', there) == re.findall(' .* ± .*', run_ok(*elsewhere)) != []
+    os.rename(run / 'columns.json', tmp_path / 'columns.json')
+    assert f'there is no columns.json in {run}, which says' in error_of(*elsewhere)
+
+
+def test_two_files_of_one_table(regression):
+    (regression / 'val' / 'val1.CSV').write_bytes((regression / 'val' / 'val1.csv').read_bytes())
+    with pytest.raises(UserError, match='val1.csv and val1.CSV are two tables of one name'):
+        source(regression, ['y']).load('train')
 
 
 def test_hidden_layers(tmp_path):
