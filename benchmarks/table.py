@@ -52,8 +52,9 @@ PAGE = os.path.join('docs', 'results.md')
 LOCK = os.path.join('logs', '.table.lock')
 NOTE = '''<details><summary>The commands of each row</summary>
 
-The first trains a row. The second evaluates its newest checkpoint; for MAML++, the five best together. Add `--test_best` for the
-checkpoint that did best on meta-validation, `--ensemble=1` for the newest of MAML++, or both for the best of MAML++.'''
+The first trains a row; in a clone it continues the shipped run, unless another `--logdir` is given. The second evaluates its newest
+checkpoint; for MAML++, the five best together. Add `--test_best` for the checkpoint that did best on meta-validation, `--ensemble=1`
+for the newest of MAML++, or both for the best of MAML++.'''
 EVALUATION = '--train=False', '--test_set=True'
 HEADS = ('run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training',
          'best peer')
