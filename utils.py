@@ -111,9 +111,14 @@ def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | t
         iteration: with it, the orders change.
     """
     first = tf.cast(step, tf.int32) * size
-    passes = [tf.argsort(tf.random.stateless_uniform([rows], [tf.cast(iteration, tf.int32), first // rows + number]))
-              for number in range(1 + -(-(size - 1) // rows))]
-    return tf.slice(tf.concat(passes, axis=0), [first % rows], [size])
+
+    def order(number):
+        # Not random floats, which XLA makes of other bits; these 23 are those of which TensorFlow itself makes them.
+        bits = tf.random.stateless_uniform([rows], [tf.cast(iteration, tf.int32), first // rows + number], None, None, tf.uint32)
+        return tf.argsort(tf.cast(tf.bitwise.bitwise_and(bits, tf.constant(2 ** 23 - 1, tf.uint32)), tf.int32))
+
+    passes = [order(number) for number in range(1 + -(-(size - 1) // rows))]
+    return tf.gather(tf.concat(passes, axis=0), first % rows + tf.range(size))  # not a slice: see `at_step`
 
 
 def adam_step(gradients: dict[str, tf.Tensor], state: dict[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:

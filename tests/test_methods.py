@@ -245,7 +245,16 @@ def test_rows_of_inner_steps():
         assert len({tuple(order) for order in passes}) > len(passes) / 2
         in_a_graph = tf.function(rows_of_step)(rows, size, tf.constant(2, tf.int64), tf.constant(3, tf.int64))
         assert np.array_equal(in_a_graph, rows_of_step(rows, size, 2, 3))
+        compiled = tf.function(rows_of_step, jit_compile=True)(rows, size, tf.constant(2, tf.int64), tf.constant(3, tf.int64))
+        assert np.array_equal(compiled, rows_of_step(rows, size, 2, 3))
     assert not np.array_equal(*([rows_of_step(30, 30, 0, iteration) for iteration in (0, 1)]))
+
+
+def test_rows_are_those_of_earlier_versions():
+    """Which sorted random floats; TensorFlow makes them of 23 random bits."""
+    for rows, iteration in (10, 7), (75, 12345):
+        floats = np.argsort(tf.random.stateless_uniform([rows], [iteration, 0]), kind='stable')
+        assert np.array_equal(rows_of_step(rows, rows, 0, iteration), floats)
 
 
 @pytest.mark.parametrize('kind', ['no', pytest.param('layer', marks=pytest.mark.slow)])
