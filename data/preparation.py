@@ -30,6 +30,7 @@ from data import pickles
 from runtime import console
 from runtime.class_folders import MANIFEST, PARTIAL_MANIFEST, SPLITS, subfolders
 from runtime.class_folders import PREPARATION_RECORD as RECORD
+from runtime.errors import UserError
 from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
 from runtime.images import PREPARED_FORMATS
 
@@ -82,6 +83,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit('there is not enough memory to read the download; close other programs, or download it again if it is damaged')
     except OSError as error:
         sys.exit(f'the download cannot be read: {error}; make its files readable, or download it again')
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tuple[int, int], args: argparse.Namespace,
@@ -168,6 +171,9 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     print(describe(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()), flush=True)
     if manifest:
         write_manifest(os.path.join(destination, MANIFEST), {name: known.split for name, known in classes.items()})
+    for name in classes:  # an empty folder would be a class without images
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(destination, name))
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
     # Last: if anything stops this function earlier, the record says incomplete.
     write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing, facts=facts)

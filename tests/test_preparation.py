@@ -18,6 +18,7 @@ from PIL import Image
 
 from conftest import ROOT
 from data import preparation
+from data_generator import SOURCES
 
 SPLITS = ('train', 'val', 'test')
 
@@ -152,6 +153,32 @@ def test_the_csv_files_decide_over_names(mini, download):
     _, prepared = mini('--allow_missing')
     assert prepared == {f'{split}/{wnid}/1.jpg': download.images[f'images/{wnid}/1.jpg']
                         for split in SPLITS for wnid in WNIDS[split]}
+
+
+def test_no_image_serves_two_classes(mini, download):
+    """Neither one in the folder of another class, which is missing in its own, nor one of a flat folder that two lists name."""
+    (train, other), test = WNIDS['train'], WNIDS['test'][0]
+    download.rows = {'train': [('1.jpg', train), ('2.jpg', other)], 'val': [('3.jpg', WNIDS['val'][0])], 'test': [('1.jpg', test)]}
+    download.images = {f'images/{test}/1.jpg': picture(1), f'images/{other}/2.jpg': picture(2), 'images/any/3.jpg': picture(3)}
+    process, prepared = mini('--allow_missing')
+    assert f'train/{train}/1.jpg' not in prepared and f'test/{test}/1.jpg' in prepared and '1 images are missing, first 1.jpg' in process.stderr
+    download.images = {'images/1.jpg': picture(1), 'images/2.jpg': picture(2), 'images/3.jpg': picture(3)}
+    process, _ = mini('--allow_missing', archive=False)
+    assert process.returncode == 1 and 'name 1.jpg as an image of the class' in process.stderr.replace('images/', ''), process.stderr
+
+
+def test_a_class_without_images_is_no_class(mini, download, tmp_path):
+    """Its only picture is damaged: the program can use the others. And a link to nothing among the class folders."""
+    broken = WNIDS['train'][0]
+    for _, name, wnid in ROWS:
+        if wnid == broken:
+            download.images[f'images/{name}'] = b'no picture'
+    process, _ = mini('--allow_missing')
+    assert process.returncode == 0 and not (tmp_path / 'prepared' / 'train' / broken).exists()
+    assert SOURCES['miniimagenet'].load('train', str(tmp_path / 'prepared')).names == [f'train/{WNIDS["train"][1]}']
+    os.symlink('/nowhere', tmp_path / 'prepared' / 'train' / 'old')
+    process, _ = mini('--allow_missing')
+    assert process.returncode == 1 and 'train/old is a link to what is not there' in process.stderr
 
 
 def test_larger_images_are_resized(mini, download):

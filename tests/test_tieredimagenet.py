@@ -4,6 +4,7 @@ import importlib.util
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -143,6 +144,17 @@ def test_from_npz_files(source, prepare, tmp_path):
 def test_from_folders(where, source, prepare, tmp_path):
     source.folders(where)
     (source.folder / 'train' / 'n99999999').mkdir(parents=True)
+    assert prepare('--allow_missing') is None
+    check(tmp_path / 'prepared')
+
+
+def test_the_val_of_ilsvrc_is_not_taken(source, prepare, tmp_path):
+    """Its folders of classes have a few other pictures of each."""
+    source.folders('train/{wnid}')
+    for row in SOME['val']:
+        folder = source.folder / 'val' / row['class']
+        folder.mkdir(parents=True)
+        shutil.copy(next((source.folder / 'train' / row['class']).iterdir()), folder)
     assert prepare('--allow_missing') is None
     check(tmp_path / 'prepared')
 

@@ -20,7 +20,7 @@ import csv
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -60,29 +60,37 @@ def from_images(source: str) -> Found:
         [Picture], {(split, class): expected images}, names of missing images.
     """
     files = find_images(source)
-    lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
-    missing = [path for path in lists.values() if not os.path.exists(path)]
-    if missing:
-        print(f'{missing[0]} is not there: classes are taken from the names of images and folders')
-        rows, expected = rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
-    else:
-        rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
-        check_rows(rows)
-        expected = collections.Counter((split, label) for split, _, label in rows)
-        few = {key: count for key, count in expected.items() if count != IMAGES_PER_CLASS}
-        if few:
-            (split, label), count = min(few.items())
-            print(f'The csv files list {count} images of {split}/{label}; the whole of MiniImagenet has {IMAGES_PER_CLASS}')
-    index, pictures, absent = by_last_components(files), [], []
+    rows, expected = wanted_rows(source, files)
+    index, pictures, absent, label_of = by_last_components(files), [], [], {}
+    known = {label for _, label in class_list()}  # `prepare` complains of others
     for split, name, label in rows:
-        path = locate(index, name, label)
+        path = locate(index, name, label, known)
         if path is None:
             absent.append(name)
+        elif label in known and label_of.setdefault(path, label) != label:
+            sys.exit(f'the csv files name {path} as an image of the class {label_of[path]} and of {label}; remove one line')
         else:
             pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read(), SIZE)))
     if not pictures:
         sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is among its images')
     return pictures, expected, absent
+
+
+def wanted_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, str, str]], Mapping[tuple[str, str], int]]:
+    """[(split, image, label)] of the csv files, or else of the names of images, and {(split, class): expected images}."""
+    lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
+    missing = [path for path in lists.values() if not os.path.exists(path)]
+    if missing:
+        print(f'{missing[0]} is not there: classes are taken from the names of images and folders')
+        return rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
+    rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
+    check_rows(rows)
+    expected = collections.Counter((split, label) for split, _, label in rows)
+    few = {key: count for key, count in expected.items() if count != IMAGES_PER_CLASS}
+    if few:
+        (split, label), count = min(few.items())
+        print(f'The csv files list {count} images of {split}/{label}; the whole of MiniImagenet has {IMAGES_PER_CLASS}')
+    return rows, expected
 
 
 def find_images(source: str) -> dict[str, Callable[[], bytes]]:
@@ -114,9 +122,11 @@ def by_last_components(paths: Iterable[str]) -> dict[str, list[str]]:
     return index
 
 
-def locate(index: Mapping[str, list[str]], name: str, label: str) -> str | None:
-    """The path of an image that a csv file calls `name`: it is there under that name, or in a folder of its class."""
-    matches = index.get(f'{label}/{os.path.basename(name)}') or index.get(name) or [None]
+def locate(index: Mapping[str, list[str]], name: str, label: str, known: Collection[str]) -> str | None:
+    """The path of an image that a csv file calls `name`: in a folder of its class, or under that name, but in no other class's folder."""
+    others = {*known} - {label}
+    named = [path for path in index.get(name, []) if os.path.basename(os.path.dirname(path)) not in others]
+    matches = index.get(f'{label}/{os.path.basename(name)}') or named or [None]
     if len(matches) > 1:
         sys.exit(f'the images hold {name} more than once: {matches[0]} and {matches[1]}; remove one')
     return matches[0]

@@ -142,12 +142,14 @@ def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, li
 def from_folders(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of images in <split>/<wnid>/, train/<wnid>/ (of ILSVRC2012) or <wnid>/."""
     found = {}
-    for name in [row['class'] for row in rows if row['split'] == split]:
-        folders = [os.path.join(source, *parts, name) for parts in ([split], ['train'], [])]
-        folder = next((folder for folder in folders if os.path.isdir(folder)), None)
-        if folder:
-            paths = sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
-            found[name] = ImageList(len(paths), lambda number, paths=paths: decode(read_picture(paths[number])))
+    for row in [row for row in rows if row['split'] == split]:
+        folders = [os.path.join(source, *parts, row['class']) for parts in ([split], ['train'], [])]
+        lists = [sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+                 for folder in folders if os.path.isdir(folder)]
+        if lists:
+            # ILSVRC2012's own val, sorted into folders, has 50 pictures of each class, which are none of tieredImageNet.
+            paths = next((paths for paths in lists if len(paths) == int(row['images'])), max(lists, key=len))
+            found[row['class']] = ImageList(len(paths), lambda number, paths=paths: decode(read_picture(paths[number])))
     return found or None
 
 
