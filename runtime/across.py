@@ -88,11 +88,10 @@ def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot
     named = [split_name(folder) for folder in folders]
     matrices = tables(read_evaluations(named))
     notes = [f'Drawn: {draw(one, named[0][1], plot_format)}' for one in matrices] if plot else []
-    if style == 'csv':
-        print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
-        return as_csv(matrices)
-    parts = [{'text': as_text, 'latex': as_latex}[style](one) for one in matrices]
-    return '\n\n'.join([*parts, *(['\n'.join(notes)] if notes else [])])
+    if style == 'text':
+        return '\n\n'.join([*map(as_text, matrices), *(['\n'.join(notes)] if notes else [])])
+    print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
+    return as_csv(matrices) if style == 'csv' else '\n\n'.join(map(as_latex, matrices))
 
 
 def elsewhere(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -168,7 +167,7 @@ def as_csv(tables: Sequence[Matrix]) -> str:
 
 def as_latex(table: Matrix) -> str:
     """A tabular environment, with a line of comment for each column."""
-    lines = [f'% {number}: {target}' for number, target in enumerate(table.targets, start=1)]
+    lines = [f'% {number}: {target}' for number, target in enumerate(table.targets, start=1)] + [f'% {note}' for note in table.notes]
     lines += [rf'\begin{{tabular}}{{l{"r" * len(table.targets)}}}', r'\hline',
               ' & '.join([latex(UNITS[table.metric][0]), *map(str, range(1, len(table.targets) + 1))]) + r' \\', r'\hline']
     for row, model in enumerate(table.models):

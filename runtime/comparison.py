@@ -22,16 +22,26 @@ from runtime.statistics import UNITS, difference, interval, number, p_text, p_va
 # statistics of batch norm. The switches of methods are in the method's name.
 NOT_COMPARED = {'logdir', 'data_path', 'resume', 'log', 'plot', 'plot_format', 'format', 'save_interval', 'skip_nonfinite', 'engine',
                 'task_chunk', 'strategy', 'train', 'baseline', 'verify', 'metatrain_iterations', 'run',
-                'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method',
+                'recompute', 'test_iter', 'test_best', 'test_set', 'test_seed', 'num_test_tasks', 'load_from', 'method',
                 'ensemble'}  # the method's name tells of it
 
 
 def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
-    flags = sorted(set().union(*(one.entry.get('flags', {}) for one in evaluations)) - NOT_COMPARED - set(switches()))
+    flags = set().union(*(one.entry.get('flags', {}) for one in evaluations)) - NOT_COMPARED - set(switches())
+    flags = sorted(flags | set(_beyond_the_name(evaluations)))
     return [{'': one.entry.get('method', 'MAML'), **{name: one.flag(name) for name in flags},
              'query_norm': one.entry.get('query_norm'), 'checkpoint': os.path.basename(one.entry['checkpoint'])}
             for one in evaluations]
+
+
+def _beyond_the_name(evaluations):
+    """Switches by which evaluations of one method's name differ, and iterations on which the step sizes of schedules depend."""
+    scheduled = [one for one in evaluations if one.flag('meta_lr_schedule') != 'constant']
+    for name, those in {**dict.fromkeys(switches(), evaluations), 'metatrain_iterations': scheduled}.items():
+        found = {(one.entry.get('method', 'MAML'), one.flag(name)) for one in those}
+        if len(found) > len({method for method, _ in found}):
+            yield name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +87,21 @@ class Comparison:
         return rows
 
     def seed_groups(self) -> list[list[int]]:
-        """Numbers of evaluations that differ by their training's seed only, for each such group of two or more."""
-        but_seed = [json.dumps({**one, 'seed': None}, sort_keys=True) for one in settings(self.evaluations)]
-        groups = [[number for number, one in enumerate(but_seed) if one == wanted] for wanted in dict.fromkeys(but_seed)]
-        seeds = [{self.evaluations[number].flag('seed') for number in group} for group in groups]
-        return [group for group, found in zip(groups, seeds) if len(found) == len(group) > 1]
+        """Numbers of evaluations that differ by their training's seed only, for each such group of two or more.
+
+        Checkpoints of one iteration, or each seed's own best or ensemble. The latter must be there for all seeds: where the best is the
+        newest, it may be there as the newest only, and a mean over the others would be over seeds that were chosen by chance.
+        """
+        alike, seeds = {}, {}
+        for index, (one, evaluation) in enumerate(zip(settings(self.evaluations), self.evaluations)):
+            kind = json.dumps({**one, 'seed': None, 'checkpoint': None}, sort_keys=True)
+            seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
+            for best in evaluation.chosen_as_best:
+                of = evaluation.flag('metatrain_iterations') if best else one['checkpoint']
+                alike.setdefault((kind, best, of), []).append(index)
+        found = {key: {self.evaluations[index].flag('seed') for index in group} for key, group in alike.items()}
+        return [group for (kind, best, of), group in alike.items()
+                if len(found[kind, best, of]) == len(group) > 1 and (not best or found[kind, best, of] == seeds[kind])]
 
 
 def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
@@ -108,6 +128,9 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     comparable, single = by_tasks(found)
     side_by_side = across.tables(across.elsewhere(found))
     left_out = '; '.join(f'{one.path} on {describe_tasks(one.entry["tasks"])}' for one in single)
+    if not comparable and side_by_side and style != 'text':
+        raise UserError(f'no two evaluations were made on the same tasks; a table of models against sources is what --across --format={style} '
+                        'prints')
     if not comparable and not side_by_side:
         raise UserError(f'there is only one evaluation, {left_out}; evaluate another run on the same tasks' if len(single) == 1
                         else f'no two evaluations were made on the same tasks: {left_out}')

@@ -55,6 +55,11 @@ class Evaluation:
         """Whether the tasks are those of another source than the training's."""
         return self.trained_on != self.entry['tasks']['datasource']
 
+    @property
+    def chosen_as_best(self) -> set[bool]:
+        """Whether it is of the checkpoint, or of the ensemble, that did best on meta-validation: {True, False} if that was the newest, too."""
+        return {True} if 'ensemble' in self.entry else self.entry.get('chosen_as_best', {bool(self.flag('test_best'))})
+
     def flag(self, name: str) -> Any:
         """The value of a flag; where the evaluation is older than the flag, its default."""
         default = FLAGS[name].default if name in FLAGS else None
@@ -67,7 +72,7 @@ def read_evaluations(named: Sequence[tuple[str | None, str]]) -> list[Evaluation
     Raises:
         UserError: no folder has any.
     """
-    found, seen, without = [], set(), []
+    found, without = {}, []
     for given, folder in named:
         directories = result_directories(folder)
         without += [] if directories else [folder]
@@ -75,15 +80,17 @@ def read_evaluations(named: Sequence[tuple[str | None, str]]) -> list[Evaluation
             for name, entry in read(os.path.join(directory, FILE)).items():
                 # A checkpoint that was evaluated as the newest and by its number as well is one evaluation.
                 key = os.path.realpath(directory), json.dumps([entry['checkpoint'], entry['tasks'], entry['scores']], sort_keys=True)
-                if key not in seen:
-                    seen.add(key)
-                    found.append(Evaluation(directory, name.removesuffix(f', {entry["tasks"]["split"]}'), given, entry))
+                one = Evaluation(directory, name.removesuffix(f', {entry["tasks"]["split"]}'), given, entry)
+                if key in found:
+                    found[key].entry['chosen_as_best'] = found[key].chosen_as_best | one.chosen_as_best
+                else:
+                    found[key] = one
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
         if len(without) == len(named):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
-    return found
+    return list(found.values())
 
 
 def result_directories(folder: str, name: str = FILE) -> list[str]:

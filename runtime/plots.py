@@ -80,10 +80,12 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
                   label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
         axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
         axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
-        bounds.append((low, high))
-    _limit(axes, metric, np.array(bounds))
-    axes.set(xlabel='inner updates; the mark at 0 is of support examples, before adaptation', xticks=updates,
-             ylabel=f'query {title}\n(band: 95% interval)', xlim=(-0.3, updates[-1] + 0.3))
+        bounds.append(np.array([low, high]))
+    _limit(axes, metric, bounds)
+    longest = max(values.shape[1] for values in runs.values()) - 1
+    axes.set(xlabel='inner updates; the mark at 0 is of support examples, before adaptation',
+             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
+             xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     axes.set_title(_plain(heading), fontsize='small')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside lower center', fontsize='small', frameon=False)
@@ -132,11 +134,12 @@ def _limit(axes, metric, bounds):
     """Sets the range of y so that the bands can be seen.
 
     Args:
-        bounds: ends of the intervals, [runs, 2, 1 + updates].
+        bounds: for each run the ends of its intervals, [2, 1 + updates].
     """
-    finite = bounds[:, :, 1:][np.isfinite(bounds[:, :, 1:])]
+    query = np.concatenate([ends[:, 1:].ravel() for ends in bounds])
+    finite = query[np.isfinite(query)]
     if metric == 'loss':
-        if not np.isfinite(bounds).all() or finite.max(initial=0) > DIVERGED * max(np.median(finite), 1e-9):
+        if not all(np.isfinite(ends).all() for ends in bounds) or finite.max(initial=0) > DIVERGED * max(np.median(finite), 1e-9):
             axes.set_yscale('log', nonpositive='clip')  # a run that diverged leaves nothing to see on a linear axis
         else:
             axes.set_ylim(bottom=0)

@@ -293,6 +293,75 @@ def test_a_table_across_sources_keeps_ways_to_adapt_apart():
     assert [model.split(',')[:2] for model in table.models] == [['mine', ' runs/a'], ['mine', ' runs/b'], ['other']]
 
 
+def write_results(folder, **entries):
+    """A run's results.json: {name: (mean, flags, what else an entry has)}."""
+    tasks = {'datasource': 'sinusoid', 'split': 'test', 'count': 3, 'update_batch_size': 5, 'query_shots': 5, 'seed': 0, 'data': 1}
+    folder.mkdir()
+    (folder / 'results.json').write_text(json.dumps({f'{name}, test': {
+        'checkpoint': f'{folder}/model10', 'score': 'loss', 'scores': [[9.0, mean + task / 10] for task in range(3)], 'tasks': tasks,
+        'flags': {'num_updates': 1, 'seed': 0, **flags}, **more} for name, (mean, flags, more) in entries.items()}))
+
+
+@pytest.mark.parametrize('method, one, other, alike', [
+    ('MAML', {}, {}, True),
+    ('MAML', {'recompute': False}, {'recompute': True}, True),
+    ('Reptile', {'inner_batch': 1}, {'inner_batch': 5}, False),
+    ('pre-training', {'inner_weights': 'all'}, {'inner_weights': 'head'}, False),
+    ('MAML', {'metatrain_iterations': 10}, {'metatrain_iterations': 20}, True),
+    ('MAML', *({'metatrain_iterations': count, 'meta_lr_schedule': 'linear'} for count in (10, 20)), False),
+])
+def test_means_over_seeds_are_of_runs_that_are_alike(method, one, other, alike, tmp_path):
+    for seed, flags in enumerate([one, other]):
+        write_results(tmp_path / str(seed), n=(1.0 + 2 * seed, {**flags, 'seed': seed}, {'method': method}))
+    assert ('2.1000 (1.4142)' in run_ok(f'--compare={tmp_path}')) == alike
+
+
+def test_means_over_seeds_are_of_all_seeds(tmp_path):
+    """Of each one's own best checkpoint, or ensemble, whichever they are, and one that is the newest, too."""
+    for seed in range(3):
+        flags = {'seed': seed, 'metatrain_iterations': 10}
+        best = {} if seed == 2 else {'checkpoint': f'runs/model{seed}'}
+        more = {'ensemble': [seed, 7], 'method': 'MAML++, ensemble of 2', 'checkpoint': f'runs/model{seed}'}
+        write_results(tmp_path / str(seed), newest=(1.0 + 2 * seed, flags, {}), best=(1.0 + 2 * seed if seed == 2 else 4.0, {**flags, 'test_best': True}, best),
+                      together=(2.0 * seed, flags, more))
+    table = run_ok(f'--compare={tmp_path}')
+    assert [f'{mean:.4f} ({std:.4f})' in table for mean, std in ((3.1, 2.0), (13 / 3 + 0.1, 1 / 3 ** 0.5), (2.1, 2.0))] == [True] * 3, table
+    entries = json.loads((tmp_path / '0' / 'results.json').read_text())
+    del entries['best, test']
+    (tmp_path / '0' / 'results.json').write_text(json.dumps(entries))
+    table = run_ok(f'--compare={tmp_path}')
+    assert '3.1000 (2.0000)' in table and table.count('over seeds') == 3, table  # two means, and what they are
+
+
+def test_a_table_of_nothing_comparable_is_refused(tmp_path):
+    """For other programs; a person is shown the table of models against sources."""
+    write_results(tmp_path / 'run', n=(1.0, {}, {'trained_on': 'harmonic'}))
+    assert 'sinusoid' in run_ok(f'--compare={tmp_path}')
+    for style in 'csv', 'latex':
+        assert f'is what --across --format={style} prints' in error_of(f'--compare={tmp_path}', f'--format={style}')
+    latex = run_ok(f'--across={tmp_path}', '--format=latex', '--plot')
+    assert '\n% *: the source that the model was trained on\n' in latex and 'Drawn' not in latex
+
+
+def test_curves_of_different_lengths():
+    """Reptile is evaluated with 50 updates, MAML with 10."""
+    for lengths in (51, 11), (11, 51):
+        figure = plots.curves({str(length): np.random.default_rng(0).uniform(1, 2, (5, length)) for length in lengths}, 'loss', 'x')
+        axes, = figure.axes
+        assert axes.get_xlim()[1] > 50 and len(axes.get_xticks()) == 11 and axes.get_yscale() == 'linear'
+
+
+def test_step_sizes_that_are_learned_stay(tmp_path):
+    """Those of a model that --load_from names, too."""
+    flags = ['--norm=None', '--meta_batch_size=2', '--log=False', '--learn_lr=layer']
+    run_ok(*flags, '--metatrain_iterations=1', f'--logdir={tmp_path / "run"}')
+    run, = (tmp_path / 'run').iterdir()
+    loaded = [*flags, '--train=False', '--num_test_tasks=3', f'--load_from={run / "model1"}', f'--logdir={tmp_path / "other"}']
+    assert 'are learned, and an evaluation cannot change them; give --update_lr=0.001' in error_of(*loaded, '--update_lr=0.5')
+    assert '3 tasks' in run_ok(*loaded)
+    assert 'are learned' in error_of(f'--run={run}', '--train=False', '--update_lr=0.5')
+
+
 def test_weights_of_another_source_are_no_home_match(tmp_path):
     """A model of the sinusoid, given by --load_from, is not one of the source that it is evaluated on."""
     flags = ['--norm=None', '--meta_batch_size=2', '--log=False']
