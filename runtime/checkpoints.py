@@ -33,6 +33,7 @@ _TEMPORARY = '.saving'
 _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # Summaries and results, which are meaningless for a run that starts from scratch in the directory.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'test_*', 'predict_*'
+_DESCRIPTIONS = 'run.flags', 'columns.json'  # what describes the run: its flags, and the columns of tables
 
 
 class Damaged(UserError):
@@ -428,6 +429,9 @@ def move_aside(directory: str, iteration: int) -> str | None:
     while os.path.exists(folder := os.path.join(directory, f'earlier{number}')):
         number += 1
     os.mkdir(folder)
+    for name in _DESCRIPTIONS:  # the next training writes its own
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(os.path.join(directory, name), folder)
     for name in others:
         os.replace(name, os.path.join(folder, os.path.basename(name)))
     for name in later:

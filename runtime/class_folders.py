@@ -8,10 +8,11 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,17 +81,24 @@ class ClassFolders:
         Raises:
             UserError: the root, the split or a class folder is missing, or the preparation was not completed.
         """
-        self.record_split()
+        self.record_split({})
         return self._names(split)
 
-    def record_split(self) -> None:
+    def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes a manifest into the root, if class folders there are not split yet. `load` does not depend on it.
 
+        Args:
+            loaded: {split: its class folders}, as `load` returned them.
+
         Raises:
-            UserError: there are too few classes, or the manifest cannot be written.
+            UserError: there are too few classes, they are not those that were loaded, or the manifest cannot be written.
         """
-        if self._unsplit() and os.path.isdir(self.root):
-            write_manifest(os.path.join(self.root, MANIFEST), split_classes(subfolders(self.root), self.split_ratios, self.root))
+        if not self.unsplit() or not os.path.isdir(self.root):
+            return
+        rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+        if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
+            raise UserError(f'the class folders in {self.root} are not those that were there when they were read; start again')
+        write_manifest(os.path.join(self.root, MANIFEST), rows)
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -104,15 +112,7 @@ class ClassFolders:
         if self._is_packed():
             return list(self._packed_counts(split))
         manifest = self._manifest()
-        if manifest:
-            names = read_manifest(manifest, split)
-            if self.split_ratios and split == 'train':  # once a run
-                _report_unlisted(self.root, manifest)
-        elif self._unsplit():
-            rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
-            names = sorted(name for where, name in rows if where == split)
-        else:
-            names = sorted(f'{split}/{name}' for name in subfolders(os.path.join(self.root, split)))
+        names = self._listed(manifest, split)
         if not names:
             where = f'the manifest {manifest}' if manifest else self.root
             raise UserError(f'the {split} split in {where} has no classes; {self.missing_hint}')
@@ -121,6 +121,21 @@ class ClassFolders:
             raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
                             f'first {missing[0]}; {self.missing_hint}')
         return names
+
+    def _listed(self, manifest, split):
+        """The class folders of a split, as a manifest, the split of all folders or the folders train, val and test have them."""
+        reporting = self.split_ratios and split == 'train'  # of the user's own images, once a run
+        if manifest:
+            if reporting:
+                _report_unlisted(self.root, manifest)
+            return read_manifest(manifest, split)
+        if self.unsplit():
+            rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+            return sorted(name for where, name in rows if where == split)
+        there = {one: subfolders(os.path.join(self.root, one)) for one in SPLITS}
+        if reporting:
+            report_shared(there, self.root)
+        return sorted(f'{split}/{name}' for name in there[split])
 
     def load(self, split: str, image_shape: tuple[int, int, int]) -> ImageClasses:
         """The split's images, decoded and cached beside them on first use.
@@ -191,7 +206,7 @@ class ClassFolders:
             self._check_split(found)
         return found
 
-    def _unsplit(self) -> bool:
+    def unsplit(self) -> bool:
         """Whether the root holds class folders that neither a manifest nor folders train, val and test divide."""
         return bool(self.split_ratios and not self._manifest() and not self._split_by_folders())
 
@@ -307,6 +322,16 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str)
         raise UserError(f'{_split_flag(ratios)} leaves no class of the {len(names)} in {root} for training')
     bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
     return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
+
+
+def report_shared(classes: Mapping[str, Iterable[str]], root: str) -> None:
+    """Prints which names of classes are in two splits: meta-test is about classes that training has not seen."""
+    shared = [(name, one, other) for one, other in itertools.combinations(SPLITS, 2) for name in sorted({*classes[one]} & {*classes[other]})]
+    if shared:
+        name, one, other = shared[0]
+        more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
+        print(f'Note: {root} has a class {name} in {one} and in {other}{more}. If these are the same classes, validation and meta-test do not '
+              'measure the learning of new ones')
 
 
 def _report_unlisted(root: str, manifest: str) -> None:

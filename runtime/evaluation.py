@@ -33,7 +33,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
     results.existing(run.directory)  # one that is damaged is reported before the work, not after it
     trained, prefix, iterations, trained_on = restore(run)
     if run.replicas.chief:
-        record_split(run.source, run.tasks)
+        record_split(run.source, run.tasks, data)
     tasks, updates = data[run.split], run.test_updates
     run.replicas.check_in_sync((run.worker_flags, tasks.fingerprint), trained.state().values())
     facts = evaluation_facts(run, tasks, trained, prefix, iterations, trained_on)
@@ -178,7 +178,11 @@ def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None, str]:
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
-        return model, run.load_from, record.get('iteration'), record.get('flags', {}).get('datasource', run.trained_on)
+        learnt = record.get('flags', {})
+        if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
+            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation cannot change '
+                            f'them; give --update_lr={learnt["update_lr"]}, with which its training started')
+        return model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on)
     best = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
     checkpoint = best[0] if best else checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record

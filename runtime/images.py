@@ -107,8 +107,9 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
     def decode(path):
         try:
             with Image.open(path, formats=formats) as image:
+                file_format = image.format
                 image = _on_white(ImageOps.exif_transpose(image)) if resize else image
-                size, pixels = image.size, _eight_bits(image).convert('L' if channels == 1 else 'RGB')
+                size, pixels = image.size, _eight_bits(image, file_format).convert('L' if channels == 1 else 'RGB')
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises almost any exception on damaged images
@@ -153,10 +154,12 @@ def resized(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray
     return np.stack(small).reshape(*images.shape[:-3], *image_shape)
 
 
-def _eight_bits(image):
-    """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for floating-point ones."""
+def _eight_bits(image, file_format):
+    """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for other numbers than of 8 or 16 bits."""
     if image.mode == 'F':
         raise ValueError('its pixels are floating-point numbers, of unknown range')
+    if image.mode == 'I' and file_format not in ('PNG', 'PPM'):  # which Pillow reads as 32 bits, and which have 16
+        raise ValueError('its pixels are 32-bit numbers, of unknown range')
     if image.mode.startswith('I'):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image

@@ -110,6 +110,10 @@ def _only_with(names: list[str], condition: Callable[[Request], bool], message: 
     return [Rule(lambda r, name=name: r.given(name) and not condition(r), f'--{name} {message}') for name in names]
 
 
+def _only_pretrains(r: Request) -> bool:
+    return r.baseline == 'oracle' or r.pretrain_iterations > 0 and r.metatrain_iterations == 0
+
+
 def _needs(r: Request, name: str) -> bool:
     return r.mode == 'predict' and not r.values[name].value
 
@@ -161,8 +165,9 @@ RULES = [
          '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
     Rule(lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
     Rule(lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
-    Rule(lambda r: r.mode == 'train' and r.meta_lr_schedule != 'constant' and (r.baseline == 'oracle' or r.metatrain_iterations == 0),
-         '--meta_lr_schedule={meta_lr_schedule} counts iterations of meta-training, and there are none: leave it out'),
+    *(Rule(lambda r, name=name: r.mode == 'train' and r.values[name].value != r.values[name].default and _only_pretrains(r),
+           f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
+      for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
     Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
          '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     Rule(lambda r: r.recompute and r.engine == 'wide', '--recompute loops over the inner steps of one task at a time: leave out --engine=wide'),
@@ -198,7 +203,7 @@ RULES = [
     *_only_with(['train_update_batch_size', 'train_update_lr', 'train_inner_batch', 'train_query_norm'], lambda r: r.mode != 'train',
                 'is for evaluation: add --train=False'),
     Rule(lambda r: r.mode != 'train' and r.learn_lr != 'no' and r.train_update_lr not in (-1, r.update_lr),
-         '--update_lr={update_lr}: the step sizes of this model are learned (--learn_lr={learn_lr}), and an evaluation cannot change them'),
+         '--update_lr={update_lr}: the step sizes of this model are learned, and an evaluation cannot change them'),
     Rule(lambda r: r.train_num_classes in (0, 1), '--train_num_classes must be at least 2'),
     Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     Rule(lambda r: r.train_num_classes != -1 and (r.mode == 'train' or not r.classes),

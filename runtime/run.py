@@ -198,6 +198,8 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
         source = _with_network_of(trained_with(values, 'datasource'), source, values)
     if source.image_shape:
         source = dataclasses.replace(source, skip_bad_images=values.skip_bad_images, verify=values.verify)
+    if source.image_shape and source.user_images and mode(values) != 'predict':
+        _refuse_runs_among_classes(values, source)
     train = mode(values) == 'train'
     query_shots = -1 if train else values.test_query
     return source, TaskConfig(
@@ -207,6 +209,15 @@ def data_from_flags(values: flags.FlagValues) -> tuple[Source, TaskConfig]:
         seed=values.test_seed if mode(values) == 'evaluate' else values.seed,
         baseline='oracle' if values.baseline == 'oracle' else None,
         data_path=values.data_path and os.path.expanduser(values.data_path))
+
+
+def _refuse_runs_among_classes(values, source):
+    """Raises UserError if the run's directory would be one of the class folders that are to be split."""
+    folders, directory = source.folders(os.path.expanduser(values.data_path or '.')), _directory(values)
+    root = os.path.realpath(folders.root)
+    if os.path.commonpath([root, os.path.realpath(directory)]) == root and folders.unsplit():
+        raise UserError(f'the directory of the run, {directory}, is in --data_path={values.data_path}, where each folder is a class; '
+                        'give another --logdir')
 
 
 def missing_classes(values: flags.FlagValues, split: str) -> str:
@@ -304,10 +315,14 @@ def _validation_config(source, tasks):
     return dataclasses.replace(tasks, num_classes=there) if 1 < there < tasks.num_classes else tasks
 
 
-def record_split(source: Source, tasks: TaskConfig) -> None:
-    """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them."""
+def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> None:
+    """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them.
+
+    Raises:
+        UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
+    """
     if source.image_shape and source.user_images:
-        source.folders(tasks.data_path).record_split()
+        source.folders(tasks.data_path).record_split({split: of.classes.names for split, of in data.items()})
 
 
 def network_flags(values: flags.FlagValues, source: Source) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.class_folders import SPLITS
+from runtime.class_folders import SPLITS, report_shared
 from runtime.errors import UserError, first_line
 from runtime.files import refuse_no_file, write_atomically
 
@@ -153,6 +153,8 @@ class Tables:
         tables = self._values[1][split]
         if not tables:
             raise UserError(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}')
+        if split == 'train' and not self.target_names:
+            report_shared(self._values[1], self.root)
         counts, values = np.array([len(rows) for rows in tables.values()]), np.concatenate(list(tables.values()))
         checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
         return Rows(self.columns.standardise(values), list(tables), np.cumsum(counts) - counts, counts, checksum)
@@ -160,6 +162,8 @@ class Tables:
 
 def _scale(name: str, column: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation, the same on every machine: sums are exact. Of a constant column the deviation is 1."""
+    if column.min() == column.max():  # a rounded mean may differ from it
+        return float(column[0]), 1.0
     try:
         mean = math.fsum(column) / len(column)
         deviation = math.sqrt(math.fsum((column - mean) ** 2) / len(column))
@@ -167,7 +171,7 @@ def _scale(name: str, column: np.ndarray) -> tuple[float, float]:
         mean = deviation = math.inf
     if not math.isfinite(mean + deviation):
         raise UserError(f'the numbers in the column {name} are too large or too far apart')
-    return mean, deviation or 1.0
+    return mean, deviation or 1.0  # which may underflow
 
 
 def each(function: Callable[[object], Result], arguments: Iterable[object]) -> list[Result]:

@@ -59,7 +59,7 @@ def train(run: Run, data: dict[str, Tasks]) -> None:
             return
         if replicas.chief:
             prepare_directory(run, state, model)
-            record_split(run.source, run.tasks)
+            record_split(run.source, run.tasks, data)
         print(description(run, data, model), flush=True)
         with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
                 Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:

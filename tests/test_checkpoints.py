@@ -188,3 +188,12 @@ def test_checkpoints_about_to_be_redone_are_moved_aside(tmp_path):
     second = checkpoints.move_aside(str(tmp_path), 0)
     assert second != folder and checkpoints.iterations(second) == [1000]
     assert files(tmp_path) == ['earlier1', 'earlier2']
+
+
+def test_what_describes_checkpoints_goes_with_them(tmp_path):
+    for name in 'run.flags', 'columns.json':
+        (tmp_path / name).write_text(name)
+    save(tmp_path, 1000)
+    assert files(tmp_path / os.path.basename(checkpoints.move_aside(str(tmp_path), 0))) == sorted(
+        ['columns.json', 'run.flags', f'model1000{INDEX}', f'model1000{DATA}'])
+    assert files(tmp_path) == ['columns.json', 'earlier1', 'run.flags']

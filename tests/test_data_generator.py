@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data_generator
-from conftest import class_names, write_image_tree, write_manifest
+from conftest import class_names, error_of, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig
 from runtime import class_folders, images
 from runtime.class_folders import SPLITS, ClassFolders, read_manifest
@@ -412,6 +412,36 @@ def test_folders_of_a_split_count_more_than_the_manifest_of_another_place(small_
     assert divided.names('train') == [f'train/train{number:02d}' for number in range(6)]
     with pytest.raises(UserError, match='1 of the 1 class folders of the test split are missing'):
         ClassFolders(str(undivided), shipped_manifest=elsewhere).names('test')
+
+
+def test_a_run_among_the_classes(own_images):
+    """Its directory would be a class in the manifest that is written after it was made, and move others to other splits."""
+    flags = ['--datasource=folder', f'--data_path={own_images}', '--num_classes=2', '--update_batch_size=1']
+    error = error_of(*flags, f'--logdir={own_images / "logs"}')
+    assert f'is in --data_path={own_images}, where each folder is a class; give another --logdir' in error
+    folders = dataclasses.replace(FOLDER, split_ratios=(64, 16, 20)).folders(str(own_images))
+    loaded = {'val': folders.load('val', (8, 8, 1)).names}
+    (own_images / 'later').mkdir()
+    (own_images / 'zz later').mkdir()
+    with pytest.raises(UserError, match='are not those that were there when they were read; start again'):
+        folders.record_split({**loaded, 'train': []})
+    assert not (own_images / 'splits.csv').exists()
+
+
+def test_names_of_classes_in_two_splits_are_reported(tmp_path, capsys):
+    write_image_tree(tmp_path, ['train/cat', 'train/cow', 'val/cow', 'test/cat', 'test/cow', 'test/dog'], images=1, size=(4, 4, 3))
+    assert FOLDER.class_folders('train', str(tmp_path)) == ['train/cat', 'train/cow']
+    assert f'Note: {tmp_path} has a class cow in train and in val, and 3 more such names. If' in capsys.readouterr().out
+    assert FOLDER.class_folders('test', str(tmp_path)) and capsys.readouterr().out == ''
+
+
+def test_integers_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)).save(tmp_path / 'image.tif')
+    Image.fromarray(np.full((4, 4), 257 * 7, np.uint16)).save(tmp_path / 'deep.png')
+    with pytest.raises(images.BadImages) as error:
+        list(images.decode_images([str(tmp_path / 'image.tif'), str(tmp_path / 'deep.png')], (4, 4, 1), True, '', ''))
+    assert [(path, 'of unknown range' in what) for path, what in error.value.images] == [(str(tmp_path / 'image.tif'), True)]
+    assert (next(images.decode_images([str(tmp_path / 'deep.png')], (4, 4, 1), True, '', '')) == 7).all()
 
 
 def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):

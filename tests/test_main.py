@@ -379,6 +379,8 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--load_from='], ['--load_from must name a checkpoint']),
     (['--baseline=oracle', '--meta_lr_schedule=linear'], ['--meta_lr_schedule=linear', 'leave it out']),
     (['--pretrain_iterations=5', '--metatrain_iterations=0', '--meta_lr_schedule=cosine'], ['--meta_lr_schedule=cosine', 'leave it out']),
+    (['--pretrain_iterations=5', '--metatrain_iterations=0', '--multi_step_loss=5', '--learn_lr=step', '--first_order_iterations=1'],
+     ['--multi_step_loss=5', '--learn_lr=step', '--first_order_iterations=1', 'leave it out']),
 ])
 def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path):
     error = error_of(f'--logdir={tmp_path}', *flags)

@@ -111,6 +111,17 @@ def test_constant_columns_and_blank_lines(tmp_path):
     assert (batch.query_x[..., 1] == 0).all() and np.isfinite(batch.query_x).all()
 
 
+@pytest.mark.parametrize('constant', [0.1, 0.7, -3e-300, 1e300])
+def test_a_constant_column_stays_as_it_is(constant, tmp_path, capsys):
+    """Its mean, a sum divided by a number, may differ from it by a rounding error."""
+    for split in COUNTS:
+        for name in 'a', f'{split}b':
+            write(tmp_path / split / f'{name}.csv', ['x', 'constant'], [[number, constant] for number in range(24)])
+    assert source(tmp_path).load('train').values[:, 1].tolist() == [0.0] * 48
+    assert source(tmp_path).folders().columns.features['constant'] == (constant, 1.0)
+    assert 'has a class a in train and in val, and 2 more such names' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('flags, data', [pytest.param(REGRESSION, 'regression', marks=pytest.mark.slow), (CLASSES, 'classes')])
 def test_a_run(flags, data, tmp_path, few_tasks, request):
     """It learns; evaluation repeats exactly although the split train has changed since; --run needs no flags."""
