@@ -21,7 +21,7 @@ from runtime import packed
 from runtime.errors import UserError
 from runtime.files import refuse_no_file, write_atomically
 from runtime.image_cache import cached_array
-from runtime.images import BadImages, decode_images, image_files, readable_suffixes
+from runtime.images import BadImages, decode_images, image_files, is_broken, readable_suffixes
 
 SPLITS = ('train', 'val', 'test')
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
@@ -249,7 +249,7 @@ def subfolders(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
-    broken = sorted(entry.path for entry in entries if not os.path.exists(entry.path))
+    broken = sorted(entry.path for entry in entries if is_broken(entry))
     if broken:
         raise UserError(f'{broken[0]} is a link to what is not there; mend or remove it'
                         + (f' ({len(broken) - 1} more are, too)' if len(broken) > 1 else ''))

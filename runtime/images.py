@@ -77,11 +77,19 @@ def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
 
     def image_file(entry):
-        status = os.stat(entry.path) if os.path.exists(entry.path) else os.lstat(entry.path)
+        try:
+            status = os.stat(entry.path)
+        except FileNotFoundError:
+            status = os.lstat(entry.path)
         return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     return sorted(image_file(entry) for entry in os.scandir(folder)
-                  if is_image(entry.name) and (entry.is_file() or not os.path.exists(entry.path)))
+                  if is_image(entry.name) and (entry.is_file() or is_broken(entry)))
+
+
+def is_broken(entry: os.DirEntry) -> bool:
+    """Whether an entry of a folder is a link to what is not there."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,

@@ -124,8 +124,8 @@ def by_last_components(paths: Iterable[str]) -> dict[str, list[str]]:
 
 def locate(index: Mapping[str, list[str]], name: str, label: str, known: Collection[str]) -> str | None:
     """The path of an image that a csv file calls `name`: in a folder of its class, or under that name, but in no other class's folder."""
-    others = {*known} - {label}
-    named = [path for path in index.get(name, []) if os.path.basename(os.path.dirname(path)) not in others]
+    folders = {path: os.path.basename(os.path.dirname(path)) for path in index.get(name, [])}
+    named = [path for path, folder in folders.items() if folder == label or folder not in known]
     matches = index.get(f'{label}/{os.path.basename(name)}') or named or [None]
     if len(matches) > 1:
         sys.exit(f'the images hold {name} more than once: {matches[0]} and {matches[1]}; remove one')
