@@ -42,7 +42,7 @@ from runtime.errors import UserError  # noqa: E402
 from runtime.evaluations import Evaluation  # noqa: E402
 from runtime.files import locked, write_atomically  # noqa: E402
 from runtime.methods import apply_method  # noqa: E402
-from runtime.run import data_from_flags, experiment_name, missing_classes  # noqa: E402
+from runtime.run import data_from_flags, experiment_name, missing_classes, own_updates  # noqa: E402
 from runtime.statistics import figure  # noqa: E402
 from runtime.tasks import TaskConfig  # noqa: E402
 
@@ -144,8 +144,7 @@ def state_of(row: Row) -> State:
     """Reads it from the row's directory."""
     values = parse([*row.arguments, *row.evaluation, *EVALUATION])
     _, tasks = data_from_flags(values)
-    updates = values.num_updates if values.test_updates == -1 else values.test_updates
-    inner = values.update_lr, values.inner_batch, updates
+    inner = values.update_lr, values.inner_batch, own_updates(values.num_updates, values.test_updates)
     values = parse(row.arguments)
     directory = os.path.join(values.logdir, experiment_name(values, pretrain_only=False))
     missing = missing_classes(values, 'train')

@@ -265,6 +265,18 @@ def check_flags(prefix: str, there: dict, wanted: dict, hint: str) -> None:
         raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {here}; {hint}')
 
 
+def check_run(checkpoint: Checkpoint, wanted: dict, pretrain_iterations: int, hint: str) -> None:
+    """`check_flags` for a run's own checkpoint, which has had as much pre-training as its iterations allow.
+
+    Args:
+        wanted, hint: as for `check_flags`.
+        pretrain_iterations: of the run that is wanted.
+    """
+    record = checkpoint.record
+    there, here = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], pretrain_iterations))
+    check_flags(checkpoint.prefix, {**record['flags'], 'pretrain_iterations': there}, {**wanted, 'pretrain_iterations': here}, hint)
+
+
 def _read(prefix):
     try:
         for suffix in '.index', '.data-*':

@@ -16,7 +16,7 @@ from runtime.class_folders import listed_classes, preparation_facts
 from runtime.ensemble import Ensemble
 from runtime.errors import UserError
 from runtime.progress import Progress
-from runtime.run import Run, record_split, usual_updates
+from runtime.run import Run, own_updates, record_split, usual_updates
 from runtime.summaries import Summaries
 from runtime.tasks import Tasks
 
@@ -98,8 +98,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         **({'trained_on': trained_on} if trained_on != run.trained_on else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
         'score': run.metric, 'flags': run.flag_values,
-        # The method's default number of updates: see --compare.
-        'own_updates': run.model.num_updates if run.flag_values['test_updates'] == -1 else run.test_updates,
+        'own_updates': own_updates(run.model.num_updates, run.flag_values['test_updates']),  # see --compare
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
                   'num_classes': run.tasks.num_classes if run.source.loss == 'xent' else None,
@@ -189,10 +188,8 @@ def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None, str]:
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
                         f'{run.regime}ing; give the flags of its training')
-    there, wanted = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], run.pretrain_iterations))
-    checkpoints.check_flags(checkpoint.prefix, {**record['flags'], 'pretrain_iterations': there},
-                            {**run.network_flags, 'datasource': run.trained_on, 'pretrain_iterations': wanted},
-                            'give the flags of its training')
+    checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
+                          'give the flags of its training')
     checkpoints.restore_parameters(checkpoint, model.parameters())
     if best:
         model = Ensemble(model, [{name: one.arrays[name] for name in model.parameters()} for one in best],

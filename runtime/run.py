@@ -146,6 +146,11 @@ def usual_updates(num_updates: int) -> int:
     return max(num_updates, TEST_UPDATES)
 
 
+def own_updates(num_updates: int, test_updates: int) -> int:
+    """The method's own number of inner updates in an evaluation: --test_updates if it is set, else --num_updates."""
+    return num_updates if test_updates == -1 else test_updates
+
+
 def _directory(values):
     return run_directory(values) or os.path.join(os.path.expanduser(values.logdir), experiment_name(values, _pretrain_only(values)))
 
@@ -251,6 +256,7 @@ def _known_columns(values):
         UserError: they cannot be read, or are not beside the checkpoint that --load_from names.
     """
     directory = _directory(values)
+    # Not `checkpoints.iterations`: data are read before TensorFlow is imported.
     started = values.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
     if values.load_from and (mode(values) != 'train' or not started):
         folder = os.path.dirname(os.path.expanduser(values.load_from)) or '.'

@@ -74,12 +74,8 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
     """Restores a checkpoint, or loads the weights to start from, if there are any."""
     if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
-        iteration = checkpoint.record['iteration']
-        pretrained = {'pretrain_iterations': min(iteration, run.pretrain_iterations)}
-        there = {**checkpoint.record['flags'],
-                 'pretrain_iterations': min(iteration, checkpoint.record['pretrain_iterations'])}
-        checkpoints.check_flags(checkpoint.prefix, there, {**run.learning_flags, **pretrained},
-                                'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
+        checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
+                              'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
         other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
         if other:
             kind = 'images' if run.source.image_shape else 'data'
