@@ -1,16 +1,23 @@
 """The meta-gradient is the derivative of what is trained: by hand on a tiny problem, by finite differences elsewhere."""
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import maml
+from conftest import ROOT
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, classify, features, inner_loop, loss_of
 from runtime.optimizers import Adam
 from special_grads import batch_standardize, standardize
 from utils import conv2d, initial_norm_params, initial_weights
+
+sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
 
 IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
              image_shape=(8, 8, 1), num_filters=4)
@@ -239,3 +246,20 @@ def test_convolution_as_matmul(size, stride):
         results.append([y, *tape.gradient(loss, (x, kernel))])
     for ours, expected in zip(*results):
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('factor, small', [(1, True), (1.01, False)])
+def test_the_check_of_gradients_sees_a_wrong_one(factor, small):
+    """Of sin(w) + v^2, whose derivatives are known."""
+    from gradient_check import errors_of_differences
+    at = {'w': np.array(0.3), 'v': np.array([1.0, -2.0])}
+    loss = lambda offsets: np.sin(at['w'] + offsets['w']) + np.sum(np.square(at['v'] + offsets['v']))
+    errors = errors_of_differences({'w': np.cos(at['w']), 'v': factor * 2 * at['v']}, loss, np.random.default_rng(0))
+    assert (max(errors) < 1e-6) == small
+
+
+def test_gradients_of_a_shipped_model():
+    printed = subprocess.run([sys.executable, os.path.join(ROOT, 'benchmarks', 'gradient_check.py'), 'logs/sine', '--tasks=1'], cwd=ROOT,
+                             check=True, capture_output=True, text=True).stdout
+    single, double = (float(re.search(rf'{against} +(\S+)', printed)[1]) for against in ('float64', 'differences'))
+    assert single < 1e-5 and double < 1e-6
