@@ -17,7 +17,7 @@ import main as program  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 
 DIRECTIONS = 3
-STEP = 1e-8  # short, because a longer one soon crosses a kink of a ReLU
+STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss jumps
 
 
 def length(gradients: dict) -> float:
