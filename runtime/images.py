@@ -77,14 +77,11 @@ def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
 
     def image_file(entry):
-        try:
-            status = os.stat(entry.path)
-        except FileNotFoundError:
-            status = os.lstat(entry.path)
+        status = entry.stat(follow_symlinks=not is_broken(entry))
         return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     return sorted(image_file(entry) for entry in os.scandir(folder)
-                  if is_image(entry.name) and (entry.is_file() or is_broken(entry)))
+                  if is_image(entry.name) and (is_broken(entry) or entry.is_file()))
 
 
 def is_broken(entry: os.DirEntry) -> bool:

@@ -234,6 +234,14 @@ def test_pipes_among_images(pipe, tmp_path):
     assert [file.name for file in images.image_files(str(tmp_path / 'a'), {'.png'})] == ['00.png']
 
 
+@pytest.mark.parametrize('target', ['nothing', 'link.png', '00.png/below'])
+def test_links_to_nothing_are_listed(target, tmp_path):
+    """To be reported with the other bad images: to what is not there, to itself, and into a file."""
+    write_image_tree(tmp_path, ['a'], images=1, size=(4, 4, 3))
+    os.symlink(target, tmp_path / 'a' / 'link.png')
+    assert [file.name for file in images.image_files(str(tmp_path / 'a'), {'.png'})] == ['00.png', 'link.png']
+
+
 @pytest.mark.parametrize('text', ['{"a": ' + '[' * 100_000, '{"a": {"scores": [[1', '[' * 100_000 + ']' * 100_000, ''])
 def test_results_that_are_no_results(text, tmp_path):
     (tmp_path / 'results.json').write_text(text)
