@@ -13,19 +13,17 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import main as program  # noqa: E402
+from main import parse, run_and_data  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
 
 DIRECTIONS = 3
 STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss jumps
 
 
-def length(gradients: dict) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(np.asarray(value, np.float64))) for value in gradients.values())))
-
-
-def distance(left: dict, right: dict) -> float:
-    return length({name: np.asarray(left[name], np.float64) - right[name] for name in right})
+def relative_error(gradients: dict, exact: dict) -> float:
+    """|gradients - exact| / |exact|, Euclidean, over all tensors together."""
+    found, wanted = (np.concatenate([np.ravel(values[name]) for name in exact]) for values in (gradients, exact))
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) -> list[float]:
@@ -40,7 +38,7 @@ def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) ->
 
 
 def check(directory: str, differences: int) -> None:
-    run, data = program.run_and_data(program.parse(['gradient_check.py', f'--run={directory}', '--train=False']))
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
     import tensorflow as tf
 
     from maml import Parameters, inner_loop, meta_gradient, objective, stage
@@ -64,7 +62,7 @@ def check(directory: str, differences: int) -> None:
               for error in errors_of_differences(gradients, functools.partial(loss_at, task), rng)]
     mean = {name: np.mean([gradients[name] for gradients in each], axis=0) for name in each[0]}
     print(f'{prefix}, {len(tasks)} tasks, relative errors of the meta-gradient:')
-    print(f'float32, as in training, against float64  {distance(model.meta_gradients(batch, iterations), mean) / length(mean):.1e}')
+    print(f'float32, as in training, against float64  {relative_error(model.meta_gradients(batch, iterations), mean):.1e}')
     print(f'float64 against central differences       {np.median(errors):.1e} (median), {max(errors):.1e} (largest of {len(errors)})')
 
 
