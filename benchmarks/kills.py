@@ -22,8 +22,9 @@ import zipfile
 from collections.abc import Sequence
 
 import numpy as np
-from interruptions import ROOT, write_images
 from PIL import Image
+
+from interruptions import ROOT, write_images
 
 sys.path.insert(0, ROOT)
 from data.preparation import read_classes  # noqa: E402

@@ -11,7 +11,7 @@ from absl import flags
 from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'benchmarks')]
 
 import main  # noqa: E402
 from runtime import startup  # noqa: E402

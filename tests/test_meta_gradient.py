@@ -17,8 +17,6 @@ from runtime.optimizers import Adam
 from special_grads import batch_standardize, standardize
 from utils import conv2d, initial_norm_params, initial_weights
 
-sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
-
 IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
              image_shape=(8, 8, 1), num_filters=4)
 DENSE = dict(dim_input=2, dim_output=1, loss='mse', update_batch_size=4, update_lr=0.05, num_updates=2,

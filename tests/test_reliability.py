@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import interruptions
 from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 from runtime import checkpoints, saving, training
 from runtime.errors import UserError
 from runtime.progress import Progress
-
-sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
-import interruptions  # noqa: E402
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 

@@ -1,6 +1,5 @@
 """The queue that makes the table of results, benchmarks/table.py, on a row that trains in seconds."""
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,10 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+import table
 from conftest import ROOT
-
-sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
-import table  # noqa: E402
 
 PROGRAM = '''
 import os, sys
@@ -123,7 +120,6 @@ def test_a_row_that_does_not_exist(start):
 
 
 def test_validations_of_a_console_log(tmp_path):
-    sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
     import curves
     log = ('Iteration 400: 0.2, 0.3\nIteration 500: 0.2, 0.4\nValidation results: 0.2, 0.35\nValidation of model700: 0.2, 0.5\n'
            'Going on from model500\nIteration 600: 0.2, 0.5\nValidation of model700: 0.2, 0.45\nIteration 1000: 0.2, 0.5\n'

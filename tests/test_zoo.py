@@ -4,17 +4,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 import main
+import zoo
 from conftest import ROOT, error_of, run_ok
 from runtime import checkpoints
 from runtime.evaluations import Evaluation, result_directories
-
-sys.path.insert(0, os.path.join(ROOT, 'benchmarks'))
-import zoo  # noqa: E402
 
 LOGS = os.path.join(ROOT, 'logs')
 TRACKED = subprocess.run(['git', 'ls-files', 'logs'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
