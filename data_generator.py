@@ -13,12 +13,12 @@ import zlib
 
 import numpy as np
 
-from runtime.class_folders import MANIFEST, SPLITS, ClassFolders, ImageClasses
-from runtime.errors import UserError
-from runtime.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
-from runtime.images import resized
-from runtime.tables import Rows, Tables
-from runtime.tasks import Source, TaskBatch, TaskConfig, split_rows
+from runtime.datasets.class_folders import MANIFEST, ClassFolders, ImageClasses
+from runtime.datasets.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
+from runtime.datasets.images import resized
+from runtime.datasets.tables import Rows, Tables
+from runtime.datasets.tasks import SPLITS, Source, TaskBatch, TaskConfig, split_rows
+from runtime.system.errors import UserError
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 
@@ -152,7 +152,7 @@ class FunctionSource(NumberSource):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Classification of images in class folders on disk (runtime/class_folders.py says how they are laid out)."""
+    """Classification of images in class folders on disk (runtime/datasets/class_folders.py says how they are laid out)."""
     image_shape: tuple[int, int, int]        # height, width, channels
     folder: str | None = None             # below data/; None: --data_path must name it
     script: str | None = None             # the preparation script; None: the user's own images, of any size and format
@@ -219,7 +219,7 @@ class ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class TableSource(NumberSource):
-    """Regression or classification of rows of numbers in csv files (runtime/tables.py says how they are laid out)."""
+    """Regression or classification of rows of numbers in csv files (runtime/datasets/tables.py says how they are laid out)."""
     files: Tables = Tables()
     print_interval = 100
 

@@ -43,13 +43,14 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 
 from data_generator import SOURCES
-from runtime import console, distribution, rules
-from runtime.errors import UserError, first_line
-from runtime.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
-from runtime.interruption import ENDING
-from runtime.methods import PRESETS
-from runtime.run import Run
-from runtime.startup import run_and_data
+from runtime.cli import rules, workers
+from runtime.cli.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
+from runtime.cli.methods import PRESETS
+from runtime.cli.run import Run
+from runtime.cli.startup import run_and_data
+from runtime.system import console
+from runtime.system.errors import UserError, first_line
+from runtime.system.interruption import ENDING
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
@@ -126,7 +127,7 @@ choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core,
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
 boolean('recompute', False, 'keep the activations of one inner step only, and recompute the others in the backward pass: for many '
         'inner updates')
-choice('strategy', 'auto', distribution.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
+choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
        "'mirrored': on all GPUs of this machine; 'multiworker': on the machines of TF_CONFIG; auto: multiworker if TF_CONFIG "
        'is set, mirrored if there are several GPUs, else one')
 group('Computation (results differ only by rounding)')
@@ -177,9 +178,9 @@ def compare(rest: list[str]) -> None:
     """Prints a comparison of the folders after --compare or --across, and `rest`."""
     rules.check_comparison(FLAGS, names())
     if FLAGS.across is not None:
-        from runtime.across import across as action
+        from runtime.results.across import across as action
     else:
-        from runtime.comparison import compare as action
+        from runtime.results.compare import compare as action
     print(action([*(FLAGS.across or FLAGS.compare), *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
 
 
@@ -190,13 +191,13 @@ def execute(run: Run, data: Any) -> None:
         sys.stdout = open(os.devnull, 'w')  # only the chief prints
     try:
         if run.mode == 'train':
-            from runtime.training import train as action
+            from runtime.jobs.train import train as action
         elif run.mode == 'evaluate':
-            from runtime.evaluation import evaluate as action
+            from runtime.jobs.evaluate import evaluate as action
         elif run.source.image_shape:
-            from runtime.prediction import predict as action
+            from runtime.jobs.predict import predict as action
         else:
-            from runtime.table_prediction import predict as action
+            from runtime.jobs.predict_tables import predict as action
         action(run, data)
     except ResourceExhaustedError as error:
         raise MemoryError(first_line(error)) from error

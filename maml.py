@@ -4,7 +4,7 @@ Read from the top: the network is a function of a dict of weights (`forward`). T
 on a task's support set (`inner_loop`, line 6 of algorithm 1). The outer step moves the shared weights along the gradient of the
 query loss through that inner loop (`meta_gradient`, line 8), averaged over tasks (`MAML`).
 
-All functions are about one task; runtime/engine.py maps them over meta-batches.
+All functions are about one task; runtime/compute/engine.py maps them over meta-batches.
 """
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 import utils
-from runtime import engine
-from runtime.distribution import Replicas
-from runtime.optimizers import OPTIMIZERS
-from runtime.schedules import meta_lr, multi_step_weights, stage
+from runtime.compute import engine
+from runtime.compute.distribution import Replicas
+from runtime.compute.optimizers import OPTIMIZERS
+from runtime.compute.schedules import meta_lr, multi_step_weights, stage
 from special_grads import recomputing_loop
 from switches import adapted_names, fast_weights, features_stay, head_names, minibatch, norm_at, step_sizes
 from utils import CONV_LAYERS, accuracy, adam_step, conv_block, dense_block, loss_of, norm_scope

@@ -1,6 +1,6 @@
 """How the methods differ: which tensors an inner step adapts, with which step sizes, on which rows. Functions of a ModelConfig.
 
-docs/methods.md lists the settings of each method; schedules over iterations are in runtime/schedules.py.
+docs/methods.md lists the settings of each method; schedules over iterations are in runtime/compute/schedules.py.
 """
 import dataclasses
 from collections.abc import Sequence

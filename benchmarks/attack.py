@@ -71,7 +71,7 @@ class Target:
 
 
 def _user_error():
-    from runtime.errors import UserError
+    from runtime.system.errors import UserError
     return UserError
 
 
@@ -144,7 +144,7 @@ class Images(Target):
         return content.getvalue()
 
     def read(self, content: bytes) -> None:
-        from runtime.images import decode_images
+        from runtime.datasets.images import decode_images
         array, = decode_images([self.path('x.png', content)], (16, 16, 3), True, 'remove it', '')
         assert array.shape == (1, 16, 16, 3) and array.dtype == np.uint8
 
@@ -154,7 +154,7 @@ class Manifests(Target):
         return b'split,class\ntrain,a\ntrain,b/c\nval,"d e"\ntest,\xc3\xa9\n'
 
     def read(self, content: bytes) -> None:
-        from runtime.class_folders import read_manifest
+        from runtime.datasets.class_folders import read_manifest
         for name in read_manifest(self.path('splits.csv', content), 'train'):
             assert not os.path.isabs(name) and '..' not in name.split('/')
 
@@ -166,7 +166,7 @@ class Results(Target):
         return json.dumps({'a, val': entry, 'b, val': {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}}).encode()
 
     def read(self, content: bytes) -> None:
-        from runtime.comparison import compare
+        from runtime.results.compare import compare
         self.path('results.json', content)
         compare([self.folder], style=['text', 'csv', 'latex'][len(content) % 3])
 
@@ -177,8 +177,8 @@ class RunFlags(Target):
 
     def read(self, content: bytes) -> None:
         import main
-        from runtime.rules import check_flags
-        from runtime.run import apply_run
+        from runtime.cli.rules import check_flags
+        from runtime.cli.run import apply_run
         self.path('run.flags', content)
         main.FLAGS.unparse_flags()
         main.parse(['main.py', f'--run={self.folder}', '--train=False'])
@@ -194,8 +194,8 @@ class FlagFiles(Target):
         from absl import flags
 
         import main
-        from runtime.rules import check_flags
-        from runtime.run import data_from_flags
+        from runtime.cli.rules import check_flags
+        from runtime.cli.run import data_from_flags
         if any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
             return
         main.FLAGS.unparse_flags()
@@ -212,7 +212,7 @@ class Clusters(Target):
         return json.dumps({'cluster': {'worker': ['host1:12345', '127.0.0.1:2']}, 'task': {'type': 'worker', 'index': 1}}).encode()
 
     def read(self, content: bytes) -> None:
-        from runtime.distribution import cluster_from_environment
+        from runtime.compute.distribution import cluster_from_environment
         try:
             os.environ['TF_CONFIG'] = content.decode('utf-8', 'surrogateescape')
         except ValueError:  # a NUL: no environment can hold it
@@ -230,7 +230,7 @@ class Checkpoints(Target):
     def valid(self, rng: random.Random) -> bytes:
         import tensorflow as tf
 
-        from runtime import checkpoints
+        from runtime.jobs import checkpoints
         self.prefix = os.path.join(self.folder, 'model5')
         self.variables = {'w1': np.arange(6.).reshape(2, 3), 'step': np.int64(7)}
         record = {'iteration': 5, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain', 'pretrain_iterations': 0,
@@ -241,7 +241,7 @@ class Checkpoints(Target):
             return file.read()
 
     def read(self, content: bytes) -> None:
-        from runtime import checkpoints
+        from runtime.jobs import checkpoints
         self.path('model5' + self.suffix, content)
         found = checkpoints.load(self.prefix)
         assert found.record['iteration'] == 5 and all(np.array_equal(found.arrays[name], value)

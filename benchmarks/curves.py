@@ -15,8 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from matplotlib.figure import Figure  # noqa: E402
 from run_files import CONSOLE  # noqa: E402
 
-from runtime import plots  # noqa: E402
-from runtime.evaluations import split_name  # noqa: E402
+from runtime.results import plots  # noqa: E402
+from runtime.results.collect import split_name  # noqa: E402
 
 WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 

@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from main import parse, run_and_data  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
+from runtime.system.errors import UserError  # noqa: E402
 
 DIRECTIONS = 3
 STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss jumps
@@ -42,7 +42,7 @@ def check(directory: str, differences: int) -> None:
     import tensorflow as tf
 
     from maml import Parameters, inner_loop, meta_gradient, objective, stage
-    from runtime.evaluation import restore
+    from runtime.jobs.evaluate import restore
     model, prefix, iterations, _ = restore(run)
     config = stage(model.config, iterations)
     if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':

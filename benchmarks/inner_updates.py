@@ -37,7 +37,7 @@ SHAPES = {'sinusoid': sinusoid, 'cifarfs': cifarfs}
 
 
 def measure(shape: str, updates: int, recompute: bool) -> dict[str, float]:
-    from runtime.startup import import_tensorflow
+    from runtime.cli.startup import import_tensorflow
     import_tensorflow()
     from maml import MAML
     config, batch = SHAPES[shape]()

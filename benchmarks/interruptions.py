@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
     args = parser.parse_args()
     sys.path.insert(0, ROOT)
-    from runtime import startup
+    from runtime.cli import startup
     startup.import_tensorflow()
     started, rng = time.monotonic(), random.Random(args.seed)
     for name, (arguments, iterations) in RUNS.items():

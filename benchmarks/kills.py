@@ -28,7 +28,7 @@ from interruptions import ROOT, write_images
 
 sys.path.insert(0, ROOT)
 from data.preparation import read_classes  # noqa: E402
-from runtime.class_folders import PREPARATION_RECORD, ClassFolders  # noqa: E402
+from runtime.datasets.class_folders import PREPARATION_RECORD, ClassFolders  # noqa: E402
 
 SHARES = {'preparation': 0.3, 'cache': 0.2, 'training': 0.15, 'evaluation': 0.2, 'comparison': 0.15}
 IMAGE_SHAPE = (28, 28, 1)
@@ -100,7 +100,7 @@ class Cache:
         self.runs += 1
         pixels = np.random.default_rng(self.runs).integers(0, 256, IMAGE_SHAPE[:2], np.uint8)
         Image.fromarray(pixels).save(os.path.join(self.root, f'class{self.runs % 60:02d}', f'later{self.runs}.png'))
-        return ['-c', f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.class_folders import ClassFolders\n'
+        return ['-c', f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.datasets.class_folders import ClassFolders\n'
                       f'ClassFolders({self.root!r}, split_ratios=(64, 16, 20)).load("train", {IMAGE_SHAPE})']
 
     def check(self) -> None:
@@ -129,7 +129,7 @@ class Training:
 
     def checkpoints(self, logdir: str) -> dict[int, dict[str, np.ndarray]]:
         """{iteration of a checkpoint: its variables}, of those that can be found."""
-        from runtime import checkpoints
+        from runtime.jobs import checkpoints
         found = {}
         for directory in glob.glob(os.path.join(glob.escape(logdir), 'cls_*')):
             for iteration in checkpoints.iterations(directory):

@@ -33,7 +33,7 @@ METHODS = {  # {title: (changes from MAML, iteration)}
 
 def measure(name: str, rounds: int, only: str) -> None:
     """Prints the table of a workload."""
-    from runtime.startup import import_tensorflow
+    from runtime.cli.startup import import_tensorflow
     import_tensorflow()
     from maml import MAML
     workload = WORKLOADS[name]

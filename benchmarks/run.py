@@ -43,7 +43,7 @@ def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
     import main
     run, data = main.run_and_data(main.parse(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000']))
     from maml import MAML
-    from runtime.training import meta_batches
+    from runtime.jobs.train import meta_batches
     model = MAML(run.model)
     batches = meta_batches(data['train'], run, 0, model.steps_per_call)
 
@@ -69,7 +69,7 @@ def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
 def measure_bar() -> float:
     """The share of training time spent in the progress bar when it is drawn on a terminal."""
     import main
-    from runtime import progress
+    from runtime.system import progress
     calls = []  # (when, how long)
 
     class Timed(progress.Progress):
@@ -92,7 +92,7 @@ def measure_bar() -> float:
     with tempfile.TemporaryDirectory() as logdir:
         run, data = main.run_and_data(main.parse(
             ['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000', f'--logdir={logdir}']))
-        from runtime import training
+        from runtime.jobs import train as training
         training.Progress = Timed
         training.train(run, data)
         return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation

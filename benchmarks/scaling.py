@@ -32,11 +32,11 @@ ENOUGH = 0.8  # efficiency, for which the smallest meta-batch is reported
 
 def measure(name: str, tasks: int) -> tuple[float, int, float]:
     """Median seconds of a step on this process's tasks, the bytes that it sends, and those on the loopback interface."""
-    from runtime import distribution
-    from runtime.startup import import_tensorflow
-    replicas = import_tensorflow('auto', distribution.cluster_from_environment('auto'))
+    from runtime.cli import workers
+    from runtime.cli.startup import import_tensorflow
+    replicas = import_tensorflow('auto', workers.cluster_from_environment('auto'))
     from maml import MAML
-    from runtime.engine import SUM_DTYPE
+    from runtime.compute.engine import SUM_DTYPE
     workload = dataclasses.replace(WORKLOADS[name], meta_batch_size=tasks)
     model = MAML(workload.model_config(), replicas=replicas)
     batch = workload.batch()

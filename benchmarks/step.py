@@ -37,7 +37,7 @@ def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
 
 def measure(name: str, steps: int) -> dict[str, float]:
     """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
-    from runtime.startup import import_tensorflow
+    from runtime.cli.startup import import_tensorflow
     import_tensorflow()
     from maml import MAML
     model, batch = MAML(WORKLOADS[name].model_config()), WORKLOADS[name].batch()

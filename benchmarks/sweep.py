@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument('--plot', metavar='FILE', help='draw the curves too')
     args = parser.parse_args()
 
-    from runtime import startup
+    from runtime.cli import startup
     startup.import_tensorflow()
     workload, results = WORKLOADS[args.workload], {}
     for quantity, values in SWEEPS.items():

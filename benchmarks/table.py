@@ -34,17 +34,18 @@ os.chdir(ROOT)  # directories of runs are named relative to it, in results.json 
 from run_files import CONSOLE, TIMES  # noqa: E402
 
 import main  # noqa: E402
-from runtime.startup import import_tensorflow  # noqa: E402
+from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
-from runtime import checkpoints, results  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.evaluations import Evaluation  # noqa: E402
-from runtime.files import locked, write_atomically  # noqa: E402
-from runtime.methods import apply_method  # noqa: E402
-from runtime.run import data_from_flags, experiment_name, missing_classes, own_updates  # noqa: E402
-from runtime.statistics import figure  # noqa: E402
-from runtime.tasks import TaskConfig  # noqa: E402
+from runtime.cli.methods import apply_method  # noqa: E402
+from runtime.cli.run import data_from_flags, experiment_name, missing_classes, own_updates  # noqa: E402
+from runtime.datasets.tasks import TaskConfig  # noqa: E402
+from runtime.jobs import checkpoints  # noqa: E402
+from runtime.results import store as results  # noqa: E402
+from runtime.results.collect import Evaluation  # noqa: E402
+from runtime.results.statistics import figure  # noqa: E402
+from runtime.system.errors import UserError  # noqa: E402
+from runtime.system.files import locked, write_atomically  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress

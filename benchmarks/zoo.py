@@ -28,16 +28,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import main  # noqa: E402
-from runtime.startup import import_tensorflow  # noqa: E402
+from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
-from runtime import checkpoints, results  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.evaluations import Evaluation, read_evaluations, result_directories  # noqa: E402
-from runtime.files import write_atomically  # noqa: E402
-from runtime.run import FLAG_FILE, apply_run, missing_classes  # noqa: E402
-from runtime.statistics import figure  # noqa: E402
-from runtime.tables import COLUMNS_FILE  # noqa: E402
+from runtime.cli.run import FLAG_FILE, apply_run, missing_classes  # noqa: E402
+from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
+from runtime.jobs import checkpoints  # noqa: E402
+from runtime.results import store as results  # noqa: E402
+from runtime.results.collect import Evaluation, read_evaluations, result_directories  # noqa: E402
+from runtime.results.statistics import figure  # noqa: E402
+from runtime.system.errors import UserError  # noqa: E402
+from runtime.system.files import write_atomically  # noqa: E402
 
 COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, TIMES
 # Flags of an evaluation that are not repeated: where the run is, which checkpoint, and what does not change the figures.

@@ -27,7 +27,7 @@ from data.preparation import (
     read_file,
     reason,
 )
-from runtime.images import PREPARED_FORMATS
+from runtime.datasets.images import PREPARED_FORMATS
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 

@@ -1,4 +1,4 @@
-"""Writes a large source as packed arrays (runtime/packed.py), because listing and decoding class folders would take too long.
+"""Writes a large source as packed arrays (runtime/datasets/packed.py), because listing and decoding class folders would take too long.
 
 A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack`
 writes one array for each split, checks the counts and prints a summary.
@@ -28,10 +28,10 @@ from data.preparation import (
     write_preparation_record,
     write_under_lock,
 )
-from runtime import packed
-from runtime.class_folders import SPLITS
-from runtime.image_cache import write_array
-from runtime.images import CHUNK_BYTES
+from runtime.datasets import packed
+from runtime.datasets.image_cache import write_array
+from runtime.datasets.images import CHUNK_BYTES
+from runtime.datasets.tasks import SPLITS
 
 
 class ImageList(NamedTuple):

@@ -27,12 +27,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime import console
-from runtime.class_folders import MANIFEST, PARTIAL_MANIFEST, SPLITS, subfolders
-from runtime.class_folders import PREPARATION_RECORD as RECORD
-from runtime.errors import UserError
-from runtime.files import PART_SUFFIX, locked, remove_parts, write_atomically
-from runtime.images import PREPARED_FORMATS
+from runtime.datasets.class_folders import MANIFEST, PARTIAL_MANIFEST, subfolders
+from runtime.datasets.class_folders import PREPARATION_RECORD as RECORD
+from runtime.datasets.images import PREPARED_FORMATS
+from runtime.datasets.tasks import SPLITS
+from runtime.system import console
+from runtime.system.errors import UserError
+from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory

@@ -1,9 +1,9 @@
-"""The program around the algorithm: user data, the compute engine, training, evaluation, results.
+"""The program around the algorithm, in six packages; each imports only from those above it in this list (tests/test_structure.py).
 
-Modules in three layers; each imports only from its own layer and those above it in this list, or from the six top-level files:
-
-    errors, files, images, image_cache, packed, class_folders, functions, tables, tasks
-                                                        user data; import nothing of ours outside this layer
-    distribution, optimizers, schedules, engine         maps one task's mathematics over meta-batches; used by maml.py
-    all others                                          the program; used by main.py
+    system      errors, files, console, interruptions, progress
+    datasets    tasks, images, tables, class folders: what data_generator.py draws from
+    compute     maps one task's mathematics over meta-batches, and over devices; used by maml.py
+    cli         flags, methods, and what the command line asks for
+    results     statistics, results.json, comparisons and figures
+    jobs        training, evaluation, prediction; checkpoints
 """

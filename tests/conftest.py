@@ -14,11 +14,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'benchmarks')]
 
 import main  # noqa: E402
-from runtime import startup  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
+from runtime.cli import startup  # noqa: E402
+from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()
-from runtime import evaluation, training  # noqa: E402
+from runtime.jobs import evaluate as evaluation  # noqa: E402
+from runtime.jobs import train as training  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_environment', 'test_hostile_input',

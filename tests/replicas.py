@@ -13,7 +13,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import main  # noqa: E402
-from runtime import distribution, startup  # noqa: E402
+from runtime.cli import startup, workers  # noqa: E402
 
 TASKS, STEPS = 4, 100
 
@@ -77,4 +77,4 @@ if __name__ == '__main__':
         main.main(['main.py', *arguments])
     else:
         strategy = 'mirrored' if int(devices) > 1 else 'auto'
-        gradients(startup.import_tensorflow(strategy, distribution.cluster_from_environment(strategy)), *arguments)
+        gradients(startup.import_tensorflow(strategy, workers.cluster_from_environment(strategy)), *arguments)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from runtime import checkpoints
-from runtime.errors import UserError
+from runtime.jobs import checkpoints
+from runtime.system.errors import UserError
 
 INDEX, DATA = SUFFIXES = '.index', '.data-00000-of-00001'
 
@@ -108,10 +108,10 @@ def test_the_best_is_the_one_that_the_newest_names(tmp_path):
     for iteration in 1000, 2000:
         checkpoints.save(checkpoints.path(str(tmp_path), iteration), state(iteration),
                          record(iteration, best={'iteration': 1000, 'score': 0.5}))
-    assert checkpoints.find(str(tmp_path), checkpoints.BEST).record['iteration'] == 1000
+    assert checkpoints.find(str(tmp_path), 'best').record['iteration'] == 1000
     save(tmp_path, 3000)
     with pytest.raises(UserError, match='no checkpoint that was validated in .*; there are model1000, model2000, model3000'):
-        checkpoints.find(str(tmp_path), checkpoints.BEST)
+        checkpoints.find(str(tmp_path), 'best')
 
 
 @pytest.mark.parametrize('moved', [[], [DATA], [DATA, INDEX]])

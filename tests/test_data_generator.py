@@ -12,9 +12,10 @@ from PIL import Image
 import data_generator
 from conftest import class_names, error_of, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig
-from runtime import class_folders, images
-from runtime.class_folders import SPLITS, ClassFolders, read_manifest
-from runtime.errors import UserError
+from runtime.datasets import class_folders, images
+from runtime.datasets.class_folders import ClassFolders, read_manifest
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError
 
 OMNIGLOT = SOURCES['omniglot']
 

@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 
 from conftest import ROOT, error_of, run_ok
-from runtime import distribution
-from runtime.errors import UserError
+from runtime.cli import workers
+from runtime.system.errors import UserError
 
 SINUSOID = ['--norm=None', '--update_batch_size=10', '--meta_batch_size=4', '--save_interval=100']
 PATIENCE = 480  # seconds after which a process hangs
@@ -81,7 +81,7 @@ def test_gradients_and_training_are_those_of_one_device(where, of_one, tmp_path)
     """Meta-gradients of a meta-batch to 1e-6, weights after 100 steps to 1e-4, relative to a tensor's largest number.
 
     The networks for images hold the latter by being the same to the last bit: from a single one on, ReLUs near zero part them.
-    See runtime.engine.SUM_DTYPE.
+    See runtime.compute.engine.SUM_DTYPE.
     """
     path = str(tmp_path / 'found.npz')
     run('gradients', path, **where)
@@ -226,17 +226,17 @@ def test_a_configuration_that_makes_no_sense(text, monkeypatch):
 def test_cluster(monkeypatch):
     monkeypatch.setenv('TF_CONFIG', '{"cluster": {"chief": ["a:1"], "worker": ["b:1", "c:1"]}, '
                                     '"task": {"type": "worker", "index": 1}}')
-    assert distribution.cluster_from_environment('auto') == (3, 2)
-    assert distribution.cluster_from_environment('one') == distribution.cluster_from_environment('mirrored') == (1, 0)
+    assert workers.cluster_from_environment('auto') == (3, 2)
+    assert workers.cluster_from_environment('one') == workers.cluster_from_environment('mirrored') == (1, 0)
     monkeypatch.delenv('TF_CONFIG')
-    assert distribution.cluster_from_environment('auto') == (1, 0)
+    assert workers.cluster_from_environment('auto') == (1, 0)
 
 
 @pytest.mark.parametrize('tasks, replicas, words', [(25, 2, 'are 24 and 26'), (3, 8, 'is 8'), (33, 32, 'are 32 and 64')])
 def test_tasks_that_cannot_be_divided(tasks, replicas, words):
     with pytest.raises(UserError, match=words):
-        distribution.check_meta_batch(tasks, 0, replicas)
-    distribution.check_meta_batch(replicas * 3, 0, replicas)
+        workers.check_meta_batch(tasks, 0, replicas)
+    workers.check_meta_batch(replicas * 3, 0, replicas)
 
 
 def test_strategies_that_are_refused(tmp_path):

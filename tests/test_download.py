@@ -323,7 +323,7 @@ def test_what_must_be_fetched_by_hand(tmp_path):
 
 def test_the_program_names_the_command(tmp_path):
     from data_generator import SOURCES
-    from runtime.errors import UserError
+    from runtime.system.errors import UserError
     with pytest.raises(UserError, match='prepare the images with: python data/omniglot_resized/resize_images.py --download'):
         SOURCES['omniglot'].class_folders('train', str(tmp_path / 'nowhere'))
 

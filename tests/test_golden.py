@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import runtime.engine
+import runtime.compute.engine
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
 from utils import CONV_LAYERS
@@ -231,7 +231,7 @@ def test_the_graph_of_a_gpu(name, monkeypatch):
 
     In double precision, because XLA's sums on a CPU, which never runs this graph for images, are too inaccurate in single precision.
     """
-    monkeypatch.setattr(runtime.engine, 'has_gpu', lambda: True)
+    monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
     golden = Golden(FIXTURES[name])
     expected, (model, batch) = golden.parameters('metagrad'), golden.in_float64()
     assert model.config.engine == 'wide'

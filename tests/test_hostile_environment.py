@@ -18,8 +18,14 @@ import tensorflow as tf
 from scipy import stats
 
 from conftest import ROOT, error_of, run_ok, write_image_tree
-from runtime import checkpoints, class_folders, console, distribution, images, interruption, plots, results, statistics, training
-from runtime.errors import UserError
+from runtime.cli import workers
+from runtime.datasets import class_folders, images
+from runtime.jobs import checkpoints
+from runtime.jobs import train as training
+from runtime.results import plots, statistics
+from runtime.results import store as results
+from runtime.system import console, interruption
+from runtime.system.errors import UserError
 
 STATE = {'w': tf.zeros([1000])}
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
@@ -299,7 +305,7 @@ def config(worker='["a:1", "b:1"]', index='0'):
 def test_clusters_that_cannot_be(text, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', text)
     with pytest.raises(UserError, match='TF_CONFIG cannot be understood'):
-        distribution.cluster_from_environment('auto')
+        workers.cluster_from_environment('auto')
 
 
 # Pictures and figures

@@ -21,8 +21,10 @@ import main
 from conftest import ROOT, error_of, run_main, write_image_tree
 from data import cifar100, preparation
 from data_generator import SOURCES
-from runtime import class_folders, images, rules
-from runtime.errors import UserError
+from runtime.cli import rules
+from runtime.datasets import class_folders, images
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError
 
 EACH = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -138,7 +140,7 @@ FOLDER_NAMES = st.text(st.characters(blacklist_characters='/\0\r\n', blacklist_c
 def test_class_folders_of_any_name_come_back(tmp_path, names):
     path = str(tmp_path / 'splits.csv')
     class_folders.write_manifest(path, class_folders.split_classes(names, (64, 16, 20), 'here'))
-    assert sorted(name for split in class_folders.SPLITS for name in class_folders.read_manifest(path, split)) == sorted(names)
+    assert sorted(name for split in SPLITS for name in class_folders.read_manifest(path, split)) == sorted(names)
 
 
 @EACH

@@ -19,7 +19,7 @@ from PIL import Image
 from conftest import ROOT
 from data import archives, image_sets, mat_files, preparation
 from data_generator import SOURCES
-from runtime.class_folders import preparation_facts
+from runtime.datasets.class_folders import preparation_facts
 
 SPLIT_COUNTS = {('cub', 'chen'): (100, 50, 50), ('cub', 'frn'): (100, 50, 50), ('cub', 'feat'): (100, 50, 50),
                 ('cub', 'metadataset'): (140, 30, 30), ('cub', 'dn4'): (130, 20, 50), ('flowers', 'split'): (71, 15, 16),

@@ -14,8 +14,9 @@ import tensorflow as tf
 import main
 from conftest import error_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES
-from runtime import checkpoints, evaluation
-from runtime.run import data_from_flags, run_from_flags
+from runtime.cli.run import data_from_flags, run_from_flags
+from runtime.jobs import checkpoints
+from runtime.jobs import evaluate as evaluation
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
 # A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.

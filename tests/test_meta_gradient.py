@@ -13,7 +13,7 @@ import maml
 from conftest import ROOT
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, classify, features, inner_loop, loss_of
-from runtime.optimizers import Adam
+from runtime.compute.optimizers import Adam
 from special_grads import batch_standardize, standardize
 from utils import conv2d, initial_norm_params, initial_weights
 

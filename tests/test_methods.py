@@ -15,14 +15,14 @@ import tensorflow as tf
 
 import main
 import maml
-import runtime.engine
+import runtime.compute.engine
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, loop_of, objective
-from runtime import distribution, methods
-from runtime.ensemble import Ensemble
-from runtime.errors import UserError
-from runtime.schedules import meta_lr, multi_step_weights, stage_end
+from runtime.cli import methods, workers
+from runtime.compute.schedules import meta_lr, multi_step_weights, stage_end
+from runtime.jobs.ensemble import Ensemble
+from runtime.system.errors import UserError
 from utils import rows_of_step
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
@@ -101,7 +101,7 @@ def test_fixtures_in_one_graph(name):
                                   'reptile_adam_carried', 'reptile_sgd', 'train_support_norm'])
 def test_the_graph_of_a_gpu(name, monkeypatch):
     """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU. A fixture of each preset, and one more."""
-    monkeypatch.setattr(runtime.engine, 'has_gpu', lambda: True)
+    monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
     assert_agrees_in_double_precision(name, 'wide')
 
 
@@ -656,9 +656,9 @@ def test_a_flag_that_a_preset_sets_is_named(flags, hint):
 
 def test_moments_that_tasks_hand_on_need_one_device():
     with pytest.raises(UserError, match='--inner_optimizer=adam .* 2 replicas'):
-        distribution.check_one_after_the_other('adam', 2)
-    distribution.check_one_after_the_other('adam', 1)
-    distribution.check_one_after_the_other('sgd', 2)
+        workers.check_one_after_the_other('adam', 2)
+    workers.check_one_after_the_other('adam', 1)
+    workers.check_one_after_the_other('sgd', 2)
 
 
 @pytest.mark.slow
@@ -678,7 +678,7 @@ def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
 
 PROTOTYPES = """
 import numpy as np, tensorflow as tf, main
-from runtime.startup import import_tensorflow
+from runtime.cli.startup import import_tensorflow
 import_tensorflow()
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, write_image_tree
 from data import mnist, packing, preparation
 from data_generator import SOURCES, TaskConfig
-from runtime import image_cache
-from runtime.errors import UserError
+from runtime.datasets import image_cache
+from runtime.system.errors import UserError
 
 SHAPE = (64, 64, 1)
 CLASSES = {f'{split}/{split}{number}': preparation.Class(split, 3) for split in ('train', 'val', 'test') for number in range(2)}

@@ -95,7 +95,7 @@ def test_names_that_are_hard_to_draw(trained, folders):
 
 
 def test_many_images_at_a_time(trained, folders, monkeypatch):
-    from runtime import prediction
+    from runtime.jobs import predict as prediction
     _, once = predict(trained, *folders)
     monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 4)
     _, parts = predict(trained, *folders)
@@ -105,7 +105,7 @@ def test_many_images_at_a_time(trained, folders, monkeypatch):
 
 @pytest.mark.parametrize('query_norm, sizes', [('batch', [7]), ('support', [3, 2, 2]), ('each', [3, 2, 2])])
 def test_independent_images_take_bounded_memory(query_norm, sizes, monkeypatch):
-    from runtime import prediction
+    from runtime.jobs import predict as prediction
     monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 3)
     seen = []
 

@@ -9,7 +9,7 @@ import pytest
 
 import main
 from conftest import ROOT, run_ok, run_process
-from runtime import flags
+from runtime.cli import flags
 
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}

@@ -19,9 +19,10 @@ import interruptions
 from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
-from runtime import checkpoints, saving, training
-from runtime.errors import UserError
-from runtime.progress import Progress
+from runtime.jobs import checkpoints, saving
+from runtime.jobs import train as training
+from runtime.system.errors import UserError
+from runtime.system.progress import Progress
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 

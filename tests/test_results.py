@@ -13,9 +13,12 @@ from scipy import stats
 
 import main
 from conftest import error_of, run_ok
-from runtime import comparison, evaluations, plots, results, statistics
-from runtime.errors import UserError
-from runtime.run import experiment_name
+from runtime.cli.run import experiment_name
+from runtime.results import collect as evaluations
+from runtime.results import compare as comparison
+from runtime.results import plots, statistics
+from runtime.results import store as results
+from runtime.system.errors import UserError
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']

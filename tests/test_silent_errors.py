@@ -16,10 +16,13 @@ import main
 from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
-from runtime import across, class_folders, evaluation, images, plots, results
-from runtime.errors import UserError
-from runtime.evaluations import Evaluation
-from runtime.run import experiment_name
+from runtime.cli.run import experiment_name
+from runtime.datasets import class_folders, images
+from runtime.jobs import evaluate as evaluation
+from runtime.results import across, plots
+from runtime.results import store as results
+from runtime.results.collect import Evaluation
+from runtime.system.errors import UserError
 
 OMNIGLOT = SOURCES['omniglot']
 
@@ -226,7 +229,7 @@ def test_no_interpreter_is_run_on_an_image(tmp_path, monkeypatch):
 
 def test_prepared_images_are_decoded_in_a_fresh_process(small_omniglot):
     """Where nothing has made Pillow register its formats before."""
-    program = (f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.images import decode_images\n'
+    program = (f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.datasets.images import decode_images\n'
                f'print(next(decode_images([{str(small_omniglot / "alphabet" / "train00" / "00.png")!r}], (28, 28, 1), False, "", "")'
                ').shape)')
     process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)

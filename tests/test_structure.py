@@ -10,7 +10,7 @@ import pytest
 import main
 import maml
 from conftest import ROOT, run_ok
-from runtime import flags
+from runtime.cli import flags
 
 USER_DATA = {f'runtime.{name}' for name in ('errors', 'files', 'images', 'image_cache', 'packed', 'class_folders', 'functions', 'tables',
                                               'tasks')}
@@ -53,10 +53,10 @@ def test_no_circle_of_imports():
 
 def test_no_import_upwards():
     assert all(GRAPH[name] <= USER_DATA for name in USER_DATA)
-    assert all(GRAPH[name] <= ENGINE | {'runtime.errors'} for name in ENGINE)
+    assert all(GRAPH[name] <= ENGINE | {'runtime.system.errors'} for name in ENGINE)
     assert GRAPH['special_grads'] == set() and GRAPH['utils'] == {'special_grads'} and GRAPH['switches'] == {'utils'}
     assert GRAPH['maml'] <= ENGINE | {'switches', 'utils', 'special_grads'} and GRAPH['data_generator'] <= USER_DATA
-    assert not any('main' in GRAPH[name] for name in GRAPH if name != 'runtime.flags_page')
+    assert not any('main' in GRAPH[name] for name in GRAPH if name != 'runtime.cli.flags_page')
 
 
 def test_the_algorithm_needs_neither_pillow_nor_tqdm():
@@ -122,7 +122,7 @@ def usage_commands():
 
 
 def test_the_page_of_flags_is_current():
-    """If this fails: python -m runtime.flags_page"""
+    """If this fails: python benchmarks/flags_page.py"""
     with open(os.path.join(ROOT, 'docs', 'flags.md'), encoding='utf-8') as file:
         assert file.read() == flags.markdown()
 

@@ -11,9 +11,9 @@ import pytest
 import main
 from conftest import ROOT, error_of, run_ok, run_process
 from data_generator import SOURCES, TableSource, TaskConfig
-from runtime.errors import UserError
-from runtime.run import experiment_name
-from runtime.tables import Columns, Tables, read_columns, write_columns
+from runtime.cli.run import experiment_name
+from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
+from runtime.system.errors import UserError
 
 with open(os.path.join(ROOT, 'docs', 'data.md'), encoding='utf-8') as page:
     PAGES = page.read()

@@ -6,9 +6,9 @@ from PIL import Image
 
 from conftest import class_names, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
-from runtime.class_folders import ClassFolders
-from runtime.errors import UserError
-from runtime.images import BadImages
+from runtime.datasets.class_folders import ClassFolders
+from runtime.datasets.images import BadImages
+from runtime.system.errors import UserError
 
 SMALL = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
          '--metatrain_iterations=2', '--test_query=1']
@@ -120,7 +120,7 @@ def test_what_hardly_learns_is_said(tmp_path):
 def test_the_graph_of_many_updates_is_announced(tmp_path):
     import main
     from maml import MAML
-    from runtime.training import description
+    from runtime.jobs.train import description
     for updates, expected in (50, False), (51, True):
         main.FLAGS.unparse_flags()
         main.parse(['main.py', '--norm=None', f'--num_updates={updates}', f'--logdir={tmp_path}'])
@@ -136,7 +136,7 @@ def test_the_sinusoid_has_no_convolutions(flag):
 def test_a_picture_of_a_run_that_diverged_is_logarithmic():
     import numpy as np
 
-    from runtime import plots
+    from runtime.results import plots
     good, bad = np.ones([3, 4]), np.array([[1, 1e3, 1e9, np.inf]] * 3)
     assert plots.curves({'good': good}, 'loss', 'x').axes[0].get_yscale() == 'linear'
     assert plots.curves({'good': good, 'bad': bad}, 'loss', 'x').axes[0].get_yscale() == 'log'

@@ -10,8 +10,8 @@ import pytest
 import main
 import zoo
 from conftest import ROOT, error_of, run_ok
-from runtime import checkpoints
-from runtime.evaluations import Evaluation, result_directories
+from runtime.jobs import checkpoints
+from runtime.results.collect import Evaluation, result_directories
 
 LOGS = os.path.join(ROOT, 'logs')
 TRACKED = subprocess.run(['git', 'ls-files', 'logs'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()

@@ -44,7 +44,7 @@ from data.preparation import (  # noqa: E402
     read_picture,
     run_script,
 )
-from runtime.class_folders import SPLITS  # noqa: E402
+from runtime.datasets.tasks import SPLITS  # noqa: E402
 
 SIZE = (84, 84)
 IMAGES_PER_CLASS = 600

@@ -46,7 +46,7 @@ from data.preparation import (  # noqa: E402
     reason,
     run_script,
 )
-from runtime.class_folders import SPLITS  # noqa: E402
+from runtime.datasets.tasks import SPLITS  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')

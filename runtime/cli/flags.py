@@ -1,0 +1,180 @@
+"""Declaring, parsing and documenting flags.
+
+main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
+of a run (what it can be resumed with), the name of its directory and the page docs/flags.md.
+"""
+import dataclasses
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from runtime.system.errors import UserError
+from runtime.system.files import refuse_no_file
+
+FLAGS = flags.FLAGS
+GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
+LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
+REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
+_ABSL_FLAGS = set(FLAGS)
+flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How a flag that changes what is learnt identifies a run.
+
+    Attributes:
+        label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
+            applies to the default too. '': nothing.
+        network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
+            'classes', 'convolutions', 'tables' or 'user images'; None: it says how they are trained.
+    """
+    label: str | Mapping[str, str] = ''
+    network: str | None = None
+
+
+def _declare(define, name, default, text, learning, **bounds):
+    define(name, default, help=text, **bounds)
+    if learning:
+        LEARNING[name] = learning
+
+
+def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None) -> None:
+    """Declares a flag that takes a whole number."""
+    _declare(flags.DEFINE_integer, name, default, text, learning, lower_bound=at_least, upper_bound=2 ** 31 - 1)
+
+
+def real(name: str, default: float, text: str, learning: Learning | None = None, at_least: float | None = None) -> None:
+    """Declares a flag that takes a number."""
+    _declare(flags.DEFINE_float, name, default, text, learning, lower_bound=at_least)
+
+
+def boolean(name: str, default: bool, text: str, learning: Learning | None = None) -> None:
+    """Declares a flag that is True or False."""
+    _declare(flags.DEFINE_bool, name, default, text, learning)
+
+
+def string(name: str, default: str | None, text: str, learning: Learning | None = None) -> None:
+    """Declares a flag that takes any text."""
+    _declare(flags.DEFINE_string, name, default, text, learning)
+
+
+def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None) -> None:
+    """Declares a flag that takes one of some values."""
+    _declare(flags.DEFINE_enum, name, default, text, learning, enum_values=list(values))
+
+
+def strings(name: str, text: str) -> None:
+    """Declares a flag that may be given several times."""
+    flags.DEFINE_multi_string(name, None, text)
+
+
+def group(title: str) -> None:
+    """Puts the flags declared since the last such line under a title."""
+    GROUPS[title] = [name for name in FLAGS if name not in _ABSL_FLAGS.union(*GROUPS.values())]
+
+
+def names() -> list[str]:
+    """The names of this program's flags, sorted; without --help, and without those that libraries define."""
+    return sorted(set().union(*GROUPS.values()) - {'h', 'help'})
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses a command line into FLAGS; returns the arguments that are not flags.
+
+    Raises:
+        UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
+    """
+    try:
+        _refuse_pipes(_flag_files(argv), set())
+        return FLAGS(argv)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_plain(str(error))) from error
+    except flags.CantOpenFlagFileError as error:
+        raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
+    except OSError as error:
+        raise UserError(f'--flagfile={error.filename} cannot be read: {error.strerror}') from error
+    except RecursionError as error:  # absl looks for similar names
+        raise UserError('a flag has a name of thousands of characters; write --name=value, one a line in a --flagfile') from error
+    except UnicodeDecodeError as error:
+        raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
+
+
+def _refuse_pipes(paths, seen):
+    """Refuses what is not a file among files of flags and those that they name; reading it could block."""
+    for path in paths:
+        if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
+            continue
+        seen.add(path)
+        refuse_no_file(path)
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                _refuse_pipes(_flag_files(file.read().splitlines()), seen)
+
+
+def _flag_files(arguments):
+    """The values of --flagfile among arguments."""
+    following = zip(arguments, [*arguments[1:], ''])
+    paths = [match[1] or after for match, after in
+             ((re.fullmatch(r'--?flagfile(?:=(.*))?', argument.strip(), re.S), after) for argument, after in following) if match]
+    return [path for path in map(os.path.expanduser, paths) if path]
+
+
+def _plain(message):
+    """absl's message on a flag's value, without Python's own message within it."""
+    for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
+                         ('invalid literal.*', 'it must be a whole number'),
+                         ('could not convert.*', 'it must be a number'),
+                         ('ERROR:: Unable to open flagfile: ', '')):
+        message = re.sub(theirs, ours, message)
+    return message
+
+
+def help_text(usage: str) -> str:
+    """The usage and, by groups, every flag with its default and meaning."""
+    width = min(shutil.get_terminal_size((118, 24)).columns, 118)
+    lines = [usage + '\nFlags, and their defaults:']
+    for title, members in GROUPS.items():
+        lines += ['', f'  {title}', '']
+        for flag in (FLAGS[name] for name in members if name != 'h'):
+            head = f'--{flag.name}' + ('' if flag.default is None or flag.name == 'help' else f'={flag.default}')
+            lines += textwrap.wrap(flag.help, width=max(width, 70), initial_indent=f'    {head:32}  ',
+                                   subsequent_indent=' ' * 38, break_on_hyphens=False)
+    return '\n'.join(lines)
+
+
+def markdown() -> str:
+    """The page docs/flags.md: by groups, every flag with its default and meaning."""
+    lines = ['# Flags', '', 'Generated by `python benchmarks/flags_page.py`; do not edit. `python main.py --help` prints the same.',
+             'Flags marked † change what is learnt: a run can only be resumed with the same values.']
+    for title, members in ((title, members) for title, members in GROUPS.items() if title != 'Help'):
+        lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
+        for flag in (FLAGS[name] for name in members):
+            default = '' if flag.default is None else str(flag.default)
+            meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
+                             ' '.join(flag.help.split()))
+            lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
+    return '\n'.join(line.rstrip() for line in lines) + '\n'
+
+
+# What follows from the declarations ---------------------------------------------------------------------------------
+
+def labels(values: Mapping[str, Any]) -> str:
+    """The part of a run directory's name that the labels of flags make: the reference's first, in its order.
+
+    Args:
+        values: {name: value} of the flags in LEARNING.
+    """
+    ordered = [*REFERENCE_ORDER, *(name for name in LEARNING if name not in REFERENCE_ORDER)]
+    return ''.join(_label(LEARNING[name].label, values[name], FLAGS[name].default) for name in ordered)
+
+
+def _label(label, value, default):
+    if isinstance(label, Mapping):
+        return label.get(value, '')
+    return '' if value in (default, 'None') else label.format(re.sub(r'[^\w.+-]', '-', str(value))[:60])

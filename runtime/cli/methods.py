@@ -1,0 +1,65 @@
+"""The methods of the family: each is a set of flags. --method names one; flags on the command line override it."""
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from runtime.cli.flags import FLAGS, GROUPS
+
+
+class Preset(NamedTuple):
+    """The flags that a --method sets."""
+    title: str              # in tables and pictures
+    flags: dict[str, Any]   # {flag: value} of what differs from MAML
+
+
+PRESETS = {
+    'maml': Preset('MAML', {}),
+    'fomaml': Preset('first-order MAML', {'stop_grad': True}),
+    'anil': Preset('ANIL', {'inner_weights': 'head'}),
+    'boil': Preset('BOIL', {'inner_weights': 'body', 'adapt_norm': True, 'norm_scale': True, 'mean_loss': True, 'update_lr': 0.5,
+                            'num_updates': 1}),
+    'metasgd': Preset('Meta-SGD', {'learn_lr': 'weight', 'num_updates': 1}),
+    'maml++': Preset('MAML++', {'mean_loss': True, 'learn_lr': 'step', 'num_updates': 5, 'multi_step_loss': 7500,
+                                'first_order_iterations': 5500, 'norm_per_step': True, 'norm_scale': True, 'schedule_interval': 500,
+                                'num_filters': 48, 'ensemble': 5, 'test_query': 15, 'test_updates': 5, 'meta_batch_size': 4,
+                                'update_lr': 0.01}),
+    'reptile': Preset('Reptile', {'outer': 'reptile', 'inner_optimizer': 'adam', 'inner_batch': 10, 'num_updates': 8,
+                                  'meta_optimizer': 'sgd', 'meta_lr': 1.0, 'meta_lr_final': 0.0, 'meta_lr_schedule': 'linear',
+                                  'adapt_norm': True, 'norm_scale': True, 'test_updates': 50}),
+}
+
+
+def switches() -> list[str]:
+    """The flags that distinguish methods. Others in a preset, such as the step size, are settings of the method."""
+    return ['stop_grad', *(name for name in GROUPS['Method'] if name not in ('method', 'ensemble'))]
+
+
+def apply_method(values: flags.FlagValues) -> None:
+    """Sets the flags that --method stands for, except those given on the command line."""
+    for name, value in PRESETS[values.method].flags.items():
+        if not values[name].present:
+            values[name].value = value
+
+
+def preset_hint(values: flags.FlagValues, sentence: str) -> str:
+    """Text to add to a refusal: which of the flags that it names were not given, but come from --method; '' if none."""
+    own = {name: value for name, value in PRESETS[values.method].flags.items()
+           if not values[name].present and re.search(rf'--{name}\b', sentence)}
+    settings = ' and '.join(f'--{name}={value}' for name, value in own.items())
+    return f' (--method={values.method} sets {settings}; a flag on the command line overrides it)' if own else ''
+
+
+def title(values: Mapping[str, Any]) -> str:
+    """The name of the method that the switches describe: that of the nearest preset, with the differences from it.
+
+    Args:
+        values: {name: value} of the flags that `switches` names.
+    """
+    def differing(preset):
+        return {name: value for name, value in values.items() if value != preset.flags.get(name, FLAGS[name].default)}
+
+    nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
+    others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]
+    return nearest.title + (f' with {", ".join(others)}' if others else '')

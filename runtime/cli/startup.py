@@ -1,0 +1,115 @@
+"""From parsed flags to a Run and its data; importing TensorFlow, set up for this program and without its notices."""
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.cli import rules, workers
+from runtime.cli.flags import FLAGS
+from runtime.cli.methods import apply_method
+from runtime.cli.run import Run, apply_run, data_from_flags, find_query_norm, read_data, run_from_flags
+from runtime.compute import distribution
+from runtime.system.errors import UserError
+
+
+def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
+    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask or UserTables.
+
+    Args:
+        rest: arguments that are not flags, which are refused.
+
+    Raises:
+        UserError: the flags or the data are wrong.
+    """
+    if rest:
+        raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
+    apply_run(FLAGS)
+    apply_method(FLAGS)
+    rules.check_flags(FLAGS)
+    find_query_norm(FLAGS)
+    mode = rules.mode(FLAGS)
+    strategy = 'one' if mode == 'predict' else FLAGS.strategy
+    cluster = workers.cluster_from_environment(strategy)
+    # The data first: their errors are reported before TensorFlow loads.
+    source, tasks = data_from_flags(FLAGS)
+    if mode == 'predict':
+        data = _user_data(source)
+    else:
+        data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
+    workers.report_waiting(cluster)
+    replicas = import_tensorflow(strategy, cluster)
+    if mode == 'train':
+        workers.check_meta_batch(FLAGS.meta_batch_size, FLAGS.task_chunk, replicas.count)
+        workers.check_one_after_the_other(FLAGS.inner_optimizer, replicas.count)
+    elif FLAGS.ensemble > 1 and replicas.count > 1:
+        raise UserError(f'--ensemble={FLAGS.ensemble} is evaluated on one device: add --strategy=one')
+    return run_from_flags(FLAGS, source, tasks, replicas), data
+
+
+def _user_data(source):
+    """The user's own task, of images or of tables."""
+    if source.image_shape:
+        from runtime.datasets.user_images import read_user_task as read
+        names = 'support_dir', 'query_dir'
+    else:
+        from runtime.datasets.user_tables import read_user_tables as read
+        names = 'support_csv', 'query_csv'
+    return read(source, *(os.path.expanduser(FLAGS[name].value) for name in names))
+
+
+def import_tensorflow(strategy: str = 'one',
+                      cluster: distribution.Cluster = distribution.ALONE) -> distribution.Replicas:
+    """Imports TensorFlow set up for one task per core: single-threaded kernels, as many at a time as there are cores.
+
+    Its notices (on processor features, missing GPUs, XLA) are hidden. They come while it is imported, while it looks for devices
+    and when XLA first compiles, and before its log levels are obeyed, so all of that is done here. If TF_CPP_MIN_LOG_LEVEL is
+    set in the environment, it alone decides what is hidden.
+
+    Args:
+        strategy, cluster: as for `workers.make_strategy`, which must come before the first computation.
+    """
+    silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
+    # With several workers, TensorFlow reports a lost worker at length; this program reports it in one line.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3' if cluster.workers > 1 else '2')
+    with _hidden_stderr() if silent else contextlib.nullcontext():
+        import tensorflow as tf
+        if silent:
+            tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is intended here.
+        with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+        replicas = distribution.Replicas(workers.make_strategy(strategy, cluster), cluster)
+        tf.function(tf.identity, jit_compile=True)(0.0)
+    if silent:
+        del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read; child processes decide for themselves.
+    return replicas
+
+
+@contextlib.contextmanager
+def _hidden_stderr():
+    """Hides what C++ code writes to the standard error, unless the block fails."""
+    sys.stderr.flush()
+    console = os.dup(2)
+    with _scratch() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            hidden.seek(0)
+            os.write(console, hidden.read())
+            raise
+        finally:
+            os.dup2(console, 2)
+            os.close(console)
+
+
+def _scratch():
+    """A temporary file; if none can be created, the null device, from which nothing can be read."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, 'r+b')

@@ -1,0 +1,371 @@
+"""Class folders on disk: which class belongs to which split, and the images of a split.
+
+A data folder holds either folders train, val and test of class folders, or class folders anywhere below it and a manifest, a
+csv file with the columns split and class. Class folders without either are split once, and a manifest is written. Large sources
+hold packed arrays instead, see packed.py.
+"""
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.datasets import packed
+from runtime.datasets.image_cache import cached_array
+from runtime.datasets.images import BadImages, decode_images, image_files, is_broken, readable_suffixes
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError
+from runtime.system.files import refuse_no_file, write_atomically
+
+PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
+# The partial manifest is written by a preparation with --allow_missing: the classes that were found.
+PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
+PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
+
+
+class ImageClasses(NamedTuple):
+    """The images of a split, class after class."""
+    images: np.ndarray   # uint8 [images, height, width, channels]
+    names: list[str]     # class folders, relative to the data folder
+    starts: np.ndarray   # int64 [classes]: index of a class's first image
+    counts: np.ndarray   # int64 [classes]
+    checksum: int        # CRC-32 of the images
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFolders:
+    """The class folders of a data source.
+
+    Attributes:
+        root: the data folder.
+        script: the preparation script that makes it; None: they are the user's own images, of any size and format.
+        shipped_manifest: the manifest to use if root holds neither one nor folders train, val and test.
+        split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
+        split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
+        skip_bad_images: leave out images that cannot be used, instead of refusing the split.
+        verify: compare checksums of decoded images, which takes time; else sizes and times only.
+    """
+    root: str
+    script: str | None = None
+    shipped_manifest: str | None = None
+    split_ratios: tuple[int, int, int] | None = None
+    split_given: bool = False
+    skip_bad_images: bool = False
+    verify: bool = False
+
+    @property
+    def missing_hint(self) -> str:
+        """What to do if class folders are missing."""
+        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script else
+                'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
+
+    def too_few_hint(self, num_classes: int) -> str:
+        """What to do if a split has fewer than num_classes classes."""
+        if not self.split_ratios:
+            return 'lower it'
+        enough = math.ceil(num_classes * sum(self.split_ratios) / min(self.split_ratios))
+        return (f'lower it, or have {enough} class folders or more (for {_split_flag(self.split_ratios)}) and delete '
+                f'{MANIFEST} there, if there is one')
+
+    def names(self, split: str) -> list[str]:
+        """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
+
+        Raises:
+            UserError: the root, the split or a class folder is missing, or the preparation was not completed.
+        """
+        self.record_split({})
+        return self._names(split)
+
+    def record_split(self, loaded: Mapping[str, list[str]]) -> None:
+        """Writes a manifest into the root, if class folders there are not split yet. `load` does not depend on it.
+
+        Args:
+            loaded: {split: its class folders}, as `load` returned them.
+
+        Raises:
+            UserError: there are too few classes, they are not those that were loaded, or the manifest cannot be written.
+        """
+        if not self.unsplit() or not os.path.isdir(self.root):
+            return
+        rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+        if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
+            raise UserError(f'the class folders in {self.root} are not those that were there when they were read; start again')
+        write_manifest(os.path.join(self.root, MANIFEST), rows)
+
+    def _check_prepared(self):
+        if not os.path.isdir(self.root):
+            raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
+        if not _preparation_complete(self.root):
+            again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
+            raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
+
+    def _names(self, split):
+        self._check_prepared()
+        if self._is_packed():
+            return list(self._packed_counts(split))
+        manifest = self._manifest()
+        names = self._listed(manifest, split)
+        if not names:
+            where = f'the manifest {manifest}' if manifest else self.root
+            raise UserError(f'the {split} split in {where} has no classes; {self.missing_hint}')
+        missing = [name for name in names if not os.path.isdir(os.path.join(self.root, name))]
+        if missing:
+            raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
+                            f'first {missing[0]}; {self.missing_hint}')
+        return names
+
+    def _listed(self, manifest, split):
+        """The class folders of a split, as a manifest, the split of all folders or the folders train, val and test have them."""
+        reporting = self.split_ratios and split == 'train'  # of the user's own images, once a run
+        if manifest:
+            if reporting:
+                _report_unlisted(self.root, manifest)
+            return read_manifest(manifest, split)
+        if self.unsplit():
+            rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+            return sorted(name for where, name in rows if where == split)
+        there = {one: subfolders(os.path.join(self.root, one)) for one in SPLITS}
+        if reporting:
+            report_shared(there, self.root)
+        return sorted(f'{split}/{name}' for name in there[split])
+
+    def load(self, split: str, image_shape: tuple[int, int, int]) -> ImageClasses:
+        """The split's images, decoded and cached beside them on first use.
+
+        Class folders that are not split yet are split in the same way as by `names`, but nothing is written beside them.
+
+        Raises:
+            BadImages: images cannot be decoded or have the wrong size.
+            UserError: as for `names`.
+        """
+        if self._is_packed():
+            return self._load_packed(split, image_shape)
+        files = self._files(split)
+        try:
+            return self._decoded(split, files, image_shape)
+        except BadImages as error:
+            if not self.skip_bad_images:
+                raise
+            print(f'Left out of the {split} split (--skip_bad_images): {error.listing}')
+            bad = {path for path, _ in error.images}
+        return self._decoded(split, [(name, [image for image in images if os.path.join(self.root, name, image.name) not in bad])
+                                     for name, images in files], image_shape)
+
+    def _is_packed(self):
+        return self.script is not None and packed.is_packed(self.root)
+
+    def _packed_counts(self, split):
+        found = packed.class_counts(self.root, split, self.script)
+        if not found:
+            raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
+        return found
+
+    def _load_packed(self, split, image_shape):
+        self._check_prepared()
+        classes = self._packed_counts(split)
+        counts = np.array(list(classes.values()))
+        images, checksum = packed.load(self.root, split, image_shape, self.script, self.verify)
+        return ImageClasses(images, list(classes), np.cumsum(counts) - counts, counts, checksum)
+
+    def _files(self, split):
+        """[(class folder, its image files)] of a split."""
+        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
+        return [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
+
+    def _decoded(self, split, files, image_shape):
+        own, root = self.script is None, self.root
+        empty = [name for name, images in files if not images]
+        if empty:
+            others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
+            raise UserError(f'the class folder {empty[0]} in {root} holds no image{others}; '
+                            + ('remove it' if own else self.missing_hint))
+        counts = np.array([len(images) for _, images in files])
+        paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
+        fingerprint = hashlib.sha256(repr((image_shape, own and 'on white', files)).encode()).hexdigest()
+        bad_image_hint = 'remove them' if own else f'run python {self.script} --force'
+        images, checksum = cached_array(
+            os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
+            (len(paths), *image_shape),
+            lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
+        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
+
+    def _manifest(self) -> str | None:
+        """The path of the manifest that splits the classes, if there is one."""
+        candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST),
+                      None if self._split_by_folders() else self.shipped_manifest]
+        found = next((path for path in candidates if path and os.path.exists(path)), None)
+        if found and self.split_given:
+            self._check_split(found)
+        return found
+
+    def unsplit(self) -> bool:
+        """Whether the root holds class folders that neither a manifest nor folders train, val and test divide."""
+        return bool(self.split_ratios and not self._manifest() and not self._split_by_folders())
+
+    def _split_by_folders(self) -> bool:
+        """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
+        return any(subfolders(os.path.join(self.root, split)) for split in SPLITS)
+
+    def _check_split(self, manifest: str) -> None:
+        """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
+        listed = [name for split in SPLITS for name in read_manifest(manifest, split)]
+        wanted = split_classes(listed, self.split_ratios, self.root)
+        if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
+            raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
+                            '--split, or delete that file to split them again')
+
+
+def listed_classes(folder: str, split: str) -> set[str]:
+    """Names of the classes that the list of a prepared source, <folder>/classes.csv, gives to a split.
+
+    None of a source without such a list, or of one with several published splits.
+    """
+    try:
+        return set(read_manifest(os.path.join(folder, CLASS_LIST), split))
+    except UserError:
+        return set()
+
+
+def preparation_facts(root: str) -> dict:
+    """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
+    facts = _preparation_record(root).get('facts')
+    return facts if isinstance(facts, dict) else {}
+
+
+def subfolders(folder: str) -> list[str]:
+    """Names of the folders in a folder, except hidden ones; [] if it does not exist.
+
+    Raises:
+        UserError: it holds a link to what is not there, which may have been a folder.
+    """
+    if not os.path.isdir(folder):
+        return []
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
+    broken = sorted(entry.path for entry in entries if is_broken(entry))
+    if broken:
+        raise UserError(f'{broken[0]} is a link to what is not there; mend or remove it'
+                        + (f' ({len(broken) - 1} more are, too)' if len(broken) > 1 else ''))
+    return [entry.name for entry in entries if entry.is_dir()]
+
+
+def read_manifest(path: str, split: str) -> list[str]:
+    """Class folders of a split, sorted, from a csv file with the columns split and class.
+
+    Raises:
+        UserError: the file cannot be read, or a line is malformed.
+    """
+    try:
+        refuse_no_file(path)
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    if {'split', 'class'} - set(columns):
+        raise UserError(f'the first line of the manifest {path} must be split,class')
+    line_of = {}
+    for number, row in enumerate(rows, start=2):
+        if line_of.setdefault(row['class'], number) != number:
+            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {line_of[row["class"]]} and '
+                            f'{number}')
+        if row.get('split') not in SPLITS or not _is_below(row.get('class')):
+            raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
+                            f'{", ".join(SPLITS)} and class a folder below the data')
+    return sorted(row['class'] for row in rows if row['split'] == split)
+
+
+def write_manifest(path: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Writes [(split, class)] where `read_manifest` will find it, and prints a line about it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
+    try:
+        write_atomically(path, text.getvalue().encode())
+    except (OSError, UnicodeEncodeError) as error:
+        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
+                        'the class folders into folders train, val and test yourself') from error
+    counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+    print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
+
+
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
+    """Splits classes in an order that depends on their names only.
+
+    Args:
+        names: class folders.
+        ratios: proportions of train, val and test; each gets at least one class.
+        root: what to call the folder in an error.
+
+    Returns:
+        [(split, class)].
+
+    Raises:
+        UserError: there are too few classes.
+    """
+    if len(names) < len(SPLITS):
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; it must '
+                        'hold folders train, val and test, each with one folder of images per class, or just the latter')
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
+    held_out = [max(1, len(names) * ratio // sum(ratios)) for ratio in ratios[1:]]
+    if sum(held_out) >= len(names):
+        raise UserError(f'{_split_flag(ratios)} leaves no class of the {len(names)} in {root} for training')
+    bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
+    return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
+
+
+def report_shared(classes: Mapping[str, Iterable[str]], root: str) -> None:
+    """Prints which names of classes are in two splits: meta-test is about classes that training has not seen."""
+    shared = [(name, one, other) for one, other in itertools.combinations(SPLITS, 2) for name in sorted({*classes[one]} & {*classes[other]})]
+    if shared:
+        name, one, other = shared[0]
+        more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
+        print(f'Note: {root} has a class {name} in {one} and in {other}{more}. If these are the same classes, validation and meta-test do not '
+              'measure the learning of new ones')
+
+
+def _report_unlisted(root: str, manifest: str) -> None:
+    """Prints which class folders in root the manifest does not list."""
+    listed = {name.split(os.sep)[0] for split in SPLITS for name in read_manifest(manifest, split)}
+    unlisted = sorted(set(subfolders(root)) - listed)
+    if unlisted:
+        print(f'Left out, for {manifest} does not list {"it" if len(unlisted) == 1 else "them"}: {unlisted[0]}'
+              + (f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else '')
+              + '. Add a line for each, or delete that file to split all of them again')
+
+
+def _is_below(name: str | None) -> bool:
+    """Whether a name is a normalised relative path that stays below the folder it is looked up in."""
+    return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
+
+
+def _split_flag(ratios: tuple[int, int, int]) -> str:
+    return '--split=' + '/'.join(map(str, ratios))
+
+
+def _preparation_complete(root: str) -> bool:
+    """Whether the preparation record says so, or there is no record."""
+    return bool(_preparation_record(root).get('complete'))
+
+
+def _preparation_record(root):
+    """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
+    try:
+        refuse_no_file(os.path.join(root, PREPARATION_RECORD))
+        with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
+            record = json.load(file)
+        return record if isinstance(record, dict) else {}
+    except FileNotFoundError:
+        return {'complete': True}
+    except (OSError, ValueError, RecursionError):
+        return {}

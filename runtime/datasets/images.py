@@ -1,0 +1,170 @@
+"""Finding image files in a folder and decoding them."""
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from runtime.system.errors import UserError
+
+CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
+SHOWN_BAD_IMAGES = 100  # named in a message
+
+# Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
+warnings.simplefilter('error', Image.DecompressionBombWarning)
+warnings.filterwarnings('ignore', 'Palette images with Transparency')
+
+
+class BadImages(UserError):
+    """Images that cannot be used.
+
+    Attributes:
+        images: [(path, reason)].
+        listing: text that counts and names them.
+    """
+
+    def __init__(self, images: Sequence[tuple[str, str]], hint: str):
+        self.images, self.hint = list(images), hint
+        shown = '; '.join(f'{path} {reason}' for path, reason in self.images[:SHOWN_BAD_IMAGES])
+        more = len(self.images) - SHOWN_BAD_IMAGES
+        self.listing = (f'{len(self.images)} images: ' if len(self.images) > 1 else '') + shown + (
+            f'; and {more} more' if more > 0 else '')
+        super().__init__(f'{self.listing}; {hint}, or leave such images out by --skip_bad_images')
+
+
+class ImageFile(NamedTuple):
+    """An image file as the folder lists it, with the data that detect a stale cache of its pixels.
+
+    Size and modification time are not enough: archives restore the time, and two folders may be swapped. A rewritten file has
+    another change time, and a file of another folder another inode.
+    """
+    name: str
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+# Formats that are opened at all. Pillow knows others that run an interpreter (EPS passes the file to Ghostscript) or that are not
+# images (HDF5, MPEG); it looks at the content, so checking suffixes would not help.
+PREPARED_FORMATS = ('PNG', 'JPEG')
+USER_FORMATS = (*PREPARED_FORMATS, 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000', 'MPO', 'AVIF')
+
+
+def available_formats(names: Sequence[str]) -> list[str]:
+    """Those of some formats that this installation of Pillow can read."""
+    Image.init()  # Pillow registers its formats when they are first needed
+    return [name for name in names if name in Image.OPEN]
+
+
+def readable_suffixes() -> set[str]:
+    """The file name suffixes, with the dot and in lower case, of the formats that users' images may have."""
+    formats = available_formats(USER_FORMATS)
+    return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in formats}
+
+
+def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
+    """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored.
+
+    A link to what is not there counts as an image, which cannot be read.
+    """
+    def is_image(name):
+        return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
+
+    def image_file(entry):
+        status = entry.stat(follow_symlinks=not is_broken(entry))
+        return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+    return sorted(image_file(entry) for entry in os.scandir(folder)
+                  if is_image(entry.name) and (is_broken(entry) or entry.is_file()))
+
+
+def is_broken(entry: os.DirEntry) -> bool:
+    """Whether an entry of a folder is a link to what is not there."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,
+                  progress_label: str) -> Iterator[np.ndarray]:
+    """Decodes image files on all cores, to grey for one channel and to RGB for three.
+
+    Args:
+        image_shape: (height, width, channels).
+        resize: True: turn images upright, put transparent ones on white and resize them with a Lanczos filter, not keeping
+            the aspect ratio. False: refuse images of another size.
+        hint: what to do about a bad image; the end of the error message.
+        progress_label: shown beside the progress bar.
+
+    Yields:
+        uint8 arrays [count, height, width, channels], in the order of `paths`, CHUNK_BYTES or one image at a time.
+
+    Raises:
+        BadImages: some files are not images or have another size; all have been tried.
+    """
+    height, width, channels = image_shape
+    formats = available_formats(USER_FORMATS if resize else PREPARED_FORMATS)
+
+    def decode(path):
+        try:
+            with Image.open(path, formats=formats) as image:
+                file_format = image.format
+                image = _on_white(ImageOps.exif_transpose(image)) if resize else image
+                size, pixels = image.size, _eight_bits(image, file_format).convert('L' if channels == 1 else 'RGB')
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises almost any exception on damaged images
+            bad.append((path, f'cannot be read as an image ({error})'))
+            return None
+        if size != (width, height):
+            if not resize:
+                bad.append((path, f'is {size[0]}x{size[1]} pixels, not {width}x{height}'))
+                return None
+            pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(pixels).reshape(image_shape)
+
+    per_chunk, bad = max(1, CHUNK_BYTES // math.prod(image_shape)), []
+    with ThreadPoolExecutor() as pool, tqdm(desc=progress_label, total=len(paths), unit=' images', leave=False,
+                                            disable=None) as progress:
+        for start in range(0, len(paths), per_chunk):
+            chunk = list(pool.map(decode, paths[start:start + per_chunk]))
+            progress.update(len(chunk))
+            if not bad:
+                yield np.stack(chunk)
+    if bad:
+        raise BadImages(sorted(bad), hint)
+
+
+def _on_white(image):
+    """The image on a white background, if it is transparent anywhere."""
+    if image.mode not in ('RGBA', 'LA', 'PA', 'RGBa', 'La') and 'transparency' not in image.info:
+        return image
+    if image.mode.startswith('I'):  # 16-bit grey with one transparent value
+        grey = np.asarray(image)
+        return Image.fromarray(np.where(grey == image.info['transparency'], 65535, grey).astype(np.int32))
+    image = image.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+
+
+def resized(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Decoded images, uint8 [..., height, width, channels], resized as by `decode_images`, and made grey or RGB."""
+    height, width, channels = image_shape
+    grey = images.shape[-1] == 1
+    small = [Image.fromarray(image[..., 0] if grey else image).convert('L' if channels == 1 else 'RGB').resize(
+        (width, height), Image.Resampling.LANCZOS) for image in images.reshape(-1, *images.shape[-3:])]
+    return np.stack(small).reshape(*images.shape[:-3], *image_shape)
+
+
+def _eight_bits(image, file_format):
+    """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for other numbers than of 8 or 16 bits."""
+    if image.mode == 'F':
+        raise ValueError('its pixels are floating-point numbers, of unknown range')
+    if image.mode == 'I' and file_format not in ('PNG', 'PPM'):  # which Pillow reads as 32 bits, and which have 16
+        raise ValueError('its pixels are 32-bit numbers, of unknown range')
+    if image.mode.startswith('I'):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image

@@ -1,0 +1,311 @@
+"""Tables of numbers: csv files in folders train, val and test, one file for each task (regression) or for each class.
+
+The first line of a file names its columns; all files have the same ones, in any order. Numbers are standardised: each column has
+mean 0 and standard deviation 1 over the rows of all files in train.
+"""
+import collections
+import csv
+import dataclasses
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from runtime.datasets.class_folders import report_shared
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError, first_line
+from runtime.system.files import refuse_no_file, write_atomically
+
+COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
+CLASS = 'class'                # the column of a table to predict for that holds the names of classes
+LAYOUT = 'it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class'
+SHOWN = 10                     # bad tables by name in a message
+Result = TypeVar('Result')
+
+
+class Sheet(NamedTuple):
+    """A csv file as it is."""
+    path: str
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[int]     # in the file, of each row
+
+
+class Columns(NamedTuple):
+    """The columns of tables, and what standardises them: {name: (mean, standard deviation)}."""
+    features: dict[str, tuple[float, float]]
+    targets: dict[str, tuple[float, float]] = {}
+
+    def standardise(self, values: np.ndarray) -> np.ndarray:
+        """Features, and targets if there are any, [rows, columns], as float32 of mean 0 and deviation 1.
+
+        Raises:
+            UserError: a number is too large.
+        """
+        scales = np.array([*self.features.values(), *self.targets.values()])[:values.shape[1]]
+        with np.errstate(over='ignore', invalid='ignore'):
+            found = ((values - scales[:, 0]) / scales[:, 1]).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise UserError(f'the numbers in the column {[*self.features, *self.targets][np.argwhere(~np.isfinite(found))[0, 1]]} are too '
+                            'large or too far apart')
+        return found
+
+    @property
+    def text(self) -> str:
+        """What is predicted from what."""
+        return ', '.join(self.features) + (' → ' + ', '.join(self.targets) if self.targets else '')
+
+    def restore_targets(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `standardise` for targets only."""
+        mean, deviation = np.array(list(self.targets.values())).T
+        return values * deviation + mean
+
+
+class Rows(NamedTuple):
+    """The rows of a split, table after table; the counterpart of class_folders.ImageClasses."""
+    values: np.ndarray   # float32 [rows, columns], features before targets
+    names: list[str]     # of the tables
+    starts: np.ndarray   # int64 [tables]: index of a table's first row
+    counts: np.ndarray   # int64 [tables]
+    checksum: int        # CRC-32 of the numbers as they are in the files, and of what standardises them
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The csv files below a folder.
+
+    Attributes:
+        root: the folder.
+        target_names: the columns to predict; (): there are none, and each file is a class.
+        known: the columns that a run was trained with; None: those of the files in train.
+    """
+    root: str = ''
+    target_names: tuple[str, ...] = ()
+    known: Columns | None = None
+
+    def too_few_hint(self, num_classes: int) -> str:
+        """What to do if a split has fewer than num_classes classes."""
+        return 'lower it, or add csv files'
+
+    @cached_property
+    def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
+        """The names of the columns, and {split: {table: numbers [rows, columns]}}; all splits are read, to find what is wrong at once."""
+        if not os.path.isdir(self.root):
+            raise UserError(f'there is no folder {self.root}; {LAYOUT}')
+        paths = {split: table_files(os.path.join(self.root, split)) for split in SPLITS}
+        sheets = each(read_sheet, [path for split in SPLITS for path in paths[split]])
+        if not sheets:
+            raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
+        for split in SPLITS:
+            tables = {}
+            for path in paths[split]:
+                other = tables.setdefault(path[:-len('.csv')], path)
+                if other != path:
+                    raise UserError(f'{path} and {os.path.basename(other)} are two tables of one name; rename one')
+        model = _usual(sheets)
+        names = self._names(model)
+        values = dict(zip([sheet.path for sheet in sheets], each(lambda sheet: numbers(sheet, names, model.path), sheets)))
+        return names, {split: {os.path.basename(path)[:-len('.csv')]: values[path] for path in paths[split]} for split in SPLITS}
+
+    def _names(self, sheet: Sheet) -> list[str]:
+        """The names of the columns, features before targets."""
+        if self.known:
+            return [*self.known.features, *self.known.targets]
+        missing = [name for name in self.target_names if name not in sheet.columns]
+        if missing:
+            raise UserError(f'--targets={",".join(self.target_names)}: there is no column {missing[0]} in {sheet.path}, which has '
+                            f'{", ".join(sheet.columns)}')
+        features = [name for name in sheet.columns if name not in self.target_names]
+        if not features:
+            raise UserError(f'--targets={",".join(self.target_names)} names all columns of {sheet.path}, which leaves nothing to predict from')
+        if not self.target_names and CLASS in features:
+            raise UserError(f'{sheet.path} has a column {CLASS}, but each csv file is a class; remove that column, or name the columns to '
+                            'predict by --targets')
+        return [*features, *self.target_names]
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns, with the means and deviations of the split train if no others are known.
+
+        Raises:
+            UserError: the files cannot be used.
+        """
+        if self.known:
+            return self.known
+        names, values = self._values
+        if not values['train']:
+            raise UserError(f'{os.path.join(self.root, "train")} holds no csv files; {LAYOUT}')
+        rows = np.concatenate(list(values['train'].values()))
+        scales = {name: _scale(name, column) for name, column in zip(names, rows.T)}
+        features = {name: scales[name] for name in names if name not in self.target_names}
+        return Columns(features, {name: scales[name] for name in self.target_names})
+
+    def load(self, split: str) -> Rows:
+        """The rows of a split.
+
+        Raises:
+            UserError: the split or a column is missing, or files cannot be used.
+        """
+        tables = self._values[1][split]
+        if not tables:
+            raise UserError(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}')
+        if split == 'train' and not self.target_names:
+            report_shared(self._values[1], self.root)
+        counts, values = np.array([len(rows) for rows in tables.values()]), np.concatenate(list(tables.values()))
+        checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
+        return Rows(self.columns.standardise(values), list(tables), np.cumsum(counts) - counts, counts, checksum)
+
+
+def _scale(name: str, column: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation, the same on every machine: sums are exact. Of a constant column the deviation is 1."""
+    if column.min() == column.max():  # a rounded mean may differ from it
+        return float(column[0]), 1.0
+    try:
+        mean = math.fsum(column) / len(column)
+        deviation = math.sqrt(math.fsum((column - mean) ** 2) / len(column))
+    except OverflowError:
+        mean = deviation = math.inf
+    if not math.isfinite(mean + deviation):
+        raise UserError(f'the numbers in the column {name} are too large or too far apart')
+    return mean, deviation or 1.0  # which may underflow
+
+
+def each(function: Callable[[object], Result], arguments: Iterable[object]) -> list[Result]:
+    """What a function returns for each argument; all its UserErrors together are raised as one."""
+    found, errors = [], []
+    for argument in arguments:
+        try:
+            found.append(function(argument))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        count = f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else ''
+        more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
+        raise UserError(f'{count}{"; ".join(errors[:SHOWN])}{more}')
+    return found
+
+
+def _usual(sheets: Sequence[Sheet]) -> Sheet:
+    """The first sheet whose columns most have, so that an odd one is blamed and not all others."""
+    counts = collections.Counter(frozenset(sheet.columns) for sheet in sheets)
+    return max(sheets, key=lambda sheet: counts[frozenset(sheet.columns)])
+
+
+def table_files(folder: str) -> list[str]:
+    """Paths of the csv files in a folder, sorted; [] if it does not exist. Hidden files and others are ignored."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith('.csv') and not entry.name.startswith('.'))
+
+
+def read_sheet(path: str) -> Sheet:
+    """Reads a csv file: names of columns in the first line, then rows of as many cells. Empty lines are ignored.
+
+    Raises:
+        UserError: it cannot be read, or is not of this form.
+    """
+    try:
+        refuse_no_file(path)
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'{path} cannot be read as a csv file in UTF-8: {first_line(error)}') from error
+    if len(lines) < 2:
+        raise UserError(f'{path} {"has no rows below the names of its columns" if lines else "is empty"}')
+    sheet = Sheet(path, [name.strip() for name in lines[0][1]], [row for _, row in lines[1:]], [number for number, _ in lines[1:]])
+    _check_form(sheet)
+    return sheet
+
+
+def _check_form(sheet):
+    """Raises UserError if columns have no names of their own, or rows another number of cells."""
+    columns = sheet.columns
+    if '' in columns or len(set(columns)) < len(columns) or all(math.isfinite(as_number(name)) for name in columns):
+        raise UserError(f'the first line of {sheet.path} must name each column, all differently, and is {",".join(columns)[:100]}')
+    ragged = [(number, len(row)) for number, row in zip(sheet.lines, sheet.rows) if len(row) != len(columns)]
+    if ragged:
+        raise UserError(f'{sheet.path} has {len(columns)} columns and {_count(ragged, "line")} with another number of cells, first line '
+                        f'{ragged[0][0]} with {ragged[0][1]}')
+
+
+def numbers(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
+    """The numbers in some columns, float64 [rows, names].
+
+    Args:
+        like: the file that has these columns and no others; None: the sheet may have others too.
+
+    Raises:
+        UserError: there are other columns, or cells that are not finite numbers.
+    """
+    _check_columns(sheet, names, like)
+    indices = [sheet.columns.index(name) for name in names]
+    values = np.array([[as_number(row[index]) for index in indices] for row in sheet.rows])
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, column = bad[0]
+        cell = sheet.rows[row][indices[column]].strip()
+        what = 'is not a finite number' if len(bad) == 1 else 'are not finite numbers'
+        raise UserError(f'{sheet.path} has {_count(bad, "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
+                        f'column {names[column]}, line {sheet.lines[row]}')
+    return values
+
+
+def _check_columns(sheet, names, like):
+    """Raises UserError if columns are missing, or, compared with another file, there are more."""
+    missing = [name for name in names if name not in sheet.columns]
+    if missing:
+        raise UserError(f'{sheet.path} has no column {missing[0]}, which {f"{like} has" if like else "the model was trained with"}')
+    others = [name for name in sheet.columns if name not in names]
+    if others and like:
+        raise UserError(f'{sheet.path} has a column {others[0]}, which {like} lacks')
+
+
+def as_number(text: str) -> float:
+    """A cell as a number; nan if it is none."""
+    try:
+        return float(text) if '_' not in text else math.nan  # Python takes 1_000 for a number
+    except ValueError:
+        return math.nan
+
+
+def _count(things, name):
+    return f'{len(things)} {name}{"s" if len(things) > 1 else ""}'
+
+
+# The columns of a run -----------------------------------------------------------------------------------------------
+
+def write_columns(directory: str, columns: Columns) -> None:
+    """Writes the columns of a run into its directory; raises OSError if that cannot be done."""
+    write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(columns._asdict(), indent=1).encode())
+
+
+def read_columns(directory: str) -> Columns | None:
+    """The columns of the run in a directory; None if there are none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = os.path.join(directory, COLUMNS_FILE)
+    try:
+        refuse_no_file(path)
+        with open(path, encoding='utf-8') as file:
+            record = json.load(file)
+        found = Columns(*({str(name): (float(mean), float(deviation)) for name, (mean, deviation) in record[part].items()}
+                          for part in Columns._fields))
+        if not found.features or not all(deviation > 0 and math.isfinite(mean + deviation)
+                                         for part in found for mean, deviation in part.values()):
+            raise ValueError('columns')
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); remove it to have the columns of '
+                        '--data_path') from error

@@ -1,0 +1,95 @@
+"""What a training run saves: its state and its checkpoints, even if saving fails temporarily."""
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from maml import MAML
+from runtime.cli.run import Run
+from runtime.jobs import checkpoints
+from runtime.system.errors import UserError
+
+RETRY_SECONDS = 30  # between attempts to save after a failure
+
+
+@dataclasses.dataclass
+class TrainState:
+    """The progress of a run. With the model's variables, all that it needs to continue as if it had never been interrupted."""
+    iteration: int = 0              # finished iterations
+    ranking: list = dataclasses.field(default_factory=list)  # {'iteration', 'score'} of the checkpoints best on meta-validation
+    unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
+    skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
+
+    @property
+    def best(self) -> dict | None:
+        """{'iteration', 'score'} of the checkpoint best on meta-validation."""
+        return self.ranking[0] if self.ranking else None
+
+    @classmethod
+    def of(cls, record: dict) -> 'TrainState':
+        """The state that a checkpoint's record holds."""
+        record = {**record, 'ranking': checkpoints.ranking_of(record)}
+        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
+
+
+class Saver:
+    """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS.
+
+    Attributes:
+        iteration: of the newest checkpoint; 0: there is none.
+    """
+
+    def __init__(self, run: Run, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
+        """
+        Args:
+            fingerprints: {split: number} of the data.
+            iteration: of the checkpoint from which the run continues; 0: there is none.
+            log: shows the user a line.
+        """
+        self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
+        self._failed_at = None
+
+    def wanted(self, saving: bool) -> bool:
+        """Whether to save now: if a checkpoint is due (`saving`), or after a failure if it is time to retry."""
+        return saving if self._failed_at is None else time.monotonic() - self._failed_at > RETRY_SECONDS
+
+    def save(self, state: TrainState) -> bool:
+        """Saves the model and the state of the run; returns whether that worked.
+
+        Raises:
+            UserError: weights are not finite.
+        """
+        run, variables = self._run, self._model.state()
+        broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
+        if broken:
+            raise diverged(run, f'after iteration {state.iteration} {broken[0]} holds what is not a number')
+        if state.iteration == self.iteration:
+            return True
+        if not run.replicas.chief:
+            self.iteration = state.iteration
+            return True
+        prefix = checkpoints.path(run.directory, state.iteration)
+        record = {**dataclasses.asdict(state), 'best': state.best, 'flags': run.learning_flags, 'regime': run.regime,
+                  'pretrain_iterations': run.pretrain_iterations, 'data': self._data}
+        try:
+            checkpoints.save(prefix, variables, record)
+        except OSError as error:
+            self._failed_at = time.monotonic()
+            self._log(f'Saving {prefix} failed ({error}). The program goes on, and tries again every {RETRY_SECONDS} s')
+            return False
+        if self._failed_at is not None:
+            self._log(f'Saving works again: {prefix}')
+        self.iteration, self._failed_at = state.iteration, None
+        with contextlib.suppress(OSError):  # the next save will prune
+            checkpoints.prune(run.directory, [entry['iteration'] for entry in state.ranking])
+        return True
+
+
+def diverged(run: Run, what: str) -> UserError:
+    """The error for numbers that are not finite: what they are, which checkpoint is the last, and what may help."""
+    saved = checkpoints.iterations(run.directory)
+    newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
+    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr'
+                     + ('' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'))

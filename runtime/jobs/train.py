@@ -1,0 +1,352 @@
+"""The training loop: meta-batches in; console lines, summaries and checkpoints out; interruptible without loss."""
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tensorflow as tf
+
+from data_generator import ClassTasks
+from maml import MAML, Metrics, ModelConfig
+from runtime.cli.run import Run, record_split
+from runtime.cli.workers import check_in_sync
+from runtime.compute.schedules import stage_end
+from runtime.datasets.tasks import TaskBatch, Tasks
+from runtime.jobs import checkpoints
+from runtime.jobs.evaluate import evaluate_tasks, task_metrics
+from runtime.jobs.saving import Saver, TrainState, diverged
+from runtime.jobs.summaries import Summaries
+from runtime.system.errors import UserError
+from runtime.system.interruption import Interruption
+from runtime.system.progress import Progress
+
+SUMMARY_INTERVAL = 100
+PRINTS_PER_VALIDATION = 5
+VALIDATION_TASKS = 100
+MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
+
+
+def train(run: Run, data: dict[str, Tasks]) -> None:
+    """Trains from fresh weights, or from a checkpoint, to the last iteration.
+
+    Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
+    SIGHUP ends the run after the current iteration, with a checkpoint.
+
+    Args:
+        data: {split: tasks}, for train and val.
+
+    Raises:
+        UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
+        SystemExit: with 128 + the signal's number, after an interruption.
+    """
+    replicas = run.replicas
+    with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
+        model = MAML(run.model, run.tasks.seed, replicas)
+        fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
+        # The chief comes here after it has tidied up the directory; only then do the other workers look into it.
+        check_in_sync(replicas, (run.worker_flags, fingerprints))
+        state = start(run, model, fingerprints)
+        check_in_sync(replicas, state, model.state().values())
+        if state.iteration >= run.iterations:
+            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. '
+                  'To evaluate, add --train=False.')
+            return
+        if replicas.chief:
+            prepare_directory(run, state, model)
+            record_split(run.source, run.tasks, data)
+        print(description(run, data, model), flush=True)
+        with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
+                Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
+            if state.iteration == 0:
+                summaries.write_flags(run.learning_flags)
+            saver = Saver(run, model, fingerprints, state.iteration, progress.log)
+            Trainer(run, data, model, state, interruption, progress, summaries, saver).loop()
+        report_end(run, state, interruption, saver)
+
+
+def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
+    """Restores a checkpoint, or loads the weights to start from, if there are any."""
+    if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
+        checkpoint = checkpoints.find(run.directory, run.checkpoint)
+        checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
+                              'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
+        other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
+        if other:
+            kind = 'images' if run.source.image_shape else 'data'
+            raise UserError(f'the {kind} of the {" and ".join(other)} split are not those that the checkpoint '
+                            f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
+                            'in another --logdir')
+        checkpoints.restore(checkpoint, model.state())
+        print(f'Going on from {checkpoint.prefix}')
+        state, there = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
+        state.ranking = [entry for entry in state.ranking if entry['iteration'] in there]  # later ones may have replaced the others
+        return state
+    if run.load_from:
+        checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
+        print(f'Starting from the weights of {run.load_from}')
+    return TrainState()
+
+
+def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
+    """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
+    moved = checkpoints.move_aside(run.directory, state.iteration)
+    if moved:
+        print(f'Later checkpoints were moved to {moved}')
+    run.write_description()
+    try:
+        checkpoints.try_saving(run.directory, model.state())
+    except OSError as error:
+        print(f'Warning: checkpoints cannot be saved in {run.directory} now ({error}); unless this is fixed, nothing of this '
+              'training will be saved', flush=True)
+
+
+def report_end(run: Run, state: TrainState, interruption: Interruption, saver: Saver) -> None:
+    """Prints where the run ended; raises SystemExit if it was interrupted."""
+    newest = checkpoints.path(run.directory, saver.iteration)
+    if not interruption.signal or saver.iteration == run.iterations:
+        best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
+                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g}')
+        print(f'The last checkpoint is {newest}{best or ""}')
+        return
+    back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
+    further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
+               'nothing is saved')
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        # Only the chief knows whether it is saved.
+        further = further if run.replicas.chief else 'see the first worker'
+        print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {state.iteration}; {further}.',
+              file=sys.stderr, flush=True)
+    sys.exit(128 + interruption.signal)
+
+
+def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
+    """Text: what is about to be trained, on what data, where and how."""
+    config, parameters = model.config, {**model.weights, **model.norm_params}
+    sizes = data_description(run, data)
+    if config.image_shape:
+        net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
+    else:
+        net = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
+    lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
+             *(['  data     ' + '; '.join(sizes)] if sizes else []),
+             f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
+             f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
+             f'  shown    {run.metric} before and after adaptation']
+    if config.loss == 'mse' and config.norm == 'batch_norm':
+        lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
+                     '--norm=None')
+    lines += many_updates(config)
+    if run.replicas.count > 1:
+        where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
+        each = run.meta_batch_size // run.replicas.count
+        lines.append(f'  strategy {each} tasks on each of {run.replicas.count} replicas{where}')
+    elif run.flag_values['strategy'] not in ('auto', 'one'):
+        lines.append(f'  strategy {run.flag_values["strategy"]}, on one device, because there is no other')
+    return '\n'.join(lines)
+
+
+def data_description(run: Run, data: dict[str, Tasks]) -> list[str]:
+    """Texts: the amount of data in each split, if the source has data on disk."""
+    sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
+    outputs = task_outputs(data['val'])
+    if outputs < run.model.dim_output:
+        sizes[-1] += f', so that validation is {outputs}-way'
+    return [*sizes, run.source.files.columns.text] if sizes and not run.source.image_shape else sizes
+
+
+def task_outputs(tasks: Tasks) -> int:
+    """Numbers per row of y in tasks."""
+    return tasks.draw(0, 1).query_y.shape[-1]
+
+
+def many_updates(config: ModelConfig) -> list[str]:
+    """A line that warns that compiling takes long, if there are that many inner updates."""
+    return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={config.num_updates} that may take many '
+            'minutes and gigabytes of memory before the first one; --recompute avoids both'
+            ] if config.num_updates > MANY_UPDATES and not config.recompute else []
+
+
+@dataclasses.dataclass
+class Trainer:
+    """The training loop, and what is done between its steps. `state` is updated in place."""
+    run: Run
+    data: dict[str, Tasks]
+    model: MAML
+    state: TrainState
+    interruption: Interruption
+    progress: Progress
+    summaries: Summaries
+    saver: Saver
+    validated: MAML = dataclasses.field(init=False)  # the model, or its first outputs if validation tasks have fewer classes
+
+    def __post_init__(self):
+        outputs = task_outputs(self.data['val'])
+        self.validated = self.model if outputs == self.model.config.dim_output else self.model.variant(dim_output=outputs)
+
+    def loop(self) -> None:
+        """Trains from `state` to the end or an interruption, and saves the result."""
+        run, state = self.run, self.state
+        # As many steps per call as fit between checkpoints.
+        for first, batches in meta_batches(self.data['train'], run, state.iteration,
+                                           math.gcd(self.model.steps_per_call, run.save_interval)):
+            self.summarise_training(first)
+            phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
+            # Schedules count the iterations of meta-training.
+            iteration = first - run.pretrain_iterations if phase == 'metatrain' else 0
+            means = self.model.train_steps(phase, batches, iteration, self.interruption.signal is not None)
+            self.count(first, {name: values.numpy() for name, values in means.items()})
+            self.print_means(phase)
+            saving = due(state.iteration, run.save_interval) or state.iteration == run.iterations
+            ranking = self.validate(saving)
+            stopping = self.interruption.agreed if run.replicas.workers > 1 else self.interruption.signal
+            if self.saver.wanted(saving) or stopping:
+                self.save(ranking)
+            if stopping:
+                return
+        while self.saver.iteration < state.iteration and not self.interruption.signal:
+            time.sleep(1)
+            if self.saver.wanted(True):
+                self.saver.save(dataclasses.replace(state, ranking=ranking))
+
+    def summarise_training(self, first: int) -> None:
+        """Summaries of the meta-batch that iteration `first` is about to learn from."""
+        run = self.run
+        if run.log and due(first, SUMMARY_INTERVAL):
+            batch = run.replicas.distribute(lambda replica: draw(self.data['train'], run, first, replica))
+            self.summaries.write('metatrain', self.model.evaluate(batch, run.model.num_updates), first)
+
+    def count(self, first: int, means: dict[str, np.ndarray]) -> None:
+        """Updates the state by what steps `first`, first + 1, ... returned; raises UserError if one was not finite."""
+        run, state = self.run, self.state
+        if means['stopping'].any():
+            self.interruption.agree()
+        check_finite(run, means, first)
+        state.iteration = first + len(means['finite'])
+        state.skipped += int(np.sum(~means['finite']))
+        metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
+        state.unprinted += metrics[means['finite']].tolist()
+        self.progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
+
+    def print_means(self, phase: str) -> None:
+        """Prints the console line, if it is due."""
+        if due(self.state.iteration, self.run.source.print_interval):
+            self.progress.log(console_line(self.run, phase, self.state))
+            self.state.unprinted = []
+
+    def validate(self, saving: bool) -> list[dict]:
+        """Validates, if that is due or a checkpoint is; returns the ranking of the earlier checkpoints and this one."""
+        run, iteration = self.run, self.state.iteration
+        validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
+        if not validating and not saving:
+            return self.state.ranking
+        if self.validated is not self.model:
+            self.validated.copy_parameters(self.model)
+        metrics = evaluate_tasks(self.validated, self.data['val'], VALIDATION_TASKS,
+                                 max(run.model.num_updates, run.source.validation_updates))
+        self.summarise_validation(metrics, saving)
+        pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
+        if run.metric == 'accuracy':  # Reference behaviour: no line in regression
+            what = 'Validation results' if validating else f'Validation of model{iteration}'
+            self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
+        return ranked(run, self.state.ranking, {'iteration': iteration, 'score': float(post)}) if saving else self.state.ranking
+
+    def summarise_validation(self, metrics: Metrics, saving: bool) -> None:
+        """Summaries of a validation; with a checkpoint, and if asked for, its figures too."""
+        run, iteration = self.run, self.state.iteration
+        self.summaries.write('metaval', metrics, iteration)
+        if saving and run.plot and run.log and run.replicas.chief:
+            from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+            figures = plots.evaluation_figures(run, self.validated, self.data['val'], 'val',
+                                               {f'model{iteration}': task_metrics(metrics)})
+            self.summaries.write_figures('metaval', figures, iteration)
+
+    def save(self, ranking: list[dict]) -> None:
+        """Writes a checkpoint. The ranking counts once it is saved: an interrupted saving must not change what is best."""
+        self.summaries.flush()  # so that the summaries hold everything that happened before the checkpoint
+        if self.saver.save(dataclasses.replace(self.state, ranking=ranking)):
+            self.state.ranking = ranking
+
+
+def due(iteration: int, interval: int) -> bool:
+    """Whether something that happens at multiples of the interval happens after this iteration."""
+    return iteration % interval == 0
+
+
+def check_finite(run: Run, means: dict[str, np.ndarray], first: int) -> None:
+    """Raises UserError for the first step that was not finite, unless --skip_nonfinite is given.
+
+    Args:
+        means: what steps `first`, first + 1, ... returned.
+    """
+    if run.skip_nonfinite or np.all(means['finite']):
+        return
+    step = int(np.argmin(means['finite']))
+    pre, post = means['pre_loss'][step], means['post_loss'][step]
+    what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
+    raise diverged(run, f'in iteration {first + step + 1} the loss is {pre:.6g} before and {post:.6g} after the inner '
+                   f'updates, and {what} not finite')
+
+
+def console_line(run: Run, phase: str, state: TrainState) -> str:
+    """`Iteration 100: <pre>, <post>`, means of the metric [iterations, 2] since the last such line."""
+    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
+    pre, post = metrics.mean(axis=0) if len(metrics) else (math.nan, math.nan)
+    line = (f'Pretrain Iteration {state.iteration}' if phase == 'pretrain' else
+            f'Iteration {state.iteration - run.pretrain_iterations}') + f': {pre:.6g}, {post:.6g}'
+    return line + (f'\nIterations passed over so far, without a finite loss and gradient: {state.skipped}'
+                   if state.skipped else '')
+
+
+def ranked(run: Run, ranking: list[dict], candidate: dict) -> list[dict]:
+    """The `run.ensemble` best of {'iteration', 'score'}, best first, by accuracy (higher is better) or loss (lower is).
+
+    Of equals the earlier is better. A candidate whose score is not finite is ignored.
+    """
+    if not math.isfinite(candidate['score']):
+        return ranking
+    sign = -1 if run.metric == 'accuracy' else 1
+    return sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))[:run.ensemble]
+
+
+def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
+    """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
+
+    A block ends at a multiple of steps_per_call, at the end of pre-training, of a stage of meta-training, or of the run.
+    """
+    def blocks():
+        first = start
+        while first < run.iterations:
+            before = run.pretrain_iterations
+            phase_end = before if first < before else min(run.iterations, before + stage_end(run.model, first - before))
+            end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
+            yield first, end - first
+            first = end
+
+    def draw_block(first, steps):
+        def of_replica(replica):
+            batches = [draw(tasks, run, iteration, replica) for iteration in range(first, first + steps)]
+            return TaskBatch(*map(np.stack, zip(*batches)))
+        return first, run.replicas.distribute(of_replica)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = collections.deque()
+        for block in blocks():
+            ahead.append(pool.submit(draw_block, *block))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        yield ahead.popleft().result()
+
+
+def draw(tasks: Tasks, run: Run, iteration: int, replica: int) -> TaskBatch:
+    """A replica's tasks of an iteration's meta-batch."""
+    count = run.meta_batch_size // run.replicas.count
+    return tasks.draw(iteration * run.meta_batch_size + replica * count, count)

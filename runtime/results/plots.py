@@ -1,0 +1,344 @@
+"""Figures: metrics against updates, functions before and after adaptation, and the images of tasks and predictions."""
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.special import softmax
+
+from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
+from runtime.cli.run import Run
+from runtime.datasets.tasks import TaskBatch, Tasks
+from runtime.datasets.user_images import UserTask
+from runtime.results.statistics import UNITS, number, statistics
+from runtime.results.store import SPLIT_TITLES
+from runtime.system.errors import UserError
+from runtime.system.files import write_atomically
+
+if TYPE_CHECKING:
+    from maml import MAML  # which imports TensorFlow; comparisons are drawn without it
+
+DPI = 110
+# Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
+STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
+    ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
+SHOWN_UPDATES = (0, 1, 10)
+LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
+DIVERGED = 1000  # losses above this many times the median count as diverged
+SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
+
+
+def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
+    """Figures of a model on the tasks of a split.
+
+    Args:
+        split: 'val' or 'test'.
+        values: {label: their metrics, [tasks, 1 + updates]}, a line each.
+
+    Returns:
+        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; 'tasks' is
+        missing for the classification of tables.
+    """
+    title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
+    figures = {'updates': curves(values, run.metric, title)}
+    if run.source.image_shape:
+        figures['tasks'] = task_sheet(model, tasks, run.model.num_updates, title)
+    elif isinstance(tasks, FunctionTasks):
+        figures['tasks'] = functions(model, tasks, title)
+    elif isinstance(tasks, TableTasks):
+        figures['tasks'] = predicted_targets(model, tasks, title)
+    return figures
+
+
+def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
+    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean.
+
+    Like figure 3 of the paper. The first column of the values is another quantity, of support rows before adaptation: it is a
+    separate mark at 0. It may lie outside the axes, so its value is in the legend.
+
+    Args:
+        runs: {label: values [tasks, 1 + updates]}.
+        metric: one of statistics.UNITS.
+        heading: what was evaluated.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    title, factor, digits = UNITS[metric]
+    figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
+    axes, bounds = figure.subplots(), []
+    for (label, values), style in zip(runs.items(), STYLES * len(runs)):
+        mean, _, half = (_drawable(statistic * factor) for statistic in statistics(values))
+        updates, low, high = np.arange(len(mean)), mean - half, mean + half
+        axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
+                  label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
+        axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
+        axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
+        bounds.append(np.array([low, high]))
+    _limit(axes, metric, bounds)
+    longest = max(values.shape[1] for values in runs.values()) - 1
+    axes.set(xlabel='inner updates; the mark at 0 is of support examples, before adaptation',
+             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
+             xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
+    axes.set_title(_plain(heading), fontsize='small')
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', fontsize='small', frameon=False)
+    return figure
+
+
+def _drawable(values):
+    """Values within what axes can hold; those that are not finite stay, and are not drawn."""
+    return np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
+
+
+def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], float], texts: dict[tuple[int, int], str],
+           metric: str, notes: list[str]) -> Figure:
+    """A table of models against tasks, coloured by the mean within each column.
+
+    Args:
+        models, targets: labels of the rows and the columns.
+        means, texts: {(row, column): value} and {(row, column): its text}; missing cells are white.
+        metric: one of statistics.UNITS.
+        notes: what marks in the texts mean.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    values = np.full((len(models), len(targets)), np.nan)
+    for place, mean in means.items():
+        values[place] = mean
+    low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
+    figure = Figure(figsize=(4.5 + 1.5 * len(targets), 1.7 + 0.45 * len(models)), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(shade if metric == 'accuracy' else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
+    for (row, column), text in texts.items():
+        axes.text(column, row, text, ha='center', va='center', fontsize='small')
+    axes.set_yticks(range(len(models)), [_clipped(model, 48) for model in models], fontsize='small')
+    wrapped = [_plain(', '.join(target.split(', ')[:1]) + '\n' + '\n'.join(target.split(', ')[1:])) for target in targets]
+    axes.set_xticks(range(len(targets)), wrapped, fontsize='x-small')
+    axes.xaxis.tick_top()
+    caption = [f'{UNITS[metric][0]}, with its 95% interval; darker is better within a column', *notes]
+    axes.set_xlabel('\n'.join(caption), fontsize='x-small')
+    return figure
+
+
+def _limit(axes, metric, bounds):
+    """Sets the range of y so that the bands can be seen.
+
+    Args:
+        bounds: for each run the ends of its intervals, [2, 1 + updates].
+    """
+    query = np.concatenate([ends[:, 1:].ravel() for ends in bounds])
+    finite = query[np.isfinite(query)]
+    if metric == 'loss':
+        if not all(np.isfinite(ends).all() for ends in bounds) or finite.max(initial=0) > DIVERGED * max(np.median(finite), 1e-9):
+            axes.set_yscale('log', nonpositive='clip')  # a run that diverged leaves nothing to see on a linear axis
+        else:
+            axes.set_ylim(bottom=0)
+    elif finite.size:
+        low, high = finite.min(), finite.max()
+        margin = 0.15 * max(high - low, 1.0)
+        axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
+
+
+def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -> Figure:
+    """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
+
+    Like figure 2 of the paper.
+
+    Args:
+        heading: which run it is.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    support, grid = tasks.draw(0, count), tasks.grid(0, count)
+    batch = TaskBatch(support.support_x, support.support_y, *grid)
+    post = model.predict(batch, max(SHOWN_UPDATES)).post
+    outputs_after = {updates: post[updates - 1] if updates else model.predict_unadapted(batch) for updates in SHOWN_UPDATES}
+
+    figure = Figure(figsize=(8, 2.6 * -(-count // 2) + 0.3), layout='constrained')
+    figure.suptitle(_plain(heading), fontsize='small')
+    same_range = np.ptp(grid[0][:, 0, 0]) == 0
+    panels = figure.subplots(-(-count // 2), 2, sharex=bool(same_range), squeeze=False).ravel()
+    names = {0: 'before adaptation', 1: 'after 1 update', 10: 'after 10 updates'}
+    for task, axes in enumerate(panels[:count]):
+        x = grid[0][task, :, 0]
+        axes.plot(x, grid[1][task, :, 0], color='#999999', linewidth=4, alpha=0.6, label='true curve')
+        for (updates, outputs), style in zip(outputs_after.items(), (STYLES[3], STYLES[1], STYLES[0])):
+            axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'],
+                      label=names[updates])
+        axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
+        axes.set_title(tasks.family.describe(tasks.parameters(task, 1)), fontsize='small')
+        axes.grid(alpha=0.3)
+    for axes in panels[count - 2:count]:
+        axes.set_xlabel('x')
+    for axes in panels[::2]:
+        axes.set_ylabel('y')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small', frameon=False)
+    return figure
+
+
+def predicted_targets(model: MAML, tasks: TableTasks, heading: str, count: int = 4) -> Figure:
+    """The first tasks' query rows: predictions of the first target against its true values, before and after adaptation.
+
+    Args:
+        heading: which run it is.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    batch, columns = tasks.draw(0, count), tasks.source.files.columns
+    after = model.predict(batch, max(SHOWN_UPDATES)).post[-1]
+    figure = Figure(figsize=(8, 2.9 * -(-count // 2) + 0.3), layout='constrained')
+    figure.suptitle(_plain(heading), fontsize='small')
+    panels = figure.subplots(-(-count // 2), 2, squeeze=False).ravel()
+    for task, axes in enumerate(panels):
+        true = columns.restore_targets(batch.query_y[task].astype(float))[:, 0]
+        for label, outputs, style in (('before adaptation', model.predict_unadapted(batch), STYLES[3]),
+                                      (f'after {max(SHOWN_UPDATES)} updates', after, STYLES[0])):
+            found = columns.restore_targets(np.asarray(outputs)[task].astype(float))[:, 0]
+            axes.plot(true, found, label=label, markersize=4, **{**style, 'linestyle': 'none'})
+        axes.axline((true[0], true[0]), slope=1, color='#999999', linewidth=1, label='no error')
+        axes.set_title(_clipped(tasks.class_names(task)[0]), fontsize='small')
+        axes.grid(alpha=0.3)
+    name = _clipped(next(iter(columns.targets)))
+    for axes in panels[-2:]:
+        axes.set_xlabel(name)
+    for axes in panels[::2]:
+        axes.set_ylabel(f'predicted {name}')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small', frameon=False)
+    return figure
+
+
+def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, shown_query: int = 4) -> Figure:
+    """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
+
+    Args:
+        tasks: the first of them is shown.
+        num_updates: inner updates before query images are classified.
+        heading: which run it is.
+        shown_query: maximum number of query images per class.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
+    probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
+    after = np.argmax(probabilities, axis=-1)
+    before = np.argmax(model.predict_unadapted(batch)[0], axis=-1)
+    labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
+    rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
+    shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
+
+    shown = names[:SHOWN_CLASSES]
+    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(shown) + 1.1), layout='constrained')
+    total, right = len(labels['query']), np.mean(after == labels['query'])
+    figure.suptitle(
+        f'{_plain(heading)}: its first task{_first_classes(len(names))}\nleft: support images; right: {queries * len(shown)} of {total} '
+        f'query images, with the class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and '
+        f'its probability;\nof all {total}, {right:.0%} are right', fontsize='small')
+    panels = figure.subplots(len(shown), shots + queries, squeeze=False)
+    for label, name in enumerate(shown):
+        for column, axes in enumerate(panels[label]):
+            part, index = ('support', column) if column < shots else ('query', column - shots)
+            row = rows[part][label][index]
+            image = (batch.support_x if part == 'support' else batch.query_x)[0, row]
+            _show(axes, image, tasks.source)
+            if part == 'query':
+                correct = after[row] == label
+                axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}',
+                               fontsize='small')
+                for spine in axes.spines.values():
+                    spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
+        panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
+    return figure
+
+
+def _first_classes(count):
+    """The part of a title that says that not all classes are shown."""
+    return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
+
+
+def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels: list[int | None], probabilities: np.ndarray,
+                     columns: int = 6, shown_support: int = 6, shown_query: int = 36) -> Figure:
+    """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
+
+    Args:
+        query_dir: the names of query images are shown relative to it.
+        labels: of the query images, None if not known.
+        probabilities: [query images, classes].
+        shown_support, shown_query: maximum number of images shown, per class and in all.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    classes, batch = task.classes, task.batch
+    support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
+    marks = ['' if known is None else ' ✓' if known == label else ' ✗' for known, label in zip(labels, predicted)]
+    support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
+               for image in batch.support_x[0][support_labels == label][:shown_support]]
+    query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
+             for image, label, row, mark, path
+             in zip(batch.query_x[0], predicted, probabilities, marks, task.queries)][:shown_query]
+    rows = [-(-len(tiles) // columns) for tiles in (support, query)]
+    heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
+    figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
+    more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
+    titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
+    for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
+        part.suptitle(title, fontsize='medium')
+        panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
+        for axes, (image, above, below) in zip(panels, tiles):
+            _show(axes, image, source)
+            axes.set_title(above, fontsize='x-small')
+            axes.set_xlabel(below, fontsize='xx-small')
+        for axes in panels[len(tiles):]:
+            axes.axis('off')
+    return figure
+
+
+def _show(axes, image, source):
+    """Draws an image [dim_input] as it was before preprocessing."""
+    image = image.reshape(source.image_shape)
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    axes.imshow(1 - image if source.invert else image, cmap='gray', vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+
+
+def _clipped(name, length=18):
+    """A long name without its middle: its ends distinguish it."""
+    return _plain(name if len(name) <= length else f'{name[:length // 2]}…{name[1 + length // 2 - length:]}')
+
+
+def _plain(name):
+    """A name as matplotlib can draw it: no formulas, printable."""
+    return name.encode(errors='replace').decode().replace('$', r'\$')
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A Figure as pixels, uint8 [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def save(figure: Figure, path: str) -> None:
+    """Writes a Figure to a file; raises UserError if it cannot."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes: names may be in any script
+            content = io.BytesIO()
+            figure.savefig(content, dpi=DPI, format=os.path.splitext(path)[1][1:])
+            write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error
