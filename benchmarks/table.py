@@ -38,7 +38,7 @@ from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
 from runtime.cli.methods import apply_method  # noqa: E402
-from runtime.cli.run import data_from_flags, experiment_name, missing_classes, own_updates  # noqa: E402
+from runtime.cli.run import data_from_flags, experiment_name, headline_updates, missing_classes  # noqa: E402
 from runtime.datasets.tasks import TaskConfig  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store as results  # noqa: E402
@@ -145,7 +145,7 @@ def state_of(row: Row) -> State:
     """Reads it from the row's directory."""
     values = parse([*row.arguments, *row.evaluation, *EVALUATION])
     _, tasks = data_from_flags(values)
-    inner = values.update_lr, values.inner_batch, own_updates(values.num_updates, values.test_updates)
+    inner = values.update_lr, values.inner_batch, headline_updates(values.num_updates, values.test_updates)
     values = parse(row.arguments)
     directory = os.path.join(values.logdir, experiment_name(values, pretrain_only=False))
     missing = missing_classes(values, 'train')

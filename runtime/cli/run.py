@@ -55,6 +55,7 @@ class Run:
     split: str                  # what to evaluate: 'val' | 'test'
     num_test_tasks: int
     test_updates: int           # inner updates of an evaluation
+    headline_updates: int       # the number of updates at which the method is reported
     plot: bool
     plot_format: str            # 'png' | 'pdf' | 'svg'
     method: str                 # for tables and pictures
@@ -133,7 +134,7 @@ def run_from_flags(values: flags.FlagValues, source: Source, tasks: TaskConfig, 
         load_from=values.load_from and os.path.expanduser(values.load_from).removesuffix('.index'), ensemble=values.ensemble,
         split='test' if values.test_set else 'val', num_test_tasks=values.num_test_tasks, plot=values.plot,
         test_updates=usual_updates(values.num_updates) if values.test_updates == -1 else values.test_updates,
-        plot_format=values.plot_format,
+        headline_updates=headline_updates(values.num_updates, values.test_updates), plot_format=values.plot_format,
         method=tasks.baseline or _method(values),
         flag_values={name: values[name].value for name in names()},
         learning_flags={**network, **training}, network_flags=network)
@@ -144,8 +145,8 @@ def usual_updates(num_updates: int) -> int:
     return max(num_updates, TEST_UPDATES)
 
 
-def own_updates(num_updates: int, test_updates: int) -> int:
-    """The method's own number of inner updates in an evaluation: --test_updates if it is set, else --num_updates."""
+def headline_updates(num_updates: int, test_updates: int) -> int:
+    """The number of inner updates at which a method is reported: --test_updates if it is set, else --num_updates."""
     return num_updates if test_updates == -1 else test_updates
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
-from runtime.cli.run import Run, own_updates, record_split, usual_updates
+from runtime.cli.run import Run, record_split, usual_updates
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
@@ -100,7 +100,7 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         **({'trained_on': trained_on} if trained_on != run.trained_on else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
         'score': run.metric, 'flags': run.flag_values,
-        'own_updates': own_updates(run.model.num_updates, run.flag_values['test_updates']),  # see --compare
+        'own_updates': run.headline_updates,  # see --compare
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
                   'num_classes': run.tasks.num_classes if run.source.loss == 'xent' else None,
