@@ -13,11 +13,11 @@ import zlib
 
 import numpy as np
 
-from runtime.datasets.class_folders import MANIFEST, ClassFolders, ImageClasses
+from runtime.datasets.class_folders import MANIFEST, ClassFolders
 from runtime.datasets.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
 from runtime.datasets.images import resized
-from runtime.datasets.tables import Rows, Tables
-from runtime.datasets.tasks import SPLITS, Source, TaskBatch, TaskConfig, split_rows
+from runtime.datasets.tables import Tables
+from runtime.datasets.tasks import SPLITS, Examples, Source, TaskBatch, TaskConfig, split_rows
 from runtime.system.errors import UserError
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -66,8 +66,8 @@ class ClassTasks:
 
     def _examples(self, start, count):
         """Tasks as the network's inputs, [count, rows, dim_input], and labels, [count, rows]."""
-        shots, shape = self.config.update_batch_size + self.config.query_shots, self.classes[0].shape[1:]
-        x = np.empty((count, shots, self.way, *shape), self.classes[0].dtype)
+        shots, shape = self.config.update_batch_size + self.config.query_shots, self.classes.values.shape[1:]
+        x = np.empty((count, shots, self.way, *shape), self.classes.values.dtype)
         labels = np.empty((count, shots, self.way), np.int64)
         for task in range(count):
             self._draw_one(start + task, x[task], labels[task])
@@ -88,9 +88,9 @@ class ClassTasks:
         shots, shot_index = len(labels), np.arange(len(labels))
         for label, class_index in enumerate(chosen_classes):
             chosen = examples[starts[class_index] + rng.choice(counts[class_index], shots, replace=False)]
-            x[shot_index, np.argmax(labels == label, axis=1)] = self._vary(chosen, rng)
+            x[shot_index, np.argmax(labels == label, axis=1)] = self._augment(chosen, rng)
 
-    def _vary(self, examples, rng):
+    def _augment(self, examples, rng):
         return examples
 
 
@@ -100,7 +100,7 @@ class ImageTasks(ClassTasks):
     """
     examples = 'image'
 
-    def _vary(self, examples, rng):
+    def _augment(self, examples, rng):
         return np.rot90(examples, rng.integers(4), axes=(1, 2)) if self.source.rotations else examples
 
 
@@ -144,7 +144,7 @@ class FunctionSource(NumberSource):
         return FunctionTasks(self.family, config, split)
 
     def dim_input(self, config: TaskConfig) -> int:
-        return 1 + self.family.numbers if config.baseline == 'oracle' else 1
+        return 1 + self.family.num_uniforms if config.baseline == 'oracle' else 1
 
     def dim_output(self, config: TaskConfig) -> int:
         return 1
@@ -196,7 +196,7 @@ class ImageSource:
         """Names of the split's class folders; see `ClassFolders.names`."""
         return self.folders(data_path).names(split)
 
-    def load(self, split: str, data_path: str | None = None) -> ImageClasses:
+    def load(self, split: str, data_path: str | None = None) -> Examples:
         """The split's decoded images; see `ClassFolders.load`."""
         return self.folders(data_path).load(split, self.stored_shape or self.image_shape)
 
@@ -238,7 +238,7 @@ class TableSource(NumberSource):
         """The csv files, in data_path if they are not known yet."""
         return self.files if self.files.root else dataclasses.replace(self.files, root=data_path or '')
 
-    def load(self, split: str, data_path: str | None = None) -> Rows:
+    def load(self, split: str, data_path: str | None = None) -> Examples:
         """The split's rows; see `Tables.load`."""
         return self.folders(data_path).load(split)
 

@@ -194,10 +194,8 @@ def execute(run: Run, data: Any) -> None:
             from runtime.jobs.train import train as action
         elif run.mode == 'evaluate':
             from runtime.jobs.evaluate import evaluate as action
-        elif run.source.image_shape:
-            from runtime.jobs.predict import predict as action
         else:
-            from runtime.jobs.predict_tables import predict as action
+            from runtime.jobs.predict import predict as action
         action(run, data)
     except ResourceExhaustedError as error:
         raise MemoryError(first_line(error)) from error

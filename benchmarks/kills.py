@@ -110,7 +110,7 @@ class Cache:
             for number in range(0, len(images.names), 7):
                 path = min(glob.glob(os.path.join(self.root, images.names[number], '*.png')))
                 with Image.open(path) as image:
-                    if not np.array_equal(np.asarray(image), images.images[images.starts[number]][..., 0]):
+                    if not np.array_equal(np.asarray(image), images.values[images.starts[number]][..., 0]):
                         raise Wrong(f'cache: {path} differs from the cache')
 
 

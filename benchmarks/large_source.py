@@ -49,7 +49,7 @@ def load(folder: str, verify: bool) -> None:
     for batch in range(100):
         tasks.draw(4 * batch, 4)
     drawing = (time.perf_counter() - start_drawing) / 100
-    print(f'{len(tasks.classes.images):,} images{", --verify" * verify}: {loaded:.3f} s until they can be drawn from, '
+    print(f'{len(tasks.classes.values):,} images{", --verify" * verify}: {loaded:.3f} s until they can be drawn from, '
           f'{drawing * 1000:.1f} ms for a meta-batch of 4 tasks, {memory() - before} MB more memory')
 
 

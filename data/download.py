@@ -22,7 +22,8 @@ from typing import NamedTuple
 import filelock
 from tqdm import tqdm
 
-from data.preparation import check_regular, locked_folder, reason
+from data.preparation import locked_folder, reason
+from runtime.system.files import read_csv
 
 CHUNK_BYTES = 2 ** 16
 COLUMNS = {'group', 'file', 'bytes', 'sha256', 'md5', 'urls', 'page'}
@@ -79,10 +80,7 @@ def fetch(group: str, args: argparse.Namespace) -> None:
 def read_table(path: str, group: str) -> list[File]:
     """The files of a group. Raises SystemExit if the table cannot be read or has none."""
     try:
-        check_regular(path)
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = [row for row in csv.DictReader(file) if row['group'] == group]
-        files = [_file(row) for row in rows]
+        files = [_file(row) for row in read_csv(path)[1] if row['group'] == group]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(f'the table of downloads {path} cannot be read ({reason(error)}); its first line must be '
                  f'{",".join(sorted(COLUMNS))}, in any order')
@@ -99,20 +97,20 @@ def _file(row):
     if not re.fullmatch('[0-9a-f]+', row[algorithm]) or len(row[algorithm]) != 2 * hashlib.new(algorithm).digest_size:
         raise ValueError(f'{row["file"]} has no {algorithm} of hexadecimal digits')
     if not all(url.startswith(('http://', 'https://')) for url in urls):
-        raise ValueError(f'an address of {row["file"]} begins with neither http:// nor https://')
+        raise ValueError(f'a URL of {row["file"]} begins with neither http:// nor https://')
     return File(row['file'], int(row['bytes']) if row['bytes'] or urls else None, algorithm, row[algorithm], urls, row['page'])
 
 
 def check_by_hand(files: Sequence[File], folder: str) -> None:
-    """Prints where to get files that must be downloaded manually, and whether those in the folder are the known ones."""
+    """Prints where to get files that must be downloaded by hand, and whether the checksums of those in the folder are right."""
     for file in files:
         path = os.path.join(folder, file.name)
         if not os.path.isfile(path):
-            print(f'{file.name} cannot be fetched without clicks. If you need it, get it from {file.page} and put it into {folder}')
+            print(f'{file.name} must be downloaded by hand: if you need it, get it from {file.page} and put it into {folder}')
         else:
             wrong = difference(path, file)
-            print(f'{path} is not the file that is known ({wrong}); what is in it is checked in any case' if wrong else
-                  f'{path} is the right file')
+            print(f'{path} does not match the recorded checksum ({wrong}); its contents will be validated anyway' if wrong else
+                  f'{path} matches the recorded checksum')
 
 
 def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENCE) -> None:
@@ -125,9 +123,9 @@ def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENC
         return
     try:
         with locked_folder(folder):
-            wanted = [file for file in files if not is_there(file, folder)]
-            check_space(wanted, folder)
-            complaints = [complaint for file in wanted if (complaint := fetch_file(file, folder, patience))]
+            missing = [file for file in files if not is_complete(file, folder)]
+            check_space(missing, folder)
+            complaints = [complaint for file in missing if (complaint := fetch_file(file, folder, patience))]
     except filelock.Timeout:
         sys.exit(f'another download is writing to {folder}; wait for its end, or stop it')
     except OSError as error:
@@ -138,7 +136,7 @@ def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENC
                  f'put them into {folder} and leave out --download.')
 
 
-def is_there(file: File, folder: str) -> bool:
+def is_complete(file: File, folder: str) -> bool:
     """Whether the folder holds the right file."""
     path = os.path.join(folder, file.name)
     if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Writes a large source as packed arrays (runtime/datasets/packed.py), because listing and decoding class folders would take too long.
+"""Writes a large source as packed arrays (runtime/datasets/arrays.py), because listing and decoding class folders would take too long.
 
 A script lists its classes, each with a function that makes an image, and says how many of each class there should be; `pack`
 writes one array for each split, checks the counts and prints a summary.
@@ -28,8 +28,7 @@ from data.preparation import (
     write_preparation_record,
     write_under_lock,
 )
-from runtime.datasets import packed
-from runtime.datasets.image_cache import write_array
+from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_packed_record
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.datasets.tasks import SPLITS
 
@@ -75,19 +74,18 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
 
 def _pack(lists, classes, shape, args, recipe, destination):
     """`pack`, under the lock; returns the complaints."""
-    start(destination, recipe, args.force, [packed.RECORD, *(split + '.npy' for split in SPLITS)])
+    start(destination, recipe, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
     remove_parts(destination)
     record, damaged = _earlier(destination), {}
     for split in SPLITS:
         own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}
-        wanted = {name: images.count for name, images in own.items()}
-        if own and record.get(split, {}).get('classes') != wanted:
+        if own and record.get(split, {}).get('classes') != {name: images.count for name, images in own.items()}:
             record.pop(split, None)
             entry, bad = write_split(os.path.join(destination, split + '.npy'), own, shape, args.allow_missing)
             damaged |= bad
             if entry:
                 record[split] = entry
-                packed.write_record(destination, record)
+                write_packed_record(destination, record)
     counts = _counts(record, lists, classes)
     named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]
     complaints = sentences(differences(counts, classes, named, []))
@@ -107,7 +105,7 @@ def _counts(record, lists, classes):
 def _earlier(destination: str) -> dict[str, dict]:
     """The entries of the splits that an earlier preparation has written and whose files still have the recorded size."""
     try:
-        record = packed.read_record(destination)
+        record = read_packed_record(destination)
         return {split: entry for split, entry in record.items()
                 if os.path.getsize(os.path.join(destination, split + '.npy')) == entry['bytes']}
     except (OSError, ValueError):
@@ -129,7 +127,7 @@ def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int
             return None, damaged
         try:
             parts = functools.partial(make_images, lists, damaged, shape, os.path.basename(path))
-            facts = write_array(path, (sum(counts.values()), *shape), parts)
+            _, facts = write_array(path, (sum(counts.values()), *shape), parts)
             return {'classes': {name: count for name, count in counts.items() if count}, **facts}, damaged
         except Damaged as error:
             damaged = damaged | error.images

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import signal
-import stat
 import sys
 import tarfile
 import threading
@@ -27,13 +26,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime.datasets.class_folders import MANIFEST, PARTIAL_MANIFEST, subfolders
+from runtime.datasets.class_folders import MANIFEST, PARTIAL_MANIFEST, subfolders, write_manifest
 from runtime.datasets.class_folders import PREPARATION_RECORD as RECORD
 from runtime.datasets.images import PREPARED_FORMATS
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
-from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically
+from runtime.system.files import PART_SUFFIX, locked, read_json, remove_parts, require_regular_file, write_atomically
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -171,7 +170,7 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
     print(summary(counts, classes, megabytes(counts, classes, destination), size))
     print(describe(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()), flush=True)
     if manifest:
-        write_manifest(os.path.join(destination, MANIFEST), {name: known.split for name, known in classes.items()})
+        write_manifest(os.path.join(destination, MANIFEST), sorted((expected.split, name) for name, expected in classes.items()))
     for name in classes:  # an empty folder would be a class without images
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(destination, name))
@@ -184,10 +183,10 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
 def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> None:
     """Records that a preparation is running; then removes the files of another recipe (or any, by force)."""
     try:
-        same = json.loads(read_file(os.path.join(destination, RECORD))).get('recipe') == recipe
+        same = read_json(os.path.join(destination, RECORD)).get('recipe') == recipe
     except FileNotFoundError:
         same = True
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         same = False
     # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
     # none, until files of another recipe are gone.
@@ -338,18 +337,10 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
     Class folders below train, val and test need none.
     """
     path = os.path.join(destination, PARTIAL_MANIFEST)
-    if needed and any(not name.startswith(known.split + '/') for name, known in classes.items()):
-        write_manifest(path, {name: known.split for name, known in classes.items() if name in counts})
+    if needed and any(not name.startswith(expected.split + '/') for name, expected in classes.items()):
+        write_manifest(path, sorted((expected.split, name) for name, expected in classes.items() if name in counts))
     elif os.path.exists(path):
         os.remove(path)
-
-
-def write_manifest(path: str, split_of: Mapping[str, str]) -> None:
-    """Writes {class folder: split} as the csv file that `read_manifest` of class_folders.py reads."""
-    text = io.StringIO()
-    rows = sorted((split, name) for name, split in split_of.items())
-    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
-    write_atomically(path, text.getvalue().encode())
 
 
 # Reading downloads --------------------------------------------------------------------------------------------------
@@ -366,7 +357,7 @@ def read_file(path: str, limit: int | None = None) -> bytes:
     Raises:
         OSError: it cannot be read, is larger than the limit in bytes, or is not a regular file: a pipe may never end.
     """
-    check_regular(path)
+    require_regular_file(path)
     if limit is not None and os.path.getsize(path) > limit:
         raise OSError(errno.EFBIG, f'Larger than {limit // MEGABYTE} MB', path)
     with open(path, 'rb') as file:
@@ -384,12 +375,6 @@ def read_part(path: str) -> bytes:
         return read_file(path)
     except OSError as error:
         sys.exit(f'{path} cannot be read ({error.strerror}); put the downloaded file there, readable')
-
-
-def check_regular(path: str) -> None:
-    """Raises OSError if it is not a regular file: opening a pipe or a device could block forever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, 'Not a regular file', path)
 
 
 def reason(error: BaseException) -> str:
@@ -446,7 +431,7 @@ class Zip:
     def __init__(self, path: str):
         """Raises SystemExit if it is missing or damaged."""
         try:
-            check_regular(path)
+            require_regular_file(path)
             self._file = zipfile.ZipFile(path)
         except DAMAGE as error:
             sys.exit(f'{path} is damaged ({reason(error)}); download it again')
@@ -466,7 +451,7 @@ class Zip:
 
 def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """Yields the regular files in a tar file, each with the open archive; raises one of DAMAGE."""
-    check_regular(path)
+    require_regular_file(path)
     with tarfile.open(path) as archive:
         for member in archive:
             if member.size < 0:  # some versions of tarfile would loop forever

@@ -103,7 +103,7 @@ def test_grids_lie_on_the_functions(source):
     x, y = tasks.grid(3, 2, points=50)
     parameters = tasks.parameters(3, 2)
     np.testing.assert_allclose(y, tasks.family.values(parameters, x.astype(float)), atol=1e-4)
-    low, high = tasks.family.span(parameters)
+    low, high = tasks.family.plot_range(parameters)
     np.testing.assert_allclose(x[:, [0, -1], 0], np.concatenate([low, high], axis=1), rtol=1e-6)
     assert all(tasks.family.describe(tasks.parameters(task, 1)) for task in range(4))
 
@@ -221,7 +221,7 @@ def own_omniglot(tmp_path):
 
 
 def decoded(root):
-    return np.array(OMNIGLOT.load('train', str(root)).images)
+    return np.array(OMNIGLOT.load('train', str(root)).values)
 
 
 def cache_files(root):
@@ -367,7 +367,7 @@ def test_own_images_of_any_format_and_size_are_resized(tmp_path):
         Image.new(mode, size, 1 if mode == '1' else 'white').save(folder / name)
     grey = dataclasses.replace(FOLDER, image_shape=(10, 10, 1))
     for source in FOLDER, grey:
-        images = source.load('train', str(tmp_path)).images
+        images = source.load('train', str(tmp_path)).values
         assert images.shape == (6, *source.image_shape)
         assert (images[1:] == 255).all()
 
@@ -379,20 +379,20 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     image.save(tmp_path / 'train' / 'train00' / '00.png', exif=exif)
-    upright = FOLDER.load('train', str(tmp_path)).images[0]
+    upright = FOLDER.load('train', str(tmp_path)).values[0]
     assert (upright[:, 43:] == 255).all() and (upright[:, :41] == 0).all()
 
 
 def test_decoded_images_are_memory_mapped(small_data):
     for _ in range(2):
-        assert isinstance(SOURCES['cifarfs'].load('train', str(small_data['cifarfs'])).images, np.memmap)
+        assert isinstance(SOURCES['cifarfs'].load('train', str(small_data['cifarfs'])).values, np.memmap)
 
 
 def test_sixteen_bits_become_eight(tmp_path):
     write_image_tree(tmp_path, class_names(1, 1, 1), images=1, size=(8, 8))
     ramp = np.linspace(0, 65535, 84 * 84).astype(np.uint16).reshape(84, 84)
     Image.fromarray(ramp).save(tmp_path / 'train' / 'train00' / '00.png')
-    np.testing.assert_allclose(FOLDER.load('train', str(tmp_path)).images[0, ..., 0], ramp / 257, atol=1)
+    np.testing.assert_allclose(FOLDER.load('train', str(tmp_path)).values[0, ..., 0], ramp / 257, atol=1)
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / 'train' / 'train00' / '01.tiff')
     with pytest.raises(UserError, match='01.tiff cannot be read as an image .*floating-point'):
         FOLDER.load('train', str(tmp_path))
@@ -424,7 +424,7 @@ def test_a_run_among_the_classes(own_images):
     loaded = {'val': folders.load('val', (8, 8, 1)).names}
     (own_images / 'later').mkdir()
     (own_images / 'zz later').mkdir()
-    with pytest.raises(UserError, match='are not those that were there when they were read; start again'):
+    with pytest.raises(UserError, match='have changed since they were read; start again'):
         folders.record_split({**loaded, 'train': []})
     assert not (own_images / 'splits.csv').exists()
 
@@ -477,7 +477,7 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
     source = dataclasses.replace(SOURCES['folder'], split_ratios=(60, 20, 20), split_given=True)
     first = source.class_folders('val', str(tmp_path))
     assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
-    with pytest.raises(UserError, match='splits.csv splits the classes otherwise than --split=40/30/30'):
+    with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
         dataclasses.replace(source, split_ratios=(40, 30, 30)).class_folders('val', str(tmp_path))
     assert dataclasses.replace(source, split_ratios=(40, 30, 30), split_given=False).class_folders('val', str(tmp_path)) == first
 
@@ -486,11 +486,11 @@ def test_classes_that_came_later_are_named(tmp_path, capsys):
     for number in range(10):
         (tmp_path / f'class{number}').mkdir()
     FOLDER.class_folders('train', str(tmp_path))
-    assert 'Left out' not in capsys.readouterr().out
+    assert 'Ignored' not in capsys.readouterr().out
     for name in 'late', 'later':
         (tmp_path / name).mkdir()
     assert not {'late', 'later'} & set(FOLDER.class_folders('train', str(tmp_path)))
-    assert f'Left out, for {tmp_path}/splits.csv does not list them: late and 1 more.' in capsys.readouterr().out
+    assert f'Ignored class folders not listed in {tmp_path}/splits.csv: late and 1 more.' in capsys.readouterr().out
 
 
 def test_too_few_classes_says_how_many_are_enough(tmp_path):

@@ -316,8 +316,8 @@ def test_ctrl_c_keeps_what_has_come(server, cifar_table, tmp_path):
 def test_what_must_be_fetched_by_hand(tmp_path):
     (tmp_path / 'images.zip').write_bytes(b'not the known file')
     process = subprocess.run(command('miniImagenet/proc_images.py', '--source', tmp_path), capture_output=True, text=True)
-    assert 'mini-imagenet-cache-train.pkl cannot be fetched without clicks. If you need it, get it from https://' in process.stdout
-    assert 'images.zip is not the file that is known (expected the md5 987d2dfe' in process.stdout
+    assert 'mini-imagenet-cache-train.pkl must be downloaded by hand: if you need it, get it from https://' in process.stdout
+    assert 'images.zip does not match the recorded checksum (expected the md5 987d2dfe' in process.stdout
     assert process.returncode == 1 and 'images.zip is damaged' in process.stderr
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from scipy import stats
 
 from conftest import ROOT, error_of, run_ok, write_image_tree
 from runtime.cli import workers
-from runtime.datasets import class_folders, images
+from runtime.datasets import arrays, class_folders, images
 from runtime.jobs import checkpoints
 from runtime.jobs import train as training
 from runtime.results import plots, statistics
@@ -182,7 +183,7 @@ def pipe(tmp_path):
 
 def test_a_pipe_as_manifest(pipe, tmp_path):
     pipe('splits.csv')
-    with pytest.raises(UserError, match='the manifest .*splits.csv cannot be read: .*it is not a file'):
+    with pytest.raises(UserError, match='the manifest .*splits.csv cannot be read: .*not a regular file'):
         class_folders.ClassFolders(str(tmp_path)).names('train')
 
 
@@ -198,7 +199,7 @@ def test_a_pipe_as_cache(pipe, tmp_path):
     os.mkdir(tmp_path / '.cache')
     for suffix in 'json', 'npy':
         pipe(f'.cache/train_4x4x3.{suffix}')
-    assert len(class_folders.ClassFolders(str(tmp_path)).load('train', (4, 4, 3)).images) == 2
+    assert len(class_folders.ClassFolders(str(tmp_path)).load('train', (4, 4, 3)).values) == 2
     assert (tmp_path / '.cache' / 'train_4x4x3.npy').is_file()
 
 
@@ -216,20 +217,20 @@ def test_a_pipe_as_checkpoint(suffix, pipe, tmp_path):
         checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
     os.remove(tmp_path / f'model2{suffix}')
     path = pipe(f'model2{suffix}')
-    with pytest.raises(checkpoints.Damaged, match=f'it is not a file: .*{path}'):
+    with pytest.raises(checkpoints.Damaged, match=f'not a regular file: .*{path}'):
         checkpoints.load(str(tmp_path / 'model2'))
     assert checkpoints.newest(str(tmp_path)).record['iteration'] == 1
 
 
 def test_a_pipe_as_flag_file(pipe):
     path = pipe('flags')
-    assert f'--flagfile={path} cannot be read: it is not a file' in error_of(f'--flagfile={path}')
-    assert 'it is not a file' in error_of('--flagfile', path) and 'it is not a file' in error_of('--flagfile=/dev/null')
+    assert f'--flagfile={path} cannot be read: not a regular file' in error_of(f'--flagfile={path}')
+    assert 'not a regular file' in error_of('--flagfile', path) and 'not a regular file' in error_of('--flagfile=/dev/null')
 
 
 def test_a_pipe_as_flag_file_that_another_names(pipe, tmp_path):
     (tmp_path / 'outer').write_text(f'--flagfile={pipe("inner")}\n--flagfile={tmp_path / "outer"}\n')
-    assert 'it is not a file' in error_of(f'--flagfile={tmp_path / "outer"}')
+    assert 'not a regular file' in error_of(f'--flagfile={tmp_path / "outer"}')
 
 
 def test_pipes_among_images(pipe, tmp_path):
@@ -269,9 +270,30 @@ def test_a_disk_too_small_for_decoded_images(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 'could not be kept for the next run' in capsys.readouterr().err and not list((tmp_path / '.cache').glob('*.n*'))
-    assert np.array_equal(found.images, whole.images) and found.checksum == whole.checksum
+    assert np.array_equal(found.values, whole.values) and found.checksum == whole.checksum
     class_folders.ClassFolders(str(tmp_path)).load('train', (30, 30, 3))
     assert len(list((tmp_path / '.cache').glob('*.npy'))) == 1
+
+
+def test_two_processes_that_cache_other_images_of_one_shape(tmp_path, monkeypatch):
+    """Each has the images that its checksum is of, however late it looks; and the next start has its own too."""
+    path, shape = str(tmp_path / 'cache'), (2, 3)
+    mine, theirs = np.zeros(shape, np.uint8), np.ones(shape, np.uint8)
+    write = arrays.write_atomically
+
+    def overtaken(written, content):
+        result = write(written, content)
+        if written.endswith('.npy'):  # another process finishes its own between the renaming and what comes next
+            monkeypatch.setattr(arrays, 'write_atomically', write)
+            arrays.cached_array(path, 'theirs', shape, lambda: [theirs])
+        return result
+
+    monkeypatch.setattr(arrays, 'write_atomically', overtaken)
+    array, checksum = arrays.cached_array(path, 'mine', shape, lambda: [mine])
+    assert (array == mine).all() and checksum == zlib.crc32(mine)
+    for name, own in ('mine', mine), ('theirs', theirs), ('mine', mine):
+        array, checksum = arrays.cached_array(path, name, shape, lambda own=own: [own])
+        assert (array == own).all() and checksum == zlib.crc32(own)
 
 
 @pytest.mark.parametrize('days', [-20000, 4000])
@@ -283,7 +305,7 @@ def test_clocks_that_are_wrong(days, tmp_path):
     for path in (tmp_path / 'images').rglob('*.*'):
         os.utime(path, (time, time))
     again = class_folders.ClassFolders(str(tmp_path / 'images')).load('train', (4, 4, 3))
-    assert np.array_equal(first.images, again.images) and first.checksum == again.checksum
+    assert np.array_equal(first.values, again.values) and first.checksum == again.checksum
     record = dict.fromkeys(checkpoints._ENTRIES)
     for iteration in 1, 2:
         checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
@@ -315,9 +337,9 @@ def test_a_picture_of_many_classes_shows_the_first():
     source = types.SimpleNamespace(image_shape=(2, 2, 1), invert=False)
     classes = [f'class {number}' for number in range(420)]
     x, y = np.zeros([1, 420, 4], np.float32), np.eye(420, dtype=np.float32)[None]
-    task = types.SimpleNamespace(classes=classes, queries=['a.png'],
+    task = types.SimpleNamespace(classes=classes, names=['a.png'], labels=[None],
                                  batch=types.SimpleNamespace(support_x=x, support_y=y, query_x=x[:, :1], query_y=y[:, :1]))
-    figure = plots.prediction_sheet(task, '.', source, [None], y[0, :1])
+    figure = plots.prediction_sheet(task, source, y[0, :1])
     assert 'the first 20 of 420 classes' in figure.subfigs[0].get_suptitle() and len(figure.axes) < 50
 
     tasks = types.SimpleNamespace(draw=lambda start, count: task.batch._replace(), class_names=lambda task: classes, source=source)

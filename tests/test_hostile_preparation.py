@@ -296,7 +296,7 @@ def test_pipes_are_not_waited_for(name, pipe, tmp_path):
     os.mkfifo(tmp_path / pipe)
     status, said = script(name, '--source', tmp_path, '--destination', tmp_path / 'prepared')
     assert status == 1 and 'Traceback' not in said, said
-    assert 'Not a regular file' in said, said
+    assert 'not a regular file' in said, said
 
 
 # The folder that is written to

@@ -151,7 +151,7 @@ def test_from_archive_to_tasks(source, unpacked, tmp_path, prepare, capsys):
     key = 'split' if 'split' in rows_of(source)[0] else list(rows_of(source)[0])[2]
     wanted = [f'classes/{row["class"]}' for row in rows_of(source) if row[key] == split and row['class'] in FOLDERS[source]]
     loaded = SOURCES[source].load(split, str(tmp_path / 'prepared'))
-    assert loaded.names == sorted(wanted) and loaded.images.shape == (2 * len(wanted), side, side, 3)
+    assert loaded.names == sorted(wanted) and loaded.values.shape == (2 * len(wanted), side, side, 3)
 
 
 def pixels(content, size=(84, 84), box=None):

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, write_image_tree
 from data import mnist, packing, preparation
 from data_generator import SOURCES, TaskConfig
-from runtime.datasets import image_cache
+from runtime.datasets import arrays
 from runtime.system.errors import UserError
 
 SHAPE = (64, 64, 1)
@@ -56,11 +56,11 @@ def test_what_is_packed_is_what_is_loaded(tmp_path, capsys):
     assert '6 classes / 18 images' in capsys.readouterr().out
     for split in 'train', 'val', 'test':
         found = SOURCE.load(split, str(tmp_path))
-        assert isinstance(found.images, np.memmap) and found.names == [f'{split}/{split}0', f'{split}/{split}1']
+        assert isinstance(found.values, np.memmap) and found.names == [f'{split}/{split}0', f'{split}/{split}1']
         assert found.starts.tolist() == [0, 3] and found.counts.tolist() == [3, 3]
         for name, start in zip(found.names, found.starts):
             for number in range(3):
-                np.testing.assert_array_equal(found.images[start + number], image(name, number))
+                np.testing.assert_array_equal(found.values[start + number], image(name, number))
     config = TaskConfig(num_classes=2, update_batch_size=1, query_shots=2, seed=0, data_path=str(tmp_path))
     batch = SOURCE.tasks(config, 'train').draw(0, 3)
     assert batch.support_x.shape == (3, 2, 64 * 64) and SOURCE.class_folders('val', str(tmp_path)) == ['val/val0', 'val/val1']
@@ -79,7 +79,7 @@ def test_complaints_and_allow_missing(tmp_path):
     assert pack(tmp_path, images, '--allow_missing') is None
     found = SOURCE.load('train', str(tmp_path))
     assert found.counts.tolist() == [2, 3] and not list(tmp_path.glob('*.part'))
-    np.testing.assert_array_equal(found.images[1], image('train/train0', 2))
+    np.testing.assert_array_equal(found.values[1], image('train/train0', 2))
 
 
 @pytest.mark.parametrize('make', [lambda number: np.zeros([3, 3, 1], np.uint8), lambda number: np.zeros(SHAPE),
@@ -102,7 +102,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
     (tmp_path / 'test.npy').write_bytes(b'cut off')
     (tmp_path / '.prepared.json').write_text('{"recipe": "", "complete": false}')
     pack(tmp_path, images)  # as after a kill: only what is missing
-    assert len(made) == 3 and SOURCE.load('test', str(tmp_path)).images.shape[0] == 6
+    assert len(made) == 3 and SOURCE.load('test', str(tmp_path)).values.shape[0] == 6
     pack(tmp_path, images, recipe='another')
     pack(tmp_path, images, '--force', recipe='another')
     assert len(made) == 9
@@ -147,7 +147,7 @@ def test_damage_shows_in_the_time_or_by_verify(packed):
 def test_a_copy_is_read_once(packed, tmp_path, monkeypatch):
     shutil.copytree(packed, tmp_path / 'copy', copy_function=shutil.copyfile)
     SOURCE.load('train', str(tmp_path / 'copy'))
-    monkeypatch.setattr(image_cache.zlib, 'crc32', None)  # a start that reads it now fails
+    monkeypatch.setattr(arrays.zlib, 'crc32', None)  # a start that reads it now fails
     SOURCE.load('train', str(tmp_path / 'copy'))
 
 
@@ -180,17 +180,17 @@ def test_a_split_that_is_not_there(packed):
 def test_ones_own_images_may_lie_beside_such_a_file(tmp_path):
     write_image_tree(tmp_path, ['train/a', 'train/b'], images=1, size=(84, 84))
     (tmp_path / 'packed.json').write_text('mine')
-    assert len(SOURCES['folder'].load('train', str(tmp_path)).images) == 2
+    assert len(SOURCES['folder'].load('train', str(tmp_path)).values) == 2
 
 
 def test_caches_of_class_folders_are_not_read_either(tmp_path, monkeypatch):
     source = SOURCES['cifarfs']
     write_image_tree(tmp_path, ['train/a', 'train/b'], images=2, size=(32, 32, 3))
-    checksum, first = source.load('train', str(tmp_path)).checksum, np.array(source.load('train', str(tmp_path)).images)
+    checksum, first = source.load('train', str(tmp_path)).checksum, np.array(source.load('train', str(tmp_path)).values)
     damage(next((tmp_path / '.cache').glob('*.npy')), keep_time=True)
-    assert not np.array_equal(source.load('train', str(tmp_path)).images, first)
-    np.testing.assert_array_equal(dataclasses.replace(source, verify=True).load('train', str(tmp_path)).images, first)
-    monkeypatch.setattr(image_cache.zlib, 'crc32', None)
+    assert not np.array_equal(source.load('train', str(tmp_path)).values, first)
+    np.testing.assert_array_equal(dataclasses.replace(source, verify=True).load('train', str(tmp_path)).values, first)
+    monkeypatch.setattr(arrays.zlib, 'crc32', None)
     assert source.load('train', str(tmp_path)).checksum == checksum
 
 
@@ -231,9 +231,9 @@ def test_digits_stand_in_their_cells(source, counts, small_mnist, tmp_path, monk
     places = set()
     for split, count in zip(('train', 'val', 'test'), counts):
         found = SOURCES[source].load(split, str(tmp_path / 'prepared'))
-        assert len(found.names) == count and len(found.images) == 4 * count
+        assert len(found.names) == count and len(found.values) == 4 * count
         for name, start in itertools.islice(zip(found.names, found.starts), 10):
-            for image in found.images[start:start + 4, ..., 0]:
+            for image in found.values[start:start + 4, ..., 0]:
                 for cell, digit in enumerate(name.split('/')[1]):
                     rows, columns = np.nonzero(image[:, cell * size // length:(cell + 1) * size // length] == int(digit) + 1)
                     assert len(rows) == 28 * 28 and rows.max() - rows.min() == columns.max() - columns.min() == 27

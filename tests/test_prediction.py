@@ -49,14 +49,25 @@ def predict(flags, support, query, *more):
 
 def test_prediction(trained, folders):
     output, (header, *rows) = predict(trained, *folders)
-    assert header == ['image', 'class', 'predicted', 'cat', 'dog, big', 'ünï'] and len(rows) == 9
+    assert header == ['image', 'class', 'predicted', *(f'probability of {name}' for name in ('cat', 'dog, big', 'ünï'))] and len(rows) == 9
     for image, label, answer, *probabilities in rows:
         assert os.path.basename(os.path.dirname(image)) == label and os.path.exists(image)
         probabilities = np.array(probabilities, float)
-        assert probabilities.sum() == pytest.approx(1, abs=2e-4) and header[3 + np.argmax(probabilities)] == answer
+        assert probabilities.sum() == pytest.approx(1, abs=2e-4) and header[3 + np.argmax(probabilities)] == f'probability of {answer}'
     right = sum(row[1] == row[2] for row in rows)
-    assert f'Of 9 images whose class their folder tells, {right} are right' in output
+    assert f'{right} of 9 labelled images classified correctly' in output
     assert right >= 7  # the classes are far apart: chance is 3
+
+
+def test_a_wrong_prediction_shows_the_true_class(trained, folders):
+    """Here images of other classes in the folder of one."""
+    support, query = folders
+    shutil.rmtree(query / 'cat')
+    os.rename(query / 'dog, big', query / 'cat')
+    output, (_, *rows) = predict(trained, support, query)
+    wrong = [row for row in rows if row[1] == 'cat' != row[2]]
+    assert wrong and output.count(', but its class is cat') == len(wrong)
+    assert output.count('but its class is') == sum(row[1] != row[2] for row in rows)
 
 
 def test_images_by_themselves_and_together(trained, folders, tmp_path):
@@ -80,7 +91,7 @@ def test_uneven_folders_without_labels(trained, folders):
             os.rename(query / name / image, query / f'{name} {image}')
     (query / 'notes.txt').write_text('not an image')
     output, (_, *rows) = predict(trained, support, query)
-    assert len(rows) == 9 and {row[1] for row in rows} == {''} and 'are right' not in output
+    assert len(rows) == 9 and {row[1] for row in rows} == {''} and 'classified correctly' not in output
 
 
 def test_names_that_are_hard_to_draw(trained, folders):
@@ -126,7 +137,7 @@ def test_refusals(trained, folders, tmp_path):
 
     assert '--support_dir=/nowhere is not a folder' in error(support='/nowhere')
     assert '--query_dir=/nowhere is not a folder' in error(query='/nowhere')
-    assert 'further below is not looked' in error(query=tmp_path)  # those below are deeper
+    assert 'only this folder and its direct subfolders are searched' in error(query=tmp_path)  # those below are deeper
     assert 'there are 0' in error(support=support / 'cat')
     assert '--predict needs one --query_norm' in error('--query_norm=both')
     assert '--predict needs --query_dir' in error_of(*trained, '--predict', f'--support_dir={support}')

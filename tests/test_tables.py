@@ -169,7 +169,7 @@ def test_prediction_of_classes(classes, tmp_path, few_tasks):
     write(query, ['width', 'height', 'class'], [[1, 1, 'near'], [89, 91, 'far'], [0, 1, 'unknown']])
     flags = ['--predict', f'--run={run}', f'--support_csv={support}', f'--query_csv={query}']
     output = run_ok(*flags)
-    assert 'Of 2 rows whose class is known, 2 are right' in output
+    assert '2 of 2 labelled rows classified correctly' in output
     with open(run / 'predict_support_query.csv', newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     assert [row['predicted'] for row in rows] == ['near', 'far', 'near']
@@ -224,7 +224,7 @@ def test_all_bad_tables_are_named_at_once(regression, tmp_path):
         (regression / 'train' / f'bad{number}.csv').write_text('x,y,z\n1,2,?\n')
     (regression / 'val' / 'bad.csv').mkdir()
     sentence = error_of(*REGRESSION, f'--data_path={regression}', f'--logdir={tmp_path / "logs"}')
-    assert 'val/bad.csv cannot be read: it is not a file' in sentence
+    assert 'val/bad.csv cannot be read: not a regular file' in sentence
     (regression / 'val' / 'bad.csv').rmdir()
     sentence = error_of(*REGRESSION, f'--data_path={regression}', f'--logdir={tmp_path / "logs"}')
     assert sentence.startswith('5 tables cannot be used: ') and all(f'bad{number}.csv' in sentence for number in range(5))

@@ -112,7 +112,7 @@ def check(prepared):
     for split in SPLITS:
         found = SOURCES['tieredimagenet'].load(split, str(prepared))
         assert found.names == [f'{split}/{row["class"]}' for row in SOME[split]] and found.counts.tolist() == [2, 2]
-        np.testing.assert_array_equal(found.images, pixels(split)[[1, 3, 0, 2]])
+        np.testing.assert_array_equal(found.values, pixels(split)[[1, 3, 0, 2]])
 
 
 DUMPS = {'python 2': python_2, **{f'protocol {protocol}': lambda contents, protocol=protocol: pickle.dumps(
@@ -165,7 +165,7 @@ def test_larger_images_are_resized(source, prepare, tmp_path):
     folder.mkdir(parents=True)
     large.convert('CMYK').save(folder / 'a.JPEG')
     assert prepare('--allow_missing') is None
-    found = SOURCES['tieredimagenet'].load('train', str(tmp_path / 'prepared')).images
+    found = SOURCES['tieredimagenet'].load('train', str(tmp_path / 'prepared')).values
     assert found.shape == (1, 84, 84, 3) and np.abs(found[0].astype(float) - np.asarray(large.resize((84, 84), 1))).mean() < 20
 
 
@@ -261,8 +261,8 @@ def test_spans_need_no_memory(tmp_path):
 def test_the_script_says_where_to_get_it(tmp_path):
     (tmp_path / 'tiered_imagenet.tar').write_bytes(b'no tar file')
     process = subprocess.run([sys.executable, PATH, '--download', '--source', tmp_path], capture_output=True, text=True)
-    assert process.returncode == 1 and 'tiered-imagenet.tar cannot be fetched without clicks' in process.stdout, process.stderr
-    assert 'tiered_imagenet.tar is not the file that is known' in process.stdout
+    assert process.returncode == 1 and 'tiered-imagenet.tar must be downloaded by hand' in process.stdout, process.stderr
+    assert 'tiered_imagenet.tar does not match the recorded checksum' in process.stdout
     assert 'holds neither train_images_png.pkl nor train_images.npz nor folders' in process.stderr
 
 

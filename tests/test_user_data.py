@@ -35,8 +35,8 @@ def test_all_bad_images_are_named_before_training(damaged, tmp_path):
 def test_bad_images_can_be_left_out(damaged, tmp_path):
     flags = [*SMALL, f'--data_path={damaged}', f'--logdir={tmp_path / "logs"}', '--skip_bad_images']
     output = run_ok(*flags)
-    assert 'Left out of the train split (--skip_bad_images): 2 images: ' in output and '3 classes, 10 images' in output
-    assert 'Left out of the test split' in run_ok(*flags, '--train=False', '--test_set', '--num_test_tasks=2')
+    assert 'Skipped in the train split (--skip_bad_images): 2 images: ' in output and '3 classes, 10 images' in output
+    assert 'Skipped in the test split' in run_ok(*flags, '--train=False', '--test_set', '--num_test_tasks=2')
     assert '--skip_bad_images is for sources of images' in error_of('--datasource=sinusoid', '--skip_bad_images')
 
 
@@ -64,7 +64,7 @@ def test_bad_images_of_a_prediction(tmp_path):
     error = error_of(*flags)
     assert '2 images: ' in error and 'one/00.png' in error and 'query/01.png' in error
     output = run_ok(*flags, '--skip_bad_images')
-    assert 'Left out' in output and 'adapted to 3 images of 2 classes' in output and '02.png' in output
+    assert 'Skipped' in output and 'adapted to 3 images of 2 classes' in output and '02.png' in output
 
 
 def tree(tmp_path):

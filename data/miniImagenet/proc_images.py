@@ -33,7 +33,6 @@ from data.preparation import (  # noqa: E402
     Picture,
     Zip,
     arguments,
-    check_regular,
     encode,
     fit,
     is_plain_name,
@@ -45,6 +44,7 @@ from data.preparation import (  # noqa: E402
     run_script,
 )
 from runtime.datasets.tasks import SPLITS  # noqa: E402
+from runtime.system.files import read_csv  # noqa: E402
 
 SIZE = (84, 84)
 IMAGES_PER_CLASS = 600
@@ -154,9 +154,7 @@ def rows_from_names(files: Iterable[str]) -> list[tuple[str, str, str]]:
 def read_rows(path: str) -> Iterator[tuple[str, str]]:
     """Yields (filename, label) of each row of a csv file."""
     try:
-        check_regular(path)
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.DictReader(file))
+        _, rows = read_csv(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         sys.exit(f'{path} cannot be read: {error}')
     if not rows:

@@ -37,7 +37,6 @@ from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
     arguments,
-    check_regular,
     is_plain_name,
     load_pickle,
     read_classes,
@@ -46,7 +45,9 @@ from data.preparation import (  # noqa: E402
     reason,
     run_script,
 )
+from runtime.datasets.arrays import map_array  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
+from runtime.system.files import require_regular_file  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')
@@ -69,7 +70,7 @@ def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -
     if not os.path.exists(path):
         return None
     try:
-        check_regular(path)
+        require_regular_file(path)
         file = open(path, 'rb')
         spans = pickles.spans(file)
     except pickles.Refused as error:
@@ -101,7 +102,7 @@ def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> L
 def map_npz(path: str, name: str) -> np.memmap:
     """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
     try:
-        check_regular(path)
+        require_regular_file(path)
         with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
             member = archive.getinfo(name + '.npy')
             if member.compress_type != zipfile.ZIP_STORED:
@@ -109,12 +110,7 @@ def map_npz(path: str, name: str) -> np.memmap:
             file.seek(member.header_offset + 26)  # of the local header: the lengths of the name and of what comes after it
             lengths = file.read(4)
             file.seek(int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little'), os.SEEK_CUR)
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, columns_first, dtype = read(file)
-            if dtype.hasobject:
-                raise ValueError('it holds objects')
-            return np.memmap(file, dtype, 'r', file.tell(), shape, 'F' if columns_first else 'C')
+            return map_array(file)
     except DAMAGE as error:
         sys.exit(f'{path} cannot be used ({reason(error)}); download it again')
 

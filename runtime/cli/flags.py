@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from runtime.system.errors import UserError
-from runtime.system.files import refuse_no_file
+from runtime.system.files import require_regular_file
 
 FLAGS = flags.FLAGS
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
@@ -106,13 +106,13 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _refuse_pipes(paths, seen):
-    """Refuses what is not a file among files of flags and those that they name; reading it could block."""
+    """Refuses what is not a regular file among files of flags and those that they name; reading it could block."""
     for path in paths:
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
         seen.add(path)
-        refuse_no_file(path)
         if os.path.exists(path):
+            require_regular_file(path)
             with open(path, encoding='utf-8') as file:
                 _refuse_pipes(_flag_files(file.read().splitlines()), seen)
 

@@ -15,7 +15,7 @@ from runtime.system.errors import UserError
 
 
 def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
-    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask or UserTables.
+    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask.
 
     Args:
         rest: arguments that are not flags, which are refused.
@@ -51,7 +51,7 @@ def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
 def _user_data(source):
     """The user's own task, of images or of tables."""
     if source.image_shape:
-        from runtime.datasets.user_images import read_user_task as read
+        from runtime.datasets.user_images import read_user_images as read
         names = 'support_dir', 'query_dir'
     else:
         from runtime.datasets.user_tables import read_user_tables as read

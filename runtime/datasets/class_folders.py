@@ -2,42 +2,27 @@
 
 A data folder holds either folders train, val and test of class folders, or class folders anywhere below it and a manifest, a
 csv file with the columns split and class. Class folders without either are split once, and a manifest is written. Large sources
-hold packed arrays instead, see packed.py.
+hold packed arrays instead, see arrays.py.
 """
 import csv
 import dataclasses
 import hashlib
-import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-import numpy as np
-
-from runtime.datasets import packed
-from runtime.datasets.image_cache import cached_array
+from runtime.datasets import arrays
 from runtime.datasets.images import BadImages, decode_images, image_files, is_broken, readable_suffixes
-from runtime.datasets.tasks import SPLITS
+from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError
-from runtime.system.files import refuse_no_file, write_atomically
+from runtime.system.files import read_csv, read_json, write_csv
 
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
 CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
-
-
-class ImageClasses(NamedTuple):
-    """The images of a split, class after class."""
-    images: np.ndarray   # uint8 [images, height, width, channels]
-    names: list[str]     # class folders, relative to the data folder
-    starts: np.ndarray   # int64 [classes]: index of a class's first image
-    counts: np.ndarray   # int64 [classes]
-    checksum: int        # CRC-32 of the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +82,15 @@ class ClassFolders:
             return
         rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
         if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
-            raise UserError(f'the class folders in {self.root} are not those that were there when they were read; start again')
-        write_manifest(os.path.join(self.root, MANIFEST), rows)
+            raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
+        path = os.path.join(self.root, MANIFEST)
+        try:
+            write_manifest(path, rows)
+        except (OSError, UnicodeEncodeError) as error:
+            raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
+                            'the class folders into folders train, val and test yourself') from error
+        counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+        print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -132,12 +124,12 @@ class ClassFolders:
         if self.unsplit():
             rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
             return sorted(name for where, name in rows if where == split)
-        there = {one: subfolders(os.path.join(self.root, one)) for one in SPLITS}
+        classes = {name: subfolders(os.path.join(self.root, name)) for name in SPLITS}
         if reporting:
-            report_shared(there, self.root)
-        return sorted(f'{split}/{name}' for name in there[split])
+            report_shared(classes, self.root)
+        return sorted(f'{split}/{name}' for name in classes[split])
 
-    def load(self, split: str, image_shape: tuple[int, int, int]) -> ImageClasses:
+    def load(self, split: str, image_shape: tuple[int, int, int]) -> Examples:
         """The split's images, decoded and cached beside them on first use.
 
         Class folders that are not split yet are split in the same way as by `names`, but nothing is written beside them.
@@ -154,26 +146,25 @@ class ClassFolders:
         except BadImages as error:
             if not self.skip_bad_images:
                 raise
-            print(f'Left out of the {split} split (--skip_bad_images): {error.listing}')
+            print(f'Skipped in the {split} split (--skip_bad_images): {error.listing}')
             bad = {path for path, _ in error.images}
         return self._decoded(split, [(name, [image for image in images if os.path.join(self.root, name, image.name) not in bad])
                                      for name, images in files], image_shape)
 
     def _is_packed(self):
-        return self.script is not None and packed.is_packed(self.root)
+        return self.script is not None and arrays.is_packed(self.root)
 
     def _packed_counts(self, split):
-        found = packed.class_counts(self.root, split, self.script)
-        if not found:
+        counts = arrays.packed_counts(self.root, split, self.script)
+        if not counts:
             raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
-        return found
+        return counts
 
     def _load_packed(self, split, image_shape):
         self._check_prepared()
-        classes = self._packed_counts(split)
-        counts = np.array(list(classes.values()))
-        images, checksum = packed.load(self.root, split, image_shape, self.script, self.verify)
-        return ImageClasses(images, list(classes), np.cumsum(counts) - counts, counts, checksum)
+        counts = self._packed_counts(split)
+        images, checksum = arrays.packed_array(self.root, split, image_shape, self.script, self.verify)
+        return Examples.grouped(images, counts, checksum)
 
     def _files(self, split):
         """[(class folder, its image files)] of a split."""
@@ -187,24 +178,23 @@ class ClassFolders:
             others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
             raise UserError(f'the class folder {empty[0]} in {root} holds no image{others}; '
                             + ('remove it' if own else self.missing_hint))
-        counts = np.array([len(images) for _, images in files])
         paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
         fingerprint = hashlib.sha256(repr((image_shape, own and 'on white', files)).encode()).hexdigest()
         bad_image_hint = 'remove them' if own else f'run python {self.script} --force'
-        images, checksum = cached_array(
+        images, checksum = arrays.cached_array(
             os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
             (len(paths), *image_shape),
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
-        return ImageClasses(images, [name for name, _ in files], np.cumsum(counts) - counts, counts, checksum)
+        return Examples.grouped(images, {name: len(names) for name, names in files}, checksum)
 
     def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, if there is one."""
         candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST),
                       None if self._split_by_folders() else self.shipped_manifest]
-        found = next((path for path in candidates if path and os.path.exists(path)), None)
-        if found and self.split_given:
-            self._check_split(found)
-        return found
+        manifest = next((path for path in candidates if path and os.path.exists(path)), None)
+        if manifest and self.split_given:
+            self._check_split(manifest)
+        return manifest
 
     def unsplit(self) -> bool:
         """Whether the root holds class folders that neither a manifest nor folders train, val and test divide."""
@@ -217,10 +207,10 @@ class ClassFolders:
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
         listed = [name for split in SPLITS for name in read_manifest(manifest, split)]
-        wanted = split_classes(listed, self.split_ratios, self.root)
-        if any(sorted(name for where, name in wanted if where == split) != read_manifest(manifest, split) for split in SPLITS):
-            raise UserError(f'{manifest} splits the classes otherwise than {_split_flag(self.split_ratios)}; leave out '
-                            '--split, or delete that file to split them again')
+        rows = split_classes(listed, self.split_ratios, self.root)
+        if any(sorted(name for part, name in rows if part == split) != read_manifest(manifest, split) for split in SPLITS):
+            raise UserError(f'{manifest} does not match {_split_flag(self.split_ratios)}; leave out --split, or delete that file to '
+                            'split the classes again')
 
 
 def listed_classes(folder: str, split: str) -> set[str]:
@@ -236,7 +226,7 @@ def listed_classes(folder: str, split: str) -> set[str]:
 
 def preparation_facts(root: str) -> dict:
     """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
-    facts = _preparation_record(root).get('facts')
+    facts = preparation_record(root).get('facts')
     return facts if isinstance(facts, dict) else {}
 
 
@@ -244,15 +234,15 @@ def subfolders(folder: str) -> list[str]:
     """Names of the folders in a folder, except hidden ones; [] if it does not exist.
 
     Raises:
-        UserError: it holds a link to what is not there, which may have been a folder.
+        UserError: it holds a broken symbolic link, which may have been a folder.
     """
     if not os.path.isdir(folder):
         return []
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
     broken = sorted(entry.path for entry in entries if is_broken(entry))
     if broken:
-        raise UserError(f'{broken[0]} is a link to what is not there; mend or remove it'
-                        + (f' ({len(broken) - 1} more are, too)' if len(broken) > 1 else ''))
+        raise UserError(f'{broken[0]} is a broken symbolic link; fix or remove it'
+                        + (f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''))
     return [entry.name for entry in entries if entry.is_dir()]
 
 
@@ -263,10 +253,7 @@ def read_manifest(path: str, split: str) -> list[str]:
         UserError: the file cannot be read, or a line is malformed.
     """
     try:
-        refuse_no_file(path)
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or ()
+        columns, rows = read_csv(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'the manifest {path} cannot be read: {error}') from error
     if {'split', 'class'} - set(columns):
@@ -282,21 +269,9 @@ def read_manifest(path: str, split: str) -> list[str]:
     return sorted(row['class'] for row in rows if row['split'] == split)
 
 
-def write_manifest(path: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Writes [(split, class)] where `read_manifest` will find it, and prints a line about it.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([('split', 'class'), *rows])
-    try:
-        write_atomically(path, text.getvalue().encode())
-    except (OSError, UnicodeEncodeError) as error:
-        raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
-                        'the class folders into folders train, val and test yourself') from error
-    counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
-    print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
+def write_manifest(path: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Writes [(split, class)] as `read_manifest` reads it. Raises OSError or UnicodeEncodeError if that cannot be done."""
+    write_csv(path, [('split', 'class'), *rows])
 
 
 def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
@@ -326,12 +301,13 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str)
 
 def report_shared(classes: Mapping[str, Iterable[str]], root: str) -> None:
     """Prints which names of classes are in two splits: meta-test is about classes that training has not seen."""
-    shared = [(name, one, other) for one, other in itertools.combinations(SPLITS, 2) for name in sorted({*classes[one]} & {*classes[other]})]
+    shared = [(name, first, second) for first, second in itertools.combinations(SPLITS, 2)
+              for name in sorted({*classes[first]} & {*classes[second]})]
     if shared:
-        name, one, other = shared[0]
+        name, first, second = shared[0]
         more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
-        print(f'Note: {root} has a class {name} in {one} and in {other}{more}. If these are the same classes, validation and meta-test do not '
-              'measure the learning of new ones')
+        print(f'Note: {root} has a class {name} in {first} and in {second}{more}. If these are the same classes, validation and meta-test '
+              'do not measure the learning of new ones')
 
 
 def _report_unlisted(root: str, manifest: str) -> None:
@@ -339,7 +315,7 @@ def _report_unlisted(root: str, manifest: str) -> None:
     listed = {name.split(os.sep)[0] for split in SPLITS for name in read_manifest(manifest, split)}
     unlisted = sorted(set(subfolders(root)) - listed)
     if unlisted:
-        print(f'Left out, for {manifest} does not list {"it" if len(unlisted) == 1 else "them"}: {unlisted[0]}'
+        print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest}: {unlisted[0]}'
               + (f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else '')
               + '. Add a line for each, or delete that file to split all of them again')
 
@@ -355,17 +331,15 @@ def _split_flag(ratios: tuple[int, int, int]) -> str:
 
 def _preparation_complete(root: str) -> bool:
     """Whether the preparation record says so, or there is no record."""
-    return bool(_preparation_record(root).get('complete'))
+    return bool(preparation_record(root).get('complete'))
 
 
-def _preparation_record(root):
+def preparation_record(root: str) -> dict:
     """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
     try:
-        refuse_no_file(os.path.join(root, PREPARATION_RECORD))
-        with open(os.path.join(root, PREPARATION_RECORD), encoding='utf-8') as file:
-            record = json.load(file)
+        record = read_json(os.path.join(root, PREPARATION_RECORD))
         return record if isinstance(record, dict) else {}
     except FileNotFoundError:
         return {'complete': True}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}

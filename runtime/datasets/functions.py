@@ -1,6 +1,6 @@
 """Families of functions of one number, and regression tasks drawn from them.
 
-A family builds each function from `numbers` uniform random numbers, and each of its inputs from one more. All arrays are
+A family builds each function from `num_uniforms` uniform random numbers, and each of its inputs from one more. All arrays are
 [tasks, rows, 1]; parameters are tuples of arrays [tasks, 1, 1].
 """
 import math
@@ -15,15 +15,15 @@ Parameters = tuple[np.ndarray, ...]
 
 class Family(Protocol):
     """What a family must provide."""
-    numbers: int  # uniform random numbers per function
+    num_uniforms: int  # uniform random numbers per function
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
-        """Of functions, from numbers in [0, 1), [tasks, numbers, 1]."""
+        """Of functions, from numbers in [0, 1), [tasks, num_uniforms, 1]."""
 
     def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
         """x, from numbers in [0, 1), [tasks, points, 1]."""
 
-    def span(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    def plot_range(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
         """The ends of the x over which the functions are drawn, [tasks, 1] each."""
 
     def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ class Family(Protocol):
 
 class Sinusoid:
     """y = amplitude * sin(x - phase) with amplitude U[0.1, 5], phase U[0, pi], x U[-5, 5] (section 5.1 of the paper)."""
-    numbers = 2
+    num_uniforms = 2
     AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
@@ -44,7 +44,7 @@ class Sinusoid:
     def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
         return _between(self.INPUTS, uniform)
 
-    def span(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    def plot_range(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
         low, high = self.INPUTS
         return np.full(parameters[0].shape[:2], low), np.full(parameters[0].shape[:2], high)
 
@@ -62,7 +62,7 @@ class SinusoidOrLine(Sinusoid):
 
     After Finn, Xu & Levine (2018), without their noise.
     """
-    numbers = 3
+    num_uniforms = 3
     COEFFICIENTS = (-3.0, 3.0)
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
@@ -85,19 +85,19 @@ class Harmonic:
 
     Each function is sampled around a random centre: x N(m, 1) with m U[-4, 4]. After Lacoste et al. (2018), without noise.
     """
-    numbers = 6
+    num_uniforms = 6
     FREQUENCIES, PHASES, PLACES = (5.0, 7.0), (0.0, 2 * math.pi), (-4.0, 4.0)
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
         """a1, a2, w, b1, b2, m."""
-        first, second, frequency, phase, other_phase, place = np.split(uniform, self.numbers, axis=1)
+        first, second, frequency, phase, other_phase, place = np.split(uniform, self.num_uniforms, axis=1)
         return (_normal(first), _normal(second), _between(self.FREQUENCIES, frequency), _between(self.PHASES, phase),
                 _between(self.PHASES, other_phase), _between(self.PLACES, place))
 
     def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
         return parameters[-1] + _normal(uniform)
 
-    def span(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    def plot_range(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
         place = parameters[-1][:, 0]
         return place - 2, place + 2
 
@@ -133,7 +133,7 @@ class FunctionTasks:
         self._points = config.update_batch_size + config.query_shots
         self.fingerprint = None
         # Philox makes four numbers for each value of its counter; a task owns a block of counter values.
-        self._counts_per_task = -(-(family.numbers + self._points) // 4)
+        self._counts_per_task = -(-(family.num_uniforms + self._points) // 4)
 
     def draw(self, start: int, count: int) -> TaskBatch:
         """Tasks start to start + count - 1: K support and Q query rows each; there are no classes."""
@@ -146,15 +146,15 @@ class FunctionTasks:
     def grid(self, start: int, count: int, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of these tasks at equally spaced x over the whole range: [count, points, dim] each."""
         parameters = self.parameters(start, count)
-        return self._examples(parameters, np.linspace(*self.family.span(parameters), points, axis=1))
+        return self._examples(parameters, np.linspace(*self.family.plot_range(parameters), points, axis=1))
 
     def _functions(self, start, count):
         """Parameters and x, [count, points, 1], of these tasks."""
         stream = np.random.Philox(key=self._key, counter=start * self._counts_per_task)
         uniform = np.random.Generator(stream).random((count, 4 * self._counts_per_task, 1))
-        numbers = self.family.numbers
-        parameters = self.family.parameters(uniform[:, :numbers])
-        return parameters, self.family.inputs(parameters, uniform[:, numbers:numbers + self._points])
+        count = self.family.num_uniforms
+        parameters = self.family.parameters(uniform[:, :count])
+        return parameters, self.family.inputs(parameters, uniform[:, count:count + self._points])
 
     def _examples(self, parameters, x):
         y = self.family.values(parameters, x)

@@ -71,7 +71,7 @@ def readable_suffixes() -> set[str]:
 def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
     """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored.
 
-    A link to what is not there counts as an image, which cannot be read.
+    A broken symbolic link counts as an image, which cannot be read.
     """
     def is_image(name):
         return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
@@ -85,7 +85,7 @@ def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
 
 
 def is_broken(entry: os.DirEntry) -> bool:
-    """Whether an entry of a folder is a link to what is not there."""
+    """Whether an entry of a folder is a broken symbolic link."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 

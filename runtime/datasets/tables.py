@@ -17,9 +17,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from runtime.datasets.class_folders import report_shared
-from runtime.datasets.tasks import SPLITS
+from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import refuse_no_file, write_atomically
+from runtime.system.files import read_json, require_regular_file, write_atomically
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
@@ -49,11 +49,11 @@ class Columns(NamedTuple):
         """
         scales = np.array([*self.features.values(), *self.targets.values()])[:values.shape[1]]
         with np.errstate(over='ignore', invalid='ignore'):
-            found = ((values - scales[:, 0]) / scales[:, 1]).astype(np.float32)
-        if not np.isfinite(found).all():
-            raise UserError(f'the numbers in the column {[*self.features, *self.targets][np.argwhere(~np.isfinite(found))[0, 1]]} are too '
-                            'large or too far apart')
-        return found
+            standardised = ((values - scales[:, 0]) / scales[:, 1]).astype(np.float32)
+        bad = np.argwhere(~np.isfinite(standardised))
+        if len(bad):
+            raise UserError(f'the numbers in the column {[*self.features, *self.targets][bad[0, 1]]} are too large or too far apart')
+        return standardised
 
     @property
     def text(self) -> str:
@@ -64,15 +64,6 @@ class Columns(NamedTuple):
         """The inverse of `standardise` for targets only."""
         mean, deviation = np.array(list(self.targets.values())).T
         return values * deviation + mean
-
-
-class Rows(NamedTuple):
-    """The rows of a split, table after table; the counterpart of class_folders.ImageClasses."""
-    values: np.ndarray   # float32 [rows, columns], features before targets
-    names: list[str]     # of the tables
-    starts: np.ndarray   # int64 [tables]: index of a table's first row
-    counts: np.ndarray   # int64 [tables]
-    checksum: int        # CRC-32 of the numbers as they are in the files, and of what standardises them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +89,7 @@ class Tables:
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
         paths = {split: table_files(os.path.join(self.root, split)) for split in SPLITS}
-        sheets = each(read_sheet, [path for split in SPLITS for path in paths[split]])
+        sheets = map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split]])
         if not sheets:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
         for split in SPLITS:
@@ -109,7 +100,8 @@ class Tables:
                     raise UserError(f'{path} and {os.path.basename(other)} are two tables of one name; rename one')
         model = _usual(sheets)
         names = self._names(model)
-        values = dict(zip([sheet.path for sheet in sheets], each(lambda sheet: numbers(sheet, names, model.path), sheets)))
+        arrays = map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), sheets)
+        values = dict(zip([sheet.path for sheet in sheets], arrays))
         return names, {split: {os.path.basename(path)[:-len('.csv')]: values[path] for path in paths[split]} for split in SPLITS}
 
     def _names(self, sheet: Sheet) -> list[str]:
@@ -145,7 +137,7 @@ class Tables:
         features = {name: scales[name] for name in names if name not in self.target_names}
         return Columns(features, {name: scales[name] for name in self.target_names})
 
-    def load(self, split: str) -> Rows:
+    def load(self, split: str) -> Examples:
         """The rows of a split.
 
         Raises:
@@ -156,9 +148,9 @@ class Tables:
             raise UserError(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}')
         if split == 'train' and not self.target_names:
             report_shared(self._values[1], self.root)
-        counts, values = np.array([len(rows) for rows in tables.values()]), np.concatenate(list(tables.values()))
+        values = np.concatenate(list(tables.values()))
         checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
-        return Rows(self.columns.standardise(values), list(tables), np.cumsum(counts) - counts, counts, checksum)
+        return Examples.grouped(self.columns.standardise(values), {name: len(rows) for name, rows in tables.items()}, checksum)
 
 
 def _scale(name: str, column: np.ndarray) -> tuple[float, float]:
@@ -175,19 +167,19 @@ def _scale(name: str, column: np.ndarray) -> tuple[float, float]:
     return mean, deviation or 1.0  # which may underflow
 
 
-def each(function: Callable[[object], Result], arguments: Iterable[object]) -> list[Result]:
+def map_collecting_errors(function: Callable[[object], Result], arguments: Iterable[object]) -> list[Result]:
     """What a function returns for each argument; all its UserErrors together are raised as one."""
-    found, errors = [], []
+    results, errors = [], []
     for argument in arguments:
         try:
-            found.append(function(argument))
+            results.append(function(argument))
         except UserError as error:
             errors.append(str(error))
     if errors:
         count = f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else ''
         more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
         raise UserError(f'{count}{"; ".join(errors[:SHOWN])}{more}')
-    return found
+    return results
 
 
 def _usual(sheets: Sequence[Sheet]) -> Sheet:
@@ -210,7 +202,7 @@ def read_sheet(path: str) -> Sheet:
         UserError: it cannot be read, or is not of this form.
     """
     try:
-        refuse_no_file(path)
+        require_regular_file(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, row) for row in reader if row]
@@ -236,7 +228,7 @@ def _check_form(sheet):
                         f'{ragged[0][0]} with {ragged[0][1]}')
 
 
-def numbers(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
+def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
     """The numbers in some columns, float64 [rows, names].
 
     Args:
@@ -295,17 +287,15 @@ def read_columns(directory: str) -> Columns | None:
     """
     path = os.path.join(directory, COLUMNS_FILE)
     try:
-        refuse_no_file(path)
-        with open(path, encoding='utf-8') as file:
-            record = json.load(file)
-        found = Columns(*({str(name): (float(mean), float(deviation)) for name, (mean, deviation) in record[part].items()}
-                          for part in Columns._fields))
-        if not found.features or not all(deviation > 0 and math.isfinite(mean + deviation)
-                                         for part in found for mean, deviation in part.values()):
+        record = read_json(path)
+        columns = Columns(*({str(name): (float(mean), float(deviation)) for name, (mean, deviation) in record[part].items()}
+                            for part in Columns._fields))
+        if not columns.features or not all(deviation > 0 and math.isfinite(mean + deviation)
+                                           for part in columns for mean, deviation in part.values()):
             raise ValueError('columns')
-        return found
+        return columns
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); remove it to have the columns of '
                         '--data_path') from error

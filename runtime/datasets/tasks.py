@@ -1,10 +1,27 @@
 """What tasks, and sources of tasks, must provide."""
 import dataclasses
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 SPLITS = ('train', 'val', 'test')
+
+
+class Examples(NamedTuple):
+    """The examples of a split: images or rows of numbers, class after class, or table after table."""
+    values: np.ndarray   # uint8 [images, height, width, channels] or float32 [rows, columns]
+    names: list[str]     # of the classes or tables
+    starts: np.ndarray   # int64 [names]: index of the first example of each
+    counts: np.ndarray   # int64 [names]
+    checksum: int        # CRC-32 of the data
+
+    @classmethod
+    def grouped(cls, values: np.ndarray, counts: Mapping[str, int], checksum: int) -> 'Examples':
+        """Of values whose classes or tables, in their order, have these counts."""
+        numbers = np.array(list(counts.values()))
+        return cls(values, list(counts), np.cumsum(numbers) - numbers, numbers, checksum)
 
 
 class TaskBatch(NamedTuple):
@@ -16,6 +33,35 @@ class TaskBatch(NamedTuple):
     support_y: np.ndarray  # float32 [tasks, N*K, dim_output]  one-hot, or the regression target
     query_x: np.ndarray    # float32 [tasks, N*Q, dim_input]
     query_y: np.ndarray    # float32 [tasks, N*Q, dim_output]
+
+
+class UserTask(NamedTuple):
+    """A task that a user made, of images or of rows of numbers: examples to learn from, and queries to predict for."""
+    batch: TaskBatch        # of this one task; query_y is 0 where the answer is not known
+    classes: list[str]      # their names, in the order of the labels; [] in regression
+    known: np.ndarray       # bool [queries]: whether the answer is known
+    unit: str               # what an example is: 'image' | 'row'
+    support: str            # the flag that names the support examples, and its value
+    name: str               # of the task, for the names of files
+    names: list[str]        # of the queries, [queries]
+    columns: list[str]      # of the csv file of predictions, before the predictions themselves
+    cells: list[list[str]]  # [queries][columns]
+
+    @property
+    def labels(self) -> list[int | None]:
+        """The label of each query, None if it is not known; in classification."""
+        return [int(np.argmax(row)) if known else None for row, known in zip(self.batch.query_y[0], self.known)]
+
+
+def task_name(support: str, query: str) -> str:
+    """What to call a task of two files or folders."""
+    return '_'.join(os.path.basename(os.path.abspath(path)).removesuffix('.csv') for path in (support, query))
+
+
+def one_hot(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """float32 [names, classes]; a row is 0 where a name is none of the classes."""
+    label = {name: index for index, name in enumerate(classes)}
+    return np.eye(len(classes) + 1, len(classes), dtype=np.float32)[[label.get(name, len(classes)) for name in names]]
 
 
 def split_rows(x: np.ndarray, y: np.ndarray, support_rows: int) -> TaskBatch:

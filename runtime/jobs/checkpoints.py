@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import locked, refuse_no_file
+from runtime.system.files import locked, require_regular_file
 
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 _RECORD = 'record'
@@ -280,7 +280,7 @@ def _read(prefix):
     try:
         for suffix in '.index', '.data-*':
             for name in glob.glob(glob.escape(prefix) + suffix):
-                refuse_no_file(name)
+                require_regular_file(name)
         with _without_wildcards(prefix) as path:
             reader = tf.train.load_checkpoint(path)
             return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}

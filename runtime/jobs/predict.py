@@ -1,117 +1,109 @@
-"""Classification of the user's own images by a trained model that is adapted to some of them."""
-import csv
-import io
+"""Predictions for the user's own images or rows, by a trained model that is adapted to some of them."""
 import math
 import os
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import softmax
 
 from maml import MAML
 from runtime.cli.run import Run
-from runtime.datasets.tasks import TaskBatch
-from runtime.datasets.user_images import UserTask
+from runtime.datasets.tables import Columns
+from runtime.datasets.tasks import TaskBatch, UserTask
 from runtime.jobs.ensemble import Ensemble
 from runtime.jobs.evaluate import restore
 from runtime.results import plots
 from runtime.system.errors import UserError
-from runtime.system.files import write_atomically
+from runtime.system.files import write_csv
 
 QUERIES_AT_A_TIME = 200  # if they do not depend on each other
 SHOWN, WIDEST = 10, 60  # predictions on the console, characters of a name there
 
 
+class Predictions(NamedTuple):
+    """What is written and printed of a model's answers to the queries of a task."""
+    columns: list[str]      # of the csv file
+    cells: list[list[str]]  # [queries][columns]
+    lines: list[str]        # for the console, one for each query
+    summary: str            # how good they are; '' if no answer is known
+
+
 def predict(run: Run, task: UserTask) -> None:
-    """Adapts a trained model to a task's support images, classifies its query images, and writes the predictions.
+    """Adapts a trained model to a task's support examples, predicts for its queries, and writes the predictions.
 
-    predict_<support folder>_<query folder>.csv in the experiment directory has for each image its path, its class if that is
-    known, its predicted class, and the probability of each class; the picture of the same name shows them.
-
-    Raises:
-        UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs.
-    """
-    support_rows, updates = task.batch.support_x.shape[1], run.test_updates
-    model, prefix = classifier(run, f'--support_dir={run.flag_values["support_dir"]}', len(task.classes), support_rows)
-    probabilities = classify(model, task.batch, updates)
-    labels = [int(np.argmax(row)) if row.any() else None for row in task.batch.query_y[0]]
-    path = os.path.join(run.directory, file_name(run, 'support_dir', 'query_dir'))
-    write_predictions(path + '.csv', task, labels, probabilities)
-    picture = f'{path}.{run.plot_format}'
-    plots.save(plots.prediction_sheet(task, run.flag_values['query_dir'], run.source, labels, probabilities), picture)
-    print(f'{prefix}, adapted to {support_rows} images of {len(task.classes)} classes by {updates} updates\n')
-    print_predictions(task, labels, probabilities)
-    print(f'\nWritten: {path}.csv and .{run.plot_format}')
-
-
-def classifier(run: Run, support: str, way: int, support_rows: int) -> tuple[MAML | Ensemble, str]:
-    """The trained network, with outputs for as many classes as a task has, and its checkpoint's prefix.
-
-    Args:
-        support: the flag that names the support examples.
+    predict_<support>_<query>.csv in the experiment directory has for each query what the user gave, followed by the predicted
+    class and the probability of each, or by the predicted targets in their own units. Of images, a picture shows them too.
 
     Raises:
-        UserError: as for `predict`.
+        UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs, or a file cannot be written.
     """
+    model, prefix = _model(run, task)
+    values = outputs(model, task.batch, run.test_updates)
+    if task.classes:
+        values = softmax(values, axis=-1)
+        predictions = of_classes(task, values)
+    else:
+        predictions = of_targets(task, values.astype(float), run.source.files.columns)
+    path = os.path.join(run.directory, f'predict_{task.name}' + ('_querynormbatch' if run.query_norms[0] == 'batch' else ''))
+    _write(path + '.csv', [[*task.columns, *predictions.columns],
+                           *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))])
+    written = path + '.csv'
+    if run.source.image_shape:
+        plots.save(plots.prediction_sheet(task, run.source, values), f'{path}.{run.plot_format}')
+        written += f' and .{run.plot_format}'
+    way = f' of {len(task.classes)} classes' if task.classes else ''
+    print(f'{prefix}, adapted to {task.batch.support_x.shape[1]} {task.unit}s{way} by {run.test_updates} updates\n')
+    width = max(map(len, task.names[:SHOWN]))
+    for name, line in list(zip(task.names, predictions.lines))[:SHOWN]:
+        print(f'  {name:{width}}  {line}')
+    if len(task.names) > SHOWN:
+        print(f'  and {len(task.names) - SHOWN} more, all in the csv file')
+    print(f'\n{predictions.summary}Written: {written}')
+
+
+def _model(run: Run, task: UserTask) -> tuple[MAML | Ensemble, str]:
+    """The trained network, with outputs for as many classes as a task has, and its checkpoint's prefix."""
+    way, support_rows = len(task.classes), task.batch.support_x.shape[1]
     if way > run.num_outputs:
-        raise UserError(f'{support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or train with '
-                        f'--num_classes={way}')
+        raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or train '
+                        f'with --num_classes={way}')
     trained, prefix, *_ = restore(run)
     # The loss is divided by the shots; if classes have different numbers of them, by the mean.
-    return trained.variant(dim_output=way, update_batch_size=support_rows / way, query_norm=run.query_norms[0]), prefix
+    shape = {'dim_output': way, 'update_batch_size': support_rows / way} if way else {}
+    return trained.variant(query_norm=run.query_norms[0], **shape), prefix
 
 
-def file_name(run: Run, support: str, query: str) -> str:
-    """The name of a prediction's files, without suffix: the names in two flags, and --query_norm=batch."""
-    names = [os.path.basename(os.path.abspath(run.flag_values[name])).removesuffix('.csv') for name in (support, query)]
-    return f'predict_{names[0]}_{names[1]}' + ('_querynormbatch' if run.query_norms[0] == 'batch' else '')
+def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
+    """Predictions of classes from their probabilities, [queries, classes]."""
+    predicted, lines = np.argmax(probabilities, axis=-1), []
+    for label, guess, row in zip(task.labels, predicted, probabilities):
+        truth = f', but its class is {task.classes[label][:WIDEST]}' if label not in (None, guess) else ''
+        lines.append(f'{task.classes[guess][:WIDEST]} ({row[guess]:.0%}){truth}')
+    hits = [label == guess for label, guess in zip(task.labels, predicted) if label is not None]
+    return Predictions(
+        ['predicted', *(f'probability of {name}' for name in task.classes)],
+        [[task.classes[guess], *(f'{p:.4f}' for p in row)] for guess, row in zip(predicted, probabilities)], lines,
+        f'{sum(hits)} of {len(hits)} labelled {task.unit}s classified correctly ({sum(hits) / len(hits):.1%})\n' if hits else '')
 
 
-def write_predictions(path: str, task: UserTask, labels: list[int | None], probabilities: np.ndarray) -> None:
-    """Writes the csv file of a prediction.
-
-    Args:
-        labels: of the query images, None if not known.
-        probabilities: [query images, classes].
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    rows = [['image', 'class', 'predicted', *task.classes]]
-    for image, known, row in zip(task.queries, labels, probabilities):
-        predicted = task.classes[np.argmax(row)]
-        rows.append([image, '' if known is None else task.classes[known], predicted, *(f'{p:.4f}' for p in row)])
-    write_csv(path, rows)
+def of_targets(task: UserTask, standardised: np.ndarray, columns: Columns) -> Predictions:
+    """Predictions of targets, in their own units, from the network's outputs, [queries, targets]."""
+    values, summary = columns.restore_targets(standardised), ''
+    if task.known.all():
+        errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
+        summary = 'Root mean squared error: ' + ', '.join(f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)) + '\n'
+    cells = [[f'{value:.6g}' for value in row] for row in values]
+    lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]
+    return Predictions([f'predicted {name}' for name in columns.targets], cells, lines, summary)
 
 
-def write_csv(path: str, rows: Sequence[Sequence[str]]) -> None:
+def _write(path, rows):
     """Writes rows to a csv file; raises UserError if that cannot be done."""
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomically(path, text.getvalue().encode(errors='surrogateescape'))
+        write_csv(path, rows, errors='surrogateescape')
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}') from error
-
-
-def print_predictions(task: UserTask, labels: list[int | None], probabilities: np.ndarray) -> None:
-    """Prints the first predictions, and how many are right of those whose class is known."""
-    predicted = np.argmax(probabilities, axis=-1)
-    width = max(map(len, task.queries[:SHOWN]))
-    for image, label, row in list(zip(task.queries, predicted, probabilities))[:SHOWN]:
-        line = f'  {image:{width}}  {task.classes[label][:WIDEST]} ({row[label]:.0%})'
-        print(line.encode(errors='replace').decode())
-    if len(labels) > SHOWN:
-        print(f'  and {len(labels) - SHOWN} more, all in the csv file')
-    hits = [known == label for known, label in zip(labels, predicted) if known is not None]
-    if hits:
-        print(f'\nOf {len(hits)} images whose class their folder tells, {sum(hits)} are right ({sum(hits) / len(hits):.1%}).')
-
-
-def classify(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
-    """Probabilities of the classes for a task's query rows, [rows, classes], after num_updates inner updates."""
-    return softmax(outputs(model, batch, num_updates), axis=-1)
 
 
 def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
@@ -121,9 +113,7 @@ def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
         batch: a TaskBatch of one task.
     """
     rows = batch.query_x.shape[1]
-    parts = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
-    found = []
-    for part in np.array_split(np.arange(rows), parts):
-        queries = TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])
-        found.append(model.predict(queries, num_updates).post[-1][0])
-    return np.concatenate(found)
+    count = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
+    parts = [TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])
+             for part in np.array_split(np.arange(rows), count)]
+    return np.concatenate([model.predict(part, num_updates).post[-1][0] for part in parts])

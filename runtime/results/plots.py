@@ -14,8 +14,7 @@ from scipy.special import softmax
 
 from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
 from runtime.cli.run import Run
-from runtime.datasets.tasks import TaskBatch, Tasks
-from runtime.datasets.user_images import UserTask
+from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
 from runtime.results.statistics import UNITS, number, statistics
 from runtime.results.store import SPLIT_TITLES
 from runtime.system.errors import UserError
@@ -268,13 +267,11 @@ def _first_classes(count):
     return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
 
 
-def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels: list[int | None], probabilities: np.ndarray,
-                     columns: int = 6, shown_support: int = 6, shown_query: int = 36) -> Figure:
+def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndarray, columns: int = 6, shown_support: int = 6,
+                     shown_query: int = 36) -> Figure:
     """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
 
     Args:
-        query_dir: the names of query images are shown relative to it.
-        labels: of the query images, None if not known.
         probabilities: [query images, classes].
         shown_support, shown_query: maximum number of images shown, per class and in all.
 
@@ -283,16 +280,16 @@ def prediction_sheet(task: UserTask, query_dir: str, source: ImageSource, labels
     """
     classes, batch = task.classes, task.batch
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
-    marks = ['' if known is None else ' ✓' if known == label else ' ✗' for known, label in zip(labels, predicted)]
+    marks = ['' if label is None else ' ✓' if label == guess else f' ✗ {_clipped(classes[label], 12)}'
+             for label, guess in zip(task.labels, predicted)]
     support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
                for image in batch.support_x[0][support_labels == label][:shown_support]]
-    query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(os.path.relpath(path, query_dir)))
-             for image, label, row, mark, path
-             in zip(batch.query_x[0], predicted, probabilities, marks, task.queries)][:shown_query]
+    query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(name))
+             for image, label, row, mark, name in zip(batch.query_x[0], predicted, probabilities, marks, task.names)][:shown_query]
     rows = [-(-len(tiles) // columns) for tiles in (support, query)]
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
-    more = f' (the first {shown_query} of {len(labels)})' if len(labels) > shown_query else ''
+    more = f' (the first {shown_query} of {len(task.names)})' if len(task.names) > shown_query else ''
     titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
     for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
         part.suptitle(title, fontsize='medium')

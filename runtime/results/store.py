@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.results.statistics import UNITS, bootstrap, number, statistics
 from runtime.system.errors import UserError
-from runtime.system.files import locked, refuse_no_file, write_atomically
+from runtime.system.files import locked, require_regular_file, write_atomically
 
 FILE = 'results.json'
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
@@ -150,7 +150,7 @@ def read(path: str) -> dict[str, dict]:
         UserError: it cannot be read, or is malformed.
     """
     try:
-        refuse_no_file(path)
+        require_regular_file(path)
         with open(path, encoding='utf-8') as file:
             results = json.load(file)
         for entry in results.values():

@@ -1,26 +1,30 @@
 """Writing files so that a reader never sees a partial one, and reading only regular files."""
 import contextlib
+import csv
 import errno
 import glob
+import io
+import json
 import os
 import re
-import socket
+import secrets
+import stat
 import time
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, TypeVar
 
 import filelock
 
 PART_SUFFIX = '.part'
 STALE_SECONDS = 3600   # a part file not written to for this long belongs to a process that was killed
-_PART = re.compile(r'\.\d+' + re.escape(PART_SUFFIX) + '$')  # ends in the process number and the suffix
+_PART = re.compile(r'\.\d+' + re.escape(PART_SUFFIX) + '$')  # ends in the number of the write and the suffix
 Result = TypeVar('Result')
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], Result]) -> Result:
     """Writes a file under a temporary name and renames it.
 
-    The temporary name holds the host and the process number, so that two processes do not write to the same file.
+    Each write has a random temporary name, so that no two threads, processes or hosts write to the same file.
 
     Args:
         path: where the file should be.
@@ -32,9 +36,9 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
     Raises:
         OSError: the file cannot be written; the old one, if any, is still there and no part is left.
     """
-    part = f'{os.fspath(path)}.{socket.gethostname()}.{os.getpid()}{PART_SUFFIX}'
+    part = f'{os.fspath(path)}.{secrets.randbelow(10 ** 15):015}{PART_SUFFIX}'
     try:
-        with open(part, 'wb') as file:
+        with open(part, 'xb') as file:
             result = content(file) if callable(content) else file.write(content)
         os.replace(part, path)
         return result
@@ -44,10 +48,52 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
         raise
 
 
-def refuse_no_file(path: str | os.PathLike) -> None:
-    """Raises OSError for a pipe, a device or a folder: reading it could block, never end or fail."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, 'it is not a file', os.fspath(path))
+def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[str]], errors: str = 'strict') -> None:
+    """Writes rows to a csv file in UTF-8, atomically.
+
+    Args:
+        errors: what to do about names that are no text, as of str.encode.
+
+    Raises:
+        OSError, UnicodeEncodeError: it cannot be written.
+    """
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_atomically(path, text.getvalue().encode(errors=errors))
+
+
+def require_regular_file(path: str | os.PathLike) -> None:
+    """Raises OSError if the path is a pipe, a device or a folder, which could block or never end, or if nothing is there."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
+
+
+def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
+    """The names of the columns of a csv file in UTF-8, and its rows.
+
+    Raises:
+        OSError, UnicodeDecodeError, csv.Error: it cannot be read.
+    """
+    require_regular_file(path)
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        return list(reader.fieldnames or ()), rows
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a json file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no json file, or nested too deeply.
+    """
+    require_regular_file(path)
+    with open(path, encoding='utf-8') as file:
+        try:
+            return json.load(file)
+        except RecursionError as error:
+            raise ValueError('it is malformed: nested too deeply') from error
 
 
 def remove_stale_parts(path: str) -> None:

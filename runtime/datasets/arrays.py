@@ -1,0 +1,192 @@
+"""Decoded images on disk: memory-mapped .npy files of bytes, each with a record by which damage is noticed.
+
+There are two kinds. The preparation of a large source packs each split: <folder>/<split>.npy, class after class, and
+<folder>/packed.json with the number of images of each class. Images of class folders are cached: <path>.npy, and <path>.json with
+a fingerprint of the image files.
+"""
+import contextlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from typing import BinaryIO
+
+import numpy as np
+
+from runtime.datasets.images import CHUNK_BYTES
+from runtime.system.errors import UserError
+from runtime.system.files import read_json, remove_stale_parts, require_regular_file, write_atomically
+
+RECORD = 'packed.json'
+
+
+def write_array(path: str, shape: tuple[int, ...], parts: Callable[[], Iterable[np.ndarray]]) -> tuple[np.memmap, dict[str, int]]:
+    """Writes a uint8 array to an .npy file.
+
+    Args:
+        shape: of the array.
+        parts: returns arrays which, concatenated along the first axis, are the array.
+
+    Returns:
+        The array, memory-mapped, and what `read_array` checks: the CRC-32 (of the numbers alone), the size in bytes, and the time
+        of the very file that was written, even if another process has replaced it meanwhile.
+
+    Raises:
+        OSError: it cannot be written; and whatever `parts` raises. No part of it is left then.
+    """
+    def write(file):
+        checksum = 0
+        np.lib.format.write_array_header_1_0(file, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
+        for part in parts():
+            checksum = zlib.crc32(part, checksum)
+            file.write(part)
+        file.flush()
+        status = os.fstat(file.fileno())
+        with open(file.name, 'rb') as written:
+            return map_array(written), {'crc32': checksum, 'bytes': status.st_size, 'mtime_ns': status.st_mtime_ns}
+
+    return write_atomically(path, write)
+
+
+def map_array(file: BinaryIO) -> np.memmap:
+    """The array in .npy format that begins at a file's position, memory-mapped. Raises ValueError if there is none of numbers."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, columns_first, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError('it holds objects')
+    return np.memmap(file, dtype, 'r', file.tell(), shape, 'F' if columns_first else 'C')
+
+
+def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, update: Callable[[], object]) -> np.memmap:
+    """A uint8 array from the .npy file that `write_array` wrote, memory-mapped.
+
+    A file with the recorded size and time is trusted, unless `verify` asks for its checksum. With another time, as of a copy, its
+    checksum is verified, and the new time is recorded, so that this need not be done again.
+
+    Args:
+        record: what `write_array` returned, in which the time may be changed.
+        update: writes the changed record.
+
+    Raises:
+        Exception: the file is not there, of another shape, or damaged; numpy raises almost any exception then.
+    """
+    require_regular_file(path)
+    with open(path, 'rb') as file:
+        array, status = map_array(file), os.fstat(file.fileno())
+        if array.shape != shape or array.dtype != np.uint8:
+            raise ValueError(f'it holds {array.dtype} {list(array.shape)}')
+        same_time = record.get('mtime_ns') == status.st_mtime_ns
+        if record.get('bytes', status.st_size) != status.st_size or (
+                (verify or not same_time) and _checksum(file, array.offset) != record['crc32']):
+            raise ValueError('its size or its checksum is wrong')
+    if not same_time:
+        record['mtime_ns'] = status.st_mtime_ns
+        with contextlib.suppress(OSError):
+            update()
+    return array
+
+
+def _checksum(file, start):
+    """CRC-32 of a file from a position on, read in pieces to save memory."""
+    checksum = 0
+    file.seek(start)
+    while part := file.read(CHUNK_BYTES):
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+# The cache ----------------------------------------------------------------------------------------------------------
+
+def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Callable[[], Iterable[np.ndarray]],
+                 verify: bool = False) -> tuple[np.ndarray, int]:
+    """A uint8 array from <path>.npy, or from make() if that file is missing, damaged or was made from something else.
+
+    Args:
+        path: of the cache, without suffix.
+        fingerprint: identifies what the array is made from.
+        shape: of the array.
+        make: returns an iterable of arrays which, concatenated along the first axis, are the array.
+        verify: compare the checksum in any case.
+
+    Returns:
+        The array, memory-mapped (in memory if the cache cannot be written), and its CRC-32.
+    """
+    with contextlib.suppress(Exception):  # an unreadable cache is made again
+        record = read_json(path + '.json')
+        if record['fingerprint'] == fingerprint:
+            return read_array(path + '.npy', shape, record, verify, lambda: _write_json(path + '.json', record)), record['crc32']
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        remove_stale_parts(path + '.npy')
+        array, facts = write_array(path + '.npy', shape, make)
+        _write_json(path + '.json', {'fingerprint': fingerprint, **facts})
+        return array, facts['crc32']
+    except OSError as error:
+        print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
+        array = np.concatenate(list(make()))
+        return array, zlib.crc32(array)
+
+
+def _write_json(path, value):
+    write_atomically(path, json.dumps(value).encode())
+
+
+# Packed splits ------------------------------------------------------------------------------------------------------
+
+def is_packed(root: str) -> bool:
+    """Whether a data folder holds packed images."""
+    return os.path.lexists(os.path.join(root, RECORD))
+
+
+def read_packed_record(root: str) -> dict[str, dict]:
+    """{split: {'classes': {class: images}, 'crc32': ..., 'bytes': ..., 'mtime_ns': ...}}.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is malformed.
+    """
+    record = read_json(os.path.join(root, RECORD))
+    try:
+        numbers = [entry[name] for entry in record.values() for name in ('crc32', 'bytes', 'mtime_ns')]
+        numbers += [count for entry in record.values() for count in entry['classes'].values()]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError('it is malformed') from error
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError('it is malformed')
+    return record
+
+
+def write_packed_record(root: str, record: dict[str, dict]) -> None:
+    """Writes the record of a folder of packed arrays, atomically."""
+    _write_json(os.path.join(root, RECORD), record)
+
+
+def packed_counts(root: str, split: str, script: str) -> dict[str, int]:
+    """{class: images} of a split, in the order of its array; {} if there is no such split.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    return _packed_record(root, script).get(split, {'classes': {}})['classes']
+
+
+def packed_array(root: str, split: str, image_shape: tuple[int, int, int], script: str, verify: bool) -> tuple[np.ndarray, int]:
+    """The images of a split, memory-mapped, and their CRC-32; see `read_array`.
+
+    Raises:
+        UserError: they are not there, of another shape, or damaged.
+    """
+    record, path = _packed_record(root, script), os.path.join(root, split + '.npy')
+    shape = sum(record[split]['classes'].values()), *image_shape
+    try:
+        return read_array(path, shape, record[split], verify, lambda: write_packed_record(root, record)), record[split]['crc32']
+    except Exception as error:
+        raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {script} --force') from error
+
+
+def _packed_record(root, script):
+    try:
+        return read_packed_record(root)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{os.path.join(root, RECORD)} cannot be read ({error}); make it again: python {script} --force') from error

@@ -1,0 +1,56 @@
+"""Writing files atomically, and reading only regular ones."""
+import os
+import threading
+import time
+
+import pytest
+
+from runtime.system.files import read_csv, read_json, require_regular_file, write_atomically, write_csv
+
+
+def test_threads_that_write_one_file(tmp_path):
+    """Each has a temporary file of its own: both succeed, and the last to finish stays."""
+    path, errors = tmp_path / 'file', []
+
+    def write(seconds):
+        def content(file):
+            file.write(b'%.1f' % seconds)
+            time.sleep(seconds)
+
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=[seconds]) for seconds in (0.1, 0.3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and path.read_bytes() == b'0.3' and os.listdir(tmp_path) == ['file']
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    def fail(file):
+        file.write(b'half')
+        raise ValueError
+
+    write_atomically(tmp_path / 'file', b'old')
+    with pytest.raises(ValueError):
+        write_atomically(tmp_path / 'file', fail)
+    assert (tmp_path / 'file').read_bytes() == b'old' and os.listdir(tmp_path) == ['file']
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link').symlink_to('pipe')
+    for path in tmp_path / 'pipe', tmp_path / 'link', tmp_path, '/dev/zero':
+        for read in require_regular_file, read_csv, read_json:
+            with pytest.raises(OSError, match='not a regular file'):
+                read(path)
+
+
+@pytest.mark.parametrize('name', ['a\rb', 'a\nb', 'a,b', 'a"b', ' a', 'ü', ''])
+def test_csv_files_keep_any_name(name, tmp_path):
+    write_csv(tmp_path / 'file.csv', [('split', 'class'), ('train', name)])
+    assert read_csv(tmp_path / 'file.csv') == (['split', 'class'], [{'split': 'train', 'class': name}])
