@@ -1,17 +1,21 @@
 """Small pure functions: network building blocks, initial values and losses."""
+from __future__ import annotations
+
+import functools
 import math
-import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
 from special_grads import batch_standardize, im2col, standardize
 
+if TYPE_CHECKING:
+    from maml import ModelConfig, Outputs
+    from runtime.datasets.tasks import TaskBatch
+
 BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
-CONV_LAYERS = (1, 2, 3, 4)
 ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8  # of the inner optimizer
-Config, Tensors = Any, dict[str, tf.Tensor]  # a maml.ModelConfig, of which only the field names are used here
 
 
 def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
@@ -152,7 +156,7 @@ def xent(outputs: tf.Tensor, targets: tf.Tensor, shots: float) -> tf.Tensor:
     return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, outputs), axis=-1) / shots
 
 
-def loss_of(config: Config, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+def loss_of(config: ModelConfig, outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """The task loss, [..., rows, dim_output] -> [...]; see `mse` and `xent` for what it is divided by."""
     if config.loss == 'mse':
         return mse(outputs, targets)
@@ -165,6 +169,30 @@ def accuracy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.cast(hits, outputs.dtype), axis=-1)
 
 
+class Metrics(NamedTuple):
+    """Losses and accuracies, one value per task; callers average. Accuracies, in classification only, are in [0, 1]."""
+    pre_loss: tf.Tensor         # [tasks]           of support rows before adaptation
+    post_losses: tf.Tensor      # [updates, tasks]  of query rows after each update
+    pre_accuracy: tf.Tensor | None = None
+    post_accuracies: tf.Tensor | None = None
+
+
+def metric_functions(config: ModelConfig) -> dict[str, Callable[[TaskBatch, Outputs], tf.Tensor]]:
+    """{name: function of a meta-batch and a maml.Outputs for it that returns the values of the tasks, [tasks]}."""
+    loss = functools.partial(loss_of, config)
+    losses = {'pre_loss': lambda batch, outputs: loss(outputs.pre, batch.support_y),
+              'post_loss': lambda batch, outputs: loss(outputs.post, batch.query_y)}
+    accuracies = {'pre_accuracy': lambda batch, outputs: accuracy(outputs.pre, batch.support_y),
+                  'post_accuracy': lambda batch, outputs: accuracy(outputs.post, batch.query_y)}
+    return losses if config.loss == 'mse' else losses | accuracies
+
+
+def stack_metrics(rows: Sequence[dict[str, tf.Tensor]]) -> Metrics:
+    """Metrics of {name: [tasks]} after each update."""
+    post = {name: tf.stack([row[name] for row in rows]) for name in rows[0] if name.startswith('post')}
+    return Metrics(rows[0]['pre_loss'], post['post_loss'], rows[0].get('pre_accuracy'), post.get('post_accuracy'))
+
+
 def truncated_normal(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
     """Initial weights, normal with mean 0 and standard deviation 0.01, redrawn beyond two standard deviations."""
     return tf.random.stateless_truncated_normal(shape, seed, stddev=0.01)
@@ -175,72 +203,3 @@ def glorot_uniform(shape: Sequence[int], seed: Sequence[int]) -> tf.Tensor:
     receptive_field = math.prod(shape[:-2])
     limit = math.sqrt(6 / (receptive_field * (shape[-2] + shape[-1])))
     return tf.random.stateless_uniform(shape, seed, -limit, limit)
-
-
-# Initial values -------------------------------------------------------------------------------------------------------
-
-def initial_weights(config: Config, seed: int) -> Tensors:
-    """All weights of the network, float32, each a function of (seed, name) only, distributed as in the reference.
-
-    Returns:
-        {name: tensor}, the reference's names. Convolutional: `conv1 b1 ... conv4 b4 w5 b5`, convolutions [3, 3, channels,
-        num_filters] by `glorot_uniform`, w5 [features, dim_output] by it after flattening, else standard normal. Fully connected:
-        `w1 b1 w2 b2 ...`, [inputs, units] by `truncated_normal`. Biases [units] are 0.
-    """
-    def draw(name, distribution, *shape):
-        weights[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
-        weights['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
-
-    weights = {}
-    if config.image_shape is None:
-        sizes = (config.dim_input, *config.dim_hidden, config.dim_output)
-        for layer, (inputs, units) in enumerate(zip(sizes, sizes[1:]), start=1):
-            draw(f'w{layer}', truncated_normal, inputs, units)
-        return weights
-    height, width, channels = config.image_shape
-    for layer in CONV_LAYERS:
-        draw(f'conv{layer}', glorot_uniform, 3, 3, channels, config.num_filters)
-        channels = config.num_filters
-        height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
-    distribution, features = ((tf.random.stateless_normal, channels) if config.head == 'mean' else
-                              (glorot_uniform, height * width * channels))
-    draw('w5', distribution, features, config.dim_output)
-    return weights
-
-
-def initial_norm_params(config: Config) -> Tensors:
-    """Offsets (beta, 0) and scales (gamma, 1): {'<scope>/beta': float32 [channels], ...}; [num_updates, channels] if per step.
-
-    Batch norm has scales if `norm_scale` says so, layer norm always.
-    """
-    sizes = config.dim_hidden if config.image_shape is None else [config.num_filters] * len(CONV_LAYERS)
-    params, scaled = {}, config.norm == 'layer_norm' or config.norm == 'batch_norm' and config.norm_scale
-    for layer, channels in enumerate(sizes, start=1):
-        if config.norm in ('batch_norm', 'layer_norm'):
-            params[f'{norm_scope(config, layer)}/beta'] = tf.zeros([channels])
-        if scaled:
-            params[f'{norm_scope(config, layer)}/gamma'] = tf.ones([channels])
-    return {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in params.items()} if config.norm_per_step else params
-
-
-def initial_learning_rates(config: Config, moved: Tensors) -> Tensors:
-    """Learned inner step sizes, all alpha: {'lr/<name>': tensor} of the tensors that the inner loop adapts; {} if they are fixed.
-
-    Their shapes are [] for `learn_lr='layer'`, [num_updates] for 'step', and that of the tensor itself for 'weight'.
-    """
-    if config.learn_lr == 'no':
-        return {}
-    shapes = {name: {'layer': [], 'step': [config.num_updates]}.get(config.learn_lr, value.shape) for name, value in moved.items()}
-    return {f'lr/{name}': tf.fill(shape, tf.constant(config.update_lr, config.dtype)) for name, shape in shapes.items()}
-
-
-def initial_inner_optimizer(config: Config, moved: Tensors) -> Tensors:
-    """The state of `adam_step` before the first step, all 0, for the tensors that the inner loop adapts; {} for inner SGD."""
-    if config.inner_optimizer == 'sgd':
-        return {}
-    return {'inner/t': tf.zeros([]), **{f'inner/v/{name}': tf.zeros_like(value) for name, value in moved.items()}}
-
-
-def norm_scope(config: Config, layer: int) -> str:
-    """The name of a layer's normalisation."""
-    return str(layer - 1 if config.image_shape or layer == 1 else layer)  # Reference behaviour: dense nets have no scope 1.

@@ -41,10 +41,11 @@ def check(directory: str, differences: int) -> None:
     run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
     import tensorflow as tf
 
-    from maml import Parameters, inner_loop, meta_gradient, objective, stage
+    from maml import Parameters, inner_loop, meta_gradient, objective
+    from runtime.compute.schedules import config_at
     from runtime.jobs.evaluate import restore
     model, prefix, iterations, _ = restore(run)
-    config = stage(model.config, iterations)
+    config = config_at(model.config, iterations)
     if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
     double = lambda value: tf.cast(value, tf.float64)
@@ -54,10 +55,10 @@ def check(directory: str, differences: int) -> None:
 
     def loss_at(task, offsets):
         moved = Parameters(*({name: value + offsets[name] for name, value in group.items()} for group in parameters))
-        _, trajectory = zip(*inner_loop(config, task, moved, config.num_updates, iteration=iterations))
-        return float(objective(config, task, moved, trajectory, iterations)[0])
+        _, states = inner_loop(config, moved, task, iterations)
+        return float(objective(config, moved, task, states, iterations)[0])
 
-    rng, each = np.random.default_rng(0), [meta_gradient(config, 'metatrain', parameters, iterations, task)[0] for task in tasks]
+    rng, each = np.random.default_rng(0), [meta_gradient(config, parameters, iterations, task)[0] for task in tasks]
     errors = [error for task, gradients in zip(tasks[:differences], each)
               for error in errors_of_differences(gradients, functools.partial(loss_at, task), rng)]
     mean = {name: np.mean([gradients[name] for gradients in each], axis=0) for name in each[0]}

@@ -43,7 +43,7 @@ def test_support_statistics(config):
     assert np.abs(together - transductive.predict(batch, 2).post).max() > 1e-2
 
     again = batch._replace(query_x=batch.support_x, query_y=batch.support_y)
-    np.testing.assert_allclose(model.predict_unadapted(again), model.predict(again, 1).pre, atol=1e-5)
+    np.testing.assert_allclose(model.predict(again, 0).post[0], model.predict(again, 1).pre, atol=1e-5)
     first = again._replace(query_x=again.query_x[:, :2], query_y=again.query_y[:, :2])
     np.testing.assert_allclose(model.predict(first, 2).post, model.predict(again, 2).post[:, :, :2], atol=1e-5)
     # With the very rows of the support, both ways agree.
@@ -56,7 +56,7 @@ def test_fewer_outputs():
     few = model.variant(dim_output=2)
     batch = noise(dataclasses.replace(CONV, dim_output=2))
     wide = batch._replace(query_y=np.pad(batch.query_y, [(0, 0), (0, 0), (0, 1)]))
-    np.testing.assert_allclose(few.predict_unadapted(batch), model.predict_unadapted(wide)[..., :2], atol=1e-6)
+    np.testing.assert_allclose(few.predict(batch, 0).post, model.predict(wide, 0).post[..., :2], atol=1e-6)
     assert few.predict(batch, 1).post.shape == (1, 2, 7, 2)
 
 

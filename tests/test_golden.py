@@ -11,7 +11,7 @@ import tensorflow as tf
 import runtime.compute.engine
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
-from utils import CONV_LAYERS
+from networks import CONV_LAYERS
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)
@@ -234,11 +234,11 @@ def test_the_graph_of_a_gpu(name, monkeypatch):
     monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
     golden = Golden(FIXTURES[name])
     expected, (model, batch) = golden.parameters('metagrad'), golden.in_float64()
-    assert model.config.engine == 'wide'
+    assert model.config.engine == 'vmap'
     gradients = model.meta_gradients(batch)
     assert relative([gradients[key] for key in expected], expected.values()) < 1e-4
 
 
 def test_engine_is_chosen_by_the_network():
-    assert MAML(Golden(FIXTURES['sinusoid_10shot']).config).config.engine == 'wide'
-    assert MAML(Golden(FIXTURES['omniglot_5way1shot']).config).config.engine == 'tasks'
+    assert MAML(Golden(FIXTURES['sinusoid_10shot']).config).config.engine == 'vmap'
+    assert MAML(Golden(FIXTURES['omniglot_5way1shot']).config).config.engine == 'map'

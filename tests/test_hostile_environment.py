@@ -344,8 +344,7 @@ def test_a_picture_of_many_classes_shows_the_first():
 
     tasks = types.SimpleNamespace(draw=lambda start, count: task.batch._replace(), class_names=lambda task: classes, source=source)
     task.batch._replace = lambda: types.SimpleNamespace(support_x=x, support_y=y, query_x=x, query_y=y)
-    model = types.SimpleNamespace(predict=lambda batch, updates: types.SimpleNamespace(post=[y]),
-                                  predict_unadapted=lambda batch: y)
+    model = types.SimpleNamespace(predict=lambda batch, updates: types.SimpleNamespace(post=[y]))
     figure = plots.task_sheet(model, tasks, 1, 'x')
     assert 'the first 20 of 420 classes' in figure.get_suptitle() and len(figure.axes) == 2 * 20
 

@@ -12,10 +12,11 @@ import tensorflow as tf
 import maml
 from conftest import ROOT
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, Parameters, classify, features, inner_loop, loss_of
+from maml import MAML, ModelConfig, Parameters, inner_loop, loss_of
+from networks import network_of
 from runtime.compute.optimizers import Adam
 from special_grads import batch_standardize, standardize
-from utils import conv2d, initial_norm_params, initial_weights
+from utils import conv2d
 
 IMAGE = dict(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
              image_shape=(8, 8, 1), num_filters=4)
@@ -34,8 +35,8 @@ def problem(config, seed=0):
     """Random weights and one random task, in float64."""
     rng = np.random.default_rng(seed)
     draw = lambda value: tf.constant(np.asarray(value) + 0.7 * rng.normal(size=np.shape(value)))
-    weights = {name: draw(value) for name, value in initial_weights(config, seed).items()}
-    norm_params = {name: draw(value) for name, value in initial_norm_params(config).items()}
+    weights = {name: draw(value) for name, value in network_of(config).initial_weights(seed).items()}
+    norm_params = {name: draw(value) for name, value in network_of(config).initial_norm_params().items()}
     rows = config.update_batch_size * (config.dim_output if config.loss == 'xent' else 1)
     x = lambda: tf.constant(rng.random((rows, config.dim_input)))
     if config.loss == 'xent':
@@ -47,8 +48,8 @@ def problem(config, seed=0):
 
 def objective(config, task, weights, norm_params):
     parameters = Parameters(weights, norm_params)
-    _, trajectory = zip(*inner_loop(config, task, parameters, config.num_updates))
-    return maml.objective(config, task, parameters, trajectory, 0)[0]
+    _, states = inner_loop(config, parameters, task)
+    return maml.objective(config, parameters, task, states, 0)[0]
 
 
 def gradient(config, task, parameters):
@@ -106,7 +107,7 @@ def test_one_weight_by_hand():
     by_w = 2 * query_error * ((1 - 0.2 * x * x) * query_x - 0.2 * x)
     by_b = 2 * query_error * (-0.2 * x * query_x + 0.8)
 
-    (support_outputs, (fast, *_)), = inner_loop(config, task, Parameters(weights, {}), 1)
+    support_outputs, ((fast, *_),) = inner_loop(config, Parameters(weights, {}), task)
     np.testing.assert_allclose([support_outputs[0, 0], fast['w1'][0, 0], fast['b1'][0]], [w * x + b, fast_w, fast_b])
     gradients, _ = gradient(config, task, (weights, {}))
     np.testing.assert_allclose([gradients['w1'][0, 0], gradients['b1'][0]], [by_w, by_b])
@@ -163,13 +164,13 @@ def test_steps_in_one_call_equal_single_steps():
 def test_initial_weights_depend_on_seed_and_follow_the_stated_distributions():
     config = ModelConfig(dim_input=784, dim_output=5, loss='xent', update_batch_size=1, update_lr=0.4,
                          image_shape=(28, 28, 1))
-    weights, again, other = (initial_weights(config, seed) for seed in (3, 3, 4))
+    weights, again, other = (network_of(config).initial_weights(seed) for seed in (3, 3, 4))
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
     assert not np.array_equal(weights['conv2'], other['conv2'])
     limit = np.sqrt(6 / (9 * 128))
     assert 0.99 * limit < np.max(np.abs(weights['conv2'])) < limit
     assert 0.8 < np.std(weights['w5']) < 1.2
-    dense = initial_weights(dataclasses.replace(config, image_shape=None, dim_hidden=(256, 128, 64, 64)), 3)
+    dense = network_of(dataclasses.replace(config, image_shape=None, dim_hidden=(256, 128, 64, 64))).initial_weights(3)
     assert np.max(np.abs(dense['w1'])) < 0.0201 and 0.008 < np.std(dense['w1']) < 0.01
     assert not any(np.any(weights[name]) for name in weights if name.startswith('b'))
 
@@ -178,8 +179,9 @@ def test_initial_weights_depend_on_seed_and_follow_the_stated_distributions():
 def test_output_shapes(norm):
     for net in NETS.values():
         config = ModelConfig(norm=norm, **net)
-        weights = initial_weights(config, 0)
-        outputs = classify(config, features(config, tf.zeros([7, config.dim_input]), weights, initial_norm_params(config)), weights)
+        network = network_of(config)
+        tensors = {**network.initial_weights(0), **network.initial_norm_params()}
+        outputs = network.head(tensors, network.features(tensors, tf.zeros([7, config.dim_input])))
         assert outputs.shape == (7, config.dim_output)
 
 

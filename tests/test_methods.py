@@ -18,9 +18,10 @@ import maml
 import runtime.compute.engine
 from conftest import ROOT, error_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, loop_of, objective
+from maml import MAML, ModelConfig, inner_loop, loop_of, objective, weights_at
+from networks import network_of
 from runtime.cli import methods, workers
-from runtime.compute.schedules import meta_lr, multi_step_weights, stage_end
+from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
 from runtime.system.errors import UserError
 from utils import rows_of_step
@@ -197,7 +198,7 @@ def test_reptile_with_inner_adam_goes_on_with_its_moments():
     again = tiny(**{**changes, 'outer': 'gradient', 'inner_optimizer': 'sgd'})
     for name, value in zip(START, REPTILE['Adam, carried']):
         again.weights[name].assign(np.full(again.weights[name].shape, value))
-    np.testing.assert_allclose(found, again.predict_unadapted(REVERSED), rtol=1e-12)
+    np.testing.assert_allclose(found, again.predict(REVERSED, 0).post[0], rtol=1e-12)
     assert float(model.state()['inner/t']) == 2
 
 
@@ -282,9 +283,11 @@ def test_each_query_row_by_itself():
         one = batch._replace(query_x=batch.query_x[:, row:row + 1], query_y=batch.query_y[:, row:row + 1])
         np.testing.assert_allclose(model.predict(one, 2).post, outputs[:, :, row:row + 1], rtol=1e-10)
     task, values = TaskBatch(*(tf.constant(array[0]) for array in batch)), tf.nest.map_structure(tf.constant, model._parameters)
-    *_, (_, state) = inner_loop(model.config, task, values, 2)
+    config = dataclasses.replace(model.config, num_updates=2)
+    state, network = inner_loop(config, values, task)[1][-1], network_of(config)
     together = tf.concat([task.support_x, task.query_x[3:4]], axis=0)
-    logits = maml.classify(model.config, maml.features(model.config, together, state.fast, values.norm_params), state.fast)
+    tensors = weights_at(config, values, state.fast, 1)
+    logits = network.head(tensors, network.features(tensors, together))
     np.testing.assert_allclose(outputs[-1, 0, 3], logits[-1], rtol=1e-10)
 
 
@@ -321,8 +324,8 @@ def test_weights_of_the_multi_step_loss():
 
 def test_schedules_end_where_they_should():
     config = dataclasses.replace(TINY, multi_step_loss=7500, first_order_iterations=5500, schedule_interval=500)
-    assert [stage_end(config, iteration) for iteration in (0, 5499, 5500, 7499)] == [5500, 5500, 7500, 7500]
-    assert stage_end(config, 7500) == stage_end(TINY, 0) == np.inf
+    assert [next_change(config, iteration) for iteration in (0, 5499, 5500, 7499)] == [5500, 5500, 7500, 7500]
+    assert next_change(config, 7500) == next_change(TINY, 0) == np.inf
     model, plain = tiny(multi_step_loss=10, first_order_iterations=20), tiny()
     np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 20)), numbers(plain.meta_gradients(BATCH)))
     np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 19)), numbers(tiny(stop_grad=True).meta_gradients(BATCH)))
@@ -349,9 +352,10 @@ def test_what_the_inner_loop_leaves_alone(moved):
     model, batch = fixture.model('float64', inner_weights=moved), fixture.batch(np.float64)
     gradients = model.meta_gradients(batch)
     task, parameters = TaskBatch(*(tf.constant(array[0]) for array in batch)), model._parameters
-    *_, (_, state) = inner_loop(model.config, task, parameters, 2)
+    state = inner_loop(model.config, parameters, task)[1][-1]
     for name, variable in model.weights.items():
-        same = np.array_equal(state.fast[name], variable)
+        same = np.array_equal(weights_at(model.config, parameters, state.fast, 0)[name], variable)
+        assert same == (name not in state.fast) or name.startswith('b'), name
         if name in ('w5', 'b5'):
             assert same == (moved == 'body'), name
         elif name.startswith('conv'):
@@ -363,7 +367,7 @@ def test_features_that_stay_are_computed_once_or_again(monkeypatch):
     fixture = Fixture(FIXTURES['anil_conv'])
     batch, found = fixture.batch(np.float64), fixture.model('float64')
     once = found.evaluate(batch, 4), found.meta_gradients(batch)
-    monkeypatch.setattr(maml, 'features_stay', lambda config: False)
+    monkeypatch.setattr(maml, 'has_fixed_features', lambda config: False)
     again = fixture.model('float64')
     for one, other in zip(tf.nest.flatten(once), tf.nest.flatten((again.evaluate(batch, 4), again.meta_gradients(batch)))):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
@@ -413,8 +417,8 @@ def test_finite_differences_through_switches(switches):
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)
-        _, trajectory = zip(*loop_of(config)(model.config, task, values, config.num_updates, iteration=3))
-        return float(objective(model.config, task, values, trajectory, 3)[0])
+        _, states = loop_of(config)(model.config, values, task, 3)
+        return float(objective(model.config, values, task, states, 3)[0])
 
     assign(parameters)
     exact = model.meta_gradients(batch, 3)
@@ -676,51 +680,61 @@ def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
     assert 'beyond' not in run_ok(*steps, '--train=False', '--num_test_tasks=3', '--test_updates=2')
 
 
-PROTOTYPES = """
+EXAMPLES = {'inner_momentum': "norm='None', inner_momentum=0.9", 'head_init': "norm='None', head_init='prototypes'"}
+EXAMPLE = """
 import numpy as np, tensorflow as tf, main
 from runtime.cli.startup import import_tensorflow
 import_tensorflow()
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
-assert main.FLAGS.flag_values_dict is not None and 'head_init' in main.FLAGS
-model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2, norm='None',
-                         dim_hidden=(4,), head_init='prototypes', dtype='float64'))
 rng = np.random.default_rng(0)
-for variable in model.parameters().values():
-    variable.assign(rng.normal(size=variable.shape))
 labels = np.eye(2)[[[0, 1, 1, 0]]]
 batch = TaskBatch(rng.normal(size=(1, 4, 3)), labels, rng.normal(size=(1, 4, 3)), labels)
-exact, direction = model.meta_gradients(batch), {name: rng.normal(size=v.shape) for name, v in model.weights.items()}
+gradients = []
+for more in {}, {'engine': 'map'}, {'recompute': True}:
+    model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2,
+                             dim_hidden=(4,), dtype='float64', CHANGES, **more))
+    rng = np.random.default_rng(1)
+    for variable in model.parameters().values():
+        variable.assign(rng.normal(size=variable.shape))
+    gradients.append(model.meta_gradients(batch))
+for name, gradient in gradients[0].items():
+    for other in gradients[1:]:
+        np.testing.assert_allclose(gradient, other[name], rtol=1e-10)
+direction = {name: rng.normal(size=v.shape) for name, v in model.weights.items()}
 def loss(size):
     for name, variable in model.weights.items():
         variable.assign_add(size * direction[name])
     return float(model.evaluate(batch, 2).post_losses[-1, 0])
 above = loss(1e-6)
 below = loss(-2e-6)
-slope = sum(float(np.sum(exact[name] * along)) for name, along in direction.items())
+slope = sum(float(np.sum(gradient * direction[name])) for name, gradient in gradients[0].items())
 assert abs((above - below) / 2e-6 - slope) < 1e-6 * abs(slope), ((above - below) / 2e-6, slope)
-assert not np.any(exact['w2']) and np.any(exact['w1'])  # the shared head is not used
+assert 'FLAG' in main.FLAGS and np.any(gradients[0]['w1'])
+assert ('FLAG' == 'head_init') == (not np.any(gradients[0]['w2']))  # a prototype head replaces the shared one
+plain = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2, norm='None',
+                         dim_hidden=(4,), dtype='float64'))
+plain.copy_parameters(model)
+assert abs(float(plain.evaluate(batch, 2).post_losses[-1, 0]) - float(model.evaluate(batch, 2).post_losses[-1, 0])) > 1e-3
 """
 
 
-def test_the_example_of_a_method_works(tmp_path):
-    """docs/changing-the-algorithm.md: the printed lines, put where it says, and a finite difference."""
+@pytest.mark.parametrize('flag, changes', EXAMPLES.items(), ids=EXAMPLES)
+def test_the_examples_of_methods_work(flag, changes, tmp_path):
+    """docs/changing-the-algorithm.md: the printed lines in a copy of the program, in both engines and recomputed; finite differences."""
     with open(os.path.join(ROOT, 'docs', 'changing-the-algorithm.md'), encoding='utf-8') as file:
-        diff = re.search(r'```diff\n(.*?)```', file.read(), re.S)[1]
-    parts = {part.splitlines()[0].strip(): ''.join(line[1:] + '\n' for line in part.splitlines()[1:] if line.startswith('+'))
-             for part in re.split(r'\n(?= )', '\n' + diff) if part.strip()}
-    places = {'main.py': ('main.py', "group('Method')\n", 0), 'maml.py, class ModelConfig': ('maml.py', "    recompute: bool", 0),
-              'maml.py, initial_state, after the first line': ('maml.py', '    if features_stay(config):\n', 0),
-              'maml.py, above initial_state': ('maml.py', 'def initial_state(', 2)}
-    assert parts.keys() == places.keys()
+        diff, = (diff for diff in re.findall(r'```diff\n(.*?)```', file.read(), re.S) if flag in diff)
     shutil.copytree(os.path.join(ROOT, 'runtime'), tmp_path / 'runtime')
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(path, tmp_path)
-    for what, (name, before, lines) in places.items():
+    for name, hunk in re.findall(r'@@ (\S+)\n(.*?)(?=^@@|\Z)', diff, re.S | re.M):
+        lines = hunk.splitlines(keepends=True)
+        before, after = (''.join(line[1:] for line in lines if line[0] != sign) for sign in '+-')
         text = (tmp_path / name).read_text()
-        assert text.count(before) == 1
-        (tmp_path / name).write_text(text.replace(before, parts[what] + '\n' * lines + before))
-    process = subprocess.run([sys.executable, '-c', PROTOTYPES], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert text.count(before) == 1, before
+        (tmp_path / name).write_text(text.replace(before, after))
+    program = EXAMPLE.replace('CHANGES', changes).replace("'FLAG'", repr(flag))
+    process = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
 
 

@@ -1,9 +1,11 @@
 """The README's commands: the same as main.py's own, and working as printed, on a few iterations."""
+import ast
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import textwrap
 
 import pytest
 
@@ -99,11 +101,14 @@ def test_a_command_as_printed(tmp_path):
         assert process.returncode == 0 and words in process.stdout, process.stderr
 
 
-def test_the_inner_loop_shown_is_that_of_the_program():
-    """The README's listing is the code of maml.py, without type hints and docstring."""
-    shown = re.search(r'```python\n(.*?)```', README, re.S)[1]
-    listing = [line.strip() for line in shown.splitlines()[1:] if line.strip()]
-    source = pathlib.Path(ROOT, 'maml.py').read_text(encoding='utf-8')
-    body = source[source.index('def inner_loop('):]
-    body = body[body.index('    state = state or'):body.index('\n\n\n')]
-    assert listing == [line.strip() for line in body.splitlines()]
+def test_the_functions_shown_are_those_of_the_program():
+    """The README's listings are the code of maml.py, without type hints and docstrings."""
+    listings = [ast.parse(textwrap.dedent(listing)).body[0] for listing in re.findall(r'```python\n(.*?)```', README, re.S)
+                if 'def ' in listing]
+    program = {node.name: node for node in ast.parse(pathlib.Path(ROOT, 'maml.py').read_text(encoding='utf-8')).body
+               if isinstance(node, ast.FunctionDef)}
+    assert [listing.name for listing in listings] == ['inner_step', 'meta_gradient']
+    for listing in listings:
+        function = program[listing.name]
+        assert [argument.arg for argument in function.args.args] == [argument.arg for argument in listing.args.args]
+        assert list(map(ast.dump, function.body[1:])) == list(map(ast.dump, listing.body))  # body[0] is the docstring

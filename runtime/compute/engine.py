@@ -3,15 +3,21 @@
 A function of one task takes the values of the shared parameters, a number (the iteration, or the inner step) and the task: a
 TaskBatch without the leading axis. It knows nothing of other tasks. What it computes is decided in maml.py.
 """
+from __future__ import annotations
+
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from runtime.compute.distribution import Replicas
+
+if TYPE_CHECKING:
+    from maml import ModelConfig, Parameters
 
 # The dtype of sums over tasks. In float32 they would depend on how tasks are divided between replicas and chunks, and training
 # diverges from the last digit on: a ReLU near zero is soon on in one run and off in the other.
@@ -19,14 +25,18 @@ SUM_DTYPE = tf.float64
 Structure = Any  # nested tuples and dicts of tensors
 
 
-def resolve(kind: str, convolutional: bool, recompute: bool = False) -> str:
-    """What 'auto' means: 'wide' (all tasks in one graph) for dense nets, which are small, and on a GPU; else 'tasks'.
+def resolve(config: ModelConfig, convolutional: bool) -> ModelConfig:
+    """A ModelConfig whose fields `engine` and `jit` are decided.
 
-    On a CPU, convolutions fill a core: one task per core. A loop over inner steps (`recompute`) is not put into a wide graph.
+    'auto' is 'vmap' (all tasks in one graph) for dense nets, which are small, and on a GPU; else 'map': on a CPU, a task with
+    convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for dense nets,
+    such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives.
     """
-    if kind != 'auto':
-        return kind
-    return 'wide' if (not convolutional or has_gpu()) and not recompute else 'tasks'
+    kind = {'tasks': 'map', 'wide': 'vmap'}.get(config.engine, config.engine)  # names in earlier versions
+    if kind == 'auto':
+        kind = 'vmap' if (not convolutional or has_gpu()) and not config.recompute else 'map'
+    jit = kind == 'vmap' and (not convolutional or has_gpu()) or config.recompute and not convolutional
+    return dataclasses.replace(config, engine=kind, jit=jit)
 
 
 def has_gpu() -> bool:
@@ -40,28 +50,20 @@ class Engine:
     With several replicas, a meta-batch is what `Replicas.distribute` makes of TaskBatches: each replica has its own tasks.
     """
 
-    def __init__(self, kind: str, task_chunk: int | None, convolutional: bool, loops: bool, dtype: str,
-                 replicas: Replicas, shared: Structure, measure: Callable, metrics: Sequence[str]):
+    def __init__(self, config: ModelConfig, replicas: Replicas, parameters: Parameters, metrics: dict[str, Callable]):
         """
         Args:
-            kind: 'tasks': one task per core; 'wide': all tasks in one graph, compiled by XLA where that is accurate.
-            loops: tasks are loops over inner steps; those of dense nets, which are small, are compiled by XLA as well.
-            task_chunk: tasks whose gradients are computed at a time; None: all of the meta-batch.
-            dtype: of the parameters and of all that functions of one task return.
-            shared: the shared parameters, a NamedTuple of groups {name: tf.Variable}; functions of one task get its values. What
-                is in the group `carried` each task takes over from the one before, so that tasks go one after the other.
-            measure: function of a meta-batch and of the outputs for it that returns {metric: [tasks]}.
-            metrics: the names of these metrics.
+            config: a ModelConfig from `resolve`.
+            parameters: the shared ones, as {name: tf.Variable}; functions of one task get their values. If an inner optimizer's
+                state is among them, each task takes it over from the one before: tasks go one after the other.
+            metrics: {name: function of a meta-batch and the outputs for it that returns [tasks]}.
         """
-        self._kind, self._task_chunk, self._dtype, self._replicas, self._strategy = (
-            kind, task_chunk, dtype, replicas, replicas.strategy)
-        self._shared, self._measure, self._metrics = shared, measure, metrics
-        # On a CPU, XLA's sums over large images are not accurate enough for second derivatives.
-        xla = kind == 'wide' and (not convolutional or has_gpu()) or loops and not convolutional
+        self._config, self._replicas, self._strategy = config, replicas, replicas.strategy
+        self._parameters, self._metrics = parameters, metrics
         # XLA compiles what one replica computes. If there is one replica, that is everything.
         single = replicas.count == 1
-        compiled = functools.partial(tf.function, jit_compile=xla and single, autograph=False)
-        on_replica = functools.partial(tf.function, jit_compile=xla, autograph=False)
+        compiled = functools.partial(tf.function, jit_compile=config.jit and single, autograph=False)
+        on_replica = functools.partial(tf.function, jit_compile=config.jit, autograph=False)
         if not single:
             self._map, self._map_and_measure = on_replica(self._map), on_replica(self._map_and_measure)
             self._local_means = self._of_one_step(on_replica(self._local_means))
@@ -76,8 +78,8 @@ class Engine:
         """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
-            task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs, carried).
-            signature: the structure of what it returns, with None for each tensor.
+            task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs, inner optimizer's state).
+            signature: the structure of what it returns, with anything for each tensor.
             update: updates the shared parameters, given the gradients averaged over tasks, and the iteration.
             iteration: int64 scalar, of the first step.
             stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
@@ -87,63 +89,72 @@ class Engine:
             step in which they were not changes nothing; {'stopping'}, bool [steps]: whether any process is about to stop.
         """
         def step(index):
-            shared = _values(self._shared)  # here, for variables of one device cannot be read on another
-            sums = self._strategy.run(self._local_means, (shared, task_gradient, signature, batches, iteration, stopping, index))
-            gradients, metrics, carried, stopped = self._all_reduce(sums, signature)
+            parameters = _values(self._parameters)  # here, for variables of one device cannot be read on another
+            sums = self._strategy.run(self._local_means, (parameters, task_gradient, signature, batches, iteration, stopping, index))
+            gradients, metrics, optimizer_state, stopped = self._all_reduce(sums)
 
             def change():
                 update(gradients, iteration + tf.cast(index, tf.int64))
-                tf.nest.map_structure(lambda variable, value: variable.assign(value), self._shared.carried, carried)
+                for name, variable in self._parameters.inner_optimizer_state.items():
+                    variable.assign(optimizer_state[name])
 
             # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
-            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics, carried))
+            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics, optimizer_state))
             tf.cond(finite, change, lambda: None)
             return {**metrics, 'finite': finite, 'stopping': stopped > 0}
 
         steps = self._replicas.first_local(batches[0]).shape[0]
-        dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._dtype)), 'finite': tf.bool, 'stopping': tf.bool}
+        dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._config.dtype)), 'finite': tf.bool, 'stopping': tf.bool}
         return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
 
     def means(self, task_gradient: Callable, signature: Structure, batch: Structure, iteration: tf.Tensor) -> Structure:
         """({name: gradient}, {metric: value}), averaged over the tasks of a meta-batch; arguments as for `train`."""
-        sums = self._strategy.run(self._local_means, (_values(self._shared), task_gradient, signature, batch, iteration))
-        return self._all_reduce(sums, signature)[:2]
+        sums = self._strategy.run(self._local_means, (_values(self._parameters), task_gradient, signature, batch, iteration))
+        return self._all_reduce(sums)[:2]
 
-    def map_on_replicas(self, function: Callable, signature: Structure, batch: Structure, step: tf.Tensor) -> Structure:
+    def map_on_replicas(self, function: Callable, batch: Structure, step: tf.Tensor) -> Structure:
         """`map` on all replicas: what the function returns for each replica's tasks stays there."""
-        return self._strategy.run(self._map, (_values(self._shared), function, signature, batch, step))
+        return self._strategy.run(self._map, (_values(self._parameters), function, batch, step))
 
     def map_and_measure(self, function: Callable, signature: Structure, batch: Structure, state: Structure,
-                        step: tf.Tensor) -> tuple[tf.Tensor, Structure]:
+                        step: tf.Tensor) -> tuple[dict[str, tf.Tensor], Structure]:
         """`map` on all replicas over (batch, state), for a function that returns outputs and a new state of one task.
 
-        Returns:
-            The metrics [metrics, tasks of all replicas], in the order of their names, and each replica's own new states.
-        """
-        metrics, state = self._strategy.run(self._map_and_measure, (_values(self._shared), function, signature, batch, state, step))
-        return self._replicas.gather(metrics, axis=1), state
+        Args:
+            signature: the structure of the outputs.
 
-    def map(self, function: Callable, signature: Structure, tasks: Structure, step: tf.Tensor) -> Structure:
+        Returns:
+            {metric: [tasks of all replicas]}, and each replica's own new states.
+        """
+        metrics, state = self._strategy.run(self._map_and_measure, (_values(self._parameters), function, signature, batch, state, step))
+        return dict(zip(self._metrics, tf.unstack(self._replicas.gather(metrics, axis=1)))), state
+
+    def map(self, function: Callable, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].
 
         Args:
             function: called with the shared parameters, the step and one task.
-            signature: the structure of what it returns, with None for each tensor.
             tasks: a structure of arrays [tasks, ...].
             step: int64 scalar.
         """
-        return self._map(_values(self._shared), function, signature, tasks, step)
+        return self._map(_values(self._parameters), function, tasks, step)
 
-    def _map(self, shared, function, signature, tasks, step):
-        return self._mapping(signature)(functools.partial(function, shared, step), tasks)
+    def _map(self, parameters, function, tasks, step):
+        function = functools.partial(function, parameters, step)
+        # tf.map_fn asks for the structure of what the function returns: it is traced once more for that.
+        task = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape[1:], array.dtype), tasks)
+        signature = self._config.engine == 'map' and tf.function(function, autograph=False).get_concrete_function(task).structured_outputs
+        return self._mapping(signature)(function, tasks)
 
-    def _map_and_measure(self, shared, function, signature, batch, state, step):
+    def _map_and_measure(self, parameters, function, signature, batch, state, step):
         """One replica's part of `map_and_measure`: metrics [metrics, tasks] and states."""
-        outputs, state = self._mapping(signature)(functools.partial(function, shared, step), (batch, state))
-        metrics = self._measure(batch, outputs)
-        return tf.stack([metrics[name] for name in self._metrics]), state
+        outputs, state = self._mapping((signature, state))(functools.partial(function, parameters, step), (batch, state))
+        return tf.stack(list(self._measure(batch, outputs).values())), state
 
-    def _local_means(self, shared, task_gradient, signature, batch, iteration, stopping=0., index=None):
+    def _measure(self, batch, outputs):
+        return {name: function(batch, outputs) for name, function in self._metrics.items()}
+
+    def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
         """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.
 
         Args:
@@ -152,34 +163,34 @@ class Engine:
         if index is not None:
             batch, iteration = _at(index, batch, iteration)
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
-        chunk = 1 if shared.carried else self._task_chunk or tasks
+        chunk = 1 if parameters.inner_optimizer_state else self._config.task_chunk or tasks
 
         def add(before, part):
-            function = functools.partial(task_gradient, shared._replace(carried=before[1]), iteration)
-            *found, carried = mapping(function, part)
-            sums = self._sums(part, *found)
-            if before[0] is not None:
-                sums = tf.nest.map_structure(tf.add, before[0], sums)
-            return sums, tf.nest.map_structure(lambda values: values[-1], carried)
+            earlier_sums, optimizer_state = before
+            function = functools.partial(task_gradient, parameters._replace(inner_optimizer_state=optimizer_state), iteration)
+            gradients, outputs, optimizer_state = mapping(function, part)
+            sums = tf.nest.map_structure(tf.add, earlier_sums, self._sums(part, gradients, outputs))
+            return sums, tf.nest.map_structure(lambda values: values[-1], optimizer_state)
 
         if chunk == tasks:
-            sums, carried = add((None, shared.carried), batch)
+            gradients, outputs, optimizer_state = mapping(functools.partial(task_gradient, parameters, iteration), batch)
+            sums, optimizer_state = self._sums(batch, gradients, outputs), tf.nest.map_structure(lambda values: values[-1], optimizer_state)
         else:
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-            zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs(signature))
+            zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs())
             # Where tasks hand on state, the next one's inner steps need not wait for this one's metrics.
-            at_once = os.cpu_count() if shared.carried else 1
-            sums, carried = tf.foldl(add, chunks, (zeros, shared.carried), parallel_iterations=at_once)
+            at_once = os.cpu_count() if parameters.inner_optimizer_state else 1
+            sums, optimizer_state = tf.foldl(add, chunks, (zeros, parameters.inner_optimizer_state), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
-        return _pack((*means, carried, tf.cast(stopping, SUM_DTYPE)))
+        return _pack((*means, optimizer_state, tf.cast(stopping, SUM_DTYPE)))
 
     @staticmethod
     def _of_one_step(local_means):
         """`_local_means` that picks the meta-batch of a step before compiled code begins: XLA compiles again for each index."""
-        def of_step(shared, task_gradient, signature, batch, iteration, stopping=0., index=None):
+        def of_step(parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
             if index is not None:
                 batch, iteration = _at(index, batch, iteration)
-            return local_means(shared, task_gradient, signature, batch, iteration, stopping)
+            return local_means(parameters, task_gradient, signature, batch, iteration, stopping)
         return of_step
 
     def _sums(self, batch, gradients, outputs):
@@ -187,27 +198,26 @@ class Engine:
         return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0),
                                      (gradients, self._measure(batch, outputs)))
 
-    def _all_reduce(self, packed, signature):
-        """What `_local_means` packed, summed over replicas: gradients, metrics, `carried`, and how many replicas are stopping."""
-        carried = {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in self._shared.carried.items()}
-        specs = (*self._sum_specs(signature), carried, tf.TensorSpec([], SUM_DTYPE))
+    def _all_reduce(self, packed):
+        """What `_local_means` packed, summed over replicas: gradients, metrics, inner optimizer's state, and how many are stopping."""
+        specs = (*self._sum_specs(), _specs(self._parameters.inner_optimizer_state), tf.TensorSpec([], SUM_DTYPE))
         totals = _unpack(self._strategy.reduce('SUM', packed, axis=None), specs)
-        return tf.nest.map_structure(lambda total: tf.cast(total, self._dtype), totals)
+        return tf.nest.map_structure(lambda total: tf.cast(total, self._config.dtype), totals)
 
     def _mapping(self, signature):
         """What maps a function over tasks and stacks its results. The caller calls it, which keeps the call stack short."""
-        if self._kind == 'wide':
+        if self._config.engine == 'vmap':
             return tf.vectorized_map
-        return functools.partial(tf.map_fn, fn_output_signature=self._dtypes(signature), parallel_iterations=os.cpu_count())
+        dtypes = tf.nest.map_structure(lambda _: tf.as_dtype(self._config.dtype), signature)
+        return functools.partial(tf.map_fn, fn_output_signature=dtypes, parallel_iterations=os.cpu_count())
 
-    def _dtypes(self, signature):
-        return tf.nest.map_structure(lambda _: tf.as_dtype(self._dtype), signature)
-
-    def _sum_specs(self, signature):
+    def _sum_specs(self):
         """Shapes of sums over tasks: gradients have those of the parameters, metrics are scalars."""
-        variables = {name: variable for group in self._shared for name, variable in group.items()}
-        return ({name: tf.TensorSpec(variables[name].shape, SUM_DTYPE) for name in signature[0]},
-                {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics})
+        return _specs(self._parameters.trained()), {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics}
+
+
+def _specs(variables):
+    return {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in variables.items()}
 
 
 def _at(index, batches, iteration):

@@ -1,7 +1,16 @@
 """Optimizers of the outer loop."""
+from __future__ import annotations
+
+import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
+
+from runtime.compute.schedules import meta_lr
+
+if TYPE_CHECKING:
+    from maml import ModelConfig
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 
@@ -63,4 +72,10 @@ def _clipped(name, gradient, clip):
     return gradient if clip is None or name.startswith('lr/') else tf.clip_by_value(gradient, -clip, clip)
 
 
-OPTIMIZERS = {'adam': Adam, 'sgd': SGD}
+
+def outer_optimizers(config: ModelConfig, variables: dict[str, tf.Variable]) -> dict[str, Adam | SGD]:
+    """{phase: its optimizer}; pre-training has one of its own, without clipping and schedule."""
+    optimizer = {'adam': Adam, 'sgd': SGD}[config.meta_optimizer]
+    clip = config.clip if config.outer == 'gradient' else None  # Reptile's update is not a gradient
+    return {'metatrain': optimizer(variables, functools.partial(meta_lr, config), clip),
+            'pretrain': optimizer(variables, config.meta_lr)}

@@ -1,14 +1,17 @@
-"""Schedules of meta-training: what changes with the iteration. `config` is a maml.ModelConfig."""
+"""Schedules of meta-training: what changes with the iteration."""
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-Config = Any
+if TYPE_CHECKING:
+    from maml import ModelConfig
 
 
-def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Tensor]:
+def multi_step_weights(config: ModelConfig, iteration: int | tf.Tensor) -> list[tf.Tensor]:
     """The weights of the query losses after each of T inner updates, which sum to 1; they move to the last one with the iterations.
 
     In epoch e of E (an epoch has `schedule_interval` iterations), all but the last are max(1/T - e/(T E), 0.03/T); the last one is
@@ -21,21 +24,21 @@ def multi_step_weights(config: Config, iteration: int | tf.Tensor) -> list[tf.Te
     return [others] * (updates - 1) + [last]
 
 
-def stage(config: Config, iteration: int) -> Config:
+def config_at(config: ModelConfig, iteration: int) -> ModelConfig:
     """The config that is in force in an iteration of meta-training, without schedules that are over or inactive."""
     start = iteration // config.schedule_interval * config.schedule_interval
     return dataclasses.replace(config, first_order_iterations=0, stop_grad=config.stop_grad or start < config.first_order_iterations,
                                multi_step_loss=config.multi_step_loss if start < config.multi_step_loss else 0)
 
 
-def stage_end(config: Config, iteration: int) -> float:
-    """The first later iteration in which another `stage` is in force; infinity if there is none."""
+def next_change(config: ModelConfig, iteration: int) -> float:
+    """The first later iteration in which another `config_at` is in force; infinity if there is none."""
     ends = (-(-last // config.schedule_interval) * config.schedule_interval
             for last in (config.first_order_iterations, config.multi_step_loss))
     return min((end for end in ends if end > iteration), default=math.inf)
 
 
-def meta_lr(config: Config, iteration: int | tf.Tensor) -> float | tf.Tensor:
+def meta_lr(config: ModelConfig, iteration: int | tf.Tensor) -> float | tf.Tensor:
     """The step size of the outer loop in an iteration of meta-training; constant within `schedule_interval` iterations.
 
     With d in [0, 1], the part of `metatrain_iterations` that is done: final + (meta_lr - final) left, where left is 1 - d for

@@ -402,7 +402,7 @@ def _assign(prefix, arrays, variables):
 
 
 def reference_names(names: Sequence[str]) -> dict[str, str]:
-    """{our name: the reference's}, for names of weights in the order of `utils.initial_weights`, and of norm parameters.
+    """{our name: the reference's}, for names of weights in the order of `Network.initial_weights`, and of norm parameters.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
     """

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from maml import MAML, Metrics, Outputs, metrics_of
+from maml import MAML, Outputs
 from runtime.datasets.tasks import TaskBatch
+from utils import Metrics, metric_functions, stack_metrics
 
 
 class Ensemble:
@@ -45,16 +46,12 @@ class Ensemble:
         """As `MAML.predict`."""
         return _mean([model.predict(batch, num_updates) for model in self._as_each_member()])
 
-    def predict_unadapted(self, batch: TaskBatch) -> tf.Tensor:
-        """As `MAML.predict_unadapted`."""
-        return _mean([model.predict_unadapted(batch) for model in self._as_each_member()])
-
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """As `MAML.evaluate`, of the mean outputs."""
-        pre, post = self.predict(batch, num_updates)
-        after = [metrics_of(self.config, batch, Outputs(pre, outputs)) for outputs in post]
-        return Metrics(after[0]['pre_loss'], tf.stack([one['post_loss'] for one in after]), after[0].get('pre_accuracy'),
-                       tf.stack([one['post_accuracy'] for one in after]) if 'post_accuracy' in after[0] else None)
+        outputs = self.predict(batch, num_updates)
+        measure = metric_functions(self.config)
+        return stack_metrics([{name: function(batch, Outputs(outputs.pre, post)) for name, function in measure.items()}
+                              for post in outputs.post])
 
 
 def _mean(found):

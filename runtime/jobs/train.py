@@ -15,9 +15,10 @@ import tensorflow as tf
 
 from data_generator import ClassTasks
 from maml import MAML, Metrics, ModelConfig
+from networks import network_of
 from runtime.cli.run import Run, record_split
 from runtime.cli.workers import check_in_sync
-from runtime.compute.schedules import stage_end
+from runtime.compute.schedules import next_change
 from runtime.datasets.tasks import TaskBatch, Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.evaluate import evaluate_tasks, task_metrics
@@ -130,15 +131,11 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
     sizes = data_description(run, data)
-    if config.image_shape:
-        net = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
-    else:
-        net = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
     gpus = len(tf.config.list_physical_devices('GPU'))
     device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *(['  data     ' + '; '.join(sizes)] if sizes else []),
-             f'  network  {net}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
+             f'  network  {network_of(config).description}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
              f'  shown    {run.metric} before and after adaptation']
     if config.loss == 'mse' and config.norm == 'batch_norm':
@@ -326,7 +323,7 @@ def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Ite
         first = start
         while first < run.iterations:
             before = run.pretrain_iterations
-            phase_end = before if first < before else min(run.iterations, before + stage_end(run.model, first - before))
+            phase_end = before if first < before else min(run.iterations, before + next_change(run.model, first - before))
             end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
             yield first, end - first
             first = end

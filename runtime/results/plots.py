@@ -162,7 +162,7 @@ def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -
     support, grid = tasks.draw(0, count), tasks.grid(0, count)
     batch = TaskBatch(support.support_x, support.support_y, *grid)
     post = model.predict(batch, max(SHOWN_UPDATES)).post
-    outputs_after = {updates: post[updates - 1] if updates else model.predict_unadapted(batch) for updates in SHOWN_UPDATES}
+    outputs_after = {updates: post[updates - 1] if updates else model.predict(batch, 0).post[0] for updates in SHOWN_UPDATES}
 
     figure = Figure(figsize=(8, 2.6 * -(-count // 2) + 0.3), layout='constrained')
     figure.suptitle(_plain(heading), fontsize='small')
@@ -202,7 +202,7 @@ def predicted_targets(model: MAML, tasks: TableTasks, heading: str, count: int =
     panels = figure.subplots(-(-count // 2), 2, squeeze=False).ravel()
     for task, axes in enumerate(panels):
         true = columns.restore_targets(batch.query_y[task].astype(float))[:, 0]
-        for label, outputs, style in (('before adaptation', model.predict_unadapted(batch), STYLES[3]),
+        for label, outputs, style in (('before adaptation', model.predict(batch, 0).post[0], STYLES[3]),
                                       (f'after {max(SHOWN_UPDATES)} updates', after, STYLES[0])):
             found = columns.restore_targets(np.asarray(outputs)[task].astype(float))[:, 0]
             axes.plot(true, found, label=label, markersize=4, **{**style, 'linestyle': 'none'})
@@ -233,7 +233,7 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, s
     batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
     after = np.argmax(probabilities, axis=-1)
-    before = np.argmax(model.predict_unadapted(batch)[0], axis=-1)
+    before = np.argmax(model.predict(batch, 0).post[0][0], axis=-1)
     labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
     rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
     shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))

@@ -1,0 +1,153 @@
+"""What a network is, and the reference's two.
+
+A network is pure: it owns no variables, its tensors are an argument. So the inner loop can run it with a task's fast weights.
+"""
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import tensorflow as tf
+
+from utils import conv_block, dense_block, glorot_uniform, truncated_normal
+
+if TYPE_CHECKING:
+    from maml import ModelConfig
+
+CONV_LAYERS = (1, 2, 3, 4)
+Tensors = dict[str, tf.Tensor]
+
+
+class Network(Protocol):
+    """Rows [rows, dim_input] -> features [rows, features] -> outputs [rows, dim_output], given its tensors {name: tensor}.
+
+    Attributes:
+        head_names: names of the last layer's tensors.
+        convolutional: whether it has convolutions: such networks are not compiled by XLA on a CPU (runtime/compute/engine.py).
+        description: text for the console.
+    """
+    head_names: Sequence[str]
+    convolutional: bool
+    description: str
+
+    def initial_weights(self, seed: int) -> Tensors:
+        """All weights, float32; a function of the seed."""
+
+    def initial_norm_params(self) -> Tensors:
+        """Offsets and scales of normalisation, float32. Their names differ from those of the weights."""
+
+    def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
+        """The input of the last layer. With batch norm it depends on the rows that provide the statistics.
+
+        Args:
+            tensors: weights and norm parameters.
+            x: float [rows, dim_input]; images in [0, 1], flattened.
+            stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
+        """
+
+    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
+        """The last layer: features [rows, features] -> outputs [rows, dim_output]."""
+
+
+@functools.cache
+def network_of(config: ModelConfig) -> Network:
+    """The network that a config describes."""
+    return ConvNet(config) if config.image_shape else DenseNet(config)
+
+
+class DenseNet:
+    """Fully connected layers `dim_hidden`, each normalised and rectified, and a linear one.
+
+    Weights `w1 b1 w2 b2 ...`: [inputs, units] by `truncated_normal`, biases [units] 0, as in the reference.
+    """
+    convolutional = False
+
+    def __init__(self, config: ModelConfig):
+        self._config, last = config, len(config.dim_hidden) + 1
+        self.head_names = f'w{last}', f'b{last}'
+        # Reference behaviour: there is no scope 1.
+        self._scopes = {layer: '0' if layer == 1 else str(layer) for layer in range(1, last)}
+        self.description = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
+
+    def initial_weights(self, seed: int) -> Tensors:
+        config = self._config
+        sizes = config.dim_input, *config.dim_hidden, config.dim_output
+        return _drawn(seed, ((f'w{layer}', truncated_normal, shape) for layer, shape in enumerate(zip(sizes, sizes[1:]), start=1)))
+
+    def initial_norm_params(self) -> Tensors:
+        return _initial_norm_params(self._config, zip(self._scopes.values(), self._config.dim_hidden))
+
+    def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
+        for layer, scope in self._scopes.items():
+            x = dense_block(x, tensors[f'w{layer}'], tensors[f'b{layer}'], self._config.norm, scope, tensors, stats_rows)
+        return x
+
+    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
+        return _linear(tensors, features, *self.head_names)
+
+
+class ConvNet:
+    """Four blocks of 3x3 convolution, normalisation and ReLU that halve the image, and a linear layer.
+
+    Weights `conv1 b1 ... conv4 b4 w5 b5`: convolutions [3, 3, channels, num_filters] by `glorot_uniform`; w5 [features,
+    dim_output] by it after flattening, standard normal after averaging over space; biases 0; as in the reference.
+    """
+    convolutional = True
+    head_names = 'w5', 'b5'
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        self.description = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
+
+    def initial_weights(self, seed: int) -> Tensors:
+        config, (height, width, channels) = self._config, self._config.image_shape
+        for _ in CONV_LAYERS:
+            height, width = (size // 2 if config.max_pool else -(-size // 2) for size in (height, width))
+        inputs = [channels] + [config.num_filters] * (len(CONV_LAYERS) - 1)
+        features, distribution = ((config.num_filters, tf.random.stateless_normal) if config.head == 'mean' else
+                                  (height * width * config.num_filters, glorot_uniform))
+        return _drawn(seed, [*((f'conv{layer}', glorot_uniform, (3, 3, size, config.num_filters))
+                               for layer, size in zip(CONV_LAYERS, inputs)), ('w5', distribution, (features, config.dim_output))])
+
+    def initial_norm_params(self) -> Tensors:
+        return _initial_norm_params(self._config, ((str(layer - 1), self._config.num_filters) for layer in CONV_LAYERS))
+
+    def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
+        config = self._config
+        x = tf.reshape(x, [-1, *config.image_shape])
+        for layer in CONV_LAYERS:
+            x = conv_block(x, tensors[f'conv{layer}'], tensors[f'b{layer}'], config.norm, str(layer - 1), tensors,
+                           config.max_pool, config.engine == 'vmap', stats_rows)
+        return tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
+
+    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
+        return _linear(tensors, features, *self.head_names)
+
+
+def _linear(tensors: Tensors, x: tf.Tensor, matrix: str, bias: str) -> tf.Tensor:
+    return x @ tensors[matrix] + tensors[bias]
+
+
+def _drawn(seed: int, layers: Iterable[tuple[str, Callable, Sequence[int]]]) -> Tensors:
+    """Weights of (name, distribution, shape), each a function of (seed, name) only, and a bias of zeros for each."""
+    tensors = {}
+    for name, distribution, shape in layers:
+        tensors[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
+        tensors['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
+    return tensors
+
+
+def _initial_norm_params(config: ModelConfig, scopes: Iterable[tuple[str, int]]) -> Tensors:
+    """Offsets (beta, 0) and scales (gamma, 1) of (scope, channels): {'<scope>/beta': [channels], ...}.
+
+    Batch norm has scales if `norm_scale` says so, layer norm always.
+    """
+    params, scaled = {}, config.norm == 'layer_norm' or config.norm_scale
+    for scope, channels in scopes if config.norm != 'None' else ():
+        params[f'{scope}/beta'] = tf.zeros([channels])
+        if scaled:
+            params[f'{scope}/gamma'] = tf.ones([channels])
+    return params
