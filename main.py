@@ -122,11 +122,11 @@ boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False:
 string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '
        'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'))
 group('Network')
-choice('engine', 'auto', ['auto', 'tasks', 'wide'], "'tasks': one task per core, as many at once as there are cores; 'wide': all "
-       'tasks in one graph; auto: wide for fully connected networks and on a GPU, but not with --recompute; else tasks')
+choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core, as many at once as there are cores; "
+       "'vmap': all tasks in one graph ('tasks' and 'wide', their earlier names, are accepted); auto: vmap for fully connected networks "
+       'and on a GPU, but not with --recompute; else map')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
-boolean('recompute', False, 'keep the activations of one inner step only, and recompute the others in the backward pass: for many '
-        'inner updates')
+boolean('recompute', False, 'gradient checkpointing over inner steps (saves memory and compilation): for many inner updates')
 choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
        "'mirrored': on all GPUs of this machine; 'multiworker': on the machines of TF_CONFIG; auto: multiworker if TF_CONFIG "
        'is set, mirrored if there are several GPUs, else one')

@@ -14,8 +14,8 @@ from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 
 CONV = ModelConfig(dim_input=12 * 12, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.3, image_shape=(12, 12, 1),
-                   num_filters=4, head='mean', engine='tasks')
-DENSE = dataclasses.replace(CONV, image_shape=None, dim_hidden=(8, 8), engine='wide')
+                   num_filters=4, head='mean', engine='map')
+DENSE = dataclasses.replace(CONV, image_shape=None, dim_hidden=(8, 8), engine='vmap')
 POOLED = dataclasses.replace(CONV, image_shape=(16, 16, 1), dim_input=16 * 16, max_pool=True, head='flatten')
 
 

@@ -213,7 +213,7 @@ def test_engines(name):
     """One task per core, the same in chunks, and all in one graph: the same gradients to 1e-5."""
     golden = Golden(FIXTURES[name])
     config, results = golden.config, []
-    for engine, task_chunk in ('tasks', None), ('tasks', 1), ('wide', None):
+    for engine, task_chunk in ('map', None), ('map', 1), ('vmap', None):
         golden.config = dataclasses.replace(config, engine=engine, task_chunk=task_chunk)
         model = golden.model()
         assert model.config.engine == engine

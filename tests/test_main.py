@@ -317,7 +317,7 @@ def test_the_seed_fixes_everything_and_nothing_else_does(arguments, tmp_path):
 def test_engines_train_alike(arguments, tmp_path, few_tasks):
     """Whole runs of each engine, in chunks too, see the same gradients to rounding, and can be evaluated by the other."""
     results = []
-    for engine, chunk in ('tasks', 0), ('wide', 1):
+    for engine, chunk in ('map', 0), ('vmap', 1):
         flags = [*arguments, f'--logdir={tmp_path / engine}{chunk}', '--metatrain_iterations=1', f'--engine={engine}',
                  f'--task_chunk={chunk}']
         run_ok(*flags)
@@ -325,7 +325,7 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     for other in results[1:]:
         for name in (f'metatrain/adam/m/{weights}' for weights in ('conv1', 'conv4', 'w5', '0/beta')):
             np.testing.assert_allclose(other[name], results[0][name], atol=1e-5 * np.max(np.abs(results[0][name])))
-    assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', '--engine=tasks', '--task_chunk=0')
+    assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', '--engine=map', '--task_chunk=0')
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -366,7 +366,7 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--datasource=folder', '--data_path=.', '--image_size=15', '--max_pool'], ['--image_size=15', '16']),
     (['--datasource=folder', '--data_path=.', '--image_channels=4'], ['--image_channels=4']),
     (['--train=perhaps'], ['--train=perhaps', 'True or False']),
-    (['--engine=fast'], ['--engine=fast', 'wide']),
+    (['--engine=fast'], ['--engine=fast', 'vmap']),
     (['--task_chunk=2'], ['--task_chunk=2', '--meta_batch_size=25']),
     (['--task_chunk=-1'], ['--task_chunk=-1']),
     (['--save_interval=0'], ['--save_interval=0']),

@@ -89,12 +89,12 @@ def assert_agrees_in_double_precision(name, engine):
                                            'maml_plus_plus', 'meta_sgd_conv', 'meta_sgd_mse', 'train_support_norm',
                                            'reptile_adam_carried', 'reptile_adam_mse', 'reptile_sgd']))
 def test_fixtures_in_double_precision(name):
-    assert_agrees_in_double_precision(name, 'tasks')
+    assert_agrees_in_double_precision(name, 'map')
 
 
 @pytest.mark.parametrize('name', fixtures(['layer_rates_fc', 'reptile_adam_mse']))
 def test_fixtures_in_one_graph(name):
-    assert_agrees_in_double_precision(name, 'wide')
+    assert_agrees_in_double_precision(name, 'vmap')
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_fixtures_in_one_graph(name):
 def test_the_graph_of_a_gpu(name, monkeypatch):
     """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU. A fixture of each preset, and one more."""
     monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
-    assert_agrees_in_double_precision(name, 'wide')
+    assert_agrees_in_double_precision(name, 'vmap')
 
 
 @pytest.mark.parametrize('name', fixtures(['anil_conv', 'maml_plus_plus', 'reptile_adam_mse']))
@@ -643,7 +643,7 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--outer=reptile', '--first_order_iterations=5'], '--first_order_iterations is about a gradient'),
     (['--outer=reptile', '--query_norm=support'], 'learns from support examples alone'),
     (['--query_norm=both'], '--query_norm=both is for evaluation'), (['--train_query_norm=support'], 'add --train=False'),
-    (['--train_inner_batch=5'], 'add --train=False'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'),
+    (['--train_inner_batch=5'], 'add --train=False'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'), (['--recompute', '--engine=vmap'], 'leave out --engine=vmap'),
     (['--ensemble=2', '--train=False', '--test_iter=5'], 'name different checkpoints')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of(*flags)

@@ -170,7 +170,7 @@ RULES = [
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
     Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
          '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
-    Rule(lambda r: r.recompute and r.engine == 'wide', '--recompute loops over the inner steps of one task at a time: leave out --engine=wide'),
+    Rule(lambda r: r.recompute and r.engine in ('vmap', 'wide'), '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
     *(Rule(lambda r, name=name, plain=plain: r.outer == 'reptile' and r.values[name].value != plain,
            f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name, plain in (('stop_grad', False), ('first_order_iterations', 0), ('multi_step_loss', 0), ('learn_lr', 'no'))),
