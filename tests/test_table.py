@@ -15,7 +15,8 @@ PROGRAM = '''
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + '/benchmarks']
 import table
-table.PAGE, table.LOCK, table.POLL = {folder!r} + '/results.md', {folder!r} + '/lock', 0.05
+table.PAGE, table.COMMANDS_PAGE = {folder!r} + '/results.md', {folder!r} + '/results-commands.md'
+table.LOCK, table.POLL = {folder!r} + '/lock', 0.05
 if not os.path.exists(table.PAGE):
     with open(table.PAGE, 'w') as page:
         page.write('before\\n' + table.BEGIN + '\\nold\\n' + table.END + '\\nafter\\n')
