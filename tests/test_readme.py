@@ -56,6 +56,18 @@ def test_flags_in_the_readme_exist():
         assert name in main.FLAGS or f"'--{name}'" in scripts or name in example, name
 
 
+def test_commands_of_the_docs_parse(monkeypatch):
+    """Flags, their values and files of configs/ in every command of this program that is printed in full."""
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r'^ *python (main\.py [^$\n]*)$', README + ''.join(PAGES.values()), re.M)
+    for command in commands:
+        if '...' not in command:
+            main.FLAGS.unparse_flags()
+            main.parse(shlex.split(command))
+    main.FLAGS.unparse_flags()
+    assert len(commands) > 80
+
+
 @pytest.mark.parametrize('command', [
     pytest.param(command, marks=pytest.mark.slow) if re.search('=(miniimagenet|fc100|folder) ', command) else command
     for command in TRAINING])
