@@ -18,6 +18,8 @@ from runtime.cli import startup  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()
+import compiled_models  # noqa: E402
+from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
 
@@ -95,6 +97,12 @@ def write_manifest(root, names):
 def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
     counts = {'train': train, 'val': val, 'test': test}
     return [pattern.format(split=split, number=number) for split in counts for number in range(counts[split])]
+
+
+@pytest.fixture
+def fresh_models(monkeypatch):
+    """Models share no compiled functions with others: for tests that change what is compiled, or watch it."""
+    monkeypatch.setattr(MAML, '__init__', compiled_models.make_model)
 
 
 @pytest.fixture

@@ -224,6 +224,7 @@ def test_engines(name):
         assert relative(other, results[0]) < 1e-5
 
 
+@pytest.mark.usefixtures('fresh_models')
 @pytest.mark.slow
 @pytest.mark.parametrize('name', GPU_GRAPHS)
 def test_the_graph_of_a_gpu(name, monkeypatch):

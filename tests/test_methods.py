@@ -100,6 +100,7 @@ def test_fixtures_in_one_graph(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['first_order_step_rates', 'anil_conv', 'boil_conv_adapt_norm_scale', 'meta_sgd_conv', 'maml_plus_plus',
                                   'reptile_adam_carried', 'reptile_sgd', 'train_support_norm'])
+@pytest.mark.usefixtures('fresh_models')
 def test_the_graph_of_a_gpu(name, monkeypatch):
     """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU. A fixture of each preset, and one more."""
     monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
@@ -362,6 +363,7 @@ def test_what_the_inner_loop_leaves_alone(moved):
             assert same == (moved == 'head') and np.abs(gradients[name]).max() > 0, name
 
 
+@pytest.mark.usefixtures('fresh_models')
 def test_features_that_stay_are_computed_once_or_again(monkeypatch):
     """ANIL with features computed once is ANIL with features computed in every step."""
     fixture = Fixture(FIXTURES['anil_conv'])
