@@ -1,6 +1,6 @@
 # make demo:   trains a short 10-shot sinusoid, evaluates it and draws what it learnt.
-# make check:  lint and the tests that need no compilation, for every edit (under 90 seconds).
-# make test:   all tests but the slow ones (under 10 minutes); make test TESTS= : the slow ones too.
+# make check:  lint, types and the tests that need no compilation, for every edit (under a minute).
+# make test:   all tests but the slow ones (under 6 minutes); make test TESTS= : the slow ones too.
 # make omniglot: fetches and prepares Omniglot, and evaluates the shipped 5-way 1-shot model on it.
 # make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
 # make zoo:    evaluates the models in logs/ again and compares the figures with those recorded.
@@ -25,6 +25,7 @@ omniglot: $(VENV)/installed
 
 check: $(VENV)/tested
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m quick tests
 
 test: $(VENV)/tested

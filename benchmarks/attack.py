@@ -212,7 +212,7 @@ class Clusters(Target):
         return json.dumps({'cluster': {'worker': ['host1:12345', '127.0.0.1:2']}, 'task': {'type': 'worker', 'index': 1}}).encode()
 
     def read(self, content: bytes) -> None:
-        from runtime.compute.distribution import cluster_from_environment
+        from runtime.cli.workers import cluster_from_environment
         try:
             os.environ['TF_CONFIG'] = content.decode('utf-8', 'surrogateescape')
         except ValueError:  # a NUL: no environment can hold it
