@@ -19,6 +19,7 @@ from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()
 import compiled_models  # noqa: E402
+
 from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
