@@ -305,10 +305,10 @@ def initial_parameters(config: ModelConfig, seed: int) -> Parameters:
     `learn_lr='layer'`, [num_updates] for 'step', shaped like the tensor for 'weight'. An inner Adam's state starts at 0.
     """
     network = network_of(config)
-    norm_params = network.initial_norm_params()
+    weights, norm_params = network.initial_weights(seed), network.initial_norm_params()
     if config.norm_per_step:
         norm_params = {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in norm_params.items()}
-    parameters = Parameters(network.initial_weights(seed), norm_params)
+    parameters = Parameters(weights, norm_params)
     fast, shapes = adapted(config, parameters), {'layer': [], 'step': [config.num_updates]}
     if config.learn_lr != 'no':
         parameters = parameters._replace(learning_rates={
