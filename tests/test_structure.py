@@ -135,12 +135,6 @@ def test_frames_between_the_training_loop_and_the_inner_step(most, more, tmp_pat
 
 # The docs ---------------------------------------------------------------------------------------------------------------
 
-def usage_commands():
-    with open(os.path.join(ROOT, 'docs', 'data.md'), encoding='utf-8') as file:
-        lines = main.__doc__.splitlines() + file.read().splitlines()
-    return [line.strip().removeprefix('python main.py ') for line in lines if 'python main.py --data' in line]
-
-
 def test_the_page_of_flags_is_current():
     """If this fails: python benchmarks/flags_page.py"""
     with open(os.path.join(ROOT, 'docs', 'flags.md'), encoding='utf-8') as file:
@@ -148,15 +142,20 @@ def test_the_page_of_flags_is_current():
 
 
 def test_each_published_command_is_a_file_of_configs():
-    found = {}
+    """Those of the usage text, and one for each source that has classes to train on; all of them parse."""
+    usage = {line.strip().removeprefix('python main.py ') for line in main.__doc__.splitlines() if 'python main.py --data' in line}
+    commands = {}
     for path in glob.glob(os.path.join(ROOT, 'configs', '*.flags')):
         with open(path, encoding='utf-8') as file:
             first, *lines = file.read().splitlines()
         assert first.startswith('# ')
-        found[' '.join(lines)] = os.path.basename(path)
-    assert sorted(found) == sorted(usage_commands())
-    for command, name in found.items():
-        assert name.startswith(re.match(r'--datasource=(\w+)', command)[1] + '_')
+        commands[' '.join(lines)] = os.path.basename(path)
+        main.FLAGS.unparse_flags()
+        main.parse(['main.py', *lines])
+        assert os.path.basename(path).startswith(f'{main.FLAGS.datasource}_')
+    assert usage < set(commands)
+    trained = {re.match(r'--datasource=(\w+)', command)[1] for command in commands}
+    assert trained == {name for name, source in main.SOURCES.items() if not getattr(source, 'test_only', False)}
 
 
 def test_links_of_the_docs_lead_somewhere():

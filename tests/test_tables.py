@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import re
-import shlex
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from runtime.cli.run import experiment_name
 from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
 from runtime.system.errors import UserError
 
-with open(os.path.join(ROOT, 'docs', 'data.md'), encoding='utf-8') as page:
-    PAGES = page.read()
 COUNTS = {'train': 6, 'val': 3, 'test': 3}
 REGRESSION = ['--datasource=table', '--targets=y', '--norm=None', '--update_batch_size=5', '--meta_batch_size=4', '--hidden=20,20', '--update_lr=0.1']
 CLASSES = ['--datasource=table', '--update_batch_size=2', '--meta_batch_size=4', '--num_classes=3', '--hidden=20,20', '--update_lr=0.1']
@@ -268,9 +265,9 @@ def test_nonsense(flags, words):
     assert words in error_of(*flags)
 
 
-@pytest.mark.parametrize('command', re.findall('^python (main.py --datasource=table .*)$', PAGES, re.M))
-def test_commands_of_the_docs(command, regression, classes, tmp_path, few_tasks):
-    flags = [*shlex.split(command)[1:], f'--data_path={regression if "--targets" in command else classes}',
+@pytest.mark.parametrize('config', ['table_regression', 'table_classes'])
+def test_commands_of_the_configs(config, regression, classes, tmp_path, few_tasks):
+    flags = [f'--flagfile={ROOT}/configs/{config}.flags', f'--data_path={regression if config == "table_regression" else classes}',
              f'--logdir={tmp_path / "logs"}', '--metatrain_iterations=2', '--num_classes=3']
     assert 'The last checkpoint is' in run_ok(*flags) and 'meta-test, 20 tasks' in run_ok(*flags, *EVALUATE)
 
