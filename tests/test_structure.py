@@ -135,6 +135,15 @@ def test_frames_between_the_training_loop_and_the_inner_step(most, more, tmp_pat
 
 # The docs ---------------------------------------------------------------------------------------------------------------
 
+def test_the_page_of_the_architecture_is_current():
+    """Its table has the packages and what each may import, from the bottom to the top."""
+    with open(os.path.join(ROOT, 'docs', 'architecture.md'), encoding='utf-8') as file:
+        rows = re.findall(r'^\| `(?:runtime/)?(\w+)(?:/|\.py)` \|.*\| (.*?) ?\|$', file.read(), re.M)
+    assert {name: set(re.findall(r'\w+', imports)) for name, imports in rows} == MAY_IMPORT
+    for index, (name, _) in enumerate(rows):
+        assert MAY_IMPORT[name] <= {below for below, _ in rows[:index]}, name
+
+
 def test_the_page_of_flags_is_current():
     """If this fails: python benchmarks/flags_page.py"""
     with open(os.path.join(ROOT, 'docs', 'flags.md'), encoding='utf-8') as file:
