@@ -364,6 +364,7 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--datasource=folder', '--data_path=.', '--split=80/20'], ['--split=80/20', '64/16/20']),
     (['--datasource=folder', '--data_path=.', '--split=80/20/0'], ['--split=80/20/0', '64/16/20']),
     (['--datasource=folder', '--data_path=.', '--image_size=15', '--max_pool'], ['--image_size=15', '16']),
+    (['--datasource=folder', '--data_path=.', '--image_size=100000'], ['--image_size=100000', 'do not fit in memory']),
     (['--datasource=folder', '--data_path=.', '--image_channels=4'], ['--image_channels=4']),
     (['--train=perhaps'], ['--train=perhaps', 'True or False']),
     (['--engine=fast'], ['--engine=fast', 'vmap']),

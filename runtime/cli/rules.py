@@ -146,6 +146,8 @@ RULES = [
          '--split={split} must be three positive whole numbers like 64/16/20'),
     Rule(lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
          '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
+    Rule(lambda r: r.user_images and r.image_size > 1024,
+         '--image_size={image_size}: tasks of images of more than 1024x1024 pixels do not fit in memory'),
     Rule(lambda r: r.classes and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
     Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
     Rule(lambda r: r.given('format'), '--format is for --compare and --across'),
