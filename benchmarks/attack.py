@@ -121,7 +121,7 @@ class Zips(Target):
         return archive.getvalue()
 
     def read(self, content: bytes) -> None:
-        from data.preparation import Zip
+        from data.archives import Zip
         archive = Zip(self.path('x.zip', content))
         for name in archive.names():
             try:

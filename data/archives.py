@@ -1,50 +1,85 @@
-"""Reads the pictures of tar files and of unpacked folders one by one, as `Zip` of preparation.py does those of zip files.
+"""Reads the pictures of zip and tar files and of unpacked folders one by one; nothing is ever unpacked.
 
-All three have names(), the paths of their files in an order in which they are read fast, and read(name).
+All three have `path`, names(), the paths of their files in an order in which they are read fast, and read(name). An archive that
+holds two files of one path is refused: which of them is read would depend on who reads it.
 """
+import argparse
+import collections
 import os
 import sys
+import tarfile
 import threading
+import zipfile
+from collections.abc import Iterator, Sequence
 
-from data.preparation import DAMAGE, LARGEST_PICTURE, MEGABYTE, Zip, read_picture, reason, tar_members
+from data.preparation import DAMAGE, LARGEST_PICTURE, MEGABYTE, read_picture, reason
+from runtime.system.files import require_regular_file
 
 STASH_BYTES = 256 * MEGABYTE
+TEXT_BYTES, LONGEST_TEXT = 64 * MEGABYTE, 4 * MEGABYTE  # of the text files of a tar file that are kept in memory: of all, of each
 
 
 class Folder:
     """The files of a folder."""
 
     def __init__(self, path: str):
-        self._path = path
+        self.path = path
 
     def names(self) -> list[str]:
         """The paths of its files, sorted."""
-        paths = [os.path.join(parent, name) for parent, _, names in os.walk(self._path) for name in names]
-        return sorted(os.path.relpath(path, self._path).replace(os.sep, '/') for path in paths)
+        paths = [os.path.join(parent, name) for parent, _, names in os.walk(self.path) for name in names]
+        return sorted(os.path.relpath(path, self.path).replace(os.sep, '/') for path in paths)
 
     def read(self, name: str) -> bytes:
         """A file's content; raises one of DAMAGE."""
-        return read_picture(os.path.join(self._path, name))
+        return read_picture(os.path.join(self.path, name))
+
+
+class Zip:
+    """A zip file."""
+
+    def __init__(self, path: str):
+        """Raises SystemExit if it is missing or damaged."""
+        try:
+            require_regular_file(path)
+            self.path, self._file, self._lock = path, zipfile.ZipFile(path), threading.Lock()
+        except DAMAGE as error:
+            sys.exit(f'{path} is damaged ({reason(error)}); download it again')
+        refuse_twice(path, self._file.namelist())
+
+    def names(self) -> list[str]:
+        """The paths of its files."""
+        return [name for name in self._file.namelist() if not name.endswith('/') and not name.startswith('__MACOSX/')]
+
+    def read(self, name: str) -> bytes:
+        """A member's content; raises one of DAMAGE."""
+        if self._file.getinfo(name).file_size > LARGEST_PICTURE:
+            raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
+        with self._lock, self._file.open(name) as file:
+            return file.read(LARGEST_PICTURE)
 
 
 class Tar:
-    """A tar file, compressed or not, that is never unpacked.
+    """A tar file, compressed or not.
 
-    It is read sequentially: once for the names, and for the text files in it, then for the pictures on request. Images read
+    It is read sequentially: once for the names, and for the first text files in it, then for the pictures on request. Images read
     ahead are kept in a small buffer, for threads that ask for them in about the order of names(). Asking for an earlier one is
     possible, but means reading from the beginning again.
     """
 
     def __init__(self, path: str):
         """Raises SystemExit if it is missing or damaged."""
-        self._path, self._lock, self._order, self._texts = path, threading.Lock(), {}, {}
+        self.path, self._lock, self._texts, names, room = path, threading.Lock(), {}, [], TEXT_BYTES
         try:
             for member, archive in tar_members(path):
-                self._order.setdefault(member.name, len(self._order))
-                if member.name.endswith('.txt') and member.size <= LARGEST_PICTURE:
+                names.append(member.name)
+                if member.name.endswith('.txt') and member.size <= min(room, LONGEST_TEXT):
                     self._texts[member.name] = archive.extractfile(member).read()
+                    room -= member.size
         except DAMAGE as error:
             sys.exit(f'{path} is damaged ({reason(error)}); download it again')
+        refuse_twice(path, names)
+        self._order = {name: index for index, name in enumerate(names)}
         self._start()
 
     def names(self) -> list[str]:
@@ -66,7 +101,7 @@ class Tar:
         return content
 
     def _start(self):
-        self._stream, self._next, self._stash = tar_members(self._path), 0, {}
+        self._stream, self._next, self._stash = tar_members(self.path), 0, {}
 
     def _read_next(self):
         try:
@@ -79,22 +114,75 @@ class Tar:
             del self._stash[next(iter(self._stash))]
 
 
-def open_archive(source: str, archive: str, folder: str) -> Folder | Tar | Zip:
-    """The unpacked folder in a source, or else the archive there, .zip or tar. Raises SystemExit if it has neither."""
-    unpacked, packed = os.path.join(source, folder), os.path.join(source, archive)
+def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """Yields the regular files in a tar file, each with the open archive; raises one of DAMAGE."""
+    require_regular_file(path)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.size < 0:  # some versions of tarfile would loop forever
+                raise tarfile.ReadError('a member has a negative size')
+            if member.isreg():
+                yield member, archive
+
+
+def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
+    """Reads members of a tar file, found by their last component, into memory.
+
+    Returns:
+        {name: bytes} of those that are there.
+
+    Raises:
+        SystemExit: the file is missing or damaged, a member is there twice, or one is larger than the limit in bytes.
+    """
+    contents = {}
+    try:
+        for member, archive in tar_members(path):
+            name = member.name.rsplit('/', 1)[-1]
+            if name not in names:
+                continue
+            refuse_twice(path, [*contents, name])
+            if member.size > limit:
+                sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
+                         'download it again')
+            contents[name] = archive.extractfile(member).read()
+    except DAMAGE as error:
+        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
+    return contents
+
+
+def refuse_twice(path: str, names: Sequence[str]) -> None:
+    """Raises SystemExit if an archive holds a file twice."""
+    name, count = max(collections.Counter(names).items(), key=lambda item: item[1], default=('', 0))
+    if count > 1:
+        sys.exit(f'{path} holds {name[:100]!r} {count} times instead of once; download it again')
+
+
+def find_archive(args: argparse.Namespace, archive: str, folder: str) -> str:
+    """The path of an unpacked folder in args.source, or else of the archive there.
+
+    After --download the archive comes first: it is what has been checked. Raises SystemExit if there is neither.
+    """
+    unpacked, packed = os.path.join(args.source, folder), os.path.join(args.source, archive)
+    if os.path.exists(packed) and (args.download or not os.path.isdir(unpacked)):
+        return packed
     if os.path.isdir(unpacked):
-        return Folder(unpacked)
-    if os.path.exists(packed):
-        return (Zip if archive.endswith('.zip') else Tar)(packed)
-    sys.exit(f'{source} holds neither {archive} nor a folder {folder}; fetch it by --download, or name its folder with --source')
+        return unpacked
+    sys.exit(f'{args.source} holds neither {archive} nor a folder {folder}; --download fetches it or says where to get it; or name its '
+             'folder with --source')
+
+
+def open_archive(args: argparse.Namespace, archive: str, folder: str) -> Folder | Tar | Zip:
+    """The files in args.source that an archive, .zip or tar, holds; see `find_archive`."""
+    path = find_archive(args, archive, folder)
+    return (Folder if os.path.isdir(path) else Zip if archive.endswith('.zip') else Tar)(path)
 
 
 def read_text(archive: Folder | Tar | Zip, end: str) -> list[list[str]]:
     """The lines of a text file in an archive, split at the first blank, by its path's end. Raises SystemExit if it is missing."""
-    found = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
-    if len(found) != 1:
-        sys.exit(f'the download holds {end} {len(found)} times instead of once; download it again')
+    paths = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
+    if len(paths) != 1:
+        sys.exit(f'the download holds {end} {len(paths)} times instead of once; download it again')
     try:
-        return [line.split(maxsplit=1) for line in archive.read(found[0]).decode().splitlines() if line.strip()]
+        return [line.split(maxsplit=1) for line in archive.read(paths[0]).decode().splitlines() if line.strip()]
     except DAMAGE as error:
-        sys.exit(f'{found[0]} in the download cannot be read ({reason(error)}); download it again')
+        sys.exit(f'{paths[0]} in the download cannot be read ({reason(error)}); download it again')

@@ -1,4 +1,5 @@
 """Reads CIFAR-100 (Krizhevsky, 2009), of which CIFAR-FS and FC100 are two splits, and prepares either."""
+import argparse
 import os
 import sys
 
@@ -6,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from data import download, pickles
+from data.archives import find_archive, read_tar_members
 from data.preparation import (
     MEGABYTE,
     Class,
@@ -17,7 +19,6 @@ from data.preparation import (
     prepare,
     read_classes,
     read_part,
-    read_tar_members,
 )
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
@@ -26,43 +27,36 @@ IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
 IMAGES = 60_000
 
 
-def read_parts(source: str) -> dict[str, tuple[str, dict]]:
-    """The three pickles, from the archive or its unpacked folder.
+def find_source(args: argparse.Namespace) -> str:
+    """The path of the archive or of its unpacked folder, in args.source or args.source itself."""
+    if os.path.isfile(args.source) or os.path.exists(os.path.join(args.source, 'meta')):
+        return args.source
+    return find_archive(args, ARCHIVE, FOLDER)
 
-    Args:
-        source: the folder that holds cifar-100-python.tar.gz or cifar-100-python, or either of them itself.
+
+def read_parts(path: str) -> dict[str, tuple[str, dict]]:
+    """The three pickles, from the archive or its unpacked folder.
 
     Returns:
         {'train' | 'test' | 'meta': (its name in messages, dict)}
     """
-    archive, folder = os.path.join(source, ARCHIVE), os.path.join(source, FOLDER)
-    if os.path.isfile(source):
-        archive = source
-    elif os.path.exists(os.path.join(source, 'meta')):
-        folder = source
-    if os.path.isdir(folder):
-        contents, where = {}, folder
-        for name in PARTS:
-            if os.path.exists(os.path.join(folder, name)):
-                contents[name] = read_part(os.path.join(folder, name))
-    elif os.path.exists(archive):
-        contents, where = read_tar_members(archive, PARTS, limit=512 * MEGABYTE), archive
+    if os.path.isdir(path):
+        contents = {name: read_part(os.path.join(path, name)) for name in PARTS if os.path.exists(os.path.join(path, name))}
     else:
-        sys.exit(f'{source} holds neither {ARCHIVE} nor a folder {FOLDER}; download the python version of CIFAR-100 '
-                 'there, or name its folder with --source')
+        contents = read_tar_members(path, PARTS, limit=512 * MEGABYTE)
     for name in PARTS:
         if name not in contents:
-            sys.exit(f'{where} has no file {name}; download CIFAR-100 again')
-    return {name: (f'{name} in {where}', load_pickle(contents[name], f'{name} in {where}')) for name in PARTS}
+            sys.exit(f'{path} has no file {name}; download CIFAR-100 again')
+    return {name: (f'{name} in {path}', load_pickle(contents[name], f'{name} in {path}')) for name in PARTS}
 
 
-def read_images(source: str) -> list[tuple[str, str, np.ndarray]]:
+def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     """Every image of both parts.
 
     Returns:
         [(class, file name, uint8 [32, 32, 3])], the names being the archive's, unique within a class.
     """
-    parts = read_parts(source)
+    parts = read_parts(path)
     where, meta = parts.pop('meta')
     labels = _names(meta, 'fine_label_names', where)
     if len(set(labels)) < len(labels):
@@ -81,7 +75,7 @@ def read_images(source: str) -> list[tuple[str, str, np.ndarray]]:
         images += [(labels[number], name, image) for number, name, image in zip(numbers, names, pixels)]
     hostile = [name for label, name, _ in images if not is_plain_name(name) or not is_plain_name(label)]
     if hostile:
-        sys.exit(f'{source} names an image {hostile[0]!r}, which cannot be the name of a file; download CIFAR-100 again')
+        sys.exit(f'{path} names an image {hostile[0]!r}, which cannot be the name of a file; download CIFAR-100 again')
     return images
 
 
@@ -108,8 +102,9 @@ def main(description: str, here: str) -> None:
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
     download.fetch('cifar100', args)
     split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
+    source = find_source(args)
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
                         lambda image=image: encode(Image.fromarray(image)))
-                for label, name, image in read_images(args.source)]
+                for label, name, image in read_images(source)]
     classes = {f'{split}/{label}': Class(split, IMAGES_PER_CLASS) for label, split in split_of.items()}
-    prepare(pictures, classes, SIZE, args)
+    prepare(pictures, classes, SIZE, args, inputs=[source])

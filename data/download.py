@@ -129,10 +129,10 @@ def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENC
     except filelock.Timeout:
         sys.exit(f'another download is writing to {folder}; wait for its end, or stop it')
     except OSError as error:
-        sys.exit(f'writing to {folder} failed: {error}; make room or name another folder with --source, and run this again: it '
-                 'goes on where it stopped')
+        sys.exit(f'writing to {folder} failed: {error}; make room or name another folder with --source, and run the same '
+                 'command to resume')
     if complaints:
-        sys.exit('\n'.join(complaints) + '\nRun this again: it goes on where it stopped. If you have the files from elsewhere, '
+        sys.exit('\n'.join(complaints) + '\nRun the same command to resume. If you have the files from elsewhere, '
                  f'put them into {folder} and leave out --download.')
 
 
@@ -215,8 +215,8 @@ def transfer(url: str, file: File, part: str, timeout: float) -> bool:
     if start == file.bytes:
         return True
     with _open(url, start, part, timeout) as response:
-        found = re.match(r'bytes (\d+)-', response.headers.get('Content-Range', ''))
-        begin = int(found[1]) if response.status == 206 and found else 0  # servers may ignore Range
+        offset = re.match(r'bytes (\d+)-', response.headers.get('Content-Range', ''))
+        begin = int(offset[1]) if response.status == 206 and offset else 0  # servers may ignore Range
         if begin not in (0, start):
             os.remove(part)
             raise Interrupted('sent another part of the file than it was asked for')
@@ -259,17 +259,17 @@ def _read(response, count):
 
 def difference(path: str, file: File) -> str:
     """How a file on the disk differs from the expected one; '' if it does not."""
-    found, digest = os.path.getsize(path), hashlib.new(file.algorithm)
+    length, digest = os.path.getsize(path), hashlib.new(file.algorithm)
     with open(path, 'rb') as content:
         beginning = content.read(40)
         content.seek(0)
         while chunk := content.read(2 ** 20):
             digest.update(chunk)
-    if file.bytes in (found, None) and digest.hexdigest() == file.digest:
+    if file.bytes in (length, None) and digest.hexdigest() == file.digest:
         return ''
     expected = f'{file.bytes:,} bytes with the' if file.bytes is not None else 'the'
     page = 'a web page, ' if beginning.lstrip().startswith(b'<') else ''
-    return (f'expected {expected} {file.algorithm} {file.digest}; found {page}{found:,} bytes with {digest.hexdigest()} that begin '
+    return (f'expected {expected} {file.algorithm} {file.digest}; found {page}{length:,} bytes with {digest.hexdigest()} that begin '
             f'with {beginning!r}')
 
 

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from data import download
-from data.archives import Folder, Tar, open_archive, read_text
+from data.archives import Folder, Tar, Zip, open_archive, read_text
 from data.mat_files import read_array
 from data.preparation import (
     DAMAGE,
     MEGABYTE,
     Class,
     Picture,
-    Zip,
     arguments,
     fit,
     is_plain_name,
@@ -52,16 +51,16 @@ def aircraft_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
 
 def aircraft_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
     """Boxes that leave out the banner below each photograph. In the file they count from 1 and include their last pixels."""
-    boxes = {file: numbers(box) for file, box in pairs(read_text(archive, 'data/images_box.txt'))}
+    boxes = {file: box_numbers(box) for file, box in pairs(read_text(archive, 'data/images_box.txt'))}
     return {file: (left - 1, upper - 1, right, lower) for file, (left, upper, right, lower) in boxes.items()}
 
 
 def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
     """{picture: (left, upper, right, lower)} in pixels, of bounding_boxes.txt."""
     paths = dict(pairs(read_text(archive, 'images.txt')))
-    found = {number: numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
+    boxes = {number: box_numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
     return {os.path.splitext(path)[0].rsplit('/', 1)[-1]: (left, upper, left + width, upper + height)
-            for number, path in paths.items() for left, upper, width, height in [found.get(number, (0, 0, 0, 0))]}
+            for number, path in paths.items() for left, upper, width, height in [boxes.get(number, (0, 0, 0, 0))]}
 
 
 def flowers_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
@@ -82,7 +81,7 @@ def pairs(lines: Sequence[list[str]]) -> list[tuple[str, str]]:
     return [(first, second.strip()) for first, second in lines]
 
 
-def numbers(text: str) -> Box:
+def box_numbers(text: str) -> Box:
     """Four numbers. Raises SystemExit if it is anything else."""
     try:
         left, upper, right, lower = map(float, text.split())
@@ -104,9 +103,8 @@ SETS = {
 }
 
 
-def find_pictures(image_set: ImageSet, source: str, crop: bool) -> list[Picture]:
+def find_pictures(image_set: ImageSet, archive: Folder | Tar | Zip, source: str, crop: bool) -> list[Picture]:
     """The pictures of a set, in the order of its archive."""
-    archive = open_archive(source, image_set.archive, image_set.folder)
     labels = image_set.labels(archive, source) if image_set.labels else {}
     boxes = image_set.boxes(archive) if crop else None
     hostile = next((label for label in labels.values() if not is_plain_name(label)), None)
@@ -153,6 +151,6 @@ def main(description: str, here: str) -> None:
     download.fetch(name, args)
     facts = {flag: vars(args)[flag] for flag in ('split', 'crop') if flag in vars(args)}
     classes = {f'classes/{row["class"]}': Class(row[facts.get('split', 'split')], int(row['images'])) for row in rows}
-    prepare(find_pictures(image_set, args.source, facts.get('crop', False)), classes, (image_set.size, image_set.size), args,
-            recipe=f'crop={facts["crop"]}' if image_set.boxes else '', inputs=[os.path.join(args.source, image_set.folder)],
-            facts=facts, manifest=True)
+    archive = open_archive(args, image_set.archive, image_set.folder)
+    prepare(find_pictures(image_set, archive, args.source, facts.get('crop', False)), classes, (image_set.size, image_set.size), args,
+            recipe=f'crop={facts["crop"]}' if image_set.boxes else '', inputs=[archive.path], facts=facts, manifest=True)

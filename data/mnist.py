@@ -5,6 +5,7 @@ and put at a random place in its own cell, on black, as MultiDigitMNIST's genera
 (github.com/shaohua0116/MultiDigitMNIST). The classes of each split are that generator's. Its images are not: image k of a class
 here is a function of (SEED, class, k).
 """
+import argparse
 import gzip
 import io
 import math
@@ -24,32 +25,38 @@ PARTS = {'train': 60_000, 't10k': 10_000}
 IMAGES_PER_CLASS = 1000
 
 
-def read_digits(source: str) -> list[np.ndarray]:
-    """The images of each digit from 0 to 9, of both parts: uint8 [images, 28, 28] each.
+def read_digits(args: argparse.Namespace) -> tuple[list[np.ndarray], list[str]]:
+    """The images of each digit from 0 to 9, of both parts, uint8 [images, 28, 28] each; and the paths of the files.
 
     Raises:
         SystemExit: a file is missing, damaged, or of other counts.
     """
-    images, labels = [], []
+    images, labels, paths = [], [], []
     for part, count in PARTS.items():
-        images.append(read_idx(source, f'{part}-images-idx3-ubyte', (count, SIDE, SIDE)))
-        labels.append(read_idx(source, f'{part}-labels-idx1-ubyte', (count,)))
+        for arrays, name, shape in (images, 'images-idx3', (count, SIDE, SIDE)), (labels, 'labels-idx1', (count,)):
+            paths.append(find_idx(args, f'{part}-{name}-ubyte'))
+            arrays.append(read_idx(paths[-1], shape))
         if labels[-1].max() > 9:
-            sys.exit(f'{part}-labels-idx1-ubyte in {source} holds a label {labels[-1].max()}; download MNIST again')
+            sys.exit(f'{paths[-1]} holds a label {labels[-1].max()}; download MNIST again')
     images, labels = np.concatenate(images), np.concatenate(labels)
     digits = [images[labels == digit] for digit in range(10)]
     if not all(map(len, digits)):
-        sys.exit(f'the labels in {source} lack the digit {min(digit for digit in range(10) if not len(digits[digit]))}; '
+        sys.exit(f'the labels in {args.source} lack the digit {min(digit for digit in range(10) if not len(digits[digit]))}; '
                  'download MNIST again')
-    return digits
+    return digits, paths
 
 
-def read_idx(source: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of bytes from an idx file, packed (<name>.gz) or not. Raises SystemExit if it is missing or of another shape."""
-    paths = [os.path.join(source, file) for file in (name, name + '.gz')]
-    path = next((path for path in paths if os.path.exists(path)), None)
+def find_idx(args: argparse.Namespace, name: str) -> str:
+    """The path of an idx file in args.source, or else of <name>.gz; after --download of <name>.gz, which has been checked."""
+    names = [name + '.gz', name] if args.download else [name, name + '.gz']
+    path = next((path for path in (os.path.join(args.source, file) for file in names) if os.path.exists(path)), None)
     if path is None:
-        sys.exit(f'{source} holds neither {name} nor {name}.gz; fetch MNIST by --download, or name its folder with --source')
+        sys.exit(f'{args.source} holds neither {name} nor {name}.gz; fetch MNIST by --download, or name its folder with --source')
+    return path
+
+
+def read_idx(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of bytes from an idx file, packed (.gz) or not. Raises SystemExit if it is damaged or of another shape."""
     head = bytes([0, 0, 8, len(shape)]) + np.array(shape, '>i4').tobytes()
     size = len(head) + math.prod(shape)
     try:
@@ -94,7 +101,7 @@ def main(description: str, here: str, size: int) -> None:
     args = arguments(description, os.path.join(os.path.dirname(here), 'mnist'), here).parse_args()
     download.fetch('mnist', args)
     rows = read_classes(os.path.join(here, 'classes.csv'))
-    digits = read_digits(args.source)
+    digits, paths = read_digits(args)
     lists = {f'{row["split"]}/{row["class"]}': ImageList(
         IMAGES_PER_CLASS, lambda k, number=row['class']: image_of(digits, number, k, size)) for row in rows}
-    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], IMAGES_PER_CLASS) for row in rows}, (size, size, 1), args)
+    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], IMAGES_PER_CLASS) for row in rows}, (size, size, 1), args, inputs=paths)

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from data.preparation import (
     DAMAGE,
     Class,
-    ctrl_c_noted,
+    deferred_interrupt,
     describe_classes,
     differences,
+    identity,
     remove_parts,
     sentences,
     start,
@@ -64,17 +65,18 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         shape: (height, width, channels) of every image.
         args: as parsed by `arguments`.
         recipe: what the content depends on besides the source.
-        inputs: folders of originals, into which nothing may be written.
+        inputs: as for `preparation.prepare`.
 
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    write_under_lock(args, inputs, lambda destination: _pack(lists, classes, shape, args, recipe, destination))
+    source = identity(inputs)
+    write_under_lock(args, inputs, lambda destination: _pack(lists, classes, shape, args, recipe, source, destination))
 
 
-def _pack(lists, classes, shape, args, recipe, destination):
+def _pack(lists, classes, shape, args, recipe, source, destination):
     """`pack`, under the lock; returns the complaints."""
-    start(destination, recipe, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
+    start(destination, recipe, source, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
     remove_parts(destination)
     record, damaged = _earlier(destination), {}
     for split in SPLITS:
@@ -92,7 +94,7 @@ def _pack(lists, classes, shape, args, recipe, destination):
     sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
     print(summary(counts, classes, sizes, shape[1::-1]))
     print(describe_classes(counts), 'in', destination, flush=True)
-    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing)
+    write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing)
     return complaints
 
 
@@ -156,8 +158,8 @@ def make_images(lists: Mapping[str, ImageList], skipped: Collection[tuple[str, i
     members = (member for name, images in lists.items() for number in range(images.count)
                if (member := (name, number)) not in skipped)
     per_chunk, total = max(1, CHUNK_BYTES // math.prod(shape)), sum(images.count for images in lists.values()) - len(skipped)
-    with ctrl_c_noted() as noted, ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
-        while not noted and (chunk := list(itertools.islice(members, per_chunk))):
+    with deferred_interrupt() as interrupts, ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
+        while not interrupts and (chunk := list(itertools.islice(members, per_chunk))):
             images = list(pool.map(work, chunk))
             progress.update(len(chunk))
             if not damaged:

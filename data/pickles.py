@@ -66,14 +66,14 @@ def spans(file: BinaryIO) -> list[Span]:
         OSError: it cannot be read.
     """
     try:
-        found = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).load(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
+        images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).load(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
     except (Refused, MemoryError, OSError):
         raise
     except Exception as error:
         raise Refused('it is damaged') from error
-    _require(type(found) is list and len(found) <= MOST_IMAGES and all(type(item) is Span for item in found),
+    _require(type(images) is list and len(images) <= MOST_IMAGES and all(type(item) is Span for item in images),
              'it is no list of images')
-    return found
+    return images
 
 
 def texts(values: object) -> list[str]:

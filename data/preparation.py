@@ -13,11 +13,11 @@ import json
 import os
 import signal
 import sys
-import tarfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import pickles
 from runtime.datasets.class_folders import MANIFEST, PARTIAL_MANIFEST, subfolders, write_manifest
 from runtime.datasets.class_folders import PREPARATION_RECORD as RECORD
-from runtime.datasets.images import PREPARED_FORMATS
+from runtime.datasets.images import CHUNK_BYTES, PREPARED_FORMATS, open_image
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
@@ -77,7 +77,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
-        print('Interrupted. Run this again: it goes on where it stopped.', file=sys.stderr)
+        print('Interrupted. Run the same command to resume.', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
         sys.exit('there is not enough memory to read the download; close other programs, or download it again if it is damaged')
@@ -102,7 +102,8 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         size: (width, height) of every picture, for the summary.
         args: as parsed by `arguments`.
         recipe: what the content depends on besides the source.
-        inputs: folders of originals, into which nothing may be written.
+        inputs: the files and folders of originals, into which nothing may be written. If they are others than those of an earlier
+            preparation, everything is made again.
         absent: names of images that the source lacks.
         describe: function of {class folder: images written} that returns the end of the summary.
         facts: how the images were chosen, for the summary and for the results of evaluations on them: JSON values.
@@ -111,8 +112,26 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     Raises:
         SystemExit: with one sentence for each problem found.
     """
+    source = identity(inputs)
     write_under_lock(args, inputs, lambda destination: _prepare(
-        pictures, classes, size, args, recipe, absent, describe or describe_classes, destination, facts or {}, manifest))
+        pictures, classes, size, args, recipe, source, absent, describe or describe_classes, destination, facts or {}, manifest))
+
+
+def identity(inputs: Sequence[str]) -> list[list]:
+    """What tells originals from others, as JSON values: the CRC-32 of a file, or of what a zip file lists; the place of a folder."""
+    return [[os.path.basename(path), checksum(path)] if os.path.isfile(path) else [os.path.realpath(path)] for path in sorted(inputs)]
+
+
+def checksum(path: str) -> int:
+    """The CRC-32 of a file; of a zip file, of the names and checksums that it lists: the same whenever it was packed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return zlib.crc32(repr(sorted((member.filename, member.CRC) for member in archive.infolist())).encode())
+    crc = 0
+    with open(path, 'rb') as file:
+        while part := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
@@ -133,7 +152,7 @@ def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Cal
                  '--destination')
     except OSError as error:
         sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
-                 'this again: it goes on where it stopped')
+                 'the same command to resume')
     if complaints:
         text = 'Problems found:\n' + '\n'.join('  ' + line for line in complaints)
         if not args.allow_missing:
@@ -157,9 +176,10 @@ def locked_folder(folder: str) -> Iterator[None]:
                 os.remove(path)
 
 
-def _prepare(pictures, classes, size, args, recipe, absent, describe, destination, facts, manifest):
+def _prepare(pictures, classes, size, args, recipe, source, absent, describe, destination, facts, manifest):
     """`prepare`, under the lock; returns the complaints."""
-    start(destination, recipe, args.force, [picture.name for picture in pictures])
+    start(destination, recipe, source, args.force, [picture.name for picture in pictures])
+    refuse_duplicates(picture.name for picture in pictures)
     remove_parts(destination)  # of killed preparations: no other process holds the lock
     for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
         os.makedirs(folder, exist_ok=True)
@@ -176,33 +196,38 @@ def _prepare(pictures, classes, size, args, recipe, absent, describe, destinatio
             os.rmdir(os.path.join(destination, name))
     write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
     # Last: if anything stops this function earlier, the record says incomplete.
-    write_preparation_record(destination, recipe, complete=not complaints or args.allow_missing, facts=facts)
+    write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing, facts=facts)
     return complaints
 
 
-def start(destination: str, recipe: str, force: bool, files: Sequence[str]) -> None:
-    """Records that a preparation is running; then removes the files of another recipe (or any, by force)."""
+def start(destination: str, recipe: str, source: list[list], force: bool, files: Sequence[str]) -> None:
+    """Records that a preparation is running; then removes the files of another recipe or source (or any, by force).
+
+    Args:
+        source: as from `identity`. Records of earlier versions have none.
+    """
     try:
-        same = read_json(os.path.join(destination, RECORD)).get('recipe') == recipe
+        record = read_json(os.path.join(destination, RECORD))
+        same = record.get('recipe') == recipe and record.get('source', source) == source
     except FileNotFoundError:
         same = True
     except (ValueError, AttributeError):
         same = False
     # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
     # none, until files of another recipe are gone.
-    write_preparation_record(destination, recipe if same and not force else None, complete=False)
+    write_preparation_record(destination, recipe if same and not force else None, source, complete=False)
     if force or not same:
         for name in files:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(destination, name))
-        write_preparation_record(destination, recipe, complete=False)
+        write_preparation_record(destination, recipe, source, complete=False)
 
 
-def write_preparation_record(destination: str, recipe: str | None, complete: bool,
+def write_preparation_record(destination: str, recipe: str | None, source: list[list], complete: bool,
                              facts: Mapping[str, object] | None = None) -> None:
     """Writes what the program reads before it uses the images: whether they are complete, and how they were chosen."""
     write_atomically(os.path.join(destination, RECORD), json.dumps(
-        {'recipe': recipe, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
+        {'recipe': recipe, 'source': source, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
 
 
 def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, Exception]]:
@@ -219,11 +244,11 @@ def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, 
         return None
 
     damaged, pool = [], ThreadPoolExecutor(max_workers=os.cpu_count())
-    with ctrl_c_noted() as noted:
+    with deferred_interrupt() as interrupts:
         try:
             futures = [pool.submit(work, picture) for picture in pictures]
             for future in tqdm(as_completed(futures), total=len(futures), unit=' images', disable=None):
-                if noted:
+                if interrupts:
                     break
                 if future.result():
                     damaged.append(future.result())
@@ -233,27 +258,27 @@ def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, 
 
 
 @contextlib.contextmanager
-def ctrl_c_noted() -> Iterator[list[int]]:
+def deferred_interrupt() -> Iterator[list[int]]:
     """While entered, the first Ctrl-C is only recorded, in the list that this yields; KeyboardInterrupt follows at the end.
 
     For thread pools and other code with many locks: a KeyboardInterrupt inside it could leave a lock held. A second Ctrl-C ends
     the program at once.
     """
-    noted, before = [], signal.getsignal(signal.SIGINT)
+    interrupts, before = [], signal.getsignal(signal.SIGINT)
 
-    def note(number, frame):
-        noted.append(number)
+    def record(number, frame):
+        interrupts.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     changed = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if changed:
-        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGINT, record)
     try:
-        yield noted
+        yield interrupts
     finally:
         if changed:
             signal.signal(signal.SIGINT, before)
-    if noted:
+    if interrupts:
         raise KeyboardInterrupt
 
 
@@ -264,13 +289,19 @@ def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, in
     return dict(counts)
 
 
+def refuse_duplicates(names: Iterable[str]) -> None:
+    """Raises SystemExit if pictures have the same name: which of them would be written is chance."""
+    duplicates = sorted(name for name, count in collections.Counter(names).items() if count > 1)
+    if duplicates:
+        sys.exit(f'{len(duplicates)} file names stand for more than one image of their class, first {duplicates[0]}; download the '
+                 'source again')
+
+
 def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
           damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
     """A sentence for each problem found; [] if there is none."""
     files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
-    duplicates = sorted(name for name, count in collections.Counter(picture.name for picture in pictures).items() if count > 1)
     return sentences([
-        ('', duplicates, 'file names stand for more than one image of their class', '; download the source again'),
         *differences(counts, classes, damaged, absent),
         (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
         (f'{destination} holds ', folders, 'further class folders', '; remove them')])
@@ -289,9 +320,9 @@ def differences(counts: Mapping[str, int], classes: Mapping[str, Class], damaged
              'classes have another number of images than they should', '')]
 
 
-def sentences(found: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
+def sentences(problems: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
     """A sentence for each kind of problem with any names, from (text before, names, what they are, text after)."""
-    return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in found if names]
+    return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in problems if names]
 
 
 def left_over_files(pictures: Sequence[Picture], counts: Mapping[str, int], destination: str) -> list[str]:
@@ -304,16 +335,16 @@ def left_over_files(pictures: Sequence[Picture], counts: Mapping[str, int], dest
 def left_over_folders(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> list[str]:
     """Folders of another preparation beside our class folders, which would be taken for classes of this one."""
     parents = {os.path.dirname(name) for name in classes}
-    found = [f'{parent}/{name}' for parent in parents for name in subfolders(os.path.join(destination, parent))]
-    return sorted(set(found) - classes.keys() - counts.keys())
+    folders = {f'{parent}/{name}' for parent in parents for name in subfolders(os.path.join(destination, parent))}
+    return sorted(folders - classes.keys() - counts.keys())
 
 
 def megabytes(counts: Mapping[str, int], classes: Mapping[str, Class], destination: str) -> dict[str, float]:
     """The disk space of the class folders of each split."""
-    found = dict.fromkeys(SPLITS, 0.0)
+    sizes = dict.fromkeys(SPLITS, 0.0)
     for name in counts.keys() & classes.keys():
-        found[classes[name].split] += sum(entry.stat().st_size for entry in os.scandir(os.path.join(destination, name))) / 1e6
-    return found
+        sizes[classes[name].split] += sum(entry.stat().st_size for entry in os.scandir(os.path.join(destination, name))) / 1e6
+    return sizes
 
 
 def summary(counts: Mapping[str, int], classes: Mapping[str, Class], megabytes: Mapping[str, float], size: tuple[int, int]) -> str:
@@ -410,78 +441,19 @@ def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, f
     Raises:
         One of DAMAGE: it cannot be decoded, or the box lies outside the image.
     """
-    with Image.open(io.BytesIO(content), formats=formats) as image:
+    with open_image(io.BytesIO(content), formats) as image:
         image.load()
         if image.size == size and box is None and image.format in PREPARED_FORMATS:
             return content
         image_format = image.format if image.format in PREPARED_FORMATS else 'PNG'
         pixels = image.convert('RGB')
-    if box is not None:
-        left, upper = (max(0, round(edge)) for edge in box[:2])
-        right, lower = (min(side, round(edge)) for side, edge in zip(pixels.size, box[2:]))
-        if right <= left or lower <= upper:
-            raise ValueError('its box holds no pixel')
-        pixels = pixels.crop((left, upper, right, lower))
-    return encode(pixels if pixels.size == size else pixels.resize(size, Image.Resampling.LANCZOS), image_format)
-
-
-class Zip:
-    """A zip file whose members are read one by one and never unpacked, so that they cannot escape anywhere."""
-
-    def __init__(self, path: str):
-        """Raises SystemExit if it is missing or damaged."""
-        try:
-            require_regular_file(path)
-            self._file = zipfile.ZipFile(path)
-        except DAMAGE as error:
-            sys.exit(f'{path} is damaged ({reason(error)}); download it again')
-        self._lock = threading.Lock()
-
-    def names(self) -> list[str]:
-        """The paths of its files."""
-        return [name for name in self._file.namelist() if not name.endswith('/') and not name.startswith('__MACOSX/')]
-
-    def read(self, name: str) -> bytes:
-        """A member's content; raises one of DAMAGE."""
-        if self._file.getinfo(name).file_size > LARGEST_PICTURE:
-            raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
-        with self._lock, self._file.open(name) as file:
-            return file.read(LARGEST_PICTURE)
-
-
-def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yields the regular files in a tar file, each with the open archive; raises one of DAMAGE."""
-    require_regular_file(path)
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.size < 0:  # some versions of tarfile would loop forever
-                raise tarfile.ReadError('a member has a negative size')
-            if member.isreg():
-                yield member, archive
-
-
-def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
-    """Reads members of a tar file, found by their last component, into memory; nothing is unpacked.
-
-    Returns:
-        {name: bytes} of those that are there.
-
-    Raises:
-        SystemExit: the file is missing or damaged, or a member is larger than the limit in bytes.
-    """
-    found = {}
-    try:
-        for member, archive in tar_members(path):
-            name = member.name.rsplit('/', 1)[-1]
-            if name not in names or name in found:
-                continue
-            if member.size > limit:
-                sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
-                         'download it again')
-            found[name] = archive.extractfile(member).read()
-    except DAMAGE as error:
-        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
-    return found
+        if box is not None:
+            left, upper = (max(0, round(edge)) for edge in box[:2])
+            right, lower = (min(side, round(edge)) for side, edge in zip(pixels.size, box[2:]))
+            if right <= left or lower <= upper:
+                raise ValueError('its box holds no pixel')
+            pixels = pixels.crop((left, upper, right, lower))
+        return encode(pixels if pixels.size == size else pixels.resize(size, Image.Resampling.LANCZOS), image_format)
 
 
 def load_pickle(content: bytes, path: str) -> dict:

@@ -26,7 +26,7 @@ from runtime.jobs import train as training  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_environment', 'test_hostile_input',
-                 'test_download', 'test_files', 'test_hostile_preparation', 'test_image_sets', 'test_packed', 'test_resize_images', 'test_structure',
+                 'test_download', 'test_files', 'test_sources', 'test_hostile_preparation', 'test_image_sets', 'test_packed', 'test_resize_images', 'test_structure',
                  'test_tieredimagenet'}
 QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test_output_shapes', 'test_every_source_has_a_run',
                'test_refusal', 'test_nonsense_is_refused', 'test_labels_say_what_differs', 'test_bootstrap_covers',

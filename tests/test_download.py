@@ -166,7 +166,7 @@ def test_servers_that_give_the_file_in_the_end(behaviours, asked, get, server):
 def test_a_later_run_goes_on(get, server):
     files, said = get(break_off_at(100_000), *[break_off_at(100_000)] * 3)
     assert files == {'file.part': CONTENT[:100_000]}
-    assert 'broke off after 100,000 of 300,000 bytes, 3 times without anything new' in said and 'Run this again' in said
+    assert 'broke off after 100,000 of 300,000 bytes, 3 times without anything new' in said and 'Run the same command to resume' in said
     assert get() == (RIGHT, None) and server.requests[-1] == ('/file', 'bytes=100000-')
 
 
@@ -309,7 +309,7 @@ def test_ctrl_c_keeps_what_has_come(server, cifar_table, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
-    assert process.returncode == 130 and 'Interrupted. Run this again' in error and 'Traceback' not in error
+    assert process.returncode == 130 and 'Interrupted. Run the same command to resume' in error and 'Traceback' not in error
     assert part.read_bytes() == server.files['/cifar'][:download.size(part)]
 
 

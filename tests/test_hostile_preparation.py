@@ -337,7 +337,7 @@ def test_any_record_of_an_earlier_preparation(record, tmp_path):
     prepare(tmp_path)
     (tmp_path / '.prepared.json').write_bytes(record)
     prepare(tmp_path)
-    assert json.loads((tmp_path / '.prepared.json').read_text()) == {'recipe': '', 'complete': True}
+    assert json.loads((tmp_path / '.prepared.json').read_text()) == {'recipe': '', 'source': [], 'complete': True}
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -353,7 +353,7 @@ def test_ctrl_c_before_anything_is_written(name, tmp_path):
     for part in 'images_background', 'images_evaluation':
         (tmp_path / part).mkdir()
     process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
-    assert process.returncode == 130 and process.stderr == 'Interrupted. Run this again: it goes on where it stopped.\n'
+    assert process.returncode == 130 and process.stderr == 'Interrupted. Run the same command to resume.\n'
 
 
 def test_little_memory_and_unreadable_files_are_sentences():

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from data import preparation
+from data import archives, preparation
 from data_generator import SOURCES
 
 SPLITS = ('train', 'val', 'test')
@@ -285,7 +285,7 @@ def test_a_member_with_wrong_content_is_named(download, tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    assert 'holds neither images.zip, nor a folder images' in refusal('miniImagenet', '--source', tmp_path)
+    assert 'holds neither images.zip nor a folder images' in refusal('miniImagenet', '--source', tmp_path)
     assert 'holds neither cifar-100-python.tar.gz nor' in refusal('cifarfs', '--source', tmp_path / 'nowhere')
 
 
@@ -424,7 +424,7 @@ def test_damaged_tar_files(tmp_path, end):
 def test_members_that_are_too_large_are_not_read(tmp_path):
     folder = write_cifar(tmp_path / 'cifar100', {'train': b'0' * 2 ** 21})
     with pytest.raises(SystemExit, match='train in .* would unpack to 2 MB'):
-        preparation.read_tar_members(folder / 'cifar-100-python.tar.gz', ['train'], limit=2 ** 20)
+        archives.read_tar_members(folder / 'cifar-100-python.tar.gz', ['train'], limit=2 ** 20)
 
 
 # Interruptions
@@ -470,7 +470,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         replace(source, destination)
 
     monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(SystemExit, match='No space left on device.*run this again: it goes on where it stopped'):
+    with pytest.raises(SystemExit, match='No space left on device.*run the same command to resume'):
         preparation.prepare(pictures, classes, (84, 84), args)
     monkeypatch.undo()
     files = tree(tmp_path)

@@ -15,12 +15,13 @@ It writes data/miniImagenet/{train,val,test}/<label>/, 84x84 pixels. Images of t
 are resized with a Lanczos filter (JPEG at quality 95). It may be interrupted and run again. The classes of each split are in
 data/miniImagenet/classes.csv.
 """
+import argparse
 import collections
 import csv
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -28,10 +29,10 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
+from data.archives import open_archive  # noqa: E402
 from data.preparation import (  # noqa: E402
     Class,
     Picture,
-    Zip,
     arguments,
     encode,
     fit,
@@ -40,7 +41,6 @@ from data.preparation import (  # noqa: E402
     prepare,
     read_classes,
     read_part,
-    read_picture,
     run_script,
 )
 from runtime.datasets.tasks import SPLITS  # noqa: E402
@@ -50,17 +50,20 @@ SIZE = (84, 84)
 IMAGES_PER_CLASS = 600
 IMAGE = re.compile(r'\.(jpe?g|png)$', re.IGNORECASE)
 CLASS = re.compile(r'n\d{8}')
-Found = tuple[list[Picture], Mapping[tuple[str, str], int], list[str]]  # see from_images
+Contents = tuple[list[Picture], Mapping[tuple[str, str], int], list[str], list[str]]  # see from_images
 
 
-def from_images(source: str) -> Found:
+def from_images(args: argparse.Namespace) -> Contents:
     """Pictures from images.zip or images/, by the csv files or else by names.
 
     Returns:
-        [Picture], {(split, class): expected images}, names of missing images.
+        [Picture], {(split, class): expected images}, names of missing images, and the paths of what was read.
     """
-    files = find_images(source)
-    rows, expected = wanted_rows(source, files)
+    archive = open_archive(args, 'images.zip', 'images')
+    files = sorted(name for name in archive.names() if IMAGE.search(name) and is_plain_name(name.rsplit('/', 1)[-1]))
+    if not files:
+        sys.exit(f'there are no images in {archive.path}')
+    rows, expected, lists = expected_rows(args.source, files)
     index, pictures, absent, label_of = by_last_components(files), [], [], {}
     known = {label for _, label in class_list()}  # `prepare` complains of others
     for split, name, label in rows:
@@ -70,19 +73,19 @@ def from_images(source: str) -> Found:
         elif label in known and label_of.setdefault(path, label) != label:
             sys.exit(f'the csv files name {path} as an image of the class {label_of[path]} and of {label}; remove one line')
         else:
-            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda read=files[path]: fit(read(), SIZE)))
+            pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda path=path: fit(archive.read(path), SIZE)))
     if not pictures:
-        sys.exit(f'none of the {len(rows)} images that the csv files in {source} name is among its images')
-    return pictures, expected, absent
+        sys.exit(f'none of the {len(rows)} images that the csv files in {args.source} name is among its images')
+    return pictures, expected, absent, [archive.path, *lists]
 
 
-def wanted_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, str, str]], Mapping[tuple[str, str], int]]:
-    """[(split, image, label)] of the csv files, or else of the names of images, and {(split, class): expected images}."""
+def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, str, str]], Mapping[tuple[str, str], int], list[str]]:
+    """[(split, image, label)] of the csv files, or else of the names of images; {(split, class): expected images}; the csv files."""
     lists = {split: os.path.join(source, split + '.csv') for split in SPLITS}
     missing = [path for path in lists.values() if not os.path.exists(path)]
     if missing:
         print(f'{missing[0]} is not there: classes are taken from the names of images and folders')
-        return rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS)
+        return rows_from_names(files), dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
     rows = [(split, *row) for split, path in lists.items() for row in read_rows(path)]
     check_rows(rows)
     expected = collections.Counter((split, label) for split, _, label in rows)
@@ -90,26 +93,7 @@ def wanted_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, str,
     if few:
         (split, label), count = min(few.items())
         print(f'The csv files list {count} images of {split}/{label}; the whole of MiniImagenet has {IMAGES_PER_CLASS}')
-    return rows, expected
-
-
-def find_images(source: str) -> dict[str, Callable[[], bytes]]:
-    """{path within images.zip or images/: function that returns the file's content}."""
-    folder, archive = os.path.join(source, 'images'), os.path.join(source, 'images.zip')
-    if os.path.isdir(folder):
-        paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-        readers = {os.path.relpath(path, folder).replace(os.sep, '/'): lambda path=path: read_picture(path) for path in paths}
-    elif os.path.exists(archive):
-        members = Zip(archive)
-        readers = {name: lambda name=name: members.read(name) for name in members.names()}
-    else:
-        sys.exit(f'{source} holds neither images.zip, nor a folder images, nor mini-imagenet-cache-train.pkl; put one of '
-                 'them there, or name its folder with --source')
-    readers = {name: read for name, read in sorted(readers.items())
-               if IMAGE.search(name) and is_plain_name(name.rsplit('/', 1)[-1])}
-    if not readers:
-        sys.exit(f'there are no images in {folder if os.path.isdir(folder) else archive}')
-    return readers
+    return rows, expected, list(lists.values())
 
 
 def by_last_components(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -186,18 +170,19 @@ def find_pickle(source: str, split: str) -> str | None:
     return next((path for path in (os.path.join(source, name) for name in names) if os.path.exists(path)), None)
 
 
-def from_pickles(source: str) -> Found:
+def from_pickles(args: argparse.Namespace) -> Contents:
     """Pictures from the three cached pickles; returns as `from_images`."""
-    pictures = []
+    pictures, paths = [], []
     for split in SPLITS:
-        path = find_pickle(source, split)
+        path = find_pickle(args.source, split)
         if path is None:
-            sys.exit(f'{os.path.join(source, f"mini-imagenet-cache-{split}.pkl")} is missing')
+            sys.exit(f'{os.path.join(args.source, f"mini-imagenet-cache-{split}.pkl")} is missing')
+        paths.append(path)
         images, members = read_pickle(path)
         pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png',
                              lambda image=images[index]: encode(Image.fromarray(image)))
                      for label, indices in sorted(members.items()) for number, index in enumerate(indices)]
-    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), []
+    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), [], paths
 
 
 def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:
@@ -231,10 +216,10 @@ def main() -> None:
     download.fetch('miniimagenet', args)
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
     has_pickles = any(find_pickle(args.source, split) for split in SPLITS)
-    pictures, expected, absent = (from_pickles if has_pickles and not has_images else from_images)(args.source)
+    pictures, expected, absent, inputs = (from_pickles if has_pickles and not has_images else from_images)(args)
     classes = {f'{split}/{label}': Class(split, expected.get((split, label), IMAGES_PER_CLASS))
                for split, label in class_list()}
-    prepare(pictures, classes, SIZE, args, inputs=[os.path.join(args.source, 'images')], absent=absent)
+    prepare(pictures, classes, SIZE, args, inputs=inputs, absent=absent)
 
 
 if __name__ == '__main__':

@@ -13,62 +13,42 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download  # noqa: E402
+from data.archives import Folder, Tar, Zip, open_archive  # noqa: E402
 from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
     Picture,
-    Zip,
     arguments,
     encode,
     is_plain_name,
     prepare,
     read_classes,
-    read_picture,
     run_script,
 )
+from runtime.datasets.images import open_image  # noqa: E402
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)
 DRAWING = re.compile(r'(?P<name>[^/.][^/]*/character\d+/\d+_\d+\.png)$')
 
 
-def find_drawings(source: str) -> dict[str, Callable[[], bytes]]:
-    """Every drawing in the source, archive or folder; ignores other files.
-
-    Args:
-        source: the folder that holds images_background and images_evaluation, each as a folder or as a .zip file.
-
-    Returns:
-        {'<alphabet>/<character>/<drawing>.png': function that returns the content of the original}
-    """
-    drawings = {}
-    for part in PARTS:
-        folder, archive = os.path.join(source, part), os.path.join(source, part + '.zip')
-        if os.path.isdir(folder):
-            paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-            found = {path.replace(os.sep, '/'): lambda path=path: read_picture(path) for path in paths}
-        elif os.path.exists(archive):
-            members = Zip(archive)
-            found = {name: lambda name=name, members=members: members.read(name) for name in members.names()}
-        else:
-            sys.exit(f'{source} holds neither {part}.zip nor a folder {part}; put the Omniglot archives there, '
-                     'or name their folder with --source')
-        matches = [(DRAWING.search(path), read) for path, read in found.items()]
-        drawings.update({match['name']: read for match, read in matches
-                         if match and all(map(is_plain_name, match['name'].split('/')))})
-    return drawings
+def find_drawings(archives: Sequence[Folder | Tar | Zip], antialias: bool) -> list[Picture]:
+    """Every drawing in the archives or folders, sorted by name; ignores other files."""
+    matches = [(match['name'], archive, name) for archive in archives for name in archive.names() if (match := DRAWING.search(name))]
+    return [Picture(drawing, lambda archive=archive, name=name: resize(archive.read(name), antialias))
+            for drawing, archive, name in sorted(matches, key=lambda match: match[0]) if all(map(is_plain_name, drawing.split('/')))]
 
 
 def resize(original: bytes, antialias: bool) -> bytes:
     """The content of a drawing's small PNG file, from that of the original."""
-    with Image.open(io.BytesIO(original), formats=PREPARED_FORMATS) as image:
+    with open_image(io.BytesIO(original), PREPARED_FORMATS) as image:
         return encode(image.convert('L' if antialias else '1').resize(SIZE, Image.Resampling.LANCZOS))
 
 
@@ -83,11 +63,10 @@ def main() -> None:
     parser.add_argument('--antialias', action='store_true', help='grey images, filtered (unlike the reference)')
     args = parser.parse_args()
     download.fetch('omniglot', args)
-    pictures = [Picture(name, lambda read=read: resize(read(), args.antialias))
-                for name, read in sorted(find_drawings(args.source).items())]
+    archives = [open_archive(args, part + '.zip', part) for part in PARTS]
     classes = {row['class']: Class(row['split'], images=20) for row in read_classes(os.path.join(HERE, 'splits.csv'))}
-    prepare(pictures, classes, SIZE, args, recipe=f'antialias={args.antialias}', describe=describe,
-            inputs=[os.path.join(args.source, part) for part in PARTS])
+    prepare(find_drawings(archives, args.antialias), classes, SIZE, args, recipe=f'antialias={args.antialias}', describe=describe,
+            inputs=[archive.path for archive in archives])
 
 
 if __name__ == '__main__':

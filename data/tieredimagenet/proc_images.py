@@ -46,6 +46,7 @@ from data.preparation import (  # noqa: E402
     run_script,
 )
 from runtime.datasets.arrays import map_array  # noqa: E402
+from runtime.datasets.images import open_image  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
 from runtime.system.files import require_regular_file  # noqa: E402
 
@@ -57,9 +58,9 @@ Lists = dict[str, ImageList]   # by class
 
 def decode(content: bytes) -> np.ndarray:
     """An image file as uint8 [84, 84, 3], resized if it is of another size; raises one of DAMAGE."""
-    with Image.open(io.BytesIO(content), formats=PREPARED_FORMATS) as image:
+    with open_image(io.BytesIO(content), PREPARED_FORMATS) as image:
         pixels = image.convert('RGB')
-    return np.asarray(pixels if pixels.size == SHAPE[:2] else pixels.resize(SHAPE[:2], Image.Resampling.LANCZOS))
+        return np.asarray(pixels if pixels.size == SHAPE[:2] else pixels.resize(SHAPE[:2], Image.Resampling.LANCZOS))
 
 
 # Each of these returns {class: ImageList} of a split, or None where the source has nothing of its kind.
@@ -129,15 +130,15 @@ def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, li
     hostile = [name for name in names if not is_plain_name(name)]
     if hostile:
         sys.exit(f'{path} names a class {hostile[0][:50]!r}, which cannot be the name of a folder; download it again')
-    found = collections.defaultdict(list)
+    indices = collections.defaultdict(list)
     for index, label in enumerate(labels):
-        found[wnids.get(names[label], names[label])].append(index)
-    return found
+        indices[wnids.get(names[label], names[label])].append(index)
+    return indices
 
 
 def from_folders(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of images in <split>/<wnid>/, train/<wnid>/ (of ILSVRC2012) or <wnid>/."""
-    found = {}
+    images = {}
     for row in [row for row in rows if row['split'] == split]:
         folders = [os.path.join(source, *parts, row['class']) for parts in ([split], ['train'], [])]
         lists = [sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
@@ -145,8 +146,14 @@ def from_folders(source: str, split: str, rows: Rows, args: argparse.Namespace) 
         if lists:
             # ILSVRC2012's own val, sorted into folders, has 50 pictures of each class, which are none of tieredImageNet.
             paths = next((paths for paths in lists if len(paths) == int(row['images'])), max(lists, key=len))
-            found[row['class']] = ImageList(len(paths), lambda number, paths=paths: decode(read_picture(paths[number])))
-    return found or None
+            images[row['class']] = ImageList(len(paths), lambda number, paths=paths: decode(read_picture(paths[number])))
+    return images or None
+
+
+def existing_inputs(source: str) -> list[str]:
+    """The paths of the files and folders that the above read."""
+    names = [split + end for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
+    return [path for path in (os.path.join(source, name) for name in names) if os.path.exists(path)]
 
 
 def main() -> None:
@@ -158,14 +165,14 @@ def main() -> None:
     rows = read_classes(os.path.join(HERE, 'classes.csv'))
     lists = {}
     for split in SPLITS:
-        found = (from_pickle(args.source, split, rows, args) or from_npz(args.source, split, rows, args)
+        images = (from_pickle(args.source, split, rows, args) or from_npz(args.source, split, rows, args)
                  or from_folders(args.source, split, rows, args) or {})
-        lists |= {f'{split}/{name}': images for name, images in found.items() if images.count}
+        lists |= {f'{split}/{name}': of_class for name, of_class in images.items() if of_class.count}
     if not lists:
         sys.exit(f'{args.source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
                  'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')
     pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
-         recipe=f'channels={args.channels}', inputs=[os.path.join(args.source, split) for split in SPLITS])
+         recipe=f'channels={args.channels}', inputs=existing_inputs(args.source))
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 """Finding image files in a folder and decoding them."""
+import contextlib
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +16,9 @@ from runtime.system.errors import UserError
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
 SHOWN_BAD_IMAGES = 100  # named in a message
+LARGE_PIXELS = 2 ** 22  # images of more pixels are decoded one at a time
+_large_image = threading.Lock()
+Image.core.set_block_size(2 ** 26)  # bytes of Pillow's allocations: malloc returns ones of this size when they are freed
 
 # Pillow refuses to decode images of more than 179 million pixels, and warns from half of that on: here both are refused.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -89,6 +94,16 @@ def is_broken(entry: os.DirEntry) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
+@contextlib.contextmanager
+def open_image(file: str | BinaryIO, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Opens an image, to be decoded within this context. Of large images only one is open at a time, so that the memory that
+    several threads need does not grow with their number.
+    """
+    with Image.open(file, formats=formats) as image:
+        with _large_image if math.prod(image.size) > LARGE_PIXELS else contextlib.nullcontext():
+            yield image
+
+
 def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resize: bool, hint: str,
                   progress_label: str) -> Iterator[np.ndarray]:
     """Decodes image files on all cores, to grey for one channel and to RGB for three.
@@ -111,20 +126,20 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
 
     def decode(path):
         try:
-            with Image.open(path, formats=formats) as image:
+            with open_image(path, formats) as image:
                 file_format = image.format
-                image = _on_white(ImageOps.exif_transpose(image)) if resize else image
+                image = _on_white(ImageOps.exif_transpose(_with_scaled_transparency(image))) if resize else image
                 size, pixels = image.size, _eight_bits(image, file_format).convert('L' if channels == 1 else 'RGB')
+                if resize and size != (width, height):
+                    size, pixels = (width, height), pixels.resize((width, height), Image.Resampling.LANCZOS)
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises almost any exception on damaged images
             bad.append((path, f'cannot be read as an image ({error})'))
             return None
         if size != (width, height):
-            if not resize:
-                bad.append((path, f'is {size[0]}x{size[1]} pixels, not {width}x{height}'))
-                return None
-            pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+            bad.append((path, f'is {size[0]}x{size[1]} pixels, not {width}x{height}'))
+            return None
         return np.asarray(pixels).reshape(image_shape)
 
     per_chunk, bad = max(1, CHUNK_BYTES // math.prod(image_shape)), []
@@ -137,6 +152,14 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
                 yield np.stack(chunk)
     if bad:
         raise BadImages(sorted(bad), hint)
+
+
+def _with_scaled_transparency(image):
+    """An opened image. Of grey PNG files of 2 or 4 bits Pillow scales the pixels to 8 bits, but not the transparent grey."""
+    scale = {'L;2': 85, 'L;4': 17}.get(image.tile[0][3]) if image.format == 'PNG' and image.tile else None
+    if scale and 'transparency' in image.info:
+        image.info['transparency'] *= scale
+    return image
 
 
 def _on_white(image):
