@@ -1,4 +1,23 @@
-"""Model-Agnostic Meta-Learning for regression and few-shot image classification.
+"""The command line: usage, flags, and which part of the program does what they ask for."""
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from absl import flags as absl_flags
+
+from data_generator import SOURCES
+from runtime.cli import rules, workers
+from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, removed, string, strings
+from runtime.cli.methods import PRESETS
+from runtime.cli.run import Evaluation, Run, Training
+from runtime.cli.startup import run_and_data
+from runtime.system import console
+from runtime.system.errors import UserError, first_line
+from runtime.system.interruption import TERMINATION_SIGNALS
+
+USAGE = """Model-Agnostic Meta-Learning for regression and few-shot image classification.
 
 Usage:
 
@@ -34,93 +53,76 @@ Usage:
   --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
   Regression on functions needs no data; prepare the other data sets first: see docs/data.md.
 """
-import os
-import signal
-import sys
-from types import FrameType
-from typing import Any, NoReturn
-
-from absl import flags as absl_flags
-
-from data_generator import SOURCES
-from runtime.cli import rules, workers
-from runtime.cli.flags import FLAGS, Learning, boolean, choice, group, help_text, names, number, parse, real, string, strings
-from runtime.cli.methods import PRESETS
-from runtime.cli.run import Run
-from runtime.cli.startup import run_and_data
-from runtime.system import console
-from runtime.system.errors import UserError, first_line
-from runtime.system.interruption import ENDING
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'))
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
-       'meta-training (sinusoid only)', Learning(label='{}', network='regression'))
+       'meta-training (sinusoid only)', Learning(label='{}', network='numbers'))
 string('data_path', None, 'folder of the data, if not the one under data/; for --datasource=folder your own, with folders '
        'train, val and test, each with one folder of images per class, or class folders only; for --datasource=table folders train, '
-       'val and test, each with one csv file per task, or per class')
+       'val and test, each with one csv file per task, or per class', only='files')
 string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, '
-       'each csv file is a class (--datasource=table)', Learning('.targets{}', network='tables'))
+       'each csv file is a class (--datasource=table)', Learning('.targets{}', network='tables'), only='tables')
 number('image_size', 84, 'side, in pixels, to which your own images are resized (--datasource=folder)', 1,
-       Learning('.size{}', network='user images'))
+       Learning('.size{}', network='user images'), only='user images')
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
-       Learning(label='.channels{}', network='user images'))
+       Learning('.channels{}', network='user images'), only='user images')
 boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
-        '(--datasource=folder)', Learning(label='.rotations'))
-string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet; the '
-       'result is written to splits.csv among them (--datasource=folder)', Learning(label='.split{}'))
-boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size')
-boolean('verify', False, 'compare the checksums of decoded images at start-up; False: only the sizes and times of their files')
+        '(--datasource=folder)', Learning('.rotations'), only='user images')
+string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet, and this is '
+       'recorded in splits.csv (--datasource=folder)', Learning('.split{}'), only='user images')
+boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size', only='images')
+boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times of files', only='images')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
-number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning(label='.seed{}'))
+number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning('.seed{}'))
 number('test_seed', 0, "seed of an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of the outer loop', Learning(label='.metalr{}'), at_least=0)
+real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), at_least=0)
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
-boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning(label='stopgrad'))
+boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
-       "'body': all other layers", Learning(label='.inner{}'))
-boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning(label='.adaptnorm'))
-boolean('norm_scale', False, 'batch norm has a scale', Learning(label='.normscale'))
-boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning(label='.normperstep'))
+       "'body': all other layers", Learning('.inner{}'))
+boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
+boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
+boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
-       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning(label='.learnlr{}'))
-boolean('mean_loss', False, 'divide the cross-entropy by rows; False: by shots, as the reference does', Learning('.meanloss'))
+       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'))
+boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: 'batch': their "
        "own, so that outputs depend on the other query examples (transductive, as the paper's); 'support': those of the support "
        "examples, each query example by itself, the default of --predict; 'each': those of the support examples and the one query "
-       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning(label='.querynorm{}'))
+       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning('.querynorm{}'))
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
-number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning(label='.fo{}'))
+number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'))
 choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'))
-real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning(label='.final{}'))
-choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning(label='.{}'))
-number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning(label='.every{}'))
+real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'))
+choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'))
+number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'))
 choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the "
-       'difference between adapted and shared weights, without query examples', Learning(label='.{}'))
+       'difference between adapted and shared weights, without query examples', Learning('.{}'))
 choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: second "
-       'moments carry over from task to task', Learning(label='.inner{}'))
-number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning(label='.batch{}'))
+       'moments carry over from task to task', Learning('.inner{}'))
+number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'))
 number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1)
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
-       Learning(label={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
-number('num_filters', 64, 'filters of each convolution (paper: 32 for miniImagenet)', 1, Learning('hidden{}', 'convolutions'))
+       Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
+number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, Learning('hidden{}', 'convolutions'), only='images')
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
-        Learning(label='maxpool', network='convolutions'))
+        Learning('maxpool', 'convolutions'), only='images')
 string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '
-       'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'))
+       'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
 choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core, as many at once as there are cores; "
        "'vmap': all tasks in one graph ('tasks' and 'wide', their earlier names, are accepted); auto: vmap for fully connected networks "
@@ -142,46 +144,46 @@ boolean('train', True, 'train; False: evaluate')
 string('load_from', None, "prefix of a checkpoint, of this program or of the reference, whose weights are evaluated, or from "
        'which training starts if there is nothing to resume')
 number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', -1)
-boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation')
+boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
 boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1)
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1, only='evaluation')
 strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
 strings('across', 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
         'tasks of all sources on which they were evaluated')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
-       "for each run and number of updates, or evaluation; 'latex': a tabular environment")
+       "for each run and number of updates, or evaluation; 'latex': a tabular environment", only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
-number('train_num_classes', -1, 'N that the model was trained with, if not --num_classes; at least as large', -1)
-number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size', -1)
-real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr')
-number('train_inner_batch', -1, 'inner batch that the model was trained with, if not --inner_batch', -1)
-choice('train_query_norm', 'batch', ['batch', 'support', 'each'], 'the --query_norm that the model was trained with')
-choice('train_datasource', None, SOURCES, 'source of images that the model was trained on, if not --datasource')
-boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on')
+number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
+real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
+boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on',
+        only='transfer')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
-        'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv')
-string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer')
-string('query_dir', None, 'folder of images to classify')
-string('support_csv', None, "--datasource=table: rows to adapt to, with the columns of the training, and a column class if it had no --targets")
-string('query_csv', None, '--datasource=table: rows to predict for')
+        'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
+string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer',
+       only=('images', 'prediction'))
+string('query_dir', None, 'folder of images to classify', only=('images', 'prediction'))
+string('support_csv', None, 'rows to adapt to, with the columns of the training, and a column class if it had no --targets',
+       only=('tables', 'prediction'))
+string('query_csv', None, 'rows to predict for', only=('tables', 'prediction'))
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
+removed('train_num_classes train_inner_batch train_query_norm train_datasource',
+        'write --run=DIR, which knows what the model was trained with, and the flag without train_ for the evaluation')
 
 
-def compare(rest: list[str]) -> None:
-    """Prints a comparison of the folders after --compare or --across, and `rest`."""
-    rules.check_comparison(FLAGS, names())
-    if FLAGS.across is not None:
+def compare(values: dict[str, Any], folders: list[str]) -> None:
+    """Prints a comparison of the folders after --compare or --across, and of those that follow."""
+    if values['across'] is not None:
         from runtime.results.across import across as action
     else:
         from runtime.results.compare import compare as action
-    print(action([*(FLAGS.across or FLAGS.compare), *rest], FLAGS.plot, FLAGS.format, FLAGS.plot_format))
+    print(action([*(values['across'] or values['compare']), *folders], values['plot'], values['format'], values['plot_format']))
 
 
 def execute(run: Run, data: Any) -> None:
@@ -190,9 +192,9 @@ def execute(run: Run, data: Any) -> None:
     if not run.replicas.chief:
         sys.stdout = open(os.devnull, 'w')  # only the chief prints
     try:
-        if run.mode == 'train':
+        if isinstance(run, Training):
             from runtime.jobs.train import train as action
-        elif run.mode == 'evaluate':
+        elif isinstance(run, Evaluation):
             from runtime.jobs.evaluate import evaluate as action
         else:
             from runtime.jobs.predict import predict as action
@@ -202,21 +204,22 @@ def execute(run: Run, data: Any) -> None:
     except OpError as error:
         if run.replicas.workers == 1:
             raise
-        hint = ' to continue from the newest checkpoint' if run.mode == 'train' else ''
+        hint = ' to continue from the newest checkpoint' if isinstance(run, Training) else ''
         raise UserError('another worker has stopped, see what it printed; start all workers again' + hint) from error
 
 
 def main(argv: list[str]) -> None:
     """What the command line asks for. Raises UserError or absl.flags.Error, each with one sentence, for what is wrong with it."""
-    rest = parse(argv)
-    if FLAGS.help:
-        print(help_text(__doc__))
+    line = parse(argv)
+    if line.values['help']:
+        print(help_text(USAGE))
         return
-    rules.check_paths(FLAGS)
-    if FLAGS.compare is not None or FLAGS.across is not None:
-        compare(rest)
+    rules.check_paths(line.values)
+    if line.values['compare'] is None and line.values['across'] is None:
+        execute(*run_and_data(line))
     else:
-        execute(*run_and_data(rest))
+        rules.check_comparison(line)
+        compare(line.values, line.rest)
 
 
 def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -226,7 +229,7 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 
 if __name__ == '__main__':
     console.protect()
-    for ending in ENDING:
+    for ending in TERMINATION_SIGNALS:
         if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(ending, stop)
     try:

@@ -177,13 +177,10 @@ class RunFlags(Target):
 
     def read(self, content: bytes) -> None:
         import main
+        from runtime.cli.request import resolve
         from runtime.cli.rules import check_flags
-        from runtime.cli.run import apply_run
         self.path('run.flags', content)
-        main.FLAGS.unparse_flags()
-        main.parse(['main.py', f'--run={self.folder}', '--train=False'])
-        apply_run(main.FLAGS)
-        check_flags(main.FLAGS)
+        check_flags(resolve(main.parse(['main.py', f'--run={self.folder}', '--train=False'])))
 
 
 class FlagFiles(Target):
@@ -194,15 +191,15 @@ class FlagFiles(Target):
         from absl import flags
 
         import main
+        from runtime.cli.request import resolve
         from runtime.cli.rules import check_flags
-        from runtime.cli.run import data_from_flags
+        from runtime.cli.run_data import source_and_tasks
         if any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
             return
-        main.FLAGS.unparse_flags()
         try:
-            main.parse(['main.py', f'--flagfile={self.path("x.flags", content)}'])
-            check_flags(main.FLAGS)
-            data_from_flags(main.FLAGS)
+            request = resolve(main.parse(['main.py', f'--flagfile={self.path("x.flags", content)}']))
+            check_flags(request)
+            source_and_tasks(request)
         except flags.Error as error:
             raise SystemExit(str(error)) from error
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import filelock
-from absl.flags import FlagValues
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -38,8 +37,9 @@ import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
-from runtime.cli.methods import apply_method  # noqa: E402
-from runtime.cli.run import data_from_flags, experiment_name, headline_updates, missing_classes  # noqa: E402
+from runtime.cli.request import Request, resolve  # noqa: E402
+from runtime.cli.run import headline_updates  # noqa: E402
+from runtime.cli.run_data import missing_classes, source_and_tasks  # noqa: E402
 from runtime.datasets.tasks import TaskConfig  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store as results  # noqa: E402
@@ -107,7 +107,7 @@ ROWS = [
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
-        '--update_batch_size=1', '--train_update_batch_size=15', '--inner_batch=5', '--train_inner_batch=10')),
+        '--update_batch_size=1', '--inner_batch=5')),
     *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}', '--logdir=logs/sine_seeds/'))
       for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 5-shot', '99.9 ± 0.1 (MAML)', peer='99.23 ± 0.40 (PaddleFSL)', flags=(
@@ -137,27 +137,22 @@ class State(NamedTuple):
     inner: tuple            # of these: step size, support rows of a step, number of updates
 
 
-def parse(arguments: list[str]) -> FlagValues:
-    """The flags after a command line."""
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', *arguments])
-    apply_method(main.FLAGS)
-    return main.FLAGS
+def request_of(arguments: list[str]) -> Request:
+    """What a command line asks for."""
+    return resolve(main.parse(['main.py', *arguments]))
 
 
 def state_of(row: Row) -> State:
     """Reads it from the row's directory."""
-    values = parse([*row.arguments, *row.evaluation, *EVALUATION])
-    _, tasks = data_from_flags(values)
-    inner = values.update_lr, values.inner_batch, headline_updates(values.num_updates, values.test_updates)
-    values = parse(row.arguments)
-    directory = os.path.join(values.logdir, experiment_name(values, pretrain_only=False))
-    missing = missing_classes(values, 'train')
+    evaluation, training = request_of([*row.arguments, *row.evaluation, *EVALUATION]), request_of(row.arguments)
+    _, tasks = source_and_tasks(evaluation)
+    inner = evaluation.update_lr, evaluation.inner_batch, headline_updates(evaluation)
+    directory, missing = training.directory, missing_classes(training, 'train')
     there = checkpoints.iterations(directory)
     record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
-    return State(directory, values.metatrain_iterations, record['iteration'], ranking, missing, values.ensemble, tasks, inner)
+    return State(directory, training.metatrain_iterations, record['iteration'], ranking, missing, training.ensemble, tasks, inner)
 
 
 def lowest_priority() -> None:
@@ -244,6 +239,11 @@ def train(row: Row, state: State, until: int) -> None:
         sys.exit(f'the training of {row.name} ended with status {status}; start this again to continue')
 
 
+def evaluation_of(row: Row, state: State) -> list[str]:
+    """The flags of a row's evaluations."""
+    return [f'--run={state.directory}', *row.evaluation, *EVALUATION]
+
+
 def evaluate(row: Row, state: State) -> None:
     """Evaluates the newest and the best checkpoint on meta-test, and the ensemble if the method has one, unless results.json has them."""
     wanted = {'newest': (state.newest, ['--ensemble=1'])}
@@ -252,7 +252,7 @@ def evaluate(row: Row, state: State) -> None:
     if len(state.ranking) >= state.ensemble > 1:
         wanted['ensemble'] = state.ranking[:state.ensemble], []
     for what, (of, more) in wanted.items():
-        if of not in evaluated(state).values() and run([*row.arguments, *row.evaluation, *EVALUATION, *more]):
+        if of not in evaluated(state).values() and run([*evaluation_of(row, state), *more]):
             sys.exit(f'the evaluation of {row.name} ({what}) failed')
 
 
@@ -296,7 +296,7 @@ def scores(entry: dict) -> str:
 def commands(row: Row, state: State) -> str:
     """Text: the commands that train and evaluate a row."""
     return '\n'.join([f'# {row.title}', ' '.join(['python main.py', *row.arguments]),
-                      ' '.join([f'python main.py --run={state.directory}', *row.evaluation, *EVALUATION])])
+                      ' '.join(['python main.py', *evaluation_of(row, state)])])
 
 
 def write_table() -> None:

@@ -31,7 +31,10 @@ import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
-from runtime.cli.run import FLAG_FILE, apply_run, missing_classes  # noqa: E402
+from runtime.cli.flags import default, names  # noqa: E402
+from runtime.cli.request import resolve  # noqa: E402
+from runtime.cli.run_data import missing_classes  # noqa: E402
+from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store as results  # noqa: E402
@@ -52,19 +55,17 @@ def flags_of(evaluation: Evaluation) -> list[str]:
     """The flags that repeat an evaluation with --run: those that are not at their defaults, or that the run has otherwise."""
     with open(os.path.join(evaluation.directory, FLAG_FILE), encoding='utf-8') as file:
         described = {line.removeprefix('--').partition('=')[0] for line in file}
-    values = {name: value for name, value in evaluation.entry['flags'].items() if name in main.FLAGS and name not in PLACES}
+    values = {name: value for name, value in evaluation.entry['flags'].items() if name in names() and name not in PLACES}
     which = [] if 'ensemble' in evaluation.entry else [f'--test_iter={evaluation.entry["iterations"]}']
     return [f'--{name}={value}' for name, value in values.items()
-            if value is not None and (value != main.FLAGS[name].default or name in described)] + [
+            if value is not None and (value != default(name) or name in described)] + [
         f'--query_norm={evaluation.entry["query_norm"]}', '--log=False', *which]
 
 
 def missing_data(evaluation: Evaluation, flags: list[str]) -> str:
     """'', or why the images of an evaluation cannot be used."""
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', f'--run={evaluation.directory}', *flags])
-    apply_run(main.FLAGS)
-    return missing_classes(main.FLAGS, 'test' if main.FLAGS.test_set else 'val')
+    request = resolve(main.parse(['main.py', f'--run={evaluation.directory}', *flags]))
+    return missing_classes(request, 'test' if request.test_set else 'val')
 
 
 def evaluate_again(evaluation: Evaluation, flags: list[str]) -> dict:
@@ -181,7 +182,7 @@ def pack_run(directory: str, destination: str) -> None:
 def refuse_absolute_paths(directory: str, entries: dict[str, dict]) -> None:
     """Raises UserError if evaluations of a run name files by absolute paths."""
     for name, entry in entries.items():
-        given = [value for flag, value in entry.get('flags', {}).items() if flag in main.FLAGS and value != main.FLAGS[flag].default]
+        given = [value for flag, value in entry.get('flags', {}).items() if value != default(flag)]
         absolute = [path for path in (entry['checkpoint'], *given) if isinstance(path, str) and os.path.isabs(path)]
         if absolute:
             raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '

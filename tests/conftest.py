@@ -14,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'benchmarks')]
 
 import main  # noqa: E402
+from runtime.cli import flags as program_flags  # noqa: E402
 from runtime.cli import startup  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
@@ -50,7 +51,6 @@ def run_process(*arguments, cwd=ROOT):
 
 def run_main(*arguments):
     """Runs main.py's main in this process, which saves the seconds that TensorFlow takes to start."""
-    main.FLAGS.unparse_flags()
     main.main(['main.py', *arguments])
 
 
@@ -111,7 +111,7 @@ def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
     monkeypatch.setattr(training, 'VALIDATION_TASKS', 10)
     monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
-    monkeypatch.setattr(main.FLAGS['num_test_tasks'], 'default', 40)
+    monkeypatch.setattr(program_flags.FLAGS['num_test_tasks'], 'default', 40)
 
 
 @pytest.fixture(scope='session')

@@ -96,21 +96,19 @@ def test_both_norms_in_one_table(trained):
 
 def test_other_ways_and_shots(trained):
     flags, directory = trained
-    output = run_ok(*flags, '--train=False', '--num_classes=3', '--train_num_classes=5')
+    evaluation = [f'--run={directory}', '--train=False', '--num_test_tasks=10']
+    output = run_ok(*evaluation, '--num_classes=3')
     assert '3-way 1-shot omniglot' in output and (directory / 'test_ubs1_stepsize0.4_cls3_tasks10.csv').exists()
     # Both columns of figures are those of 3 classes: a third, about, before adaptation.
     hits = np.array(json.loads((directory / 'results.json').read_text())[
         'test_ubs1_stepsize0.4_cls3_tasks10, val']['scores']) * 3
     np.testing.assert_allclose(hits, np.round(hits), atol=1e-5)
-    output = run_ok(*flags, '--train=False', '--num_classes=2', '--train_num_classes=5', '--update_batch_size=2',
-                    '--train_update_batch_size=1', '--load_from', str(directory / 'model2'))
+    output = run_ok(*evaluation, '--num_classes=2', '--update_batch_size=2', '--load_from', str(directory / 'model2'))
     assert '2-way 2-shot omniglot' in output and (directory / 'test_ubs2_stepsize0.4_cls2_tasks10_model2.csv').exists()
 
 
 @pytest.mark.parametrize('more, words', [
-    (['--train=False', '--num_classes=6', '--train_num_classes=5'], ['--train_num_classes=5', 'no more outputs']),
-    (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--train_num_classes']),
-    (['--num_classes=3', '--train_num_classes=5'], ['--train_num_classes', '--train=False']),
+    (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--run=DIR']),
     (['--query_norm=both'], ['--query_norm', '--train=False']),
     (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm=both', 'layer_norm']),
     (['--train=False', '--support_dir=x'], ['--support_dir is for --predict']),
@@ -119,6 +117,13 @@ def test_what_the_network_does_not_allow(trained, more, words):
     flags, _ = trained
     error = error_of(*flags, *more)
     assert all(word in error for word in words), error
+
+
+def test_more_classes_than_outputs(trained):
+    flags, directory = trained
+    data = next(flag for flag in flags if flag.startswith('--data_path'))
+    assert 'trained with --num_classes=5 and has no more outputs' in error_of(f'--run={directory}', '--train=False', data, '--num_classes=6')
+    assert '--num_classes=6 contradicts --num_classes=5' in error_of(f'--run={directory}', '--num_classes=6')
 
 
 def seen(folder):

@@ -377,7 +377,7 @@ def test_the_bootstrap_in_parts(tasks, dtype, monkeypatch):
 
 @pytest.fixture
 def hangup():
-    before = {number: signal.getsignal(number) for number in interruption.ENDING}
+    before = {number: signal.getsignal(number) for number in interruption.TERMINATION_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

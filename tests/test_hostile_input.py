@@ -21,7 +21,8 @@ import main
 from conftest import ROOT, error_of, run_main, write_image_tree
 from data import cifar100, preparation
 from data_generator import SOURCES
-from runtime.cli import rules
+from runtime.cli import request, rules
+from runtime.cli.flags import FLAGS
 from runtime.datasets import class_folders, images
 from runtime.datasets.tasks import SPLITS
 from runtime.system.errors import UserError
@@ -49,18 +50,17 @@ def spoilt(content, count, seed=0):
 
 def sentence(*arguments):
     """What main.py says of these flags before it looks at data, or None where it takes them."""
-    main.FLAGS.unparse_flags()
     try:
-        rest = main.FLAGS(['main.py', *arguments])[1:]
-        assert not rest
-        rules.check_flags(main.FLAGS)
+        line = main.parse(['main.py', *arguments])
+        assert not line.rest
+        rules.check_flags(request.resolve(line))
     except (UserError, flags.Error) as error:
         assert str(error) and '\n' not in str(error).strip(), error
         return str(error)
     return None
 
 
-NAMES = sorted(main.FLAGS.flags_by_module_dict()[main.__name__], key=lambda flag: flag.name)
+NAMES = sorted(FLAGS.flags_by_module_dict()[main.__name__], key=lambda flag: flag.name)
 NUMBERS = [flag.name for flag in NAMES if flag.flag_type() in ('int', 'float')]
 CHOICES = [flag.name for flag in NAMES if flag.flag_type() in ('bool', 'string enum')]
 BAD = [(name, value) for name in NUMBERS for value in ('', 'x', '-7', '1e999', 'nan', '--', '1,000', '10**9')]
@@ -89,7 +89,7 @@ def test_any_text_as_a_value(name, value):
 @EACH
 @given(st.text(string.ascii_lowercase + '_-', min_size=1, max_size=12))
 def test_any_flag(name):
-    if not name.startswith('-') and name not in main.FLAGS and name.removeprefix('no') not in main.FLAGS:
+    if not name.startswith('-') and name not in FLAGS and name.removeprefix('no') not in FLAGS:
         assert sentence(f'--{name}=1')
 
 

@@ -14,7 +14,10 @@ import tensorflow as tf
 import main
 from conftest import error_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES
-from runtime.cli.run import data_from_flags, run_from_flags
+from runtime.cli.flags import FLAGS
+from runtime.cli.request import resolve
+from runtime.cli.run import make_run
+from runtime.cli.run_data import source_and_tasks
 from runtime.jobs import checkpoints
 from runtime.jobs import evaluate as evaluation
 
@@ -66,21 +69,21 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "source"}')
     flags = ['--datasource=gtsrb', *SMALL, f'--data_path={data}', f'--logdir={tmp_path / "source"}']
     evaluate = ['--train=False', '--test_set=True']
-    output = run_ok(*flags, *evaluate, '--train_datasource=cifarfs')
-    assert 'meta-test, 40 tasks' in output and 'gtsrb' in output
     run = experiment(tmp_path / 'source')
-    again = run_ok(f'--run={run}', *evaluate, '--datasource=gtsrb', f'--data_path={data}')
-    assert re.findall(r' \d+ +[\d.]+ ± .*', output) == re.findall(r' \d+ +[\d.]+ ± .*', again) != []
+    transfer = [f'--run={run}', *evaluate, '--datasource=gtsrb', f'--data_path={data}']
+    output = run_ok(*transfer)
+    assert 'meta-test, 40 tasks' in output and 'gtsrb' in output and re.findall(r' \d+ +[\d.]+ ± .*', output) != []
     (name, entry), = json.loads((run / 'results.json').read_text()).items()
     assert name.startswith('test_ubs1_stepsize0.01_gtsrb') and entry['tasks']['datasource'] == 'gtsrb'
-    assert entry['tasks']['preparation'] == {'split': 'chen'} and entry['flags']['train_datasource'] == 'cifarfs'
+    assert entry['tasks']['preparation'] == {'split': 'chen'} and entry['trained_on'] == 'cifarfs'
     assert 'was made with --datasource=cifarfs, and not with --datasource=gtsrb' in error_of(*flags, *evaluate)
-    for other, words in ('omniglot', 'a model of omniglot (28x28x1) cannot be evaluated on gtsrb (32x32x3)'), (
-            'sinusoid', 'both must be sources of images'):
-        assert words in error_of(*flags, *evaluate, f'--train_datasource={other}')
-    assert '--train_datasource is for evaluation' in error_of(*RUNS['cifarfs'], '--train_datasource=fc100')
+    assert 'both must be sources of images' in error_of(f'--run={run}', '--train=False', '--datasource=sinusoid')
+    assert '--datasource=fc100 contradicts --datasource=cifarfs' in error_of(f'--run={run}', '--datasource=fc100')
+    assert 'which a prediction needs' in error_of(f'--run={run}', '--predict', '--datasource=fc100', '--support_dir=a', '--query_dir=b')
     # Omniglot's head on a folder of images, which are resized.
     run_ok(*RUNS['omniglot'], f'--data_path={small_data["omniglot"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "omniglot"}')
+    assert 'a model of omniglot (28x28x1) cannot be evaluated on gtsrb (32x32x3)' in error_of(
+        f'--run={experiment(tmp_path / "omniglot")}', *transfer[1:])
     assert 'meta-test, 40 tasks' in run_ok(
         f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
         '--image_size=28', '--image_channels=1')
@@ -166,7 +169,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     other = [flag for flag in arguments if '--logdir' not in flag] + [f'--logdir={tmp_path / "resumed"}']
     run_ok(*other, f'--metatrain_iterations={first}')
     resumed = run_ok(*other, f'--metatrain_iterations={last}')
-    assert 'Going on from' in resumed and f'model{first}' in resumed
+    assert 'Resuming from' in resumed and f'model{first}' in resumed
     again = variables(experiment(tmp_path / 'resumed') / f'model{last}')
     assert numbers.keys() == again.keys() and {'record', 'metatrain/adam/step', 'pretrain/adam/step'} <= numbers.keys()
     for name in numbers.keys() - ({'record'} if first < 1000 else set()):  # where the first saving made another best
@@ -353,6 +356,8 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--metatrain_iterations=0'], ['nothing to train']),
     (['--train_update_batch_size=0'], ['--train_update_batch_size']),
     (['--train_update_lr=-3'], ['--train_update_lr']),
+    *(([f'--train_{name}=5'], [f'--train_{name} is no longer a flag', '--run=DIR'])
+      for name in ('num_classes', 'inner_batch', 'query_norm', 'datasource')),
     (['--seed=-1'], ['--seed=-1']),
     (['--test_iter=-2'], ['--test_iter=-2']),
     (['--train=False', '--test_best', '--test_iter=3'], ['--test_best', '--test_iter']),
@@ -374,7 +379,7 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--logdir='], ['--logdir']),
     (['--logdir=\udcff'], ['--logdir', 'UTF-8']),
     (['--resume=False', '--test_iter=3'], ['--resume=False', '--test_iter']),
-    (['--meta_batch_size=2000000000', '--update_batch_size=2000000000'], ['--meta_batch_size', 'memories']),
+    (['--meta_batch_size=2000000000', '--update_batch_size=2000000000'], ['--meta_batch_size', 'memory']),
     (['--train_update_batch_size=3'], ['--train_update_batch_size', 'add --train=False']),
     (['--train_update_lr=0.1'], ['--train_update_lr', 'add --train=False']),
     (['--train=False', '--learn_lr=weight', '--update_lr=0.1', '--train_update_lr=0.01'], ['--update_lr=0.1', 'are learned']),
@@ -462,7 +467,7 @@ def test_load_from(arguments, tmp_path, few_tasks):
     assert trained['metatrain/adam/step'] == 2
     for name, value in weights.items():
         np.testing.assert_array_equal(trained[name], value)
-    assert 'Going on from' in run_ok(*elsewhere, '--metatrain_iterations=3')
+    assert 'Resuming from' in run_ok(*elsewhere, '--metatrain_iterations=3')
 
     error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--num_classes=3')
     assert 'b5 is float32[5] there and float32[3] here, w5 is float32[16, 5] there and float32[16, 3] here' in error
@@ -483,7 +488,7 @@ def test_unwritable_logdir(tmp_path):
 def test_help_explains_every_flag():
     output = run_process('--help').stdout
     assert 'Usage:' in output
-    for flag in main.FLAGS.get_key_flags_for_module('main'):
+    for flag in FLAGS.get_key_flags_for_module('main'):
         assert len(re.findall(rf'^    --{flag.name}[= ]', output, re.M)) == 1, flag.name
         assert flag.help
 
@@ -499,10 +504,8 @@ def test_console_is_free_of_noise(tmp_path):
 def test_batched_evaluation_changes_no_figure(small_omniglot):
     """Evaluating 12 tasks at once, or one at a time."""
     from maml import MAML
-    values = main.FLAGS
-    values.unparse_flags()
-    values(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}'])
-    run = run_from_flags(values, *data_from_flags(values))
+    request = resolve(main.parse(['main.py', *RUNS['omniglot'], f'--data_path={small_omniglot}']))
+    run = make_run(request, *source_and_tasks(request))
     tasks, model = run.source.tasks(run.tasks, 'test'), MAML(run.model)
     counted = []
     at_once = evaluation.task_metrics(evaluation.evaluate_tasks(model, tasks, 12, 3, counted.append))

@@ -21,6 +21,7 @@ from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, loop_of, objective, weights_at
 from networks import network_of
 from runtime.cli import methods, workers
+from runtime.cli.request import resolve
 from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
 from runtime.system.errors import UserError
@@ -579,7 +580,7 @@ def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
 
 
 def test_norms_of_query_rows_in_training(tmp_path):
-    """A directory of its own, found by the same command with --train=False; where there are two such runs, one must be named."""
+    """A directory of its own, found by the same command with --train=False; --run=DIR evaluates otherwise than it was trained."""
     flags = [flag for flag in SINUSOID if 'norm' not in flag] + [f'--logdir={tmp_path}']
     run_ok(*flags, '--query_norm=support', '--metatrain_iterations=2')
     directory, = (path for path in tmp_path.iterdir() if path.is_dir())
@@ -589,13 +590,14 @@ def test_norms_of_query_rows_in_training(tmp_path):
     assert 'there is no checkpoint' in error_of(*evaluation)
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3')
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3', '--query_norm=both')
-    run_ok(*evaluation, '--train_query_norm=support', '--query_norm=each')
+    run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3', '--query_norm=each')
     names = json.loads((directory / 'results.json').read_text())
     assert sorted(entry['query_norm'] for entry in names.values()) == ['batch', 'each', 'support']
     run_ok(*flags, '--metatrain_iterations=2')
-    assert 'two such runs' in error_of(*evaluation, '--query_norm=support')
-    plain = run_ok(*evaluation, '--query_norm=support', '--train_query_norm=batch')
-    assert str(directory) not in plain and 'querynorm' not in plain.split('\n')[1]
+    plain, = (path for path in tmp_path.iterdir() if path.is_dir() and path != directory)
+    assert str(directory) in run_ok(*evaluation, '--query_norm=support')
+    assert str(plain) in run_ok(*evaluation, '--query_norm=both')
+    assert str(plain) in run_ok(f'--run={plain}', '--train=False', '--num_test_tasks=3', '--query_norm=support')
 
 
 @pytest.mark.slow
@@ -605,26 +607,24 @@ def test_parts_of_the_support_rows_in_evaluation(tmp_path):
     run_ok(*flags, '--metatrain_iterations=2')
     directory, = (path for path in tmp_path.iterdir() if path.is_dir())
     assert directory.name.endswith('.batch2')
-    for evaluation in [*flags, '--inner_batch=5', '--train_inner_batch=2'], [f'--run={directory}', '--inner_batch=3']:
-        assert str(directory) in run_ok(*evaluation, '--train=False', '--num_test_tasks=3')
+    assert str(directory) in run_ok(*flags, '--train=False', '--num_test_tasks=3')
+    assert str(directory) in run_ok(f'--run={directory}', '--inner_batch=3', '--train=False', '--num_test_tasks=3')
+    assert sorted(name.partition('_tasks3')[2] for name in json.loads((directory / 'results.json').read_text())) == [', val', '_batch3, val']
 
 
 def preset(*flags):
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', *flags])
-    methods.apply_method(main.FLAGS)
-    return main.FLAGS
+    return resolve(main.parse(['main.py', *flags])).values
 
 
 def title(*flags):
     values = preset(*flags)
-    return methods.title({name: values[name].value for name in methods.switches()})
+    return methods.title({name: values[name] for name in methods.switches()})
 
 
 def test_presets_are_the_table_and_flags_override_them():
-    assert not any(preset(f'--method={name}')[flag].value != value
+    assert not any(preset(f'--method={name}')[flag] != value
                    for name, entry in methods.PRESETS.items() for flag, value in entry.flags.items())
-    assert preset('--method=boil', '--update_lr=0.1').update_lr == 0.1
+    assert preset('--method=boil', '--update_lr=0.1')['update_lr'] == 0.1
     assert title('--method=fomaml') == title('--stop_grad') == 'first-order MAML' and title() == 'MAML'
     assert title('--method=anil', '--learn_lr=step') == 'ANIL with learn_lr=step'
     assert title('--learn_lr=layer', '--mean_loss') == 'MAML with learn_lr=layer, mean_loss'
@@ -634,7 +634,7 @@ def test_presets_are_the_table_and_flags_override_them():
 
 @pytest.mark.parametrize('flags, words', [
     (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm needs'),
-    (['--norm=None', '--norm_per_step'], '--norm_per_step needs'), (['--mean_loss'], '--mean_loss is about classification'),
+    (['--norm=None', '--norm_per_step'], '--norm_per_step needs'), (['--mean_loss'], '--mean_loss is for classification'),
     (['--schedule_interval=5'], '--schedule_interval needs a schedule'), (['--meta_lr_final=0.1'], 'needs --meta_lr_schedule'),
     (['--meta_lr_schedule=linear', '--meta_lr_final=-2'], 'must not be negative'),
     (['--stop_grad', '--first_order_iterations=5'], 'leave out --first_order_iterations'), (['--test_updates=5'], 'add --train=False'),
@@ -644,8 +644,8 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--outer=reptile', '--learn_lr=step'], '--learn_lr is about a gradient'),
     (['--outer=reptile', '--first_order_iterations=5'], '--first_order_iterations is about a gradient'),
     (['--outer=reptile', '--query_norm=support'], 'learns from support examples alone'),
-    (['--query_norm=both'], '--query_norm=both is for evaluation'), (['--train_query_norm=support'], 'add --train=False'),
-    (['--train_inner_batch=5'], 'add --train=False'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'), (['--recompute', '--engine=vmap'], 'leave out --engine=vmap'),
+    (['--query_norm=both'], '--query_norm=both is for evaluation'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'),
+    (['--recompute', '--engine=vmap'], 'leave out --engine=vmap'),
     (['--ensemble=2', '--train=False', '--test_iter=5'], 'name different checkpoints')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of(*flags)
@@ -712,7 +712,7 @@ above = loss(1e-6)
 below = loss(-2e-6)
 slope = sum(float(np.sum(gradient * direction[name])) for name, gradient in gradients[0].items())
 assert abs((above - below) / 2e-6 - slope) < 1e-6 * abs(slope), ((above - below) / 2e-6, slope)
-assert 'FLAG' in main.FLAGS and np.any(gradients[0]['w1'])
+assert 'FLAG' in main.parse(['main.py']).values and np.any(gradients[0]['w1'])
 assert ('FLAG' == 'head_init') == (not np.any(gradients[0]['w2']))  # a prototype head replaces the shared one
 plain = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=2, norm='None',
                          dim_hidden=(4,), dtype='float64'))

@@ -21,7 +21,7 @@ TRAINING = [command for command in COMMANDS if '--train=False' not in command an
 
 
 def test_usage_text_and_readme_agree():
-    assert [line.strip()[len('python '):] for line in main.__doc__.splitlines() if 'python main.py --' in line] == TRAINING
+    assert [line.strip()[len('python '):] for line in main.USAGE.splitlines() if 'python main.py --' in line] == TRAINING
 
 
 def test_evaluation_commands_are_training_commands_with_two_flags():
@@ -39,7 +39,7 @@ def test_the_table_of_flags_is_that_of_the_help():
             shown = groups[title] = {}
         else:
             shown[name] = default
-    wanted = {title.split(':')[0].split(' ')[0]: {name: str(main.FLAGS[name].default) for name in names}
+    wanted = {title.split(':')[0].split(' ')[0]: {name: str(flags.FLAGS[name].default) for name in names}
               for title, names in flags.GROUPS.items() if title != 'Help'}
     assert {title: sorted(names) for title, names in groups.items()} == {title: sorted(names) for title, names in wanted.items()}
     for title, names in wanted.items():
@@ -53,7 +53,7 @@ def test_flags_in_the_readme_exist():
     # Of docs/changing-the-algorithm.md, of a group of flags, of absl, and of --no-crop.
     example = {'head_init', 'train_', 'flagfile', 'no'}
     for name in re.findall(r'--([a-z]\w+)', README + ''.join(PAGES.values())):
-        assert name in main.FLAGS or f"'--{name}'" in scripts or name in example, name
+        assert name in flags.FLAGS or f"'--{name}'" in scripts or name in example, name
 
 
 def test_commands_of_the_docs_parse(monkeypatch):

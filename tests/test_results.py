@@ -13,7 +13,7 @@ from scipy import stats
 
 import main
 from conftest import error_of, run_ok
-from runtime.cli.run import experiment_name
+from runtime.cli.request import resolve
 from runtime.results import collect as evaluations
 from runtime.results import compare as comparison
 from runtime.results import plots, statistics
@@ -91,7 +91,7 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
     assert f'there is no results.json in {tmp_path}' in error_of(f'--compare={tmp_path}')
     assert 'there is only one evaluation' in error_of(f'--compare={two_runs[0]}')
     assert 'B - A' in run_ok(*(f'--compare={directory}' for directory in two_runs))
-    assert '--seed means nothing to --compare' in error_of(f'--compare={two_runs[0]}', '--seed=1')
+    assert '--seed cannot be combined with --compare' in error_of(f'--compare={two_runs[0]}', '--seed=1')
     for content in '', '[]', '{"a": {}}', '{"a": {"tasks": {}, "scores": [[1]], "score": "x", "checkpoint": "y"}}':
         (tmp_path / 'results.json').write_text(content)
         assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
@@ -247,9 +247,7 @@ def test_seeds_are_evaluated_on_the_same_tasks(tmp_path):
 
 
 def directory_name(*flags):
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', *flags])
-    return experiment_name(main.FLAGS, pretrain_only=False)
+    return resolve(main.parse(['main.py', *flags])).experiment_name
 
 
 def test_what_makes_a_run_is_in_its_name():

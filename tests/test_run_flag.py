@@ -48,7 +48,7 @@ def test_training_goes_on_where_it_was_renamed_to(trained):
     logdir, directory = trained
     directory = directory.rename(logdir / 'another name')
     assert 'Nothing to do' in run_ok(f'--run={directory}')
-    assert 'Going on from' in run_ok(f'--run={directory}', '--metatrain_iterations=4')
+    assert 'Resuming from' in run_ok(f'--run={directory}', '--metatrain_iterations=4')
     assert sorted(path.name for path in directory.glob('*.index')) == ['model2.index', 'model4.index']
     assert '--metatrain_iterations=4' in (directory / 'run.flags').read_text()
 

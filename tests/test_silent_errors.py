@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-import main
 from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
-from runtime.cli.run import experiment_name
 from runtime.datasets import class_folders, images
 from runtime.jobs import evaluate as evaluation
 from runtime.results import across, plots
@@ -395,17 +393,6 @@ def test_links_to_what_is_not_there(tmp_path):
     os.symlink(tmp_path / 'away', tmp_path / 'b')
     with pytest.raises(UserError, match='/b is a broken symbolic link'):
         class_folders.subfolders(str(tmp_path))
-
-
-def test_the_images_of_an_evaluation_are_not_in_the_name_of_the_training():
-    def name(*flags):
-        main.FLAGS.unparse_flags()
-        main.parse(['main.py', '--train=False', *flags])
-        return experiment_name(main.FLAGS, pretrain_only=False)
-
-    folder = '--datasource=folder', '--image_size=28', '--image_channels=1'
-    assert name(*folder, '--train_datasource=omniglot') == name('--datasource=omniglot')
-    assert name('--datasource=gtsrb', '--train_datasource=folder', *folder[1:]) == name(*folder) != name('--datasource=folder')
 
 
 def test_evaluations_with_other_updates_do_not_overwrite_each_other(tmp_path):

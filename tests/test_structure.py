@@ -184,7 +184,7 @@ def test_the_example_of_a_source_works(tmp_path):
     name = re.search(r"SOURCES\['(\w+)'\]", example)[1]
     flags = [f'--datasource={name}', '--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path}', '--num_test_tasks=5']
     program = (f'import sys; sys.path.insert(0, {ROOT!r})\n{example}\nimport main\n'
-               f'main.main(["main.py", *{flags!r}])\nmain.FLAGS.unparse_flags()\n'
+               f'main.main(["main.py", *{flags!r}])\n'
                f'main.main(["main.py", *{flags!r}, "--train=False", "--test_set=True"])\n')
     process = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0 and 'meta-test, 5 tasks' in process.stdout, process.stderr

@@ -10,7 +10,7 @@ import pytest
 import main
 from conftest import ROOT, error_of, run_ok, run_process
 from data_generator import SOURCES, TableSource, TaskConfig
-from runtime.cli.run import experiment_name
+from runtime.cli.request import resolve
 from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
 from runtime.system.errors import UserError
 
@@ -51,9 +51,7 @@ def classes(tmp_path):
 
 
 def run_name(*flags):
-    main.FLAGS.unparse_flags()
-    main.parse(['main.py', *flags])
-    return experiment_name(main.FLAGS, pretrain_only=False)
+    return resolve(main.parse(['main.py', *flags])).experiment_name
 
 
 def source(data, targets=(), known=None):
@@ -255,7 +253,7 @@ def test_refused_classes(classes, tmp_path):
     (['--datasource=table', '--data_path=.', '--hidden=40,0'], '--hidden=40,0 must be sizes of layers'),
     (['--datasource=omniglot', '--hidden=40'], '--hidden is for fully connected networks: add --conv=False'),
     (['--datasource=table', '--data_path=.', '--num_classes=1'], 'a task needs at least 2 classes'),
-    (['--datasource=table', '--data_path=.', '--targets=y', '--mean_loss'], '--mean_loss is about classification'),
+    (['--datasource=table', '--data_path=.', '--targets=y', '--mean_loss'], '--mean_loss is for classification'),
     (['--datasource=table', '--predict'], '--predict needs --support_csv, a csv file; --predict needs --query_csv, a csv file'),
     (['--datasource=table', '--predict', '--support_csv=a', '--query_csv=b', '--support_dir=c'], '--support_dir is for images'),
     (['--datasource=table', '--data_path=.', '--support_csv=a'], '--support_csv is for --predict'),

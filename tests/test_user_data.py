@@ -37,7 +37,7 @@ def test_bad_images_can_be_left_out(damaged, tmp_path):
     output = run_ok(*flags)
     assert 'Skipped in the train split (--skip_bad_images): 2 images: ' in output and '3 classes, 10 images' in output
     assert 'Skipped in the test split' in run_ok(*flags, '--train=False', '--test_set', '--num_test_tasks=2')
-    assert '--skip_bad_images is for sources of images' in error_of('--datasource=sinusoid', '--skip_bad_images')
+    assert '--skip_bad_images is for images' in error_of('--datasource=sinusoid', '--skip_bad_images')
 
 
 def test_a_class_without_good_images(damaged):
@@ -122,15 +122,13 @@ def test_the_graph_of_many_updates_is_announced(tmp_path):
     from maml import MAML
     from runtime.jobs.train import description
     for updates, expected in (50, False), (51, True):
-        main.FLAGS.unparse_flags()
-        main.parse(['main.py', '--norm=None', f'--num_updates={updates}', f'--logdir={tmp_path}'])
-        run, data = main.run_and_data()
+        run, data = main.run_and_data(main.parse(['main.py', '--norm=None', f'--num_updates={updates}', f'--logdir={tmp_path}']))
         assert ('with --num_updates=51 that may take many minutes' in description(run, data, MAML(run.model))) == expected
 
 
 @pytest.mark.parametrize('flag', ['--max_pool', '--num_filters=32'])
 def test_the_sinusoid_has_no_convolutions(flag):
-    assert 'is for networks of images' in error_of('--datasource=sinusoid', flag)
+    assert 'is for images' in error_of('--datasource=sinusoid', flag)
 
 
 def test_a_picture_of_a_run_that_diverged_is_logarithmic():

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-import main
 import zoo
 from conftest import ROOT, error_of, run_ok
+from runtime.cli.flags import default
 from runtime.jobs import checkpoints
 from runtime.results.collect import Evaluation, result_directories
 
@@ -37,7 +37,7 @@ def test_what_ships_belongs_together(directory):
             assert set(entry.get('ensemble', [entry['iterations']])) <= set(there)
             assert os.path.dirname(entry['checkpoint']) == directory
             assert not [value for value in entry['flags'].values() if isinstance(value, str) and os.path.isabs(value)
-                        and value != main.FLAGS['logdir'].default]
+                        and value != default('logdir')]
     for path in glob.glob(os.path.join(glob.escape(os.path.join(ROOT, directory)), '*.log')):
         with open(path, encoding='utf-8') as file:
             named = {line.rpartition(' in ')[2].rstrip() for line in file if line.startswith('Training ')}
@@ -56,7 +56,7 @@ def test_flags_that_repeat_an_evaluation():
     assert {'--query_norm=support', '--test_iter=60000', '--num_updates=5', '--test_set=True'} <= set(flags(
         'test_ubs1_stepsize0.01_querynormsupport'))
     assert {'--query_norm=batch', '--test_iter=32000'} <= set(flags('test_ubs1_stepsize0.01_model32000'))
-    assert {'--datasource=gtsrb', '--train_datasource=fc100'} <= set(flags('test_ubs1_stepsize0.01_gtsrb'))
+    assert {'--datasource=gtsrb'} <= set(flags('test_ubs1_stepsize0.01_gtsrb'))
     assert '--num_updates=1' in flags('test_ubs1_stepsize0.01', num_updates=1)  # the default, where the training had 5
     assert not [flag for flag in flags('test_ubs1_stepsize0.01') if flag.startswith(('--run', '--logdir', '--method'))]
 

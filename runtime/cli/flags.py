@@ -1,7 +1,8 @@
 """Declaring, parsing and documenting flags.
 
 main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
-of a run (what it can be resumed with), the name of its directory and the page docs/flags.md.
+of a run (what it can be resumed with), the name of its directory and the page docs/flags.md. `only` says what a flag is for, a key
+of request.PURPOSES: given for anything else, it is refused.
 """
 import dataclasses
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -17,8 +18,11 @@ from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file
 
 FLAGS = flags.FLAGS
+Purposes = str | tuple[str, ...]
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
 LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
+ONLY: dict[str, tuple[str, ...]] = {}       # {name: purposes} of flags that are not for everything
+REMOVED: dict[str, str] = {}                # {name: what to write instead} of flags of earlier versions
 REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
 _ABSL_FLAGS = set(FLAGS)
 flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
@@ -31,47 +35,62 @@ class Learning:
     Attributes:
         label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
             applies to the default too. '': nothing.
-        network: the networks that differ by this flag, whose weights fit no others: 'all', 'regression', 'images',
-            'classes', 'convolutions', 'tables' or 'user images'; None: it says how they are trained.
+        network: the networks that differ by this flag, whose weights fit no others: 'all', or a key of request.PURPOSES; None: it
+            says how they are trained.
     """
     label: str | Mapping[str, str] = ''
     network: str | None = None
 
 
-def _declare(define, name, default, text, learning, **bounds):
+class CommandLine(NamedTuple):
+    """A parsed command line."""
+    values: dict[str, Any]      # of all flags of this program
+    given: frozenset[str]       # the names of those that it has
+    rest: list[str]             # arguments that are not flags
+
+
+def _declare(define, name, default, text, learning, only, **bounds):
     define(name, default, help=text, **bounds)
     if learning:
         LEARNING[name] = learning
+    if only:
+        ONLY[name] = (only,) if isinstance(only, str) else only
 
 
-def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None) -> None:
+def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None, only: Purposes = ()) -> None:
     """Declares a flag that takes a whole number."""
-    _declare(flags.DEFINE_integer, name, default, text, learning, lower_bound=at_least, upper_bound=2 ** 31 - 1)
+    _declare(flags.DEFINE_integer, name, default, text, learning, only, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-def real(name: str, default: float, text: str, learning: Learning | None = None, at_least: float | None = None) -> None:
+def real(name: str, default: float, text: str, learning: Learning | None = None, only: Purposes = (),
+         at_least: float | None = None) -> None:
     """Declares a flag that takes a number."""
-    _declare(flags.DEFINE_float, name, default, text, learning, lower_bound=at_least)
+    _declare(flags.DEFINE_float, name, default, text, learning, only, lower_bound=at_least)
 
 
-def boolean(name: str, default: bool, text: str, learning: Learning | None = None) -> None:
+def boolean(name: str, default: bool, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
     """Declares a flag that is True or False."""
-    _declare(flags.DEFINE_bool, name, default, text, learning)
+    _declare(flags.DEFINE_bool, name, default, text, learning, only)
 
 
-def string(name: str, default: str | None, text: str, learning: Learning | None = None) -> None:
+def string(name: str, default: str | None, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
     """Declares a flag that takes any text."""
-    _declare(flags.DEFINE_string, name, default, text, learning)
+    _declare(flags.DEFINE_string, name, default, text, learning, only)
 
 
-def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None) -> None:
+def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
     """Declares a flag that takes one of some values."""
-    _declare(flags.DEFINE_enum, name, default, text, learning, enum_values=list(values))
+    _declare(flags.DEFINE_enum, name, default, text, learning, only, enum_values=list(values))
 
 
 def strings(name: str, text: str) -> None:
     """Declares a flag that may be given several times."""
     flags.DEFINE_multi_string(name, None, text)
+
+
+def removed(names: str, instead: str) -> None:
+    """Declares flags of earlier versions, separated by spaces, and what to write instead."""
+    REMOVED.update(dict.fromkeys(names.split(), instead))
 
 
 def group(title: str) -> None:
@@ -84,15 +103,30 @@ def names() -> list[str]:
     return sorted(set().union(*GROUPS.values()) - {'h', 'help'})
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-    """Parses a command line into FLAGS; returns the arguments that are not flags.
+def default(name: str) -> Any:
+    """The default of a flag; None if there is no such flag."""
+    return FLAGS[name].default if name in FLAGS else None
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of a flag that a text stands for; raises ValueError, TypeError or absl.flags.Error if it stands for none."""
+    return FLAGS[name].parser.parse(text)
+
+
+def parse(argv: Sequence[str]) -> CommandLine:
+    """Parses a command line, whose first argument is the program's name.
 
     Raises:
         UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
     """
+    FLAGS.unparse_flags()
     try:
         _refuse_pipes(_flag_files(argv), set())
-        return FLAGS(argv)[1:]
+        rest = FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname not in REMOVED:
+            raise
+        raise UserError(f'--{error.flagname} is no longer a flag: {REMOVED[error.flagname]}') from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
     except flags.CantOpenFlagFileError as error:
@@ -103,6 +137,8 @@ def parse(argv: Sequence[str]) -> list[str]:
         raise UserError('a flag has a name of thousands of characters; write --name=value, one a line in a --flagfile') from error
     except UnicodeDecodeError as error:
         raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
+    return CommandLine({name: FLAGS[name].value for name in [*names(), 'help']},
+                       frozenset(name for name in names() if FLAGS[name].present), rest)
 
 
 def _refuse_pipes(paths, seen):

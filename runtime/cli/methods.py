@@ -1,11 +1,9 @@
 """The methods of the family: each is a set of flags. --method names one; flags on the command line override it."""
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from absl import flags
-
-from runtime.cli.flags import FLAGS, GROUPS
+from runtime.cli.flags import GROUPS, default
 
 
 class Preset(NamedTuple):
@@ -36,19 +34,15 @@ def switches() -> list[str]:
     return ['stop_grad', *(name for name in GROUPS['Method'] if name not in ('method', 'ensemble'))]
 
 
-def apply_method(values: flags.FlagValues) -> None:
-    """Sets the flags that --method stands for, except those given on the command line."""
-    for name, value in PRESETS[values.method].flags.items():
-        if not values[name].present:
-            values[name].value = value
+def settings(method: str, given: Collection[str]) -> dict[str, Any]:
+    """{flag: value} that --method stands for, without the flags given on the command line."""
+    return {name: value for name, value in PRESETS[method].flags.items() if name not in given}
 
 
-def preset_hint(values: flags.FlagValues, sentence: str) -> str:
+def preset_hint(method: str, given: Collection[str], sentence: str) -> str:
     """Text to add to a refusal: which of the flags that it names were not given, but come from --method; '' if none."""
-    own = {name: value for name, value in PRESETS[values.method].flags.items()
-           if not values[name].present and re.search(rf'--{name}\b', sentence)}
-    settings = ' and '.join(f'--{name}={value}' for name, value in own.items())
-    return f' (--method={values.method} sets {settings}; a flag on the command line overrides it)' if own else ''
+    own = ' and '.join(f'--{name}={value}' for name, value in settings(method, given).items() if re.search(rf'--{name}\b', sentence))
+    return f' (--method={method} sets {own}; a flag on the command line overrides it)' if own else ''
 
 
 def title(values: Mapping[str, Any]) -> str:
@@ -58,7 +52,7 @@ def title(values: Mapping[str, Any]) -> str:
         values: {name: value} of the flags that `switches` names.
     """
     def differing(preset):
-        return {name: value for name, value in values.items() if value != preset.flags.get(name, FLAGS[name].default)}
+        return {name: value for name, value in values.items() if value != preset.flags.get(name, default(name))}
 
     nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
     others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]

@@ -3,60 +3,51 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 from runtime.cli import rules, workers
-from runtime.cli.flags import FLAGS
-from runtime.cli.methods import apply_method
-from runtime.cli.run import Run, apply_run, data_from_flags, find_query_norm, read_data, run_from_flags
+from runtime.cli.flags import CommandLine
+from runtime.cli.request import Request, resolve
+from runtime.cli.run import Run, example_paths, make_run
+from runtime.cli.run_data import read_data, source_and_tasks
 from runtime.compute import distribution
+from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
 
 
-def run_and_data(rest: Sequence[str] = ()) -> tuple[Run, Any]:
-    """The Run that the parsed flags ask for and its data: {split: tasks}, or for a prediction a UserTask.
-
-    Args:
-        rest: arguments that are not flags, which are refused.
+def run_and_data(line: CommandLine) -> tuple[Run, Any]:
+    """The Training, Evaluation or Prediction that a command line asks for, and its data: {split: tasks}, or a UserTask.
 
     Raises:
         UserError: the flags or the data are wrong.
     """
-    if rest:
-        raise UserError(f'{rest[0]!r} is not a flag; write --name=value')
-    apply_run(FLAGS)
-    apply_method(FLAGS)
-    rules.check_flags(FLAGS)
-    find_query_norm(FLAGS)
-    mode = rules.mode(FLAGS)
-    strategy = 'one' if mode == 'predict' else FLAGS.strategy
+    if line.rest:
+        raise UserError(f'{line.rest[0]!r} is not a flag; write --name=value')
+    request = resolve(line)
+    rules.check_flags(request)
+    predict = request.mode == 'predict'
+    strategy = 'one' if predict else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.
-    source, tasks = data_from_flags(FLAGS)
-    if mode == 'predict':
-        data = _user_data(source)
-    else:
-        data = read_data(source, tasks, mode, 'test' if FLAGS.test_set else 'val')
+    source, tasks = source_and_tasks(request)
+    data = _user_data(request, source) if predict else read_data(source, tasks, request.mode, 'test' if request.test_set else 'val')
     workers.report_waiting(cluster)
     replicas = import_tensorflow(strategy, cluster)
-    if mode == 'train':
-        workers.check_meta_batch(FLAGS.meta_batch_size, FLAGS.task_chunk, replicas.count)
-        workers.check_one_after_the_other(FLAGS.inner_optimizer, replicas.count)
-    elif FLAGS.ensemble > 1 and replicas.count > 1:
-        raise UserError(f'--ensemble={FLAGS.ensemble} is evaluated on one device: add --strategy=one')
-    return run_from_flags(FLAGS, source, tasks, replicas), data
+    if request.mode == 'train':
+        workers.check_meta_batch(request.meta_batch_size, request.task_chunk, replicas.count)
+        workers.check_one_after_the_other(request.inner_optimizer, replicas.count)
+    elif request.ensemble > 1 and replicas.count > 1:
+        raise UserError(f'--ensemble={request.ensemble} is evaluated on one device: add --strategy=one')
+    return make_run(request, source, tasks, replicas), data
 
 
-def _user_data(source):
+def _user_data(request: Request, source: Source):
     """The user's own task, of images or of tables."""
     if source.image_shape:
         from runtime.datasets.user_images import read_user_images as read
-        names = 'support_dir', 'query_dir'
     else:
         from runtime.datasets.user_tables import read_user_tables as read
-        names = 'support_csv', 'query_csv'
-    return read(source, *(os.path.expanduser(FLAGS[name].value) for name in names))
+    return read(source, *map(os.path.expanduser, example_paths(request)))
 
 
 def import_tensorflow(strategy: str = 'one',

@@ -61,7 +61,7 @@ def make_strategy(name: str, cluster: Cluster) -> Any:
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:
         try:
-            with _ctrl_c_as_usual():
+            with _default_signal_handlers():
                 return tf.distribute.MultiWorkerMirroredStrategy()
         except tf.errors.OpError as error:
             raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
@@ -73,7 +73,7 @@ def make_strategy(name: str, cluster: Cluster) -> Any:
 
 
 @contextlib.contextmanager
-def _ctrl_c_as_usual():
+def _default_signal_handlers():
     """Lets Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow waits for workers.
 
     SIGTERM cannot be restored: TensorFlow handles it itself meanwhile, and continues to wait.

@@ -218,8 +218,7 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
         hint = 'Give one of these'
     else:
         there, hint = _contents(os.path.dirname(directory)), 'Train first'
-    raise UserError(f'there is no {what} in {directory}; {there}. {hint}, or give the flags of the training run '
-                    '(as --train_num_classes, --train_update_batch_size and --train_update_lr where the evaluation has others)')
+    raise UserError(f'there is no {what} in {directory}; {there}. {hint}, or name the run by --run=DIR')
 
 
 def ranking_of(record: dict) -> list[dict]:

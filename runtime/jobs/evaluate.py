@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
-from runtime.cli.run import Run, record_split, usual_updates
+from runtime.cli.run import Evaluation, Trained
+from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
@@ -26,7 +27,7 @@ TEST_TASKS = 600
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
-def evaluate(run: Run, data: dict[str, Tasks]) -> None:
+def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and writes the results to files.
 
     Raises:
@@ -69,7 +70,7 @@ def evaluate(run: Run, data: dict[str, Tasks]) -> None:
             print(f'Drawn: {path}')
 
 
-def heading(run: Run, tasks: Tasks, facts: dict) -> str:
+def heading(run: Evaluation, tasks: Tasks, facts: dict) -> str:
     """Text: which checkpoint is evaluated on which tasks, given what `evaluation_facts` returned."""
     described = f'{facts["iterations"]} iterations' if facts['iterations'] else 'weights of another run'
     if 'ensemble' in facts:
@@ -82,14 +83,14 @@ def heading(run: Run, tasks: Tasks, facts: dict) -> str:
     return '\n'.join([*lines, ''])
 
 
-def beyond_training(run: Run) -> str:
+def beyond_training(run: Evaluation) -> str:
     """A line for an evaluation with more updates than the training, if those of the training differ; else ''."""
     trained, differ = run.model.num_updates, run.model.learn_lr == 'step' or run.model.norm_per_step
     return (f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)\n'
             if run.test_updates > trained and differ else '')
 
 
-def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None, trained_on: str) -> dict:
+def evaluation_facts(run: Evaluation, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None, trained_on: str) -> dict:
     """What results.json records of an evaluation besides its figures; the arguments are what `restore` returned."""
     facts = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     preparation = {'preparation': facts} if facts else {}  # such as which of several published splits
@@ -97,9 +98,9 @@ def evaluation_facts(run: Run, tasks: Tasks, trained: MAML | Ensemble, prefix: s
         'checkpoint': prefix, 'iterations': iterations,
         **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
         **({'known_classes': known_classes(trained_on, tasks)} if run.source.image_shape and run.datasource != trained_on else {}),
-        **({'trained_on': trained_on} if trained_on != run.trained_on else {}),
+        **({'trained_on': trained_on} if trained_on != run.datasource else {}),
         'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
-        'score': run.metric, 'flags': run.flag_values,
+        'score': run.metric, 'flags': run.flags,
         'own_updates': run.headline_updates,  # see --compare
         # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
         'tasks': {'datasource': run.datasource, 'split': run.split,
@@ -122,7 +123,7 @@ def known_classes(trained_on: str, tasks: Tasks) -> list[str]:
     return [name for name in names if name in trained and not name.isdigit()]
 
 
-def results_name(run: Run, prefix: str, query_norm: str) -> str:
+def results_name(run: Evaluation, prefix: str, query_norm: str) -> str:
     """The name of an evaluation: the reference's for the newest checkpoint on its usual tasks, else with what differs."""
     newest = [checkpoints.path(run.directory, iteration) for iteration in checkpoints.iterations(run.directory)[-1:]]
     usual = run.source.query_shots(run.model.update_batch_size, train=False)
@@ -133,14 +134,14 @@ def results_name(run: Run, prefix: str, query_norm: str) -> str:
         f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
         f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
         f'_seed{run.tasks.seed}' if run.tasks.seed else '',
-        f'_updates{run.test_updates}' if run.test_updates != usual_updates(run.model.num_updates) else '',
-        f'_batch{run.model.inner_batch}' if run.flag_values['train_inner_batch'] not in (-1, run.model.inner_batch) else '',
+        f'_updates{run.test_updates}' if run.test_updates != run.usual_updates else '',
+        f'_batch{run.model.inner_batch}' if run.model.inner_batch != run.learning_flags['inner_batch'] else '',
         f'_querynorm{query_norm}' if query_norm != 'batch' else '',
         f'_ensemble{run.ensemble}' if run.ensemble > 1 else '',
         f'_{os.path.basename(prefix)}' if run.load_from or [prefix] != newest else ''])
 
 
-def draw(run: Run, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], names: Sequence[str], prefix: str,
+def draw(run: Evaluation, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], names: Sequence[str], prefix: str,
          iterations: int | None) -> list[str]:
     """Writes the figures of evaluations, named after the first, and for TensorBoard; returns their paths.
 
@@ -166,7 +167,7 @@ def draw(run: Run, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], name
     return paths
 
 
-def restore(run: Run) -> tuple[MAML | Ensemble, str, int | None, str]:
+def restore(run: Trained) -> tuple[MAML | Ensemble, str, int | None, str]:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
 
     Returns:

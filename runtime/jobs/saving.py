@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from maml import MAML
-from runtime.cli.run import Run
+from runtime.cli.run import Training
 from runtime.jobs import checkpoints
 from runtime.system.errors import UserError
 
@@ -41,7 +41,7 @@ class Saver:
         iteration: of the newest checkpoint; 0: there is none.
     """
 
-    def __init__(self, run: Run, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
+    def __init__(self, run: Training, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
         """
         Args:
             fingerprints: {split: number} of the data.
@@ -64,7 +64,7 @@ class Saver:
         run, variables = self._run, self._model.state()
         broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
         if broken:
-            raise diverged(run, f'after iteration {state.iteration} {broken[0]} holds what is not a number')
+            raise diverged(run, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
         if state.iteration == self.iteration:
             return True
         if not run.replicas.chief:
@@ -77,7 +77,7 @@ class Saver:
             checkpoints.save(prefix, variables, record)
         except OSError as error:
             self._failed_at = time.monotonic()
-            self._log(f'Saving {prefix} failed ({error}). The program goes on, and tries again every {RETRY_SECONDS} s')
+            self._log(f'Saving {prefix} failed ({error}). Training continues; retrying every {RETRY_SECONDS} s')
             return False
         if self._failed_at is not None:
             self._log(f'Saving works again: {prefix}')
@@ -87,7 +87,7 @@ class Saver:
         return True
 
 
-def diverged(run: Run, what: str) -> UserError:
+def diverged(run: Training, what: str) -> UserError:
     """The error for numbers that are not finite: what they are, which checkpoint is the last, and what may help."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'

@@ -16,7 +16,9 @@ import tensorflow as tf
 from data_generator import ClassTasks
 from maml import MAML, Metrics, ModelConfig
 from networks import network_of
-from runtime.cli.run import Run, record_split
+from runtime.cli import stored_run
+from runtime.cli.run import Training
+from runtime.cli.run_data import columns_of, record_split
 from runtime.cli.workers import check_in_sync
 from runtime.compute.schedules import next_change
 from runtime.datasets.tasks import TaskBatch, Tasks
@@ -34,7 +36,7 @@ VALIDATION_TASKS = 100
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
 
-def train(run: Run, data: dict[str, Tasks]) -> None:
+def train(run: Training, data: dict[str, Tasks]) -> None:
     """Trains from fresh weights, or from a checkpoint, to the last iteration.
 
     Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
@@ -72,7 +74,7 @@ def train(run: Run, data: dict[str, Tasks]) -> None:
         report_end(run, state, interruption, saver)
 
 
-def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
+def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
     """Restores a checkpoint, or loads the weights to start from, if there are any."""
     if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
@@ -85,7 +87,7 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
                             f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
                             'in another --logdir')
         checkpoints.restore(checkpoint, model.state())
-        print(f'Going on from {checkpoint.prefix}')
+        print(f'Resuming from {checkpoint.prefix}')
         state, there = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in there]  # later ones may have replaced the others
         return state
@@ -95,12 +97,12 @@ def start(run: Run, model: MAML, fingerprints: dict) -> TrainState:
     return TrainState()
 
 
-def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
+def prepare_directory(run: Training, state: TrainState, model: MAML) -> None:
     """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'Later checkpoints were moved to {moved}')
-    run.write_description()
+    stored_run.write(run.directory, run.flag_file, columns_of(run.source))
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
@@ -108,7 +110,7 @@ def prepare_directory(run: Run, state: TrainState, model: MAML) -> None:
               'training will be saved', flush=True)
 
 
-def report_end(run: Run, state: TrainState, interruption: Interruption, saver: Saver) -> None:
+def report_end(run: Training, state: TrainState, interruption: Interruption, saver: Saver) -> None:
     """Prints where the run ended; raises SystemExit if it was interrupted."""
     newest = checkpoints.path(run.directory, saver.iteration)
     if not interruption.signal or saver.iteration == run.iterations:
@@ -117,7 +119,7 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
         print(f'The last checkpoint is {newest}{best or ""}')
         return
     back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
-    further = (f'the newest checkpoint is {newest}. The same command{back} goes on from there' if saver.iteration else
+    further = (f'the newest checkpoint is {newest}. Run the same command{back} to resume' if saver.iteration else
                'nothing is saved')
     with contextlib.suppress(OSError):  # the terminal may be closed
         # Only the chief knows whether it is saved.
@@ -127,7 +129,7 @@ def report_end(run: Run, state: TrainState, interruption: Interruption, saver: S
     sys.exit(128 + interruption.signal)
 
 
-def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
+def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, parameters = model.config, {**model.weights, **model.norm_params}
     sizes = data_description(run, data)
@@ -137,7 +139,7 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
              *(['  data     ' + '; '.join(sizes)] if sizes else []),
              f'  network  {network_of(config).description}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
-             f'  shown    {run.metric} before and after adaptation']
+             f'  metric   {run.metric}, before / after adaptation']
     if config.loss == 'mse' and config.norm == 'batch_norm':
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
@@ -146,12 +148,12 @@ def description(run: Run, data: dict[str, Tasks], model: MAML) -> str:
         where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
         each = run.meta_batch_size // run.replicas.count
         lines.append(f'  strategy {each} tasks on each of {run.replicas.count} replicas{where}')
-    elif run.flag_values['strategy'] not in ('auto', 'one'):
-        lines.append(f'  strategy {run.flag_values["strategy"]}, on one device, because there is no other')
+    elif run.strategy not in ('auto', 'one'):
+        lines.append(f'  strategy {run.strategy}, on one device, because there is no other')
     return '\n'.join(lines)
 
 
-def data_description(run: Run, data: dict[str, Tasks]) -> list[str]:
+def data_description(run: Training, data: dict[str, Tasks]) -> list[str]:
     """Texts: the amount of data in each split, if the source has data on disk."""
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
     outputs = task_outputs(data['val'])
@@ -175,7 +177,7 @@ def many_updates(config: ModelConfig) -> list[str]:
 @dataclasses.dataclass
 class Trainer:
     """The training loop, and what is done between its steps. `state` is updated in place."""
-    run: Run
+    run: Training
     data: dict[str, Tasks]
     model: MAML
     state: TrainState
@@ -278,7 +280,7 @@ def due(iteration: int, interval: int) -> bool:
     return iteration % interval == 0
 
 
-def check_finite(run: Run, means: dict[str, np.ndarray], first: int) -> None:
+def check_finite(run: Training, means: dict[str, np.ndarray], first: int) -> None:
     """Raises UserError for the first step that was not finite, unless --skip_nonfinite is given.
 
     Args:
@@ -293,17 +295,17 @@ def check_finite(run: Run, means: dict[str, np.ndarray], first: int) -> None:
                    f'updates, and {what} not finite')
 
 
-def console_line(run: Run, phase: str, state: TrainState) -> str:
+def console_line(run: Training, phase: str, state: TrainState) -> str:
     """`Iteration 100: <pre>, <post>`, means of the metric [iterations, 2] since the last such line."""
     metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
     pre, post = metrics.mean(axis=0) if len(metrics) else (math.nan, math.nan)
     line = (f'Pretrain Iteration {state.iteration}' if phase == 'pretrain' else
             f'Iteration {state.iteration - run.pretrain_iterations}') + f': {pre:.6g}, {post:.6g}'
-    return line + (f'\nIterations passed over so far, without a finite loss and gradient: {state.skipped}'
+    return line + (f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)'
                    if state.skipped else '')
 
 
-def ranked(run: Run, ranking: list[dict], candidate: dict) -> list[dict]:
+def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
     """The `run.ensemble` best of {'iteration', 'score'}, best first, by accuracy (higher is better) or loss (lower is).
 
     Of equals the earlier is better. A candidate whose score is not finite is ignored.
@@ -314,7 +316,7 @@ def ranked(run: Run, ranking: list[dict], candidate: dict) -> list[dict]:
     return sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))[:run.ensemble]
 
 
-def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
+def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
     """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
 
     A block ends at a multiple of steps_per_call, at the end of pre-training, of a stage of meta-training, or of the run.
@@ -343,7 +345,7 @@ def meta_batches(tasks: Tasks, run: Run, start: int, steps_per_call: int) -> Ite
         yield ahead.popleft().result()
 
 
-def draw(tasks: Tasks, run: Run, iteration: int, replica: int) -> TaskBatch:
+def draw(tasks: Tasks, run: Training, iteration: int, replica: int) -> TaskBatch:
     """A replica's tasks of an iteration's meta-batch."""
     count = run.meta_batch_size // run.replicas.count
     return tasks.draw(iteration * run.meta_batch_size + replica * count, count)

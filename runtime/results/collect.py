@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.cli.flags import FLAGS
+from runtime.cli.flags import default
 from runtime.results.statistics import UNITS
 from runtime.results.store import FILE, SPLIT_TITLES, read
 from runtime.system.errors import UserError
@@ -62,8 +62,7 @@ class Evaluation:
 
     def flag(self, name: str) -> Any:
         """The value of a flag; where the evaluation is older than the flag, its default."""
-        default = FLAGS[name].default if name in FLAGS else None
-        return self.entry.get('flags', {}).get(name, default)
+        return self.entry.get('flags', {}).get(name, default(name))
 
 
 def read_evaluations(named: Sequence[tuple[str | None, str]]) -> list[Evaluation]:

@@ -4,7 +4,7 @@ import os
 import signal
 
 # SIGHUP comes when the terminal is closed or the connection to it breaks. Not all systems have it.
-ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+TERMINATION_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
 class Interruption:
@@ -26,7 +26,7 @@ class Interruption:
         self.agreed, self.signal = True, self.signal or signal.SIGTERM
 
     def __enter__(self) -> 'Interruption':
-        self._before = {number: signal.getsignal(number) for number in ENDING}
+        self._before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
         self._handle(self._record)
         return self
 
@@ -42,7 +42,7 @@ class Interruption:
     def _record(self, number, frame):
         self.signal = number
         self._handle(signal.SIG_DFL)
-        for hangup in set(ENDING) - {signal.SIGINT, signal.SIGTERM}:
+        for hangup in set(TERMINATION_SIGNALS) - {signal.SIGINT, signal.SIGTERM}:
             signal.signal(hangup, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, b'\nFinishing the current iteration and saving it; a second signal ends the program at once.\n')

@@ -1,0 +1,191 @@
+"""What the command line asks for: each flag as given, or else as --run=DIR or --method has it, or else its default."""
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from data_generator import SOURCES, TableSource
+from runtime.cli import methods, stored_run
+from runtime.cli.flags import LEARNING, CommandLine, labels
+from runtime.datasets.tasks import Source
+from runtime.system.errors import UserError
+
+# In what an evaluation may differ from the training: its tasks, and how the model adapts to them. 'train_<name>', where there is
+# such a flag, states the training's value.
+OF_TASKS = 'datasource', 'num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm'
+STATED = 'update_batch_size', 'update_lr'
+OF_IMAGES = 'image_size', 'image_channels', 'rotations', 'split'  # the same, if the tasks are of another source: one's own images
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The flags, with --run and --method resolved, and what follows from them. The values of flags are attributes too."""
+    values: Mapping[str, Any]       # {flag: value} for this training, evaluation or prediction
+    trained: Mapping[str, Any]      # {flag: value} in the training of the run; in a training the same
+    given: frozenset[str]           # the flags on the command line
+    run_directory: str | None       # that --run names
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__['values'][name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    @property
+    def mode(self) -> str:
+        """'train', 'evaluate' or 'predict'."""
+        return mode(self.values)
+
+    @property
+    def source(self) -> Source:
+        """The entry of SOURCES."""
+        return SOURCES[self.datasource]
+
+    @property
+    def images(self) -> bool:
+        """Whether the source has images."""
+        return self.source.image_shape is not None
+
+    @property
+    def user_images(self) -> bool:
+        """Whether these are the user's own."""
+        return self.images and self.source.user_images
+
+    @property
+    def tables(self) -> bool:
+        """Whether the source has tables."""
+        return isinstance(self.source, TableSource)
+
+    @property
+    def classes(self) -> bool:
+        """Whether tasks are classification tasks."""
+        return self.images or (self.tables and not self.targets)
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether the tasks are those of another source than the training's."""
+        return self.datasource != self.trained['datasource']
+
+    @property
+    def iterations(self) -> tuple[int, int]:
+        """Iterations of pre-training and of meta-training."""
+        if self.baseline == 'oracle':
+            # Reference behaviour: the oracle is trained jointly, also in iterations asked for as meta-training.
+            return self.pretrain_iterations + self.metatrain_iterations, 0
+        return self.pretrain_iterations, self.metatrain_iterations
+
+    @property
+    def only_pretrains(self) -> bool:
+        """Whether there is joint training, and no meta-training."""
+        return self.iterations[0] > 0 and self.iterations[1] == 0
+
+    @functools.cached_property
+    def training(self) -> 'Request':
+        """The request that the training of the run was."""
+        return dataclasses.replace(self, values=self.trained)
+
+    @property
+    def learning_flags(self) -> dict[str, Any]:
+        """{flag: value} of those that determine what is learnt: the identity of the run."""
+        how = {name: self.trained[name] for name, declared in LEARNING.items() if not declared.network}
+        if self.meta_lr_schedule != 'constant':
+            how['metatrain_iterations'] = self.metatrain_iterations  # the step size of each iteration depends on it
+        return {**self.network_flags, **how}
+
+    @property
+    def network_flags(self) -> dict[str, Any]:
+        """{flag: value} of those by which networks for the source of the training differ."""
+        applicable = {name: self.trained[name] for name, declared in LEARNING.items()
+                      if declared.network == 'all' or declared.network and PURPOSES[declared.network].holds(self.training)}
+        return {name: None if value == 'None' and name != 'norm' else value for name, value in applicable.items()}
+
+    @property
+    def directory(self) -> str:
+        """The experiment directory: that of --run, or the one in --logdir whose name states the hyper-parameters."""
+        return self.run_directory or os.path.join(os.path.expanduser(self.logdir), self.experiment_name)
+
+    @property
+    def experiment_name(self) -> str:
+        """The name of an experiment directory, which states the hyper-parameters as the reference's does."""
+        way, shot, alpha = (self.trained[name] for name in ('num_classes', 'update_batch_size', 'update_lr'))
+        # Not in the reference, where the pre-training baseline shares a directory with MAML and resumes MAML's checkpoint.
+        suffix = 'pretrain' if self.only_pretrains and self.baseline != 'oracle' else ''
+        return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(self.trained)}{suffix}'
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The columns that --targets names."""
+        return tuple(name.strip() for name in self.targets.split(',')) if self.targets else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Purpose:
+    """What a flag can be for."""
+    text: str                           # '--x is for <text>'
+    holds: Callable[[Request], bool]    # whether a request is that
+
+
+PURPOSES = {
+    'images': Purpose('images, and --datasource={datasource} has none', lambda r: r.images),
+    'user images': Purpose('--datasource=folder', lambda r: r.user_images),
+    'tables': Purpose('--datasource=table', lambda r: r.tables),
+    'files': Purpose('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
+    'numbers': Purpose('sources without images', lambda r: not r.images),
+    'classes': Purpose('classification', lambda r: r.classes),
+    'convolutions': Purpose('convolutional networks', lambda r: r.images and r.conv),
+    'fully connected': Purpose('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
+                               lambda r: not r.images or not r.conv),
+    'evaluation': Purpose('evaluation: add --train=False', lambda r: r.mode != 'train'),
+    'transfer': Purpose('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
+    'prediction': Purpose('--predict', lambda r: r.mode == 'predict'),
+    'comparison': Purpose('--compare and --across', lambda r: False),
+}
+
+
+def mode(values: Mapping[str, Any]) -> str:
+    """What flags ask for: 'train', 'evaluate' or 'predict'."""
+    return 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
+
+
+def resolve(line: CommandLine) -> Request:
+    """The request that a command line makes.
+
+    With --run=DIR the flags are those of the training there. An evaluation may have other tasks; without --run, it is of the run
+    whose training has the same flags.
+
+    Raises:
+        UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
+    """
+    values = {**line.values, **methods.settings(line.values['method'], line.given)}
+    if line.values['run'] is None:
+        return Request(values, {**values, **_training_of(values)}, line.given, None)
+    directory = stored_run.find(values['run'])
+    stored = stored_run.read(directory)
+    values.update({name: value for name, value in stored.items() if name not in line.given})
+    if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
+        values['data_path'] = None  # the run's is the folder of the training's images
+    learnt = {name: stored[name] for name in LEARNING}
+    _refuse_contradictions(values, learnt, directory)
+    return Request(values, {**values, **learnt}, line.given, directory)
+
+
+def _training_of(values):
+    """{flag: value} of what differed in the training that flags describe without --run."""
+    if mode(values) == 'train':
+        return {}
+    stated = {name: values[f'train_{name}'] for name in STATED}
+    query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
+    return {**{name: value for name, value in stated.items() if value != -1}, **query_norm}
+
+
+def _refuse_contradictions(values, learnt, directory):
+    may_differ = () if mode(values) == 'train' else OF_TASKS
+    if 'datasource' in may_differ and values['datasource'] != learnt['datasource']:
+        may_differ += OF_IMAGES
+    contradictions = [f'--{name}={values[name]} contradicts --{name}={value}' for name, value in learnt.items()
+                      if values[name] != value and name not in may_differ]
+    contradictions += [f'--train_{name}={values[f"train_{name}"]} contradicts --{name}={learnt[name]}' for name in STATED
+                       if values[f'train_{name}'] not in (-1, learnt[name])]
+    if contradictions:
+        raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')

@@ -1,0 +1,155 @@
+"""From a request to its source and tasks, and the reading of the data."""
+import dataclasses
+import glob
+import os
+
+from data_generator import SOURCES, TableSource
+from runtime.cli.request import Request
+from runtime.datasets.images import BadImages
+from runtime.datasets.tables import COLUMNS_FILE, Columns, Tables, read_columns
+from runtime.datasets.tasks import Source, TaskConfig, Tasks
+from runtime.system.errors import UserError
+
+
+def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
+    """The source, an entry of SOURCES (changed by flags for the user's own images or tables), and what its tasks look like.
+
+    Raises:
+        UserError: the data cannot be those of the run.
+    """
+    source = _with_flags(request)
+    if request.is_transfer:
+        source = _with_network_of_training(source, request)
+    if source.image_shape:
+        source = dataclasses.replace(source, skip_bad_images=request.skip_bad_images, verify=request.verify)
+    if source.image_shape and source.user_images and request.mode != 'predict':
+        _refuse_runs_among_classes(request, source)
+    train = request.mode == 'train'
+    usual_query_shots = source.query_shots(request.update_batch_size, train)
+    return source, TaskConfig(
+        num_classes=request.num_classes,
+        update_batch_size=request.update_batch_size,
+        query_shots=usual_query_shots if train or request.test_query == -1 else request.test_query,
+        seed=request.test_seed if request.mode == 'evaluate' else request.seed,
+        baseline='oracle' if request.baseline == 'oracle' else None,
+        data_path=request.data_path and os.path.expanduser(request.data_path))
+
+
+def _refuse_runs_among_classes(request, source):
+    """Raises UserError if the run's directory would be one of the class folders that are to be split."""
+    folders, directory = source.folders(os.path.expanduser(request.data_path or '.')), request.directory
+    root = os.path.realpath(folders.root)
+    if os.path.commonpath([root, os.path.realpath(directory)]) == root and folders.unsplit():
+        raise UserError(f'the directory of the run, {directory}, is in --data_path={request.data_path}, where each folder is a class; '
+                        'give another --logdir')
+
+
+def missing_classes(request: Request, split: str) -> str:
+    """'', or why a split's classes of images cannot be listed, as where the data are not prepared; reads no image."""
+    try:
+        source, tasks = source_and_tasks(request)
+        if source.image_shape:
+            source.folders(tasks.data_path).names(split)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def _with_flags(request):
+    """The source of a request as its flags change it, if the data are the user's own."""
+    source = SOURCES[request.datasource]
+    if isinstance(source, TableSource):
+        root = os.path.expanduser(request.data_path or '')
+        return dataclasses.replace(source, files=Tables(root, request.target_names, _known_columns(request)))
+    if not source.image_shape or not source.user_images:
+        return source
+    return dataclasses.replace(
+        source, image_shape=(request.image_size, request.image_size, int(request.image_channels)), rotations=request.rotations,
+        split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given)
+
+
+def _known_columns(request):
+    """The columns of tables that the model was trained with; None if a training starts from scratch.
+
+    Raises:
+        UserError: they cannot be read, or are not beside the checkpoint that --load_from names.
+    """
+    train, directory = request.mode == 'train', request.directory
+    # Not `checkpoints.iterations`: data are read before TensorFlow is imported.
+    resumes = request.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
+    if request.load_from and not (train and resumes):
+        folder = os.path.dirname(os.path.expanduser(request.load_from)) or '.'
+        columns = read_columns(folder)
+        if columns is None:
+            raise UserError(f'there is no {COLUMNS_FILE} in {folder}, which says what the columns of the model of --load_from are, and how '
+                            'they are scaled; copy it there from the directory of its training')
+        return columns
+    return read_columns(directory) if not train or resumes else None
+
+
+def _with_network_of_training(source, request):
+    """A source whose tasks are given to a model of another source, with that model's network.
+
+    Raises:
+        UserError: their images differ in shape, and --resize does not ask to change it.
+    """
+    trained = _with_flags(request.training)
+    source = dataclasses.replace(source, head=trained.head, clip=trained.clip)
+    if trained.image_shape == source.image_shape:
+        return source
+    if request.resize:
+        return dataclasses.replace(source, image_shape=trained.image_shape, stored_shape=source.image_shape)
+    training_shape, shape = ('x'.join(map(str, one.image_shape)) for one in (trained, source))
+    raise UserError(f'a model of {request.trained["datasource"]} ({training_shape}) cannot be evaluated on {request.datasource} ({shape}): '
+                    f'their images differ in shape; --resize makes those of {request.datasource} fit')
+
+
+def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[str, Tasks]:
+    """{split: tasks}: for training those of train and val, else those of `split`.
+
+    Before a training the images of the test split are read as well, if there are any: a bad one should not be found after it.
+
+    Raises:
+        BadImages: images of any of these splits cannot be used.
+        UserError: the data are not there or do not suffice.
+    """
+    needed = ['train', 'val'] if mode == 'train' else [split]
+    data, bad, hint = {}, [], ''
+    for name in [*needed, 'test'] if mode == 'train' and source.image_shape else needed:
+        try:
+            data[name] = source.tasks(_validation_config(source, tasks) if (mode, name) == ('train', 'val') else tasks, name)
+        except BadImages as error:
+            bad, hint = bad + error.images, error.hint
+        except UserError:
+            if name in needed:  # a training needs no test split, and not one that suffices
+                raise
+    if bad:
+        raise BadImages(bad, hint)
+    return {name: data[name] for name in needed}
+
+
+def _validation_config(source, tasks):
+    """What a validation task of a training looks like: like those of the training, or with all classes if the split has fewer.
+
+    Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
+    own images again.
+    """
+    if not (source.image_shape and source.validate_on_fewer):
+        return tasks
+    available = len(source.class_folders('val', tasks.data_path))
+    return dataclasses.replace(tasks, num_classes=available) if 1 < available < tasks.num_classes else tasks
+
+
+def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> None:
+    """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them.
+
+    Raises:
+        UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
+    """
+    if source.image_shape and source.user_images:
+        source.folders(tasks.data_path).record_split({split: of.classes.names for split, of in data.items()})
+
+
+def columns_of(source: Source) -> Columns | None:
+    """The columns of a source of tables, for `stored_run.write`; None for others."""
+    return source.files.columns if isinstance(source, TableSource) else None

@@ -1,0 +1,89 @@
+"""What a training writes into its directory for --run=DIR: the flags that describe it, and the columns of its tables."""
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from runtime.cli.flags import GROUPS, default, parse_value
+from runtime.datasets.tables import Columns, write_columns
+from runtime.system.errors import UserError, first_line
+from runtime.system.files import write_atomically
+
+FLAG_FILE = 'run.flags'
+_GROUPS = 'Data', 'Training', 'Method', 'Network'  # the groups of flags that FLAG_FILE holds
+
+
+def describing_flags() -> list[str]:
+    """The names of the flags that describe a run."""
+    return [*(name for group in _GROUPS for name in GROUPS[group] if name != 'method'), 'test_updates']
+
+
+def description(values: Mapping[str, Any]) -> str:
+    """The contents of FLAG_FILE: a line for each flag that is not at its default."""
+    return ''.join(f'--{name}={values[name]}\n' for name in describing_flags() if values[name] != default(name))
+
+
+def write(directory: str, text: str, columns: Columns | None) -> None:
+    """Writes a `description`, and the columns of tables. If the former fails, reports it and continues.
+
+    Raises:
+        UserError: the columns cannot be written, without which the model cannot be used.
+    """
+    if columns:
+        try:
+            write_columns(directory, columns)
+        except OSError as error:
+            raise UserError(f'the columns cannot be written to {directory}: {error.strerror}') from error
+    path = os.path.join(directory, FLAG_FILE)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        print(f'{path}, for --run, cannot be written: {error.strerror}')
+
+
+def find(name: str) -> str:
+    """The experiment directory that --run=name means: that folder itself, or the only run in it.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    directory = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(directory, FLAG_FILE)):
+        return os.path.normpath(directory)
+    if not os.path.isdir(directory):
+        raise UserError(f'--run={name}: there is no such folder')
+    runs = sorted(entry.path for entry in os.scandir(directory) if os.path.isfile(os.path.join(entry.path, FLAG_FILE)))
+    if len(runs) == 1:
+        return os.path.normpath(runs[0])
+    problem = f'holds {len(runs)} runs ({", ".join(map(os.path.basename, runs))}): name one' if runs else (
+        f'holds no {FLAG_FILE}, which trainings write: give the flags of the training instead')
+    raise UserError(f'--run={name} {problem}')
+
+
+def read(directory: str) -> dict[str, Any]:
+    """{flag: value} of all flags that describe the run in a directory.
+
+    Raises:
+        UserError: its FLAG_FILE cannot be read.
+    """
+    path = os.path.join(directory, FLAG_FILE)
+    try:
+        with open(path, encoding='utf-8') as file:
+            pairs = [re.fullmatch(r'--(\w+)=(.*)', line) for line in file.read().splitlines() if line.strip()]
+        stored = {pair[1]: _parsed(pair[1], pair[2]) for pair in pairs}
+    except (OSError, ValueError, TypeError, KeyError, flags.Error) as error:
+        raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); give the flags of the training '
+                        'instead of --run') from error
+    return {name: stored.get(name, default(name)) for name in describing_flags()}
+
+
+def _parsed(name, text):
+    if name not in describing_flags():
+        raise ValueError(f'--{name} does not describe a run')
+    value = parse_value(name, text)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'--{name}={text}')
+    return value
