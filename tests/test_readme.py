@@ -51,7 +51,7 @@ def test_flags_in_the_readme_exist():
     folders = [pathlib.Path(ROOT, folder) for folder in ('data', 'benchmarks')]
     scripts = ''.join(path.read_text() for folder in folders for path in folder.glob('**/*.py'))
     # Of docs/changing-the-algorithm.md, of a group of flags, of absl, and of --no-crop.
-    example = {'head_init', 'train_', 'flagfile', 'no'}
+    example = {'head_init', 'flagfile', 'no'}
     for name in re.findall(r'--([a-z]\w+)', README + ''.join(PAGES.values())):
         assert name in flags.FLAGS or f"'--{name}'" in scripts or name in example, name
 

@@ -51,7 +51,7 @@ class Saver:
         self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
         self._failed_at = None
 
-    def wanted(self, saving: bool) -> bool:
+    def is_due(self, saving: bool) -> bool:
         """Whether to save now: if a checkpoint is due (`saving`), or after a failure if it is time to retry."""
         return saving if self._failed_at is None else time.monotonic() - self._failed_at > RETRY_SECONDS
 

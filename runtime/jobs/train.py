@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import ClassTasks
-from maml import MAML, Metrics, ModelConfig
+from maml import MAML, ModelConfig
 from networks import network_of
 from runtime.cli import stored_run
 from runtime.cli.run import Training
@@ -70,7 +70,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
             if state.iteration == 0:
                 summaries.write_flags(run.learning_flags)
             saver = Saver(run, model, fingerprints, state.iteration, progress.log)
-            Trainer(run, data, model, state, interruption, progress, summaries, saver).loop()
+            loop(run, data, model, state, saver, interruption, progress, summaries)
         report_end(run, state, interruption, saver)
 
 
@@ -80,16 +80,16 @@ def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
         checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
                               'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
-        other = [split for split, known in checkpoint.record['data'].items() if fingerprints[split] != known]
-        if other:
+        changed = [split for split, fingerprint in checkpoint.record['data'].items() if fingerprints[split] != fingerprint]
+        if changed:
             kind = 'images' if run.source.image_shape else 'data'
-            raise UserError(f'the {kind} of the {" and ".join(other)} split are not those that the checkpoint '
+            raise UserError(f'the {kind} of the {" and ".join(changed)} split are not those that the checkpoint '
                             f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
                             'in another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Resuming from {checkpoint.prefix}')
-        state, there = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
-        state.ranking = [entry for entry in state.ranking if entry['iteration'] in there]  # later ones may have replaced the others
+        state, saved = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
+        state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]  # later ones may have replaced the others
         return state
     if run.load_from:
         checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
@@ -174,105 +174,76 @@ def many_updates(config: ModelConfig) -> list[str]:
             ] if config.num_updates > MANY_UPDATES and not config.recompute else []
 
 
-@dataclasses.dataclass
-class Trainer:
-    """The training loop, and what is done between its steps. `state` is updated in place."""
-    run: Training
-    data: dict[str, Tasks]
-    model: MAML
-    state: TrainState
-    interruption: Interruption
-    progress: Progress
-    summaries: Summaries
-    saver: Saver
-    validated: MAML = dataclasses.field(init=False)  # the model, or its first outputs if validation tasks have fewer classes
+def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
+         progress: Progress, summaries: Summaries) -> None:
+    """Trains from `state`, which is updated in place, to the end or an interruption, and saves the result."""
+    validation_model = model_for(data['val'], model)
+    steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
+    for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
+        if run.log and due(first, SUMMARY_INTERVAL):  # of the meta-batch that this iteration is about to learn from
+            batch = run.replicas.distribute(lambda replica, first=first: draw(data['train'], run, first, replica))
+            summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first)
 
-    def __post_init__(self):
-        outputs = task_outputs(self.data['val'])
-        self.validated = self.model if outputs == self.model.config.dim_output else self.model.variant(dim_output=outputs)
-
-    def loop(self) -> None:
-        """Trains from `state` to the end or an interruption, and saves the result."""
-        run, state = self.run, self.state
-        # As many steps per call as fit between checkpoints.
-        for first, batches in meta_batches(self.data['train'], run, state.iteration,
-                                           math.gcd(self.model.steps_per_call, run.save_interval)):
-            self.summarise_training(first)
-            phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
-            # Schedules count the iterations of meta-training.
-            iteration = first - run.pretrain_iterations if phase == 'metatrain' else 0
-            means = self.model.train_steps(phase, batches, iteration, self.interruption.signal is not None)
-            self.count(first, {name: values.numpy() for name, values in means.items()})
-            self.print_means(phase)
-            saving = due(state.iteration, run.save_interval) or state.iteration == run.iterations
-            ranking = self.validate(saving)
-            stopping = self.interruption.agreed if run.replicas.workers > 1 else self.interruption.signal
-            if self.saver.wanted(saving) or stopping:
-                self.save(ranking)
-            if stopping:
-                return
-        while self.saver.iteration < state.iteration and not self.interruption.signal:
-            time.sleep(1)
-            if self.saver.wanted(True):
-                self.saver.save(dataclasses.replace(state, ranking=ranking))
-
-    def summarise_training(self, first: int) -> None:
-        """Summaries of the meta-batch that iteration `first` is about to learn from."""
-        run = self.run
-        if run.log and due(first, SUMMARY_INTERVAL):
-            batch = run.replicas.distribute(lambda replica: draw(self.data['train'], run, first, replica))
-            self.summaries.write('metatrain', self.model.evaluate(batch, run.model.num_updates), first)
-
-    def count(self, first: int, means: dict[str, np.ndarray]) -> None:
-        """Updates the state by what steps `first`, first + 1, ... returned; raises UserError if one was not finite."""
-        run, state = self.run, self.state
+        phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
+        iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
+        means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
+        means = {name: values.numpy() for name, values in means.items()}
         if means['stopping'].any():
-            self.interruption.agree()
+            interruption.agree()
         check_finite(run, means, first)
-        state.iteration = first + len(means['finite'])
-        state.skipped += int(np.sum(~means['finite']))
-        metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
-        state.unprinted += metrics[means['finite']].tolist()
-        self.progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
+        record_steps(run, state, means)
+        progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
+        if due(state.iteration, run.source.print_interval):
+            progress.log(console_line(run, phase, state))
+            state.unprinted = []
 
-    def print_means(self, phase: str) -> None:
-        """Prints the console line, if it is due."""
-        if due(self.state.iteration, self.run.source.print_interval):
-            self.progress.log(console_line(self.run, phase, self.state))
-            self.state.unprinted = []
+        saving, ranking = due(state.iteration, run.save_interval) or state.iteration == run.iterations, state.ranking
+        reporting = due(state.iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
+        if saving or reporting:
+            if validation_model is not model:
+                validation_model.copy_parameters(model)
+            pre, post = validate(run, validation_model, data['val'], state.iteration, summaries, saving)
+            if run.metric == 'accuracy':  # Reference behaviour: no line in regression
+                progress.log(f'{"Validation results" if reporting else f"Validation of model{state.iteration}"}: {pre:.6g}, {post:.6g}')
+            if saving:
+                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': float(post)})
 
-    def validate(self, saving: bool) -> list[dict]:
-        """Validates, if that is due or a checkpoint is; returns the ranking of the earlier checkpoints and this one."""
-        run, iteration = self.run, self.state.iteration
-        validating = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
-        if not validating and not saving:
-            return self.state.ranking
-        if self.validated is not self.model:
-            self.validated.copy_parameters(self.model)
-        metrics = evaluate_tasks(self.validated, self.data['val'], VALIDATION_TASKS,
-                                 max(run.model.num_updates, run.source.validation_updates))
-        self.summarise_validation(metrics, saving)
-        pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
-        if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-            what = 'Validation results' if validating else f'Validation of model{iteration}'
-            self.progress.log(f'{what}: {pre:.6g}, {post:.6g}')
-        return ranked(run, self.state.ranking, {'iteration': iteration, 'score': float(post)}) if saving else self.state.ranking
+        stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
+        if saver.is_due(saving) or stopping:
+            summaries.flush()  # so that they hold everything that happened before the checkpoint
+            if saver.save(dataclasses.replace(state, ranking=ranking)):
+                state.ranking = ranking  # only now: an interrupted saving must not change what is best
+        if stopping:
+            return
+    while saver.iteration < state.iteration and not interruption.signal:
+        time.sleep(1)
+        if saver.is_due(True):
+            saver.save(dataclasses.replace(state, ranking=ranking))
 
-    def summarise_validation(self, metrics: Metrics, saving: bool) -> None:
-        """Summaries of a validation; with a checkpoint, and if asked for, its figures too."""
-        run, iteration = self.run, self.state.iteration
-        self.summaries.write('metaval', metrics, iteration)
-        if saving and run.plot and run.log and run.replicas.chief:
-            from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-            figures = plots.evaluation_figures(run, self.validated, self.data['val'], 'val',
-                                               {f'model{iteration}': task_metrics(metrics)})
-            self.summaries.write_figures('metaval', figures, iteration)
 
-    def save(self, ranking: list[dict]) -> None:
-        """Writes a checkpoint. The ranking counts once it is saved: an interrupted saving must not change what is best."""
-        self.summaries.flush()  # so that the summaries hold everything that happened before the checkpoint
-        if self.saver.save(dataclasses.replace(self.state, ranking=ranking)):
-            self.state.ranking = ranking
+def model_for(tasks: Tasks, model: MAML) -> MAML:
+    """The model itself, or if tasks have fewer classes, a copy with as many outputs."""
+    outputs = task_outputs(tasks)
+    return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
+
+
+def record_steps(run: Training, state: TrainState, means: dict[str, np.ndarray]) -> None:
+    """Updates the state by what the steps after `state.iteration` returned."""
+    state.iteration += len(means['finite'])
+    state.skipped += int(np.sum(~means['finite']))
+    metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
+    state.unprinted += metrics[means['finite']].tolist()
+
+
+def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, summaries: Summaries, saving: bool) -> np.ndarray:
+    """Means of the metric over validation tasks, [before, after] adaptation; also writes summaries, with a checkpoint figures too."""
+    metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
+    summaries.write('metaval', metrics, iteration)
+    if saving and run.plot and run.log and run.replicas.chief:
+        from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+        figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)})
+        summaries.write_figures('metaval', figures, iteration)
+    return task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
 
 
 def due(iteration: int, interval: int) -> bool:
