@@ -94,9 +94,7 @@ class Evaluation(Trained):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction(Trained):
-    """A prediction."""
-    support: str                # folder or csv file of the support examples
-    query: str                  # of the query examples
+    """A prediction, which needs no more."""
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
@@ -126,18 +124,13 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         return Evaluation(
             **common, split='test' if request.test_set else 'val', num_test_tasks=request.num_test_tasks,
             log=request.log, plot=request.plot, headline_updates=headline_updates(request), usual_updates=usual_updates,
-            flags={name: request.values[name] for name in [*stored_run.describing_flags(), *GROUPS['Evaluation']]})
-    return Prediction(**common, **dict(zip(('support', 'query'), example_paths(request))))
+            flags={name: request.values[name] for name in ['method', *stored_run.describing_flags(), *GROUPS['Evaluation']]})
+    return Prediction(**common)
 
 
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
     return request.num_updates if request.test_updates == -1 else request.test_updates
-
-
-def example_paths(request: Request) -> tuple[str, str]:
-    """Where the support and the query examples of a prediction are."""
-    return (request.support_dir, request.query_dir) if request.images else (request.support_csv, request.query_csv)
 
 
 def _method(request):

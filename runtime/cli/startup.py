@@ -8,7 +8,7 @@ from typing import Any
 from runtime.cli import rules, workers
 from runtime.cli.flags import CommandLine
 from runtime.cli.request import Request, resolve
-from runtime.cli.run import Run, example_paths, make_run
+from runtime.cli.run import Run, make_run
 from runtime.cli.run_data import read_data, source_and_tasks
 from runtime.compute import distribution
 from runtime.datasets.tasks import Source
@@ -45,9 +45,11 @@ def _user_data(request: Request, source: Source):
     """The user's own task, of images or of tables."""
     if source.image_shape:
         from runtime.datasets.user_images import read_user_images as read
+        paths = request.support_dir, request.query_dir
     else:
         from runtime.datasets.user_tables import read_user_tables as read
-    return read(source, *map(os.path.expanduser, example_paths(request)))
+        paths = request.support_csv, request.query_csv
+    return read(source, *map(os.path.expanduser, paths))
 
 
 def import_tensorflow(strategy: str = 'one',
