@@ -123,7 +123,7 @@ def test_whole_runs(tmp_path):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4 * np.abs(one[name]).max())
     assert len(glob.glob(f'{tmp_path}/two/*/events*')) == 1
     # What several have begun, one can go on with.
-    assert 'Going on from' in run_ok(*flags, f'--logdir={tmp_path}/two', '--metatrain_iterations=400')
+    assert 'Resuming from' in run_ok(*flags, f'--logdir={tmp_path}/two', '--metatrain_iterations=400')
 
 
 @pytest.mark.slow

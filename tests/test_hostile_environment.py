@@ -19,6 +19,7 @@ import tensorflow as tf
 from scipy import stats
 
 from conftest import ROOT, error_of, run_ok, write_image_tree
+from data_generator import SOURCES
 from runtime.cli import workers
 from runtime.datasets import arrays, class_folders, images
 from runtime.jobs import checkpoints
@@ -65,7 +66,7 @@ def trained(tmp_path_factory):
     ['--datasource=omniglot', '--predict', '--support_dir=.', '--query_dir=http://a/b']])
 def test_addresses_are_no_paths(flags):
     error = error_of(*flags)
-    assert f'{flags[-1]} is an address, and not a path' in error
+    assert f'{flags[-1]} is a URL, not a local path' in error
 
 
 def test_a_zero_byte_in_a_path(tmp_path):
@@ -93,7 +94,7 @@ def test_a_trial_of_saving(tmp_path):
 
 
 def test_saving_that_cannot_work_is_said_at_the_start(tmp_path, capsys):
-    run = types.SimpleNamespace(directory=str(tmp_path), write_description=lambda: None)
+    run = types.SimpleNamespace(directory=str(tmp_path), source=SOURCES['sinusoid'], flag_file='')
     model = types.SimpleNamespace(state=lambda: STATE)
     with limited_files(100):
         training.prepare_directory(run, training.TrainState(), model)

@@ -78,7 +78,7 @@ def test_signals(number, tmp_path):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and 'Traceback' not in output
     iteration, = re.findall(rf'Stopped by {number.name} after iteration (\d+); the newest checkpoint is .*/model\1\. '
-                            'The same command goes on from there', output)
+                            'Run the same command to resume', output)
     assert int(iteration) == saved(tmp_path)[-1] and int(iteration) % 100 == 0
     assert f'model{iteration}' in run_ok(*flags, f'--metatrain_iterations={int(iteration) + 100}')
 
@@ -134,7 +134,7 @@ def test_contradictions_are_spelt_out(tmp_path):
     assert 'made with --pretrain_iterations=0, and not with --pretrain_iterations=50' in error_of(*on, '--pretrain_iterations=50')
     os.rename(tmp_path, f'{tmp_path}_moved')
     output = run_ok(*on, f'--logdir={tmp_path}_moved', '--save_interval=50', '--log=False', '--num_filters=64')
-    assert 'Going on from' in output
+    assert 'Resuming from' in output
 
 
 def test_an_evaluation_without_the_pretraining_of_its_run_is_refused(tmp_path, few_tasks):
@@ -220,7 +220,7 @@ def test_divergence_stops_the_run(tmp_path):
 
 def test_skipping(tmp_path):
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=1000', '--skip_nonfinite')
-    assert 'Iteration 1000: nan, nan\nIterations passed over so far, without a finite loss and gradient: 1000' in output
+    assert 'Iteration 1000: nan, nan\nSkipped 1000 iterations so far (non-finite loss or gradient)' in output
     checkpoint = checkpoints.newest(str(directory_of(tmp_path)))
     assert checkpoint.record['skipped'] == 1000 and checkpoint.arrays['metatrain/adam/step'] == 0
 
@@ -244,7 +244,7 @@ def test_infinite_weights_are_not_saved(tmp_path):
     model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
     run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False)
-    with pytest.raises(UserError, match='after iteration 7 w2 holds what is not a number; nothing was saved yet'):
+    with pytest.raises(UserError, match='w2 contains NaN or infinity after iteration 7; nothing was saved yet'):
         saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7))
     assert not any(tmp_path.iterdir())
 
@@ -264,7 +264,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'save', sometimes)
     monkeypatch.setattr(saving, 'RETRY_SECONDS', 0.01)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200', '--save_interval=100')
-    assert output.count('No space left on device') == 3 and 'The program goes on' in output
+    assert output.count('No space left on device') == 3 and 'Training continues' in output
     assert attempts == [100, 200, 200, 200] and saved(tmp_path) == [200]
     assert 'Saving works again' in output and checkpoints.newest(str(directory_of(tmp_path))).record['best']['iteration'] == 200
 
@@ -279,7 +279,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         process.terminate()
         output += process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM and 'Traceback' not in output, output
-    assert re.search(r'Saving .*model1000 failed \([^{]*\)\. The program', output) and 'nothing is saved' in output
+    assert re.search(r'Saving .*model1000 failed \([^{]*\)\. Training', output) and 'nothing is saved' in output
     assert saved(tmp_path) == [] and not (directory_of(tmp_path) / '.saving').exists()
 
 

@@ -77,7 +77,7 @@ def test_rows_are_trained_evaluated_and_written(start, tmp_path):
     assert lines(tmp_path)['tiny sinusoid'][4] == f'{newest:,} of 300'
 
     status, printed = end(start('--only', 'sinusoid'))
-    assert status == 0 and f'Going on from {run}/model{newest}' in printed, printed
+    assert status == 0 and f'Resuming from {run}/model{newest}' in printed, printed
     entries = json.loads((run / 'results.json').read_text())
     last = next(entry for entry in entries.values() if entry['iterations'] == 300)
     assert last['tasks']['count'] == 600 and last['tasks']['split'] == 'test'
@@ -123,7 +123,7 @@ def test_a_row_that_does_not_exist(start):
 def test_validations_of_a_console_log(tmp_path):
     import curves
     log = ('Iteration 400: 0.2, 0.3\nIteration 500: 0.2, 0.4\nValidation results: 0.2, 0.35\nValidation of model700: 0.2, 0.5\n'
-           'Going on from model500\nIteration 600: 0.2, 0.5\nValidation of model700: 0.2, 0.45\nIteration 1000: 0.2, 0.5\n'
+           'Resuming from model500\nIteration 600: 0.2, 0.5\nValidation of model700: 0.2, 0.45\nIteration 1000: 0.2, 0.5\n'
            'Validation results: 0.2, 0.25\n')
     np.testing.assert_array_equal(curves.validations(log), [[500, 0.35], [700, 0.45], [1000, 0.25]])
     np.testing.assert_allclose(curves.running_mean(np.array([1., 2, 3, 4, 5, 6, 7])), [1, 1.5, 2, 2.5, 3, 4, 5])

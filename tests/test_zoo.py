@@ -136,7 +136,7 @@ def test_what_ships_is_enough(tmp_path, capsys):
         *TINY, f'--logdir={tmp_path}/packed/run/', f'--test_iter={other}')
     with_six = [flag.replace('iterations=5', 'iterations=6') for flag in TINY]
     for logs in 'logs', 'packed':
-        assert 'Going on from' in run_ok(*with_six, f'--logdir={tmp_path}/{logs}/run/')
+        assert 'Resuming from' in run_ok(*with_six, f'--logdir={tmp_path}/{logs}/run/')
     sixth = [checkpoints.load(str(folder / 'model6')).arrays for folder in (run, packed)]
     assert sixth[0].keys() == sixth[1].keys() and all((sixth[0][name] == sixth[1][name]).all() for name in sixth[0])
 

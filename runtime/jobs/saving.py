@@ -10,6 +10,7 @@ from maml import MAML
 from runtime.cli.run import Training
 from runtime.jobs import checkpoints
 from runtime.system.errors import UserError
+from runtime.system.interruption import Interruption
 
 RETRY_SECONDS = 30  # between attempts to save after a failure
 
@@ -85,6 +86,13 @@ class Saver:
         with contextlib.suppress(OSError):  # the next save will prune
             checkpoints.prune(run.directory, [entry['iteration'] for entry in state.ranking])
         return True
+
+    def finish(self, state: TrainState, interruption: Interruption) -> None:
+        """Saves the last state; retries until that works, or until an interruption."""
+        while self.iteration < state.iteration and not interruption.signal:
+            time.sleep(1)
+            if self.is_due(True):
+                self.save(state)
 
 
 def diverged(run: Training, what: str) -> UserError:

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -180,33 +179,24 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     validation_model = model_for(data['val'], model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
-        if run.log and due(first, SUMMARY_INTERVAL):  # of the meta-batch that this iteration is about to learn from
-            batch = run.replicas.distribute(lambda replica, first=first: draw(data['train'], run, first, replica))
-            summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first)
+        if run.log and due(first, SUMMARY_INTERVAL):
+            summarise_batch(run, data['train'], model, first, summaries)  # before learning from it
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
         iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
         means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
-        means = {name: values.numpy() for name, values in means.items()}
-        if means['stopping'].any():
-            interruption.agree()
-        check_finite(run, means, first)
-        record_steps(run, state, means)
+        record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
         if due(state.iteration, run.source.print_interval):
             progress.log(console_line(run, phase, state))
             state.unprinted = []
 
         saving, ranking = due(state.iteration, run.save_interval) or state.iteration == run.iterations, state.ranking
-        reporting = due(state.iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
-        if saving or reporting:
-            if validation_model is not model:
-                validation_model.copy_parameters(model)
-            pre, post = validate(run, validation_model, data['val'], state.iteration, summaries, saving)
-            if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-                progress.log(f'{"Validation results" if reporting else f"Validation of model{state.iteration}"}: {pre:.6g}, {post:.6g}')
+        if saving or due(state.iteration, PRINTS_PER_VALIDATION * run.source.print_interval):
+            validation_model.copy_parameters(model)  # of which it may have fewer outputs
+            score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
             if saving:
-                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': float(post)})
+                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
 
         stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
         if saver.is_due(saving) or stopping:
@@ -215,35 +205,46 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
                 state.ranking = ranking  # only now: an interrupted saving must not change what is best
         if stopping:
             return
-    while saver.iteration < state.iteration and not interruption.signal:
-        time.sleep(1)
-        if saver.is_due(True):
-            saver.save(dataclasses.replace(state, ranking=ranking))
+    saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
 
 
 def model_for(tasks: Tasks, model: MAML) -> MAML:
-    """The model itself, or if tasks have fewer classes, a copy with as many outputs."""
+    """The model itself, or if tasks have fewer classes, one with as many outputs."""
     outputs = task_outputs(tasks)
     return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
 
 
-def record_steps(run: Training, state: TrainState, means: dict[str, np.ndarray]) -> None:
-    """Updates the state by what the steps after `state.iteration` returned."""
+def summarise_batch(run: Training, tasks: Tasks, model: MAML, iteration: int, summaries: Summaries) -> None:
+    """Summaries of the meta-batch of an iteration."""
+    batch = run.replicas.distribute(lambda replica: draw(tasks, run, iteration, replica))
+    summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), iteration)
+
+
+def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], interruption: Interruption) -> None:
+    """Updates the state by what the steps after `state.iteration` returned; raises UserError if one was not finite."""
+    means = {name: values.numpy() for name, values in means.items()}
+    if means['stopping'].any():
+        interruption.agree()
+    check_finite(run, means, state.iteration)
     state.iteration += len(means['finite'])
     state.skipped += int(np.sum(~means['finite']))
     metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
     state.unprinted += metrics[means['finite']].tolist()
 
 
-def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, summaries: Summaries, saving: bool) -> np.ndarray:
-    """Means of the metric over validation tasks, [before, after] adaptation; also writes summaries, with a checkpoint figures too."""
+def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries, progress: Progress) -> float:
+    """The mean metric of validation tasks after adaptation; also writes summaries, with a checkpoint figures too, and prints a line."""
     metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
         figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)})
         summaries.write_figures('metaval', figures, iteration)
-    return task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
+    pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
+    if run.metric == 'accuracy':  # Reference behaviour: no line in regression
+        reporting = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
+        progress.log(f'{"Validation results" if reporting else f"Validation of model{iteration}"}: {pre:.6g}, {post:.6g}')
+    return float(post)
 
 
 def due(iteration: int, interval: int) -> bool:
