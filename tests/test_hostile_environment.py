@@ -71,7 +71,7 @@ def test_addresses_are_no_paths(flags):
 
 def test_a_zero_byte_in_a_path(tmp_path):
     (tmp_path / 'flags').write_bytes(b'--logdir=/tmp/a\0b\n')
-    assert '--logdir holds bytes that no name' in error_of(f'--flagfile={tmp_path}/flags')
+    assert '--logdir contains a zero byte' in error_of(f'--flagfile={tmp_path}/flags')
 
 
 @pytest.mark.parametrize('make', [lambda path: path.write_text(''), lambda path: path.symlink_to('/tmp'), os.mkfifo])

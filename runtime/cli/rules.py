@@ -28,7 +28,7 @@ def check_paths(values: Mapping[str, Any]) -> None:
         value = values[name]
         for path in value if isinstance(value, list) else [value or '']:
             if not _text(path) or '\0' in path:
-                problems.append(f'--{name} is not valid UTF-8; rename the folder')
+                problems.append(f'--{name} {"contains a zero byte" if _text(path) else "is not valid UTF-8"}; rename the folder')
             elif re.match(r'[A-Za-z][\w.+-]*://', path):
                 problems.append(f'--{name}={path} is a URL, not a local path; mount it and give that path')
     if problems:
