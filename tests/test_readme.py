@@ -62,9 +62,7 @@ def test_commands_of_the_docs_parse(monkeypatch):
     commands = re.findall(r'^ *python (main\.py [^$\n]*)$', README + ''.join(PAGES.values()), re.M)
     for command in commands:
         if '...' not in command:
-            main.FLAGS.unparse_flags()
             main.parse(shlex.split(command))
-    main.FLAGS.unparse_flags()
     assert len(commands) > 80
 
 
