@@ -152,16 +152,15 @@ def test_the_page_of_flags_is_current():
 
 def test_each_published_command_is_a_file_of_configs():
     """Those of the usage text, and one for each source that has classes to train on; all of them parse."""
-    usage = {line.strip().removeprefix('python main.py ') for line in main.__doc__.splitlines() if 'python main.py --data' in line}
+    usage = {line.strip().removeprefix('python main.py ') for line in main.USAGE.splitlines() if 'python main.py --data' in line}
     commands = {}
     for path in glob.glob(os.path.join(ROOT, 'configs', '*.flags')):
         with open(path, encoding='utf-8') as file:
             first, *lines = file.read().splitlines()
         assert first.startswith('# ')
         commands[' '.join(lines)] = os.path.basename(path)
-        main.FLAGS.unparse_flags()
-        main.parse(['main.py', *lines])
-        assert os.path.basename(path).startswith(f'{main.FLAGS.datasource}_')
+        values = main.parse(['main.py', *lines]).values
+        assert os.path.basename(path).startswith(f'{values["datasource"]}_')
     assert usage < set(commands)
     trained = {re.match(r'--datasource=(\w+)', command)[1] for command in commands}
     assert trained == {name for name, source in main.SOURCES.items() if not getattr(source, 'test_only', False)}
