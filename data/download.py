@@ -93,7 +93,7 @@ def _file(row):
     algorithm = 'sha256' if row['sha256'] else 'md5'
     urls = tuple(row['urls'].split())
     if not re.fullmatch(r'[\w.-]+', row['file']) or row['file'].startswith('.'):
-        raise ValueError(f'{row["file"]!r} is no name of a file')
+        raise ValueError(f'{row["file"]!r} is not the name of a file')
     if not re.fullmatch('[0-9a-f]+', row[algorithm]) or len(row[algorithm]) != 2 * hashlib.new(algorithm).digest_size:
         raise ValueError(f'{row["file"]} has no {algorithm} of hexadecimal digits')
     if not all(url.startswith(('http://', 'https://')) for url in urls):
@@ -189,7 +189,7 @@ def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
             idle = 0 if size(part) > largest else idle + 1
             largest = max(largest, size(part))
             if idle >= patience.attempts:
-                raise Unavailable(f'{error}, {idle} times without anything new') from error
+                raise Unavailable(f'{error}, {idle} attempts in a row without progress') from error
             time.sleep(patience.pause * 2 ** idle if idle else 0)
             continue
         wrong = difference(part, file)

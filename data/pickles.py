@@ -72,23 +72,23 @@ def spans(file: BinaryIO) -> list[Span]:
     except Exception as error:
         raise Refused('it is damaged') from error
     _require(type(images) is list and len(images) <= MOST_IMAGES and all(type(item) is Span for item in images),
-             'it is no list of images')
+             'it is not a list of images')
     return images
 
 
 def texts(values: object) -> list[str]:
     """A list of short strings, or of bytes that are strings in Latin-1, as strings. Raises Refused if it is anything else."""
     _require(type(values) in (list, tuple) and
-             all(type(value) in (str, bytes) and len(value) <= LONGEST_TEXT for value in values), 'it is no list of names')
+             all(type(value) in (str, bytes) and len(value) <= LONGEST_TEXT for value in values), 'it is not a list of names')
     return [value.decode('latin1') if type(value) is bytes else value for value in values]
 
 
 def integers(values: object, most: int) -> list[int]:
     """A list or a one-dimensional array of at most `most` integers, as a list. Raises Refused if it is anything else."""
     if type(values) is np.ndarray:
-        _require(values.ndim == 1 and values.dtype.kind in 'iu', 'it is no list of integers')
+        _require(values.ndim == 1 and values.dtype.kind in 'iu', 'it is not a list of integers')
     else:
-        _require(type(values) in (list, tuple) and all(type(value) is int for value in values), 'it is no list of integers')
+        _require(type(values) in (list, tuple) and all(type(value) is int for value in values), 'it is not a list of integers')
     _require(len(values) <= most, f'it lists more than {most:,} integers')
     return values.tolist() if type(values) is np.ndarray else list(values)
 
@@ -240,7 +240,7 @@ class _Reader:
 
     def reduce(self, _):
         arguments, name = self._stack.pop(), self._stack.pop()
-        _require(type(name) is _Name and name in _CALLS and type(arguments) is tuple, 'it calls what is no function')
+        _require(type(name) is _Name and name in _CALLS and type(arguments) is tuple, 'it calls something other than an allowed function')
         self._stack.append(_CALLS[name](self, *arguments))
 
     def build(self, _):
@@ -265,7 +265,7 @@ class _Reader:
     def _set(self, items):
         keys, values = items[::2], items[1::2]
         _require(type(self._stack[-1]) is dict and len(keys) == len(values), 'it is damaged')
-        _require(all(type(key) in (str, bytes) for key in keys), 'a key of a dict in it is no text')
+        _require(all(type(key) in (str, bytes) for key in keys), 'a key of a dict in it is not text')
         self._stack[-1].update(zip(keys, values))
 
 

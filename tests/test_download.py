@@ -166,7 +166,7 @@ def test_servers_that_give_the_file_in_the_end(behaviours, asked, get, server):
 def test_a_later_run_goes_on(get, server):
     files, said = get(break_off_at(100_000), *[break_off_at(100_000)] * 3)
     assert files == {'file.part': CONTENT[:100_000]}
-    assert 'broke off after 100,000 of 300,000 bytes, 3 times without anything new' in said and 'Run the same command to resume' in said
+    assert 'broke off after 100,000 of 300,000 bytes, 3 attempts in a row without progress' in said and 'Run the same command to resume' in said
     assert get() == (RIGHT, None) and server.requests[-1] == ('/file', 'bytes=100000-')
 
 
@@ -230,7 +230,7 @@ def row_of(group, name, content, *urls):
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'file': '../file'}, 'no name of a file'), ({'file': ''}, 'no name of a file'), ({'sha256': 'abc'}, 'no sha256'),
+    ({'file': '../file'}, 'is not the name of a file'), ({'file': ''}, 'is not the name of a file'), ({'sha256': 'abc'}, 'no sha256'),
     ({'bytes': 'x'}, 'invalid literal'), ({'bytes': ''}, 'invalid literal'), ({'urls': 'file:///etc/passwd'}, 'neither http://'),
     ({'group': 'other'}, 'no line for omniglot')])
 def test_tables_that_cannot_be(change, words, tmp_path):

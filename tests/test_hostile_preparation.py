@@ -72,14 +72,14 @@ def test_no_pickle_chooses_an_address(tmp_path):
 
 
 @pytest.mark.parametrize('content, words', [
-    (b'})' + b'\x85' * 2_000_000 + b'K\x01s.', 'a key of a dict in it is no text'),  # would be hashed by recursion
+    (b'})' + b'\x85' * 2_000_000 + b'K\x01s.', 'a key of a dict in it is not text'),  # would be hashed by recursion
     (entry(FROM_BUFFER + b"C\x03abc" + DTYPE % b'u1' + b"(I2\ntS'C'\ntR"), 'does not fit its shape'),
     (entry(FROM_BUFFER + b"C\x00" + DTYPE % b'u1' + b"(I-1\ntS'C'\ntR"), 'an array without a shape'),
     (entry(FROM_BUFFER + b"C\x01a" + DTYPE % b'u1' + b"(I1\ntS'Z'\ntR"), 'an array in an unknown order'),
     (entry(DTYPE % b'u1' + b'(I3\nS"|"\n(tNNI-1\nI-1\nI0\ntb' + b'0' + b'N'), 'the instruction POP'),
     (entry(b"(S'x'\nios\nsystem\n"), 'the instruction INST'),
     (entry(b'cos\nsystem\n(tR'), "asks for 'os.system'"),
-    (entry(b'cnumpy\nndarray\n(I8\ntR'), 'calls what is no function'),
+    (entry(b'cnumpy\nndarray\n(I8\ntR'), 'calls something other than an allowed function'),
     (b'\x80\x02}q\x00(X\x01\x00\x00\x00aK\x01C\x01aK\x02u.', 'two of its keys are the same'),
     (b'.', 'damaged'), (b'', 'damaged or cut off'), (b'\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.', 'damaged')])
 def test_pickles_that_are_refused(content, words):

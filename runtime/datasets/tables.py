@@ -73,11 +73,11 @@ class Tables:
     Attributes:
         root: the folder.
         target_names: the columns to predict; (): there are none, and each file is a class.
-        known: the columns that a run was trained with; None: those of the files in train.
+        trained_columns: those that a run was trained with; None: those of the files in train.
     """
     root: str = ''
     target_names: tuple[str, ...] = ()
-    known: Columns | None = None
+    trained_columns: Columns | None = None
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -106,8 +106,8 @@ class Tables:
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
-        if self.known:
-            return [*self.known.features, *self.known.targets]
+        if self.trained_columns:
+            return [*self.trained_columns.features, *self.trained_columns.targets]
         missing = [name for name in self.target_names if name not in sheet.columns]
         if missing:
             raise UserError(f'--targets={",".join(self.target_names)}: there is no column {missing[0]} in {sheet.path}, which has '
@@ -122,13 +122,13 @@ class Tables:
 
     @cached_property
     def columns(self) -> Columns:
-        """The columns, with the means and deviations of the split train if no others are known.
+        """The columns, with the means and deviations of the split train if there are no others.
 
         Raises:
             UserError: the files cannot be used.
         """
-        if self.known:
-            return self.known
+        if self.trained_columns:
+            return self.trained_columns
         names, values = self._values
         if not values['train']:
             raise UserError(f'{os.path.join(self.root, "train")} holds no csv files; {LAYOUT}')
