@@ -105,3 +105,12 @@ def test_the_shipped_sinusoid(tmp_path):
     shutil.copytree(os.path.join(ROOT, 'logs', 'sine'), tmp_path / 'logs' / 'sine')
     process = run_process('--run=logs/sine', '--train=False', '--test_set=True', '--num_test_tasks=20', cwd=tmp_path)
     assert process.returncode == 0 and '10-shot sinusoid, meta-test' in process.stdout, process.stderr
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
+    """The shipped sinusoid, in a copy."""
+    shutil.copytree(os.path.join(ROOT, 'logs', 'sine'), tmp_path / 'sine')
+    output = run_ok(f'--run={tmp_path / "sine"}', '--metatrain_iterations=70001')
+    directory, = (tmp_path / 'sine').iterdir()
+    assert f'Resuming from {directory / "model70000"}' in output and 'The last checkpoint is' in output
+    assert (directory / 'model70001.index').exists() and '--metatrain_iterations=70001' in (directory / 'run.flags').read_text()
