@@ -153,6 +153,8 @@ strings('compare', 'instead of training or evaluating: run folders, or folders t
         'several were evaluated; name=DIR gives the runs in DIR a name')
 strings('across', 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
         'tasks of all sources on which they were evaluated')
+choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
+       'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
        "for each run and number of updates, or evaluation; 'latex': a tabular environment", only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
@@ -183,7 +185,8 @@ def compare(values: dict[str, Any], folders: list[str]) -> None:
         from runtime.results.across import across as action
     else:
         from runtime.results.compare import compare as action
-    print(action([*(values['across'] or values['compare']), *folders], values['plot'], values['format'], values['plot_format']))
+    print(action([*(values['across'] or values['compare']), *folders], values['plot'], values['format'], values['plot_format'],
+                 values['checkpoints']))
 
 
 def execute(run: Run, data: Any) -> None:

@@ -161,9 +161,17 @@ class Manifests(Target):
 
 class Results(Target):
     def valid(self, rng: random.Random) -> bytes:
-        entry = {'checkpoint': 'model1', 'score': 'loss', 'method': 'MAML', 'flags': {'num_updates': 1, 'seed': 0}, 'own_updates': 1,
-                 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 2}, 'scores': [[1.5, 2.0], [2.5, 1.0]]}
-        return json.dumps({'a, val': entry, 'b, val': {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}}).encode()
+        entry = {'checkpoint': 'model1', 'iterations': 1, 'is_best': False, 'ensemble': [], 'known_classes': [], 'metric': 'loss',
+                 'training': {'method': 'MAML', 'pretrain_iterations': 0, 'metatrain_iterations': 1,
+                              'flags': {'datasource': 'sinusoid', 'num_updates': 1, 'seed': 0}},
+                 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'num_classes': None, 'update_batch_size': 5, 'query_shots': 5,
+                           'seed': 0, 'count': 2, 'data': None, 'facts': {}},
+                 'setting': {'query_norm': 'batch', 'update_lr': 0.1, 'inner_batch': 0, 'test_updates': 1, 'headline_updates': 1,
+                             'load_from': None},
+                 'seconds': 1.0, 'versions': {'python': '3'}, 'scores': [[1.5, 2.0], [2.5, 1.0]],
+                 'figures': [{'mean': mean, 'std': 0.5, 'ci95': 0.7, 'bootstrap95': [1.5, 2.5]} for mean in (2.0, 1.5)]}
+        other = {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}
+        return json.dumps({'version': 2, 'evaluations': [entry, other]}).encode()
 
     def read(self, content: bytes) -> None:
         from runtime.results.compare import compare

@@ -23,13 +23,13 @@ WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
 def validations(text: str) -> np.ndarray:
     """[[iteration, accuracy after adaptation]] of a console log, in order; of a part that was trained twice, the later."""
-    found, iteration = {}, 0
+    accuracies, iteration = {}, 0
     for line in text.splitlines():
         if match := re.match(r'Iteration (\d+): ', line):
             iteration = int(match[1])
         elif match := re.match(r'Validation (?:results|of model(\d+)): \S+, (\S+)$', line):
-            found[int(match[1] or iteration)] = float(match[2])
-    return np.array(sorted(found.items())).reshape(-1, 2)
+            accuracies[int(match[1] or iteration)] = float(match[2])
+    return np.array(sorted(accuracies.items())).reshape(-1, 2)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ def console_log(folder: str) -> str:
     paths = [path for path in (os.path.join(folder, CONSOLE), *glob.glob(os.path.join(glob.escape(folder), '*', CONSOLE)))
              if os.path.exists(path)]
     if len(paths) != 1:
-        sys.exit(f'{folder} holds {len(paths)} files {CONSOLE}, and not one')
+        sys.exit(f'{folder} should hold one {CONSOLE}, and holds {len(paths)}')
     with open(paths[0], encoding='utf-8') as file:
         return file.read()
 
@@ -75,4 +75,4 @@ if __name__ == '__main__':
     parser.add_argument('path', help='the picture')
     parser.add_argument('runs', nargs='+', help="run folders, 'name=folder'")
     options = parser.parse_args()
-    draw({given or folder: console_log(folder) for given, folder in map(split_name, options.runs)}, options.path)
+    draw({label or folder: console_log(folder) for label, folder in map(split_name, options.runs)}, options.path)

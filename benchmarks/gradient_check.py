@@ -44,7 +44,7 @@ def check(directory: str, differences: int) -> None:
     from maml import Parameters, inner_loop, meta_gradient, objective
     from runtime.compute.schedules import config_at
     from runtime.jobs.evaluate import restore
-    model, prefix, iterations, _ = restore(run)
+    model, prefix, iterations, *_ = restore(run)
     config = config_at(model.config, iterations)
     if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')

@@ -76,7 +76,7 @@ def results(logdir: str, output: str, iterations: int, arguments: Sequence[str])
     if status:
         raise SystemExit(f'the evaluation failed: {output}')
     with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
-        entry, = json.load(file).values()
+        entry, = json.load(file)['evaluations']
     found['evaluation'] = entry['scores']
     return found
 

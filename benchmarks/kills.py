@@ -147,7 +147,7 @@ class Training:
 
 class Evaluation:
     """An evaluation with pictures, of a trained sinusoid. Each starts without results, or with those of the one before."""
-    FLAGS = ['--train=False', '--num_test_tasks=50', '--plot']
+    FLAGS = ['--train=False', '--plot']
 
     def __init__(self, folder: str, training: Training):
         self.training, self.logdir, self.runs = training, training.logdir + '_undisturbed', 0
@@ -161,18 +161,19 @@ class Evaluation:
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of the files of evaluations."""
-        return {name: content for name, content in contents(self.directory, 'test_*').items() if '.' in name}
+        found = {**contents(self.directory, 'test_*'), **contents(self.directory, 'evaluation_*')}
+        return {name: content for name, content in found.items() if '.' in name}
 
     def results(self) -> dict[str, list]:
         path = os.path.join(self.directory, 'results.json')
         if not os.path.exists(path):
             return {}
         with open(path, encoding='utf-8') as file:
-            return {name: entry['scores'] for name, entry in json.load(file).items()}
+            return {str([entry['checkpoint'], entry['tasks']]): entry['scores'] for entry in json.load(file)['evaluations']}
 
     def check(self) -> None:
         for name, scores in self.results().items():
-            if self.scores.setdefault(name, scores) != scores or len(scores) != 50:
+            if self.scores.setdefault(name, scores) != scores or len(scores) != 600:
                 raise Wrong(f'evaluation: {name} in results.json has changed')
         for name, content in self.files().items():
             if name.endswith('.png'):

@@ -42,8 +42,7 @@ from runtime.cli.run import headline_updates  # noqa: E402
 from runtime.cli.run_data import missing_classes, source_and_tasks  # noqa: E402
 from runtime.datasets.tasks import TaskConfig  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
-from runtime.results import store as results  # noqa: E402
-from runtime.results.collect import Evaluation  # noqa: E402
+from runtime.results import store  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 from runtime.system.files import locked, write_atomically  # noqa: E402
@@ -246,51 +245,52 @@ def evaluation_of(row: Row, state: State) -> list[str]:
 
 def evaluate(row: Row, state: State) -> None:
     """Evaluates the newest and the best checkpoint on meta-test, and the ensemble if the method has one, unless results.json has them."""
-    wanted = {'newest': (state.newest, ['--ensemble=1'])}
-    if state.ranking:
-        wanted['best'] = state.ranking[0], ['--ensemble=1', '--test_best']
-    if len(state.ranking) >= state.ensemble > 1:
-        wanted['ensemble'] = state.ranking[:state.ensemble], []
-    for what, (of, more) in wanted.items():
-        if of not in evaluated(state).values() and run([*evaluation_of(row, state), *more]):
-            sys.exit(f'the evaluation of {row.name} ({what}) failed')
+    for name, iterations in shown_checkpoints(state).items():
+        flags = [*(['--ensemble=1'] if len(iterations) == 1 else []), *(['--test_best'] if name == 'best' else [])]
+        if not entries_shown(state, iterations) and run([*evaluation_of(row, state), *flags]):
+            sys.exit(f'the evaluation of {row.name} ({name}) failed')
 
 
-def evaluated(state: State) -> dict[str, int | list[int]]:
-    """{name of an evaluation that the table shows: the iterations of its checkpoint, or of its ensemble}."""
-    return {name: entry.get('ensemble', entry['iterations'])
-            for name, entry in results.existing(state.directory).items() if belongs(entry, state)}
+def shown_checkpoints(state: State) -> dict[str, list[int]]:
+    """{what the table shows: iterations of the checkpoint, or of those of the ensemble}."""
+    ranking = state.ranking
+    return {'newest': [state.newest], **({'best': ranking[:1]} if ranking else {}),
+            **({'ensemble': ranking[:state.ensemble]} if len(ranking) >= state.ensemble > 1 else {})}
 
 
-def belongs(entry: dict, state: State) -> bool:
-    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row wants, on 600 meta-test tasks."""
-    tasks, evaluation, config = entry['tasks'], Evaluation('', '', None, entry), state.tasks
-    inner = evaluation.flag('update_lr'), evaluation.flag('inner_batch'), evaluation.own_updates
-    wanted = {'split': 'test', 'count': 600, 'update_batch_size': config.update_batch_size, 'query_shots': config.query_shots,
-              'seed': config.seed, 'num_classes': tasks['num_classes'] and config.num_classes}
-    return (all(tasks[name] == value for name, value in wanted.items()) and entry.get('query_norm') == 'batch'
-            and inner == state.inner and not evaluation.elsewhere and not evaluation.flag('load_from'))
+def entries_shown(state: State, iterations: list[int]) -> list[store.Entry]:
+    """Those evaluations of some iterations that the table shows."""
+    return [entry for entry in store.entries_of(state.directory)
+            if (entry.ensemble or [entry.iterations]) == iterations and belongs(entry, state)]
+
+
+def belongs(entry: store.Entry, state: State) -> bool:
+    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row says, on 600 meta-test tasks."""
+    tasks, setting, config = entry.tasks, entry.setting, state.tasks
+    return (tasks.datasource == entry.training.flags['datasource'] and tasks.split == 'test' and tasks.count == 600
+            and (tasks.update_batch_size, tasks.query_shots, tasks.seed) == (config.update_batch_size, config.query_shots, config.seed)
+            and tasks.num_classes in (None, config.num_classes) and setting.query_norm == 'batch' and not setting.load_from
+            and (setting.update_lr, setting.inner_batch, setting.headline_updates) == state.inner)
 
 
 def cells(row: Row, state: State) -> tuple[str, ...]:
     """The cells of a row of the table, one for each of HEADS."""
-    entries, found = results.existing(state.directory), evaluated(state)
-    shown = [', '.join(scores(entries[name]) for name in found if found[name] == wanted)
-             for wanted in (state.newest, state.ranking[0] if state.ranking else None, state.ranking[:state.ensemble])]
-    best = shown[1] and f'{shown[1]} (model{state.ranking[0]})'
-    ensemble = shown[2] and f'; {state.ensemble} best together: {shown[2]}'
+    shown = {name: ', '.join(map(scores, entries_shown(state, iterations))) for name, iterations in shown_checkpoints(state).items()}
+    best = shown.get('best') and f'{shown["best"]} (model{state.ranking[0]})'
+    ensemble = shown.get('ensemble') and f'; {state.ensemble} best together: {shown["ensemble"]}'
     spent = times(state.directory)
-    hours = ', '.join(f'{one["seconds"] / 3600:.2g} h on {machine}' for machine, one in spent.items())
-    timed = sum(one['iterations'] for one in spent.values())
+    hours = ', '.join(f'{done["seconds"] / 3600:.2g} h on {machine}' for machine, done in spent.items())
+    timed = sum(done["iterations"] for done in spent.values())
     hours += f' for {timed:,} of them' if hours and timed != state.newest else ''
-    return (row.title, row.paper, row.reference, shown[0], best + ensemble, f'{state.newest:,} of {state.wanted:,}', hours, row.peer)
+    return (row.title, row.paper, row.reference, shown['newest'], (best or '') + (ensemble or ''),
+            f'{state.newest:,} of {state.wanted:,}', hours, row.peer)
 
 
-def scores(entry: dict) -> str:
-    """The scores of an evaluation after the method's default number of updates, and after 10."""
-    numbers = dict.fromkeys([Evaluation('', '', None, entry).own_updates, 10])
-    return ', '.join(f'{figure(one["mean"], one["ci95"], entry["score"])} after {updates}'
-                     for updates in numbers for one in entry['updates'][updates:updates + 1])
+def scores(entry: store.Entry) -> str:
+    """The scores of an evaluation after the number of updates at which the method is reported, and after 10."""
+    numbers = dict.fromkeys([entry.setting.headline_updates, 10])
+    return ', '.join(f'{figure(figures.mean, figures.ci95, entry.metric)} after {updates}'
+                     for updates in numbers for figures in entry.figures[updates:updates + 1])
 
 
 def commands(row: Row, state: State) -> str:

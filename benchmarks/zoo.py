@@ -4,8 +4,8 @@
     python benchmarks/zoo.py check logs/sine logs/fc1001shot
     python benchmarks/zoo.py pack ../training/logs/fc1001shot logs/fc1001shot
 
-check repeats every evaluation in the results.json files of some folders and compares its figures, as they are printed, with those
-that are recorded. The folders stay as they are. Evaluations whose data are not there are left out. On another kind of processor,
+check repeats every evaluation in the results.json and shipped_results.json files of some folders and compares its figures, as they are
+printed, with those that are recorded. The folders stay as they are. Evaluations whose data are not there are left out. On another kind of processor,
 which rounds differently, some figures may be nearly the same: by a twentieth of the half-width of their interval. Exit status: 1 if a
 figure differs by more, if an evaluation fails, or if there was none.
 
@@ -15,7 +15,6 @@ an earlier pack left at the destination is replaced.
 """
 import argparse
 import collections
-import json
 import os
 import shutil
 import subprocess
@@ -31,35 +30,32 @@ import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
-from runtime.cli.flags import default, names  # noqa: E402
 from runtime.cli.request import resolve  # noqa: E402
 from runtime.cli.run_data import missing_classes  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
-from runtime.results import store as results  # noqa: E402
+from runtime.results import store  # noqa: E402
 from runtime.results.collect import Evaluation, read_evaluations, result_directories  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
-from runtime.system.files import write_atomically  # noqa: E402
 
 COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, TIMES
-# Flags of an evaluation that are not repeated: where the run is, which checkpoint, and what does not change the figures.
-PLACES = 'run', 'logdir', 'method', 'test_best', 'test_iter', 'log', 'plot', 'query_norm'
 SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', 'left out'
 # Processors of another kind round differently, which changes the outputs for a query example in some thousand.
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval
 
 
-def flags_of(evaluation: Evaluation) -> list[str]:
-    """The flags that repeat an evaluation with --run: those that are not at their defaults, or that the run has otherwise."""
-    with open(os.path.join(evaluation.directory, FLAG_FILE), encoding='utf-8') as file:
-        described = {line.removeprefix('--').partition('=')[0] for line in file}
-    values = {name: value for name, value in evaluation.entry['flags'].items() if name in names() and name not in PLACES}
-    which = [] if 'ensemble' in evaluation.entry else [f'--test_iter={evaluation.entry["iterations"]}']
-    return [f'--{name}={value}' for name, value in values.items()
-            if value is not None and (value != default(name) or name in described)] + [
-        f'--query_norm={evaluation.entry["query_norm"]}', '--log=False', *which]
+def flags_of(entry: store.Entry) -> list[str]:
+    """The flags that repeat an evaluation with --run."""
+    tasks, setting, trained = entry.tasks, entry.setting, entry.training.flags
+    values = {'update_batch_size': tasks.update_batch_size, 'test_query': tasks.query_shots, 'test_seed': tasks.seed,
+              'num_test_tasks': tasks.count, 'test_set': tasks.split == 'test', 'query_norm': setting.query_norm,
+              'update_lr': setting.update_lr, 'inner_batch': setting.inner_batch, 'test_updates': setting.test_updates}
+    values |= {'num_classes': tasks.num_classes} if tasks.num_classes else {}
+    values |= {'datasource': tasks.datasource, 'resize': True} if tasks.datasource != trained['datasource'] else {}
+    values |= {'ensemble': len(entry.ensemble)} if entry.ensemble else {'ensemble': 1, 'test_iter': entry.iterations}
+    return ['--train=False', '--log=False', *(f'--{name}={value}' for name, value in values.items())]
 
 
 def missing_data(evaluation: Evaluation, flags: list[str]) -> str:
@@ -68,7 +64,7 @@ def missing_data(evaluation: Evaluation, flags: list[str]) -> str:
     return missing_classes(request, 'test' if request.test_set else 'val')
 
 
-def evaluate_again(evaluation: Evaluation, flags: list[str]) -> dict:
+def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
     """The entry of results.json that the same evaluation makes now, in a temporary copy of the run.
 
     Raises:
@@ -80,23 +76,21 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> dict:
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
         subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        entry, = results.read(os.path.join(folder, results.FILE)).values()
+        entry, = store.read(os.path.join(folder, store.FILE))
         return entry
 
 
-def figures(entry: dict) -> list[str]:
+def figures(entry: store.Entry) -> list[str]:
     """The figures of an evaluation after 0, 1, ... updates, as they are printed."""
-    return [figure(one['mean'], one['ci95'], entry['score']) for one in entry['updates']]
+    return [figure(figures.mean, figures.ci95, entry.metric) for figures in entry.figures]
 
 
 def repeat(evaluation: Evaluation) -> tuple[str, str]:
     """Evaluates again; returns SAME, CLOSE, DIFFERENT or LEFT_OUT, and why."""
     entry = evaluation.entry
-    if not {'flags', 'updates', 'query_norm'} <= entry.keys():
-        return LEFT_OUT, 'recorded by an earlier version'
-    if evaluation.flag('load_from'):
+    if entry.setting.load_from:
         return LEFT_OUT, "not the run's own weights"
-    flags = flags_of(evaluation)
+    flags = flags_of(entry)
     missing = missing_data(evaluation, flags)
     if missing:
         return LEFT_OUT, missing
@@ -104,16 +98,14 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
         again = evaluate_again(evaluation, flags)
     except subprocess.CalledProcessError as error:
         return DIFFERENT, ' '.join(['evaluation failed:', *error.output.strip().splitlines()[-1:]])
-    if again['tasks'] != entry['tasks']:
+    if again.tasks != entry.tasks:
         return LEFT_OUT, 'the data here are not those of the recorded evaluation'
     recorded, now = figures(entry), figures(again)
     if recorded == now:
-        return SAME, f'{recorded[evaluation.own_updates]} after {evaluation.own_updates}'
-    if len(recorded) != len(now):
-        return DIFFERENT, f'{len(recorded) - 1} updates recorded, {len(now) - 1} now'
-    close = all(abs(one['mean'] - other['mean']) <= TOLERANCE * one['ci95'] for one, other in zip(entry['updates'], again['updates']))
-    return CLOSE if close else DIFFERENT, ', '.join(f'{one} recorded and {other} now after {updates}'
-                                for updates, (one, other) in enumerate(zip(recorded, now)) if one != other)
+        return SAME, f'{recorded[evaluation.headline_updates]} after {evaluation.headline_updates}'
+    close = all(abs(before.mean - after.mean) <= TOLERANCE * before.ci95 for before, after in zip(entry.figures, again.figures))
+    return CLOSE if close else DIFFERENT, ', '.join(f'{before} recorded and {after} now after {updates}'
+                                for updates, (before, after) in enumerate(zip(recorded, now)) if before != after)
 
 
 def check(folders: list[str]) -> bool:
@@ -140,7 +132,7 @@ def pack(source: str, destination: str) -> None:
     here, there = os.path.realpath(source), os.path.realpath(destination)
     if here != there and os.path.commonpath([here, there]) in (here, there):
         raise UserError(f'one of {source} and {destination} is in the other; name a folder elsewhere')
-    runs = result_directories(source, FLAG_FILE)
+    runs = result_directories(source, [FLAG_FILE])
     if not runs:
         raise UserError(f'there is no run (a folder with {FLAG_FILE}) in {source}')
     for directory in runs:
@@ -151,7 +143,7 @@ def pack_run(directory: str, destination: str) -> None:
     """Copies one run, and prints what is there now. If that fails, the destination stays as it was.
 
     Raises:
-        UserError: it has no checkpoint, something in it cannot be read, or names an absolute path, or source and destination are one;
+        UserError: it has no checkpoint, something in it cannot be read, or source and destination are one;
             or the destination has what no pack wrote, or a process trains there.
     """
     if os.path.realpath(directory) == os.path.realpath(destination):
@@ -161,9 +153,8 @@ def pack_run(directory: str, destination: str) -> None:
         raise UserError(f'there is no checkpoint in {directory}')
     ranking = checkpoints.ranking_of(checkpoints.load(checkpoints.path(directory, there[-1])).record)
     best = [one['iteration'] for one in ranking if one['iteration'] in there[:-1]]
-    entries = {name: entry for name, entry in results.existing(directory).items()
-               if {there[-1], *best}.issuperset(entry.get('ensemble', [entry.get('iterations')]))}
-    refuse_absolute_paths(directory, entries)
+    entries = [entry for entry in store.entries_of(directory)
+               if {there[-1], *best}.issuperset(entry.ensemble or [entry.iterations]) and not entry.setting.load_from]
     refuse_other_files(destination)
     parent = os.path.dirname(destination) or '.'
     os.makedirs(parent, exist_ok=True)
@@ -179,26 +170,16 @@ def pack_run(directory: str, destination: str) -> None:
           f'{size / 2 ** 20:.1f} MB')
 
 
-def refuse_absolute_paths(directory: str, entries: dict[str, dict]) -> None:
-    """Raises UserError if evaluations of a run name files by absolute paths."""
-    for name, entry in entries.items():
-        given = [value for flag, value in entry.get('flags', {}).items() if value != default(flag)]
-        absolute = [path for path in (entry['checkpoint'], *given) if isinstance(path, str) and os.path.isabs(path)]
-        if absolute:
-            raise UserError(f'{directory}/{results.FILE} names {absolute[0]} ({name}), which is not there on other machines; evaluate with '
-                            'relative paths')
-
-
 def refuse_other_files(destination: str) -> None:
     """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
     locks = '.lock', '.results.lock'
     others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
-              if name not in (*COPIED, *locks, results.FILE) and not checkpoints.is_file_of(name)]
+              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not checkpoints.is_file_of(name)]
     if others:
         raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
 
-def write_run(directory: str, folder: str, newest: int, best: list[int], entries: dict[str, dict]) -> None:
+def write_run(directory: str, folder: str, newest: int, best: list[int], entries: list[store.Entry]) -> None:
     """Writes a new folder with what ships of a run: its newest checkpoint as it is, the best without the state of the optimizer."""
     os.mkdir(folder)
     for iteration in best:
@@ -208,7 +189,7 @@ def write_run(directory: str, folder: str, newest: int, best: list[int], entries
         if name in COPIED or checkpoints.is_file_of(name, newest):
             shutil.copy(os.path.join(directory, name), folder)
     if entries:
-        write_atomically(os.path.join(folder, results.FILE), json.dumps(entries, indent=1).encode())
+        store.write(os.path.join(folder, store.SHIPPED_FILE), entries)
 
 
 def command_line(arguments: list[str] | None = None) -> None:

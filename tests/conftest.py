@@ -24,6 +24,7 @@ import compiled_models  # noqa: E402
 from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
+from runtime.results import store  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_environment', 'test_hostile_input',
@@ -69,6 +70,33 @@ def error_of(*arguments):
     sentence = str(error.value)
     assert '\n' not in sentence
     return sentence
+
+
+def results_of(directory):
+    """The entries of a run's results.json."""
+    return store.read(os.path.join(directory, store.FILE))
+
+
+def an_entry(scores, metric='loss', checkpoint='model5', iterations=5, is_best=False, ensemble=(), known_classes=(), training=None,
+             tasks=None, setting=None, **flags):
+    """An entry of results.json, an evaluation of a sinusoid run on meta-validation unless other values are given.
+
+    Args:
+        scores: [tasks, 1 + updates].
+        training, tasks, setting: {field: value} of its parts.
+        flags: of the training.
+    """
+    scores = np.array(scores)
+    flags = {'datasource': 'sinusoid', 'seed': 0, 'num_updates': 1, 'update_lr': 0.001, 'inner_batch': 0, **flags}
+    last = scores.shape[1] - 1
+    return store.Entry(
+        checkpoint, iterations, is_best, list(ensemble),
+        store.Training(**{'method': 'MAML', 'pretrain_iterations': 0, 'metatrain_iterations': 5, 'flags': flags, **(training or {})}),
+        store.EvaluationTasks(**{'datasource': 'sinusoid', 'split': 'val', 'num_classes': None, 'update_batch_size': 5, 'query_shots': 5,
+                                 'seed': 0, 'count': len(scores), 'data': None, 'facts': {}, **(tasks or {})}),
+        store.Setting(**{'query_norm': 'batch', 'update_lr': flags['update_lr'], 'inner_batch': flags['inner_batch'], 'test_updates': last,
+                         'headline_updates': min(flags['num_updates'], last), 'load_from': None, **(setting or {})}),
+        list(known_classes), metric, 1.0, {}, store.figures_of(scores), scores.tolist())
 
 
 def write_image_tree(root, classes, images, size, seed=0):

@@ -1,15 +1,13 @@
 """Questions asked of a trained model: with whose statistics, on other ways and shots; and the answers in TensorBoard."""
-import csv
 import dataclasses
 import glob
-import json
 import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from conftest import error_of, run_ok
+from conftest import error_of, results_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 
@@ -74,23 +72,18 @@ def trained(small_omniglot, tmp_path_factory):
     return flags, directory
 
 
-def means(path):
-    with open(path, newline='') as file:
-        return np.array(list(csv.reader(file))[1], float)
-
-
 def test_both_norms_in_one_table(trained):
     flags, directory = trained
     output = run_ok(*flags, '--train=False', '--query_norm=both')
     row, = (line.split() for line in output.splitlines() if line.split()[:1] == ['10'])
-    names = 'test_ubs1_stepsize0.4_tasks10', 'test_ubs1_stepsize0.4_tasks10_querynormsupport'
-    expected = [100 * means(directory / f'{name}.csv')[10] for name in names]
+    entries = results_of(directory)
+    assert [entry.setting.query_norm for entry in entries] == ['batch', 'support']
+    expected = [100 * entry.figures[10].mean for entry in entries]
     assert [float(row[1]), float(row[4])] == pytest.approx(expected, abs=0.01)
     assert row[1] != row[4]
     usual = run_ok(*flags, '--train=False')
     assert row[1] == [line.split() for line in usual.splitlines() if line.split()[:1] == ['10']][0][1]
-    entries = json.loads((directory / 'results.json').read_text())
-    assert [entries[f'{name}, val']['query_norm'] for name in names] == ['batch', 'support']
+    assert [entry.setting for entry in results_of(directory)] == [entry.setting for entry in entries]
     assert 'B - A' in run_ok('--compare', str(directory))
 
 
@@ -98,13 +91,17 @@ def test_other_ways_and_shots(trained):
     flags, directory = trained
     evaluation = [f'--run={directory}', '--train=False', '--num_test_tasks=10']
     output = run_ok(*evaluation, '--num_classes=3')
-    assert '3-way 1-shot omniglot' in output and (directory / 'test_ubs1_stepsize0.4_cls3_tasks10.csv').exists()
+    assert '3-way 1-shot omniglot' in output
     # Both columns of figures are those of 3 classes: a third, about, before adaptation.
-    hits = np.array(json.loads((directory / 'results.json').read_text())[
-        'test_ubs1_stepsize0.4_cls3_tasks10, val']['scores']) * 3
+    entry = results_of(directory)[-1]
+    assert entry.tasks.num_classes == 3
+    hits = np.array(entry.scores) * 3
     np.testing.assert_allclose(hits, np.round(hits), atol=1e-5)
     output = run_ok(*evaluation, '--num_classes=2', '--update_batch_size=2', '--load_from', str(directory / 'model2'))
-    assert '2-way 2-shot omniglot' in output and (directory / 'test_ubs2_stepsize0.4_cls2_tasks10_model2.csv').exists()
+    assert '2-way 2-shot omniglot' in output
+    entry = results_of(directory)[-1]
+    assert entry.setting.load_from == str(directory / 'model2') and (entry.tasks.num_classes, entry.tasks.update_batch_size) == (2, 2)
+    assert not list(directory.glob('*.csv')), 'not what the reference evaluates'
 
 
 @pytest.mark.parametrize('more, words', [
@@ -144,6 +141,6 @@ def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_
     assert tags['_hparams_/session_start_info'] == 'hparams'
     assert tags['metaval_updates'] == tags['metaval_tasks'] == 'images'
     run_ok(*flags, '--train=False', '--test_set=True')
-    tags = seen(directory / 'test_ubs1_stepsize0.001_tasks5_test')
+    tags = seen(directory / 'evaluation_test_model2')
     assert tags['test_updates'] == tags['test_tasks'] == 'images' and tags['_hparams_/session_start_info'] == 'hparams'
     assert tags[f'test_Post-update {"loss" if source == "sinusoid" else "accuracy"}, step 10'] == 'scalars'

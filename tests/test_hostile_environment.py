@@ -18,14 +18,13 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from conftest import ROOT, error_of, run_ok, write_image_tree
+from conftest import ROOT, an_entry, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
 from runtime.cli import workers
 from runtime.datasets import arrays, class_folders, images
 from runtime.jobs import checkpoints
 from runtime.jobs import train as training
-from runtime.results import plots, statistics
-from runtime.results import store as results
+from runtime.results import plots, statistics, store
 from runtime.system import console, interruption
 from runtime.system.errors import UserError
 
@@ -206,7 +205,7 @@ def test_a_pipe_as_cache(pipe, tmp_path):
 
 def test_a_pipe_as_results(pipe, tmp_path):
     with pytest.raises(UserError, match='results.json cannot be read'):
-        results.read(pipe('results.json'))
+        store.read(pipe('results.json'))
     assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
 
 
@@ -435,8 +434,7 @@ def test_what_takes_long_is_said_before():
 
 
 def test_results_are_written_piece_by_piece(tmp_path):
-    values = np.random.default_rng(0).random((3, 2)).astype(np.float32)
-    facts = {'tasks': {'datasource': 'x', 'split': 'val'}, 'checkpoint': 'model1', 'score': 'loss'}
-    results.write(str(tmp_path), 'test', values, facts)
+    entry = an_entry(np.random.default_rng(0).random((3, 2)).astype(np.float32))
+    store.add(str(tmp_path), entry)
     text = (tmp_path / 'results.json').read_text()
-    assert text == json.dumps(json.loads(text), indent=1)
+    assert text == json.dumps(json.loads(text), indent=1) and store.read(str(tmp_path / 'results.json')) == [entry]

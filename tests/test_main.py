@@ -1,7 +1,6 @@
 """main.py as users run it: training, resuming, evaluating, and refusing what makes no sense."""
 import csv
 import glob
-import json
 import os
 import pickle
 import re
@@ -12,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import main
-from conftest import error_of, run_ok, run_process, write_image_tree
+from conftest import error_of, results_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES
 from runtime.cli.flags import FLAGS
 from runtime.cli.request import resolve
@@ -73,9 +72,9 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     transfer = [f'--run={run}', *evaluate, '--datasource=gtsrb', f'--data_path={data}']
     output = run_ok(*transfer)
     assert 'meta-test, 40 tasks' in output and 'gtsrb' in output and re.findall(r' \d+ +[\d.]+ ± .*', output) != []
-    (name, entry), = json.loads((run / 'results.json').read_text()).items()
-    assert name.startswith('test_ubs1_stepsize0.01_gtsrb') and entry['tasks']['datasource'] == 'gtsrb'
-    assert entry['tasks']['preparation'] == {'split': 'chen'} and entry['trained_on'] == 'cifarfs'
+    entry, = results_of(run)
+    assert entry.tasks.datasource == 'gtsrb' and entry.training.flags['datasource'] == 'cifarfs'
+    assert entry.tasks.facts['preparation'] == {'split': 'chen'} and not list(run.glob('*.csv'))
     assert 'was made with --datasource=cifarfs, and not with --datasource=gtsrb' in error_of(*flags, *evaluate)
     assert 'both must be sources of images' in error_of(f'--run={run}', '--train=False', '--datasource=sinusoid')
     assert '--datasource=fc100 contradicts --datasource=cifarfs' in error_of(f'--run={run}', '--datasource=fc100')
@@ -94,10 +93,12 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     # Models against sources.
     run_ok(f'--run={experiment(tmp_path / "source")}', *evaluate, f'--data_path={small_data["cifarfs"]}')
     table = run_ok(f'--across={tmp_path / "source"}', str(tmp_path / 'omniglot'), '--plot')
-    assert re.search(r'1  40 tasks of cifarfs.*\n  2  40 tasks of doublemnist.*\n  3  40 tasks of folder.*\n  4  40 tasks of gtsrb', table)
-    assert re.search(r'source\S+ +[\d.]+ ± [\d.]+\* +- +- +[\d.]+ ± [\d.]+\n', table) and os.path.getsize(tmp_path / 'source/across.png') > 5000
+    assert re.search(r'after the updates of each method; meta-test, .*40 tasks.*\n\n +model +updates +cifarfs +doublemnist +folder +gtsrb\n', table)
+    assert re.search(r'MAML, source\S+ +\d+ +[\d.]+ ± [\d.]+\* +- +- +[\d.]+ ± [\d.]+\n', table) and os.path.getsize(tmp_path / 'source/across.png') > 5000
     assert len(list(csv.DictReader(run_ok(f'--across={tmp_path}', '--format=csv').splitlines()))) == 4
-    assert r'$^*' not in run_ok(f'--across={tmp_path}', '--format=latex') and '40 tasks of gtsrb' in run_ok(f'--compare={tmp_path / "source"}')
+    latex = run_ok(f'--across={tmp_path}', '--format=latex')
+    assert r'model & updates & cifarfs & doublemnist & folder & gtsrb \\' in latex and '^*$' in latex and r'$^*' not in latex
+    assert '--across shows models that were evaluated on several sources' in error_of(f'--compare={tmp_path / "source"}')
     assert '--datasource=gtsrb has no classes to train on' in error_of(*flags)
     assert '--datasource=gtsrb has classes for meta-test only: add --test_set=True' in error_of(*flags, '--train=False')
 
@@ -110,8 +111,8 @@ def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, 
     output = run_ok(f'--run={run}', '--train=False', '--test_set=True', '--datasource=folder', f'--data_path={tmp_path / "own"}',
                     '--image_size=32')
     assert 'Note: 2 of the 5 classes have the names of classes that the model was trained on, such as apple\n' in output
-    entry, = json.loads((run / 'results.json').read_text()).values()
-    assert entry['known_classes'] == ['apple', 'bear']
+    entry, = results_of(run)
+    assert entry.known_classes == ['apple', 'bear']
     table = run_ok(f'--across={run}')
     assert re.search(r'± [\d.]+\+\n', table) and '(+: some classes have the names of classes that' in table
     assert '^+$' in run_ok(f'--across={run}', '--format=latex')
@@ -300,7 +301,7 @@ def test_networks(arguments, flags, name, tmp_path, few_tasks):
     output = run_ok(*arguments, *flags, '--train=False', '--update_batch_size=2', '--update_lr=0.05',
                     '--train_update_batch_size=1', f'--train_update_lr={0.1 if "cls_20" in name else 0.4}')
     assert '2-shot omniglot, meta-validation' in output
-    assert (experiment(tmp_path) / 'test_ubs2_stepsize0.05.csv').exists()
+    assert (experiment(tmp_path) / 'test_ubs2_stepsize0.05.csv').exists(), 'named after the shot and the step size of the evaluation'
 
 
 @of('sinusoid')
@@ -423,13 +424,13 @@ def test_your_own_images_need_a_place(arguments):
 
 @of('cifarfs')
 def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
-    """--test_query=Q evaluates with Q query images of a class, in files of their own; training is as ever."""
+    """--test_query=Q evaluates with Q query images of a class, which is not what the reference writes to files; training is as ever."""
     run_ok(*arguments, '--metatrain_iterations=2', '--test_query=3')
     run_ok(*arguments, '--train=False', '--test_query=3')
     directory = experiment(tmp_path)
-    assert [path.name for path in directory.glob('*.csv')] == ['test_ubs1_stepsize0.01_query3.csv']
-    with open(directory / 'test_ubs1_stepsize0.01_query3.pkl', 'rb') as file:
-        hits = pickle.load(file)['mses'][:, 1] * 15
+    assert not list(directory.glob('*.csv'))
+    entry, = results_of(directory)
+    hits = np.array(entry.scores)[:, 1] * 15
     np.testing.assert_allclose(hits, np.round(hits), atol=1e-4)  # of 15 rows
     assert 'a task needs 21 images of a class (1 support, 20 query)' in error_of(*arguments, '--train=False', '--test_query=20')
 
@@ -449,16 +450,11 @@ def test_load_from(arguments, tmp_path, few_tasks):
     tf.raw_ops.SaveV2(prefix=prefix, tensor_names=list(reference), shape_and_slices=[''] * len(reference),
                       tensors=[tf.constant(value) for value in reference.values()])
 
-    def results(*flags):
+    for flags in [], [f'--load_from={prefix}'], [f'--load_from={ours}']:
         run_ok(*arguments, '--num_updates=2', '--train=False', *flags)
-        newest = max(ours.parent.glob('*.pkl'), key=os.path.getmtime)
-        with open(newest, 'rb') as file:
-            return newest.name, pickle.load(file)['mses']
-
-    (_, own), (name, loaded), (other, again) = results(), results(f'--load_from={prefix}'), results(f'--load_from={ours}')
-    assert (name, other) == ('test_ubs1_stepsize0.01_model59.pkl', 'test_ubs1_stepsize0.01_model3.pkl')
-    np.testing.assert_array_equal(own, loaded)
-    np.testing.assert_array_equal(own, again)
+    own, loaded, again = results_of(ours.parent)
+    assert [entry.setting.load_from for entry in (own, loaded, again)] == [None, prefix, str(ours)]
+    assert own.scores == loaded.scores == again.scores
 
     # Trained on: from these weights, with fresh optimizers; and then resumed like any other run.
     elsewhere = [*arguments, f'--logdir={tmp_path}/on', '--metatrain_iterations=2', '--meta_lr=0', f'--load_from={prefix}']

@@ -16,7 +16,7 @@ import tensorflow as tf
 import main
 import maml
 import runtime.compute.engine
-from conftest import ROOT, error_of, run_ok
+from conftest import ROOT, error_of, results_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, loop_of, objective, weights_at
 from networks import network_of
@@ -532,9 +532,9 @@ def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     assert directory.name.endswith(label)
     run_ok(*flags, '--train=False', '--num_test_tasks=3')
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=4', '--test_updates=2')
-    entries = list(json.loads((directory / 'results.json').read_text()).values())
-    assert [entry['method'] for entry in entries] == [name, name] and entries[0]['flags']['method'] == method
-    assert len(entries[1]['updates']) == 3 and entries[1]['own_updates'] == 2
+    entries = results_of(directory)
+    assert [entry.training.method for entry in entries] == [name, name]
+    assert len(entries[1].figures) == 3 and entries[1].setting.headline_updates == 2
     assert '--run names a run, whose method is known' in error_of(f'--run={directory}', '--method=maml', '--train=False')
 
 
@@ -549,11 +549,9 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     assert 'mean outputs of model' in run_ok(*evaluation)
     run_ok(*evaluation, '--ensemble=1', '--test_best')
     directory, = (path for path in tmp_path.iterdir() if path.is_dir())
-    entries = json.loads((directory / 'results.json').read_text())
-    together, one = entries.values()
-    assert len(together['ensemble']) == 2 and together['ensemble'][0] == one['iterations'] and 'ensemble' not in one
-    assert together['own_updates'] == 5 and together['method'].startswith('MAML++ with') and together['method'].endswith('ensemble of 2')
-    assert 'ensemble2' in next(iter(entries))
+    together, best = results_of(directory)
+    assert len(together.ensemble) == 2 and together.ensemble[0] == best.iterations and best.ensemble == []
+    assert together.is_best and best.is_best and together.setting.headline_updates == 5 and together.training.method.startswith('MAML++ with')
     assert '--ensemble=3 needs as many checkpoints' in error_of(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
@@ -591,8 +589,7 @@ def test_norms_of_query_rows_in_training(tmp_path):
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3')
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3', '--query_norm=both')
     run_ok(f'--run={directory}', '--train=False', '--num_test_tasks=3', '--query_norm=each')
-    names = json.loads((directory / 'results.json').read_text())
-    assert sorted(entry['query_norm'] for entry in names.values()) == ['batch', 'each', 'support']
+    assert sorted(entry.setting.query_norm for entry in results_of(directory)) == ['batch', 'each', 'support']
     run_ok(*flags, '--metatrain_iterations=2')
     plain, = (path for path in tmp_path.iterdir() if path.is_dir() and path != directory)
     assert str(directory) in run_ok(*evaluation, '--query_norm=support')
@@ -674,8 +671,8 @@ def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
     run_ok(*flags, f'--logdir={tmp_path}', '--save_interval=1')
     run, = tmp_path.iterdir()
     output = run_ok(f'--run={run}', '--train=False', '--num_test_tasks=3')
-    entry, = json.loads((run / 'results.json').read_text()).values()
-    assert entry['own_updates'] == 50 and len(entry['updates']) == 51 and 'beyond' not in output
+    entry, = results_of(run)
+    assert entry.setting.headline_updates == 50 and len(entry.figures) == 51 and 'beyond' not in output
     steps = [*SINUSOID, '--learn_lr=step', '--num_updates=2', f'--logdir={tmp_path / "steps"}']
     run_ok(*steps, '--metatrain_iterations=1')
     assert '(beyond the 2 of the training: with the step sizes' in run_ok(*steps, '--train=False', '--num_test_tasks=3')

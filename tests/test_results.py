@@ -1,9 +1,12 @@
 """What evaluations leave behind: results.json, comparisons of runs, and pictures."""
 import csv
+import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
 import warnings
 
 import numpy as np
@@ -12,13 +15,9 @@ from PIL import Image
 from scipy import stats
 
 import main
-from conftest import error_of, run_ok
-from runtime.cli.flags import LEARNING
+from conftest import ROOT, an_entry, error_of, results_of, run_ok
 from runtime.cli.request import resolve
-from runtime.results import collect as evaluations
-from runtime.results import compare as comparison
-from runtime.results import plots, statistics
-from runtime.results import store as results
+from runtime.results import collect, compare, plots, render, statistics, store
 from runtime.system.errors import UserError
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
@@ -43,21 +42,25 @@ def two_runs(tmp_path_factory):
 
 def test_results_hold_all_that_a_paper_needs(two_runs):
     directory = two_runs[0]
-    (name, entry), = json.loads((directory / 'results.json').read_text()).items()
-    assert name == 'test_ubs10_stepsize0.001_tasks50, val'
+    content = json.loads((directory / 'results.json').read_text())
+    assert content['version'] == 2
+    entry, = content['evaluations']
     scores = np.array(entry['scores'])
-    assert scores.shape == (50, 11) and len(entry['updates']) == 11
-    for column, said in zip(scores.T, entry['updates']):
+    assert scores.shape == (50, 11) and len(entry['figures']) == 11
+    for column, said in zip(scores.T, entry['figures']):
         assert said['mean'] == pytest.approx(column.mean(), rel=1e-6) and said['std'] == pytest.approx(column.std(), rel=1e-6)
         assert said['ci95'] == pytest.approx(1.96 * column.std() / np.sqrt(50), rel=1e-6)
         low, high = said['bootstrap95']
         # Of the same width as the normal interval, about, and around the mean.
         assert low < said['mean'] < high and 0.7 < (high - low) / (2 * said['ci95']) < 1.3
-    assert entry['iterations'] == 100 and entry['checkpoint'].endswith('model100')
+    assert entry['iterations'] == 100 and entry['checkpoint'] == 'model100' and entry['ensemble'] == [] and entry['is_best'] is True
     assert entry['tasks'] == {'datasource': 'sinusoid', 'split': 'val', 'num_classes': None, 'update_batch_size': 10,
-                              'query_shots': 10, 'seed': 0, 'count': 50, 'data': None}
-    assert entry['flags']['norm'] == 'None' and entry['flags']['num_test_tasks'] == 50 and 'tensorflow' in entry['versions']
-    assert {*LEARNING, 'test_query', 'test_seed', 'load_from'} <= entry['flags'].keys() and entry['tasks_per_second'] > 0
+                              'query_shots': 10, 'seed': 0, 'count': 50, 'data': None, 'facts': {}}
+    assert entry['setting'] == {'query_norm': 'batch', 'update_lr': 0.001, 'inner_batch': 0, 'test_updates': 10, 'headline_updates': 1,
+                                'load_from': None}
+    assert entry['training']['method'] == 'MAML' and entry['training']['metatrain_iterations'] == 100
+    assert entry['training']['flags']['norm'] == 'None' and entry['training']['flags']['seed'] == 0
+    assert 'tensorflow' in entry['versions'] and entry['seconds'] > 0
 
 
 def test_further_evaluations_are_added(tmp_path, small_omniglot):
@@ -65,19 +68,18 @@ def test_further_evaluations_are_added(tmp_path, small_omniglot):
     run_ok(*flags)
     for more in [], ['--test_set=True'], ['--test_query=2'], []:
         run_ok(*flags, '--train=False', *more)
-    entries = json.loads((directory_of(tmp_path) / 'results.json').read_text())
-    assert list(entries) == ['test_ubs1_stepsize0.4_tasks7, val', 'test_ubs1_stepsize0.4_tasks7, test',
-                             'test_ubs1_stepsize0.4_query2_tasks7, val']
+    entries = results_of(directory_of(tmp_path))
+    assert [(entry.tasks.split, entry.tasks.query_shots) for entry in entries] == [('val', 1), ('test', 1), ('val', 2)]
     (directory_of(tmp_path) / 'results.json').write_text('{"x": 3}')
-    assert 'results.json cannot be read' in error_of(*flags, '--train=False')
+    assert 'results.json cannot be read: version is 1, and this program reads version 2' in error_of(*flags, '--train=False')
 
 
 def test_comparison(two_runs, tmp_path, capsys):
     short, long = two_runs
     output = run_ok(f'--compare={short}', str(long))
-    assert f'A  {short}/test_ubs10_stepsize0.001_tasks50, model100' in output
+    assert f'A  {short}/model100  (' in output
     assert '50 tasks of sinusoid, meta-validation' in output and 'B - A' in output
-    a, b = (np.array(next(iter(json.loads((path / 'results.json').read_text()).values()))['scores']) for path in two_runs)
+    a, b = (np.array(results_of(path)[0].scores) for path in two_runs)
     row = [line.split() for line in output.splitlines() if line.split()[:1] == ['5']][0]
     assert row[1:4] == [f'{a[:, 5].mean():.4f}', '±', f'{1.96 * a[:, 5].std() / np.sqrt(50):.4f}']
     assert row[7] == f'{(b - a)[:, 5].mean():.4f}'
@@ -93,66 +95,129 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
     assert 'there is only one evaluation' in error_of(f'--compare={two_runs[0]}')
     assert 'B - A' in run_ok(*(f'--compare={directory}' for directory in two_runs))
     assert '--seed cannot be combined with --compare' in error_of(f'--compare={two_runs[0]}', '--seed=1')
-    for content in '', '[]', '{"a": {}}', '{"a": {"tasks": {}, "scores": [[1]], "score": "x", "checkpoint": "y"}}':
+    for content in '', '[]', '{"a": {}}', '{"version": 2}', '{"version": 2, "evaluations": [{}]}':
         (tmp_path / 'results.json').write_text(content)
         assert 'results.json cannot be read' in error_of(f'--compare={tmp_path}')
 
 
-def evaluation(path, method='MAML', given=None, checkpoint='model5', scores=((1., 2.), (3., 5.)), **flags):
-    directory, name = os.path.split(path)
-    return comparison.Evaluation(directory, name, given, {
-        'method': method, 'flags': flags, 'checkpoint': checkpoint, 'scores': scores, 'score': 'loss',
-        'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 2}})
+@pytest.mark.parametrize('path, value', [
+    ('checkpoint', 5), ('iterations', 'ten'), ('iterations', True), ('is_best', 1), ('ensemble', [1, 'b']), ('training', []),
+    ('training.method', None), ('training.flags.seed', []), ('tasks.split', 'all'), ('tasks.count', 2.5), ('tasks.facts', None),
+    ('setting.update_lr', 'x'), ('setting.headline_updates', 11), ('setting.headline_updates', -1), ('known_classes', 'a'),
+    ('metric', 'speed'), ('figures', []), ('figures.0.mean', None), ('scores', []), ('scores.1', [1.0]), ('scores.1.0', '1'), ('scores.0.0', 10 ** 400)])
+def test_a_field_of_another_type_is_named(path, value, tmp_path):
+    store.write(str(tmp_path / 'results.json'), [an_entry(np.ones([3, 2]))])
+    content = json.loads((tmp_path / 'results.json').read_text())
+    *parents, last = [int(name) if name.isdigit() else name for name in path.split('.')]
+    place = content['evaluations'][0]
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    (tmp_path / 'results.json').write_text(json.dumps(content))
+    sentence = error_of(f'--compare={tmp_path}')
+    assert sentence.startswith(f'{tmp_path}/results.json cannot be read: ') and 'remove it and evaluate again' in sentence
+    named = re.sub(r'\.(\d+)', r'[\1]', path)
+    assert f'evaluations[0].{named}' in sentence or path.startswith(('scores', 'figures')), sentence
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+    store.write(str(tmp_path / 'results.json'), [an_entry(np.ones([3, 2]))])
+    for name in [field.name for field in dataclasses.fields(store.Entry)]:
+        content = json.loads((tmp_path / 'results.json').read_text())
+        del content['evaluations'][0][name]
+        (tmp_path / 'other.json').write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf'evaluations\[0\].{name} is missing'):
+            store.read(str(tmp_path / 'other.json'))
+
+
+def evaluation(path, method='MAML', user_label=None, scores=((1., 2.), (3., 5.)), setting=None, training=None, **more):
+    return collect.Evaluation(path, user_label, an_entry(scores, setting=setting, training={'method': method, **(training or {})}, **more))
 
 
 def test_labels_say_what_differs():
     def labels(*evaluations):
-        return comparison.what_differs(evaluations)
-    assert labels(evaluation('a/run1/x'), evaluation('a/run2/x')) == ['run1', 'run2']
-    assert labels(evaluation('/deep/a/run/x'), evaluation('a/run/x', checkpoint='model6')) == ['model5', 'model6']
-    assert labels(evaluation('a/run1/x', 'oracle', baseline='oracle'), evaluation('a/run2/x', baseline=None)) == ['oracle', 'MAML']
-    assert labels(evaluation('a/run1/x', num_updates=1), evaluation('a/run2/x', num_updates=5)) == ['num_updates=1', 'num_updates=5']
-    assert labels(evaluation('a', seed=0), evaluation('b')) == ['a, model5', 'b, model5'], 'an evaluation older than a flag has its default'
-    assert labels(evaluation('a', given='old'), evaluation('b', given='new', norm='None')) == ['old', 'new']
-    assert labels(evaluation('a', given='m', seed=0), evaluation('b', given='m', seed=1)) == ['m, seed=0', 'm, seed=1']
-    assert labels(evaluation('a', 'MAML++, ensemble of 5', 'MAML++', ensemble=5), evaluation('a', 'MAML++', 'MAML++', ensemble=1)) == [
+        return compare.what_differs(evaluations)
+    assert labels(evaluation('a/run1'), evaluation('a/run2')) == ['run1', 'run2']
+    assert labels(evaluation('/deep/a/run'), evaluation('a/run', checkpoint='model6')) == ['model5', 'model6']
+    assert labels(evaluation('a/run1', 'oracle', baseline='oracle'), evaluation('a/run2', baseline=None)) == ['oracle', 'MAML']
+    assert labels(evaluation('a/run1', num_updates=1), evaluation('a/run2', num_updates=5)) == ['num_updates=1', 'num_updates=5']
+    assert labels(evaluation('a'), evaluation('b', adapt_norm=False)) == ['a', 'b'], 'an evaluation older than a flag has its default'
+    assert labels(evaluation('a', user_label='old'), evaluation('b', user_label='new', norm='None')) == ['old', 'new']
+    assert labels(evaluation('a', user_label='m', seed=0), evaluation('b', user_label='m', seed=1)) == ['m, seed=0', 'm, seed=1']
+    assert labels(evaluation('a', 'MAML++', 'MAML++', ensemble=[3, 2, 1, 4, 5]), evaluation('a', 'MAML++', 'MAML++')) == [
         'MAML++, ensemble of 5', 'MAML++'], 'neither the name nor the ensemble is said twice'
+    assert labels(evaluation('a', num_filters=32), evaluation('b', 'ANIL', num_filters=32), evaluation('c', 'BOIL', num_filters=64)) == [
+        'MAML', 'ANIL', 'BOIL, num_filters=64'], 'what is usual is not stated'
+    assert labels(evaluation('a', setting={'update_lr': 0.5}), evaluation('a')) == ['evaluation update_lr=0.5', 'MAML']
 
 
 def test_each_at_its_own_number_of_updates():
     """The paired test of methods that are meant at different numbers of updates."""
     scores = np.random.default_rng(0).normal(size=[2, 9, 4])
     pair = [evaluation('a', num_updates=1, scores=scores[0].tolist()), evaluation('b', num_updates=3, scores=scores[1].tolist())]
-    own = comparison.Comparison(pair).rows()[-1]
-    assert own.title == 'own'
-    np.testing.assert_array_equal(own.values, [scores[0, :, 1], scores[1, :, 3]])
-    text = comparison.as_text(comparison.Comparison(pair))
+    headline = compare.Comparison(pair).rows()[-1]
+    assert headline.title == 'own'
+    np.testing.assert_array_equal(headline.values, [scores[0, :, 1], scores[1, :, 3]])
+    text = render.as_text(compare.update_table(compare.Comparison(pair)))
     p = stats.ttest_rel(scores[1, :, 3], scores[0, :, 1]).pvalue
     assert f'{p:.2g}' in text.splitlines()[-2] and '(own: each at its own number of updates, A 1, B 3)' in text
-    alike = comparison.Comparison([evaluation('a', num_updates=1), evaluation('b', num_updates=1)])
+    alike = compare.Comparison([evaluation('a', num_updates=1), evaluation('b', num_updates=1)])
     assert [row.title for row in alike.rows()] == ['0', '1']
 
 
 def test_runs_that_differ_by_seed_only_are_averaged():
     scores = np.random.default_rng(0).normal(size=[4, 9, 2])
     runs = [evaluation(f'run{seed}', seed=seed, scores=one.tolist()) for seed, one in enumerate(scores[:3])]
-    found = comparison.Comparison([*runs, evaluation('other', seed=0, num_updates=5, scores=scores[3].tolist())])
-    assert found.seed_groups() == [[0, 1, 2]]
+    averaged = compare.Comparison([*runs, evaluation('other', seed=0, num_updates=5, scores=scores[3].tolist())])
+    assert averaged.seed_groups() == [(0, 1, 2)]
     means = scores[:3, :, 1].mean(axis=1)
-    assert comparison.over_seeds(found.rows()[1], [0, 1, 2]) == pytest.approx((means.mean(), means.std(ddof=1)))
-    text = comparison.as_text(found)
+    assert compare.over_seeds(averaged.rows()[1], [0, 1, 2]) == pytest.approx((means.mean(), means.std(ddof=1)))
+    text = render.as_text(compare.update_table(averaged))
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
-    assert 'std' in comparison.as_latex(found)
+    assert r'MAML, num\_updates=1 & $3$ & $1$ &' in render.as_latex(compare.method_table(averaged))
+
+
+def test_methods_are_compared_over_tasks_and_seeds():
+    """The difference is paired by task and seed; seeds of one method only do not count."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=50)  # tasks
+    scores = {(method, seed): np.stack([hard, hard + (method == 'ANIL') + rng.normal(size=50) / 10], axis=1)
+              for method, seed in [('MAML', 0), ('MAML', 1), ('MAML', 2), ('ANIL', 1), ('ANIL', 2), ('ANIL', 3)]}
+    runs = [evaluation(f'{method}{seed}', method, seed=seed, scores=values) for (method, seed), values in scores.items()]
+    comparison = compare.Comparison(runs)
+    (_, *first), (label, seeds, updates, mean, difference, p) = compare.method_table(comparison).rows
+    assert first[3:] == ['', ''] and (label, seeds, updates) == ('ANIL', 3, 1)
+    pairs = np.stack([scores['ANIL', seed][:, 1] - scores['MAML', seed][:, 1] for seed in (1, 2)])
+    half = np.hypot(stats.t.ppf(0.975, 1) * pairs.mean(axis=1).std(ddof=1) / 2 ** 0.5, stats.t.ppf(0.975, 49) * pairs.mean(axis=0).std(ddof=1) / 50 ** 0.5)
+    assert difference == f'{pairs.mean():.4f} ± {half:.4f}' and float(p) < 0.05 and float(mean.split(' ± ')[1]) > half
+    rows = list(csv.DictReader(render.as_csv(compare.records([comparison])).splitlines()))
+    row, = (row for row in rows if row['label'] == 'ANIL, over seeds' and row['updates'] == '1')
+    assert float(row['difference']) == pytest.approx(pairs.mean()) and float(row['difference_ci95']) == pytest.approx(half)
+    assert [line.split(' & ')[0] for line in render.as_latex(compare.method_table(comparison)).splitlines() if ' & ' in line] == [
+        'method', 'MAML', 'ANIL']
+    assert [values.shape for values in compare.curves_of(comparison).values()] == [(3, 50, 2), (3, 50, 2)], 'a line for each method'
+
+
+def test_intervals_cover_tasks_and_seeds():
+    """Of 95% intervals for a mean, 95% or more hold it, and the p-value says the same; values without a difference have none."""
+    rng = np.random.default_rng(1)
+    for seeds, of_seeds, of_tasks, of_both in (2, 1, 1, 1), (4, 3, 0.5, 1), (4, 0.1, 3, 1), (5, 1, 1, 1):
+        values = (of_seeds * rng.normal(size=(4000, seeds, 1)) + of_tasks * rng.normal(size=(4000, 1, 30))
+                  + of_both * rng.normal(size=(4000, seeds, 30)))
+        mean, half, p = statistics.over_tasks_and_seeds(values.transpose(1, 2, 0))
+        assert 0.94 < (np.abs(mean) <= half).mean() < 0.998
+        np.testing.assert_array_equal(np.abs(mean) <= half, p >= 0.05)
+    mean, half, p = statistics.over_tasks_and_seeds(np.zeros((2, 3, 1)))
+    assert (mean, half) == (0, 0) and p == pytest.approx(1)
 
 
 def test_seeds_of_runs_that_differ_in_more_are_not_averaged(tmp_path):
     scores = np.random.default_rng(0).normal(size=[2, 9, 2]).tolist()
-    runs = [evaluation(f'run{seed}', seed=seed, scores=one, pretrain_iterations=seed) for seed, one in enumerate(scores)]
-    assert comparison.Comparison(runs).seed_groups() == []
-    assert comparison.what_differs(runs) == ['pretrain_iterations=0, seed=0', 'pretrain_iterations=1, seed=1']
-    alike = [evaluation(f'run{seed}', seed=seed, scores=one, verify=bool(seed)) for seed, one in enumerate(scores)]
-    found = comparison.Comparison(alike)
-    rows = list(csv.DictReader(comparison.as_csv(found).splitlines()))
+    runs = [evaluation(f'run{seed}', seed=seed, scores=one, training={'pretrain_iterations': seed}) for seed, one in enumerate(scores)]
+    assert compare.Comparison(runs).seed_groups() == []
+    assert compare.what_differs(runs) == ['seed=0, pretrain_iterations=0', 'seed=1, pretrain_iterations=1']
+    alike = [evaluation(f'run{seed}', seed=seed, scores=one) for seed, one in enumerate(scores)]
+    rows = list(csv.DictReader(render.as_csv(compare.records([compare.Comparison(alike)])).splitlines()))
     together, = (row for row in rows if row['run'] == 'AB' and row['updates'] == '1')
     assert together['seed'] == '0 1' and float(together['mean']) == pytest.approx(np.mean(scores, axis=(0, 1))[1])
 
@@ -161,26 +226,49 @@ def test_seeds_of_runs_that_differ_in_more_are_not_averaged(tmp_path):
 def test_nothing_is_warned_of_where_all_runs_diverged(tmp_path):
     bad = [[1., np.inf, np.nan, 1e300]] * 5
     runs = [evaluation(f'run{seed}', seed=seed, scores=bad) for seed in range(3)]
-    for style in comparison.as_text, comparison.as_csv, comparison.as_latex:
-        assert 'inf' in style(comparison.Comparison(runs))
+    together = compare.Comparison(runs)
+    for text in (render.as_text(compare.update_table(together)), render.as_csv(compare.records([together])),
+                 render.as_latex(compare.headline_table(together))):
+        assert 'inf' in text
     plots.save(plots.curves({'a': np.array(bad), 'b': np.ones((5, 4))}, 'loss', 'heading'), str(tmp_path / 'a.png'))
 
 
 def test_runs_behind_links_are_compared_once(tmp_path):
     (tmp_path / 'there' / 'run').mkdir(parents=True)
-    (tmp_path / 'there' / 'run' / 'results.json').write_text('{}')
+    (tmp_path / 'there' / 'run' / 'results.json').touch()
     (tmp_path / 'here').mkdir()
     (tmp_path / 'here' / 'link').symlink_to(tmp_path / 'there')
     (tmp_path / 'there' / 'circle').symlink_to(tmp_path / 'here')
-    assert evaluations.result_directories(str(tmp_path / 'here')) == [str(tmp_path / 'here' / 'link' / 'run')]
+    assert collect.result_directories(str(tmp_path / 'here')) == [str(tmp_path / 'here' / 'link' / 'run')]
+
+
+def test_some_checkpoints_of_each_run(tmp_path):
+    """--checkpoints leaves out the others."""
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        store.write(str(tmp_path / str(seed) / 'results.json'), [
+            an_entry([[1, 2.0], [2, 3.0]], checkpoint=f'model{iterations}', iterations=iterations, is_best=iterations == 4 + seed, seed=seed)
+            for iterations in (4, 5, 6)])
+
+    def shown(*flags):
+        rows = csv.DictReader(run_ok(f'--compare={tmp_path}', '--format=csv', *flags).splitlines())
+        return [os.path.relpath(row['path'], tmp_path) for row in rows if row['updates'] == '1' and row['path']]
+
+    assert len(shown()) == len(shown('--checkpoints=all')) == 6
+    assert shown('--checkpoints=newest') == ['0/model6', '1/model6'] and shown('--checkpoints=best') == ['0/model4', '1/model5']
+    assert 'best checkpoint of each seed' in run_ok(f'--compare={tmp_path}', '--checkpoints=best')
+    assert run_ok(f'--across={tmp_path}', '--checkpoints=newest').count('MAML, ') == 2
+    assert '--checkpoints is for --compare and --across' in error_of('--checkpoints=best')
+    store.write(str(tmp_path / '0' / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]])])
+    assert 'no such checkpoint was evaluated' in error_of(f'--compare={tmp_path / "0"}', '--checkpoints=best')
 
 
 def test_tables_of_other_programs(two_runs, capsys):
     short, long = two_runs
     rows = list(csv.DictReader(run_ok('--compare', f'brief={short}', f'long={long}', '--format=csv').splitlines()))
-    entry, = json.loads((long / 'results.json').read_text()).values()
+    entry, = results_of(long)
     row, = (row for row in rows if row['label'] == 'long' and row['updates'] == '5')
-    assert float(row['mean']) == pytest.approx(np.mean(entry['scores'], axis=0)[5]) and row['seed'] == '0'
+    assert float(row['mean']) == pytest.approx(np.mean(entry.scores, axis=0)[5]) and row['seed'] == '0'
     assert len(rows) == 22 and float(row['difference']) < 0 and 0 < float(row['p']) < 1
     latex = run_ok('--compare', f'a_b={short}', f'long={long}', '--format=latex', '--plot')
     assert latex.count(r'\\') == 3 and r'a\_b' in latex and r'\pm' in latex and 'Drawn' not in latex
@@ -200,32 +288,36 @@ def test_comparisons_look_at_every_level_and_overwrite_no_picture(two_runs, tmp_
     assert (tmp_path / 'comparison.png').read_text() == 'mine' and (tmp_path / 'comparison.svg').read_text().startswith('<?xml')
 
 
-def test_evaluations_live_side_by_side(tmp_path):
-    """Of the newest and of other checkpoints, of other tasks and of both splits."""
-    flags = [*SINUSOID, f'--logdir={tmp_path}', '--num_test_tasks=5', '--save_interval=2', '--metatrain_iterations=4']
-    run_ok(*flags)
-    flags += ['--train=False']
-    name = 'test_ubs10_stepsize0.001_tasks5'
-    for more in [], ['--test_set=True'], ['--test_iter=2'], ['--test_iter=4'], ['--test_seed=1'], ['--test_best']:
-        run_ok(*flags, *more)
+def test_evaluations_live_side_by_side(tmp_path, few_tasks):
+    """An entry for each checkpoint and setting; the reference's files are of the last standard evaluation of the newest checkpoint."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--save_interval=2']
+    run_ok(*flags, '--metatrain_iterations=4')
+    evaluate = [*flags, '--train=False', '--metatrain_iterations=4']
+    for more in [], ['--test_set=True'], ['--test_iter=2'], ['--test_iter=4'], ['--test_seed=1'], ['--test_best'], ['--num_test_tasks=7']:
+        run_ok(*evaluate, *more)
     directory = directory_of(tmp_path)
-    entries = json.loads((directory / 'results.json').read_text())
-    assert {f'{name}, val', f'{name}, test', f'{name}_model2, val', f'{name}_seed1, val'} == set(entries)
-    files = [entry['file'] for entry in entries.values()]
-    assert len(set(files)) == 4 and files[0] == name
-    for entry in entries.values():
-        with open(directory / f'{entry["file"]}.pkl', 'rb') as file:
-            assert pickle.load(file)['mses'].tolist() == entry['scores']
-    assert entries[f'{name}_seed1, val']['tasks']['seed'] == 1
-    # Training goes on: what was the newest gets the name of its checkpoint.
-    before = entries[f'{name}, val']
-    run_ok(*flags[:-2], '--metatrain_iterations=6')
-    run_ok(*flags[:-2], '--metatrain_iterations=6', '--train=False')
-    entries = json.loads((directory / 'results.json').read_text())
-    assert entries[f'{name}_model4, val']['scores'] == before['scores'] and entries[f'{name}, val']['iterations'] == 6
-    with open(directory / f'{name}_model4.pkl', 'rb') as file:
-        assert pickle.load(file)['mses'].tolist() == before['scores']
-    assert 'C - A' in run_ok(f'--compare={directory}')
+    entries = results_of(directory)
+    assert [(entry.checkpoint, entry.tasks.split, entry.tasks.seed, entry.tasks.count) for entry in entries] == [
+        ('model4', 'val', 0, 40), ('model4', 'test', 0, 40), ('model2', 'val', 0, 40), ('model4', 'val', 1, 40), ('model4', 'val', 0, 7)]
+    assert sum(entry.is_best for entry in entries) in (1, 4), 'of one checkpoint'
+    assert sorted(path.name for path in directory.glob('*_*')) == [
+        'test_ubs10_stepsize0.001.csv', 'test_ubs10_stepsize0.001.pkl'], 'no other file but these'
+
+    def reference_scores():
+        with open(directory / 'test_ubs10_stepsize0.001.pkl', 'rb') as file:
+            return pickle.load(file)['mses'].tolist()
+
+    run_ok(*evaluate, '--test_set=True')
+    assert reference_scores() == entries[1].scores
+    run_ok(*evaluate)
+    assert reference_scores() == entries[0].scores
+    # Training goes on: the entry of what was the newest stays, the files are those of the new one.
+    run_ok(*flags, '--metatrain_iterations=6')
+    run_ok(*flags, '--metatrain_iterations=6', '--train=False')
+    *earlier, last = results_of(directory)
+    assert [entry.scores for entry in earlier] == [entry.scores for entry in entries]
+    assert last.checkpoint == 'model6' and reference_scores() == last.scores
+    assert 'D - A' in run_ok(f'--compare={directory}') or 'C - A' in run_ok(f'--compare={directory}')
 
 
 def test_other_images_do_not_overwrite_results(tmp_path, small_omniglot):
@@ -234,8 +326,29 @@ def test_other_images_do_not_overwrite_results(tmp_path, small_omniglot):
     shutil.copytree(small_omniglot, tmp_path / 'other', ignore=shutil.ignore_patterns('.cache', '00.png'))
     for path in small_omniglot, tmp_path / 'other':
         run_ok(*flags, f'--data_path={path}', '--train=False')
-    entries = json.loads(next(tmp_path.glob('cls*/results.json')).read_text())
-    assert len(entries) == 2 and len({entry['file'] for entry in entries.values()}) == 2
+    first, second = results_of(next(tmp_path.glob('cls*')))
+    assert first.tasks.data != second.tasks.data
+
+
+def test_evaluations_of_a_shipped_run_change_no_file_that_ships(tmp_path):
+    """They are compared with what shipped, which they replace where checkpoint and setting are the same."""
+    name = 'sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm'
+    run = tmp_path / 'run'
+    shutil.copytree(os.path.join(ROOT, 'logs', name), run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    run_ok(f'--run={run}', '--train=False', '--test_set=True')
+    run_ok(f'--run={run}', '--train=False', '--test_set=True', '--test_iter=68000', '--test_updates=2')
+    assert {name: (run / name).read_bytes() for name in before} == before
+    shipped, own = store.read(str(run / 'shipped_results.json')), results_of(run)
+    assert [entry.checkpoint for entry in own] == ['model70000', 'model68000']
+    both = store.entries_of(str(run))
+    assert [entry.key for entry in both] == [*(entry.key for entry in shipped), own[1].key] and both[0] == own[0]
+    table = run_ok(f'--compare={run}')
+    assert 'C - A' in table and 'D - A' not in table and table.count('model68000  (') == 2
+    ignored = subprocess.run(['git', 'check-ignore', *(f'logs/{name}/{new.name}' for new in run.iterdir() if new.name not in before)],
+                             cwd=ROOT, capture_output=True, text=True, check=False)
+    if os.path.exists(os.path.join(ROOT, '.git')):
+        assert len(ignored.stdout.splitlines()) == len(list(run.iterdir())) - len(before) >= 3
 
 
 def test_seeds_are_evaluated_on_the_same_tasks(tmp_path):
@@ -261,10 +374,10 @@ def test_what_makes_a_run_is_in_its_name():
 
 def test_numbers_of_runs_that_diverged():
     huge = np.array([[1., 1e18], [2., np.inf], [3., np.nan]])
-    pair = comparison.Comparison([evaluation('a', scores=huge.tolist()), evaluation('b', scores=np.ones([3, 2]).tolist())])
+    pair = compare.Comparison([evaluation('a', scores=huge), evaluation('b', scores=np.ones([3, 2]))])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        text = comparison.as_text(pair)
+        text = render.as_text(compare.update_table(pair))
     assert '1000000000000' not in text and max(map(len, text.splitlines())) < 120
     assert statistics.number(451142711936811008.0, 4) == '4.51e+17' and statistics.number(3.25, 4) == '3.2500'
 
@@ -294,8 +407,7 @@ def test_pictures_of_sinusoids(two_runs):
     flags = [*SINUSOID, f'--logdir={logdir}', '--metatrain_iterations=2000', '--train=False', '--num_test_tasks=50', '--plot']
     output = run_ok(*flags)
     drawn = [line.removeprefix('Drawn: ') for line in output.splitlines() if line.startswith('Drawn: ')]
-    assert [os.path.basename(path) for path in drawn] == [f'test_ubs10_stepsize0.001_tasks50_val_{what}.png'
-                                                          for what in ('updates', 'tasks')]
+    assert [os.path.basename(path) for path in drawn] == [f'evaluation_val_model2000_{what}.png' for what in ('updates', 'tasks')]
     assert all(min(size_of(path)) > 300 for path in drawn)
     os.mkdir(drawn[0] + 'x')
     os.remove(drawn[0])
@@ -310,8 +422,16 @@ def test_pictures_of_images(source, small_data, tmp_path):
     flags = [*flags, f'--data_path={small_data[source]}', f'--logdir={tmp_path}', '--metatrain_iterations=2']
     run_ok(*flags)
     run_ok(*flags, '--train=False', '--num_test_tasks=5', '--plot')
-    sheet, = directory_of(tmp_path).glob('*_val_tasks.png')
+    sheet, = directory_of(tmp_path).glob('evaluation_val_*_tasks.png')
     assert min(size_of(sheet)) > 300
+
+
+def test_curves_can_be_told_apart():
+    """More than five, and the mark at 0 is explained where there is one."""
+    assert len({tuple(style.values()) for style in plots.STYLES}) == len(plots.STYLES) == 84
+    marked = plots.curves({'a': np.array([[1., 1.1], [1.2, 1.3]])}, 'loss', 'x')
+    unmarked = plots.curves({str(index): np.array([[0.1, 0.7], [0.1, 0.8]]) for index in range(7)}, 'accuracy', 'x')
+    assert [('the mark at 0' in figure.axes[0].get_xlabel()) for figure in (marked, unmarked)] == [True, False]
 
 
 def test_a_task_names_its_classes(small_omniglot):
@@ -340,6 +460,6 @@ def test_grid_is_the_curve_of_the_task():
 
 def test_results_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError):
-        results.write(str(tmp_path / 'nowhere'), 'x', np.ones([3, 2]), {'tasks': {'split': 'val'}})
+        store.add(str(tmp_path / 'nowhere'), an_entry(np.ones([3, 2])))
     with pytest.raises(UserError):
-        comparison.compare([str(tmp_path)])
+        compare.compare([str(tmp_path)])

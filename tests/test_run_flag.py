@@ -1,11 +1,10 @@
 """--run=DIR: the flags of a training, without repeating them."""
-import json
 import os
 import shutil
 
 import pytest
 
-from conftest import ROOT, error_of, run_ok, run_process
+from conftest import ROOT, error_of, results_of, run_ok, run_process
 
 TRAINED = ['--norm=None', '--update_batch_size=3', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_updates=2']
 
@@ -27,7 +26,7 @@ def trained(training, tmp_path):
 
 
 def evaluation(directory):
-    return list(json.loads((directory / 'results.json').read_text()).values())[-1]
+    return results_of(directory)[-1]
 
 
 def test_the_flags_of_a_training_are_written_down(trained):
@@ -38,10 +37,10 @@ def test_the_flags_of_a_training_are_written_down(trained):
 def test_evaluation_by_run_is_that_by_all_flags(trained):
     logdir, directory = trained
     run_ok(*TRAINED, f'--logdir={logdir}', '--train=False', '--num_test_tasks=5')
-    by_flags = evaluation(directory)['scores']
+    by_flags = evaluation(directory).scores
     for named in directory, logdir:
         assert '3-shot sinusoid' in run_ok(f'--run={named}', '--train=False', '--num_test_tasks=5')
-        assert evaluation(directory)['scores'] == by_flags
+        assert evaluation(directory).scores == by_flags
 
 
 def test_training_goes_on_where_it_was_renamed_to(trained):
@@ -56,7 +55,7 @@ def test_training_goes_on_where_it_was_renamed_to(trained):
 def test_other_tasks_than_in_training(trained):
     """The evaluation is told the shot and the step size of the training."""
     output = run_ok(f'--run={trained[0]}', '--train=False', '--update_batch_size=7', '--update_lr=0.1', '--num_test_tasks=5')
-    assert '7-shot sinusoid' in output and (trained[1] / 'test_ubs7_stepsize0.1_tasks5.csv').exists()
+    assert '7-shot sinusoid' in output and evaluation(trained[1]).tasks.update_batch_size == 7 and evaluation(trained[1]).setting.update_lr == 0.1
 
 
 def test_what_was_learnt_cannot_be_contradicted(trained):

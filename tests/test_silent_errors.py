@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from conftest import ROOT, class_names, error_of, run_ok, write_image_tree, write_manifest
+from conftest import ROOT, an_entry, class_names, error_of, results_of, run_ok, write_image_tree, write_manifest
 from data import preparation
 from data_generator import SOURCES
 from runtime.datasets import class_folders, images
 from runtime.jobs import evaluate as evaluation
-from runtime.results import across, plots
-from runtime.results import store as results
+from runtime.results import across, plots, render, store
 from runtime.results.collect import Evaluation
 from runtime.system.errors import UserError
 
@@ -133,14 +132,10 @@ def test_files_overwritten_in_place_with_their_old_times(tmp_path):
 
 # Results
 
-def entry(**tasks):
-    return {'checkpoint': 'model5', 'score': 'accuracy', 'method': 'MAML', 'flags': {},
-            'tasks': {'datasource': 'folder', 'split': 'val', **tasks}}
-
-
-def write(folder, name='x', score='accuracy', **tasks):
+def write(folder, metric='accuracy', seed=0, **facts):
     folder.mkdir(exist_ok=True)
-    results.write(str(folder), name, np.random.default_rng(len(name)).random((4, 3)), {**entry(**tasks), 'score': score})
+    tasks = {'datasource': 'folder', 'seed': seed, 'facts': facts}
+    store.add(str(folder), an_entry(np.random.default_rng(0).random((4, 3)), metric, tasks=tasks, datasource='folder'))
 
 
 def test_evaluations_of_other_tasks_are_not_compared(tmp_path):
@@ -153,7 +148,7 @@ def test_evaluations_of_other_tasks_are_not_compared(tmp_path):
 
 def test_accuracies_are_not_compared_with_losses(tmp_path):
     write(tmp_path / 'a')
-    write(tmp_path / 'b', score='loss')
+    write(tmp_path / 'b', metric='loss')
     assert 'no two evaluations were made on the same tasks' in error_of(f'--compare={tmp_path}')
 
 
@@ -163,26 +158,30 @@ def test_an_evaluation_says_how_its_tasks_were_drawn(small_data, tmp_path):
              f'--logdir={tmp_path}', '--rotations']
     run_ok(*flags)
     run_ok(*flags, '--train=False')
-    found, = json.loads(next(tmp_path.glob('*/results.json')).read_text()).values()
-    assert found['tasks']['rotations'] is True and found['tasks']['image_shape'] == [20, 20, 3]
+    entry, = results_of(next(tmp_path.glob('cls*')))
+    assert entry.tasks.facts == {'rotations': True, 'image_shape': [20, 20, 3]}
 
 
 def test_evaluations_that_end_together_lose_nothing(tmp_path):
     with ThreadPoolExecutor(20) as pool:
-        list(pool.map(lambda number: write(tmp_path, f'name{number}'), range(20)))
-    assert len(results.existing(str(tmp_path))) == 20
+        list(pool.map(lambda seed: write(tmp_path, seed=seed), range(20)))
+    assert len(results_of(tmp_path)) == 20
 
 
 SINUSOID = ['--norm=None', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_test_tasks=3']
 
 
-def test_starting_anew_leaves_no_old_results(tmp_path):
+def test_starting_anew_leaves_no_old_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, 'TEST_TASKS', 3)  # those of SINUSOID: the reference's files are written, too
     run_ok(*SINUSOID, f'--logdir={tmp_path}')
-    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+    run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False', '--plot')
     directory, = tmp_path.iterdir()
+    shutil.copy(directory / 'results.json', directory / 'shipped_results.json')
+    names = {'results.json', 'shipped_results.json', 'test_ubs5_stepsize0.001.csv', 'evaluation_val_model2_updates.png'}
+    assert names <= {path.name for path in directory.iterdir()}
     run_ok(*SINUSOID, f'--logdir={tmp_path}', '--resume=False')
-    assert not (directory / 'results.json').exists() and not list(directory.glob('test_*'))
-    assert (directory / 'earlier1' / 'results.json').exists() and list((directory / 'earlier1').glob('test_*.csv'))
+    assert not names.intersection(path.name for path in directory.iterdir())
+    assert names <= {path.name for path in (directory / 'earlier1').iterdir()}
 
 
 def test_damaged_results_are_found_before_the_work(tmp_path, monkeypatch):
@@ -246,102 +245,106 @@ def test_no_interpreter_is_run_on_a_download(script, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
 
 
-def test_a_kill_between_the_files_of_an_evaluation_and_its_results(tmp_path, monkeypatch):
-    """The files of a new checkpoint are there, results.json knows the old one: its figures are not taken for the new one's."""
-    def facts(checkpoint):
-        return {'checkpoint': checkpoint, 'score': 'loss', 'flags': {}, 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'count': 3}}
+def test_the_last_evaluation_of_a_checkpoint_in_a_setting_counts(tmp_path):
+    """It replaces the one before; another checkpoint, ensemble, setting or other tasks make another entry."""
+    def add(value, **more):
+        store.add(str(tmp_path), an_entry(np.full((3, 3), value), **more))
 
-    def killed(path, content, write=results.write_atomically):
-        if path.endswith(results.FILE):
-            raise KeyboardInterrupt
-        write(path, content)
+    others = [{}, {'checkpoint': 'model6'}, {'ensemble': [5, 6]}, {'ensemble': [5, 7]}, {'setting': {'query_norm': 'support'}},
+              {'setting': {'load_from': '/a/model5'}}, {'setting': {'headline_updates': 2}}, {'tasks': {'data': 1}}, {'tasks': {'split': 'test'}}]
+    for value in 1.0, 2.0:
+        for more in others:
+            add(value, **more)
+    entries = results_of(tmp_path)
+    assert len(entries) == len(others) and all(entry.scores[0][0] == 2.0 for entry in entries)
+    assert entries[1].checkpoint == 'model6', 'the order stays'
 
-    results.write(str(tmp_path), 'n', np.full((3, 3), 1.), facts('model1'))
-    with monkeypatch.context() as patch:
-        patch.setattr(results, 'write_atomically', killed)
-        with pytest.raises(KeyboardInterrupt):
-            results.write(str(tmp_path), 'n', np.full((3, 3), 2.), facts('model2'))
-    results.write(str(tmp_path), 'n', np.full((3, 3), 2.), facts('model2'))
-    entries = results.existing(str(tmp_path))
-    assert {entry['file']: entry['scores'][0][0] for entry in entries.values()} == {'n_model1': 1., 'n': 2.}
-    for entry in entries.values():
-        assert np.array_equal(np.load(tmp_path / f'{entry["file"]}.pkl', allow_pickle=True)['mses'], entry['scores'])
+
+def matrix_of(evaluations):
+    matrix, = across.matrices_of([Evaluation(*evaluation) for evaluation in evaluations])
+    return matrix
 
 
 def test_a_table_across_sources_keeps_other_data_apart():
     """Other images, or rotated ones, under one description: a column each."""
-    tasks = {'datasource': 'folder', 'split': 'test', 'count': 3, 'num_classes': 5, 'update_batch_size': 1, 'query_shots': 1, 'seed': 0}
-    found = [Evaluation('run', f'n{number}', None, {'checkpoint': 'model1', 'score': 'accuracy', 'flags': {}, 'scores': [[0.1, value]] * 3,
-                                                    'tasks': {**tasks, **more}})
-             for number, (value, more) in enumerate([(0.2, {'data': 1}), (0.5, {'data': 2}), (0.9, {'data': 1, 'rotations': True})])]
-    table, = across.tables(found)
-    assert len(set(table.targets)) == 3 and sorted(table.text(0, column)[:5] for column in range(3)) == ['20.00', '50.00', '90.00']
+    matrix = matrix_of([('run', None, an_entry([[0.1, value]] * 3, 'accuracy', tasks={'datasource': 'folder', **more}))
+                        for value, more in [(0.2, {'data': 1}), (0.5, {'data': 2}), (0.9, {'data': 1, 'facts': {'rotations': True}})]])
+    assert len(set(matrix.targets)) == 3 and sorted(matrix.text(0, column)[:5] for column in range(3)) == ['20.00', '50.00', '90.00']
 
 
 def test_a_table_across_sources_keeps_ways_to_adapt_apart():
     """Other step sizes or weights from elsewhere are rows of their own; a name for several runs does not make them one."""
-    tasks = {'datasource': 'sinusoid', 'split': 'test', 'count': 3, 'update_batch_size': 5, 'query_shots': 5, 'seed': 0, 'data': 1}
+    def entry(value, **more):
+        return an_entry([[1.0, value]] * 3, **more)
 
-    def one(number, directory='run', given=None, checkpoint='run/model1', **flags):
-        return Evaluation(directory, f'n{number}', given, {'checkpoint': checkpoint, 'score': 'loss', 'scores': [[1.0, number]] * 3,
-                                                           'tasks': tasks, 'flags': {'num_updates': 1, **flags}})
-
-    table, = across.tables([one(0, update_lr=0.01), one(1, update_lr=0.1), one(2, checkpoint='a/model1', load_from='a/model1'),
-                            one(3, checkpoint='b/model1', load_from='b/model1')])
-    assert len(set(table.models)) == 4 and [table.text(row, 0)[:1] for row in range(4)] == ['0', '1', '2', '3']
-    assert [bool('--update_lr=0.1' in model) for model in table.models] == [False, True, False, False]
-    table, = across.tables([one(0, 'runs/a', 'mine'), one(1, 'runs/b', 'mine'), one(2, 'other', 'other')])
-    assert [model.split(',')[:2] for model in table.models] == [['mine', ' runs/a'], ['mine', ' runs/b'], ['other']]
+    settings = [{'update_lr': 0.01}, {'update_lr': 0.1}, {'load_from': '/a/model1'}, {'load_from': '/b/model1'}]
+    matrix = matrix_of([('run', None, entry(value, setting=setting)) for value, setting in enumerate(settings)])
+    assert len(set(matrix.labels)) == 4 and [matrix.text(row, 0)[:1] for row in range(4)] == ['0', '1', '2', '3']
+    assert [bool('--update_lr=0.1' in label) for label in matrix.labels] == [False, True, False, False]
+    matrix = matrix_of([('runs/a', 'mine', entry(0)), ('runs/b', 'mine', entry(1)), ('other', 'other', entry(2))])
+    assert matrix.labels == ['mine, a', 'mine, b', 'other']
+    assert matrix_of([('runs/a', None, entry(0)), ('runs/b', None, entry(1))]).labels == ['MAML, a', 'MAML, b']
 
 
-def write_results(folder, **entries):
-    """A run's results.json: {name: (mean, flags, what else an entry has)}."""
-    tasks = {'datasource': 'sinusoid', 'split': 'test', 'count': 3, 'update_batch_size': 5, 'query_shots': 5, 'seed': 0, 'data': 1}
+def write_results(folder, *entries):
+    """A run's results.json: of each entry the mean after an update, and what else it has."""
     folder.mkdir()
-    (folder / 'results.json').write_text(json.dumps({f'{name}, test': {
-        'checkpoint': f'{folder}/model10', 'score': 'loss', 'scores': [[9.0, mean + task / 10] for task in range(3)], 'tasks': tasks,
-        'flags': {'num_updates': 1, 'seed': 0, **flags}, **more} for name, (mean, flags, more) in entries.items()}))
+    store.write(str(folder / 'results.json'), [
+        an_entry([[9.0, mean + task / 10] for task in range(3)], checkpoint=more.pop('checkpoint', 'model10'), **more) for mean, more in entries])
 
 
 @pytest.mark.parametrize('method, one, other, alike', [
     ('MAML', {}, {}, True),
-    ('MAML', {'recompute': False}, {'recompute': True}, True),
     ('Reptile', {'inner_batch': 1}, {'inner_batch': 5}, False),
     ('pre-training', {'inner_weights': 'all'}, {'inner_weights': 'head'}, False),
-    ('MAML', {'metatrain_iterations': 10}, {'metatrain_iterations': 20}, True),
-    ('MAML', *({'metatrain_iterations': count, 'meta_lr_schedule': 'linear'} for count in (10, 20)), False),
+    ('MAML', {'training': {'metatrain_iterations': 10}}, {'training': {'metatrain_iterations': 20}}, True),
+    ('MAML', {'setting': {'update_lr': 1.0}}, {}, False),
+    ('MAML', {'setting': {'query_norm': 'support'}}, {}, False),
+    ('MAML', *({'training': {'metatrain_iterations': count}, 'meta_lr_schedule': 'linear'} for count in (10, 20)), False),
 ])
 def test_means_over_seeds_are_of_runs_that_are_alike(method, one, other, alike, tmp_path):
-    for seed, flags in enumerate([one, other]):
-        write_results(tmp_path / str(seed), n=(1.0 + 2 * seed, {**flags, 'seed': seed}, {'method': method}))
+    for seed, more in enumerate([one, other]):
+        write_results(tmp_path / str(seed), (1.0 + 2 * seed, {**more, 'seed': seed, 'training': {'method': method, **more.get('training', {})}}))
     assert ('2.1000 (1.4142)' in run_ok(f'--compare={tmp_path}')) == alike
 
 
 def test_means_over_seeds_are_of_all_seeds(tmp_path):
     """Of each one's own best checkpoint, or ensemble, whichever they are, and one that is the newest, too."""
+    def write_seed(seed, with_best=True):
+        newest = 1.0 + 2 * seed, {'seed': seed, 'is_best': seed == 2}
+        best = 4.0, {'seed': seed, 'is_best': True, 'checkpoint': f'model{seed}'}
+        together = 2.0 * seed, {'seed': seed, 'is_best': True, 'ensemble': [seed, 7], 'checkpoint': f'model{seed}'}
+        write_results(tmp_path / str(seed), newest, *([best] if with_best and seed != 2 else []), together)
+
     for seed in range(3):
-        flags = {'seed': seed, 'metatrain_iterations': 10}
-        best = {} if seed == 2 else {'checkpoint': f'runs/model{seed}'}
-        more = {'ensemble': [seed, 7], 'method': 'MAML++, ensemble of 2', 'checkpoint': f'runs/model{seed}'}
-        write_results(tmp_path / str(seed), newest=(1.0 + 2 * seed, flags, {}), best=(1.0 + 2 * seed if seed == 2 else 4.0, {**flags, 'test_best': True}, best),
-                      together=(2.0 * seed, flags, more))
+        write_seed(seed)
     table = run_ok(f'--compare={tmp_path}')
     assert [f'{mean:.4f} ({std:.4f})' in table for mean, std in ((3.1, 2.0), (13 / 3 + 0.1, 1 / 3 ** 0.5), (2.1, 2.0))] == [True] * 3, table
-    entries = json.loads((tmp_path / '0' / 'results.json').read_text())
-    del entries['best, test']
-    (tmp_path / '0' / 'results.json').write_text(json.dumps(entries))
+    shutil.rmtree(tmp_path / '0')
+    write_seed(0, with_best=False)
     table = run_ok(f'--compare={tmp_path}')
     assert '3.1000 (2.0000)' in table and table.count('over seeds') == 3, table  # two means, and what they are
 
 
-def test_a_table_of_nothing_comparable_is_refused(tmp_path):
-    """For other programs; a person is shown the table of models against sources."""
-    write_results(tmp_path / 'run', n=(1.0, {}, {'trained_on': 'harmonic'}))
-    assert 'sinusoid' in run_ok(f'--compare={tmp_path}')
-    for style in 'csv', 'latex':
-        assert f'is what --across --format={style} prints' in error_of(f'--compare={tmp_path}', f'--format={style}')
+def test_models_on_other_sources_are_shown_by_across(tmp_path):
+    """--compare refuses them, in every format, and says so."""
+    write_results(tmp_path / 'run', (1.0, {'datasource': 'harmonic'}), (2.0, {'datasource': 'harmonic', 'tasks': {'datasource': 'harmonic'}}))
+    for style in 'text', 'csv', 'latex':
+        assert '--across shows models' in error_of(f'--compare={tmp_path}', f'--format={style}')
+    assert re.search(r'MAML +1 +2.1000 ± 0.0924\* +1.1000 ± 0.0924\n', run_ok(f'--across={tmp_path}'))
     latex = run_ok(f'--across={tmp_path}', '--format=latex', '--plot')
     assert '\n% *: the source that the model was trained on\n' in latex and 'Drawn' not in latex
+    assert r'MAML & $1$ & $2.1000 \pm 0.0924^*$ & $1.1000 \pm 0.0924$ \\' in latex and 'harmonic & sinusoid' in latex
+
+
+def test_numbers_of_tables_for_other_programs():
+    """Seven digits, as single precision has, in csv; powers of ten in LaTeX."""
+    table = render.Table('a_b', ['run', 'p'], [['x_y', 1.3e-13], ['z', float(np.float32(0.1) * 100)]])
+    assert render.as_csv(table) == 'run,p\nx_y,1.3e-13\nz,10'
+    table = render.Table('a_b', ['run', 'p'], [['x_y', text] for text in ('1.3e-13', '4.51e+17 ± 2.00e+16', '57.40 ± 1.83+', '-', '', 'nan ± inf')])
+    cells = [line.split(' & ')[1].removesuffix(r' \\') for line in render.as_latex(table).splitlines() if line.startswith(r'x\_y')]
+    assert cells == [r'$1.3 \times 10^{-13}$', r'$4.51 \times 10^{17} \pm 2.00 \times 10^{16}$', r'$57.40 \pm 1.83^+$', '-', '',
+                     r'$\mathrm{nan} \pm \infty$']
 
 
 def test_curves_of_different_lengths():
@@ -374,14 +377,6 @@ def test_weights_of_another_source_are_no_home_match(tmp_path):
     assert ',sinusoid,harmonic,' in run_ok(f'--across={tmp_path / "other"}', '--format=csv')
 
 
-def test_ensembles_with_the_same_best_do_not_overwrite_each_other(tmp_path):
-    for number, members in enumerate([[13, 5, 14], [13, 40, 41]]):
-        results.write(str(tmp_path), 'n', np.full((2, 2), float(number)), {
-            'checkpoint': 'run/model13', 'ensemble': members, 'score': 'loss', 'tasks': {'split': 'test', 'datasource': 'sinusoid'}, 'flags': {}})
-    assert {name: entry['scores'][0][0] for name, entry in results.existing(str(tmp_path)).items()} == {
-        'n_model13_5_14, test': 0.0, 'n, test': 1.0}
-
-
 def test_links_to_what_is_not_there(tmp_path):
     """Images and class folders on a disk that is not mounted are missing, and not left out."""
     write_image_tree(tmp_path, ['a'], images=2, size=(4, 4, 3))
@@ -401,6 +396,4 @@ def test_evaluations_with_other_updates_do_not_overwrite_each_other(tmp_path):
     for more in [], ['--test_updates=2'], ['--test_updates=3']:
         run_ok(*flags, '--train=False', '--num_test_tasks=3', *more)
     run, = tmp_path.iterdir()
-    entries = results.existing(str(run))
-    assert [len(entry['updates']) for entry in entries.values()] == [11, 3, 4]
-    assert [name.split(',')[0].partition('_tasks3')[2] for name in entries] == ['', '_updates2', '_updates3']
+    assert [len(entry.figures) for entry in results_of(run)] == [11, 3, 4]

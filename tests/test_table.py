@@ -1,4 +1,5 @@
 """The queue that makes the table of results, benchmarks/table.py, on a row that trains in seconds."""
+import dataclasses
 import json
 import re
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import table
-from conftest import ROOT
+from conftest import ROOT, results_of
 
 PROGRAM = '''
 import os, sys
@@ -55,13 +56,9 @@ def test_evaluations_with_other_steps_are_not_the_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
     for title in 'FC100 5-way 1-shot', 'CIFAR-FS 5-way 1-shot, Reptile':
         state = table.state_of(next(row for row in table.ROWS if row.title == title))
-        shown = table.evaluated(state)
-        assert state.newest in shown.values()
-        entry = table.results.existing(state.directory)[next(iter(shown))]
-        assert table.belongs(entry, state)
-        for other in {'update_lr': 0.2}, {'inner_batch': 3}:
-            assert not table.belongs({**entry, 'flags': {**entry['flags'], **other}}, state)
-        assert not table.belongs({**entry, 'own_updates': 3}, state)
+        entry, = table.entries_shown(state, [state.newest])
+        for other in {'update_lr': 0.2}, {'inner_batch': 3}, {'headline_updates': 3}, {'query_norm': 'support'}, {'load_from': '/model1'}:
+            assert not table.belongs(dataclasses.replace(entry, setting=dataclasses.replace(entry.setting, **other)), state)
 
 
 @pytest.mark.slow
@@ -78,12 +75,11 @@ def test_rows_are_trained_evaluated_and_written(start, tmp_path):
 
     status, printed = end(start('--only', 'sinusoid'))
     assert status == 0 and f'Resuming from {run}/model{newest}' in printed, printed
-    entries = json.loads((run / 'results.json').read_text())
-    last = next(entry for entry in entries.values() if entry['iterations'] == 300)
-    assert last['tasks']['count'] == 600 and last['tasks']['split'] == 'test'
+    last = next(entry for entry in results_of(run) if entry.iterations == 300)
+    assert last.tasks.count == 600 and last.tasks.split == 'test'
     row = lines(tmp_path)['tiny sinusoid']
     shown = re.match(r'([\d.]+) ± [\d.]+ after 1, ([\d.]+) ± [\d.]+ after 10$', row[2])
-    assert [float(shown[1]), float(shown[2])] == pytest.approx([last['updates'][1]['mean'], last['updates'][10]['mean']], abs=1e-4)
+    assert [float(shown[1]), float(shown[2])] == pytest.approx([last.figures[1].mean, last.figures[10].mean], abs=1e-4)
     assert row[:2] == ['1.23', '4.56'] and row[4] == '300 of 300' and re.match(r'[\d.e-]+ h on \d+ cores', row[5])
     assert lines(tmp_path)['without data'][2:5] == ['', '', '0 of 60,000']
 

@@ -1,43 +1,47 @@
 """The shipped models, and benchmarks/zoo.py: their figures are what they give again, and what ships of a run is enough."""
+import dataclasses
 import glob
-import json
 import os
 import shutil
 import subprocess
 
 import pytest
 
+import main
 import zoo
-from conftest import ROOT, error_of, run_ok
-from runtime.cli.flags import default
+from conftest import ROOT, error_of, results_of, run_ok
+from runtime.cli import rules
+from runtime.cli.request import resolve
 from runtime.jobs import checkpoints
-from runtime.results.collect import Evaluation, result_directories
+from runtime.results import store
+from runtime.results.collect import result_directories
 
 LOGS = os.path.join(ROOT, 'logs')
 TRACKED = subprocess.run(['git', 'ls-files', 'logs'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-SHIPPED = [directory for directory in (os.path.relpath(one, ROOT) for one in result_directories(LOGS, 'run.flags'))
+SHIPPED = [directory for directory in (os.path.relpath(one, ROOT) for one in result_directories(LOGS, ['run.flags']))
            if f'{directory}/run.flags' in TRACKED or not TRACKED]  # not one's own runs
 SEED3 = os.path.join(LOGS, 'sine_seeds', 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.seed3')
 TINY = ('--datasource=sinusoid', '--norm=None', '--update_batch_size=10', '--metatrain_iterations=5', '--save_interval=1', '--ensemble=2',
         '--log=False')
 
 
-def entries_of(directory):
-    with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
-        return json.load(file)
+def shipped(directory):
+    """The evaluations that ship with a run."""
+    return store.read(os.path.join(directory, store.SHIPPED_FILE))
+
+
+def write_shipped(directory, entries):
+    store.write(os.path.join(directory, store.SHIPPED_FILE), entries)
 
 
 @pytest.mark.parametrize('directory', SHIPPED)
 def test_what_ships_belongs_together(directory):
-    """Each evaluation has its checkpoint, the console log is the run's own, and no path is of another machine."""
+    """Each evaluation has its checkpoint, no path is of another machine, and the console log is the run's own."""
     there = checkpoints.iterations(os.path.join(ROOT, directory))
     assert there
-    if os.path.exists(os.path.join(ROOT, directory, 'results.json')):
-        for entry in entries_of(os.path.join(ROOT, directory)).values():
-            assert set(entry.get('ensemble', [entry['iterations']])) <= set(there)
-            assert os.path.dirname(entry['checkpoint']) == directory
-            assert not [value for value in entry['flags'].values() if isinstance(value, str) and os.path.isabs(value)
-                        and value != default('logdir')]
+    for entry in shipped(os.path.join(ROOT, directory)):
+        assert set(entry.ensemble or [entry.iterations]) <= set(there) and entry.checkpoint == f'model{entry.iterations}'
+        assert entry.setting.load_from is None
     for path in glob.glob(os.path.join(glob.escape(os.path.join(ROOT, directory)), '*.log')):
         with open(path, encoding='utf-8') as file:
             named = {line.rpartition(' in ')[2].rstrip() for line in file if line.startswith('Training ')}
@@ -45,20 +49,15 @@ def test_what_ships_belongs_together(directory):
 
 
 def test_flags_that_repeat_an_evaluation():
-    """Those that are not at their defaults, and those that the training had otherwise."""
+    """They name its tasks and its setting, and pass the checks of flags."""
     directory = os.path.join(LOGS, 'fc1001shot', 'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm')
-    entries = entries_of(directory)
-
-    def flags(name, **changes):
-        entry = entries[f'{name}, test']
-        return zoo.flags_of(Evaluation(directory, name, None, {**entry, 'flags': {**entry['flags'], **changes}}))
-
-    assert {'--query_norm=support', '--test_iter=60000', '--num_updates=5', '--test_set=True'} <= set(flags(
-        'test_ubs1_stepsize0.01_querynormsupport'))
-    assert {'--query_norm=batch', '--test_iter=32000'} <= set(flags('test_ubs1_stepsize0.01_model32000'))
-    assert {'--datasource=gtsrb'} <= set(flags('test_ubs1_stepsize0.01_gtsrb'))
-    assert '--num_updates=1' in flags('test_ubs1_stepsize0.01', num_updates=1)  # the default, where the training had 5
-    assert not [flag for flag in flags('test_ubs1_stepsize0.01') if flag.startswith(('--run', '--logdir', '--method'))]
+    own, support, best, *_, signs = map(zoo.flags_of, shipped(directory))
+    assert {'--query_norm=support', '--test_iter=60000', '--update_lr=0.01', '--test_set=True', '--num_test_tasks=600'} <= set(support)
+    assert {'--query_norm=batch', '--test_iter=32000', '--ensemble=1'} <= set(best)
+    assert '--datasource=gtsrb' in signs and not [flag for flag in own if flag.startswith('--datasource')]
+    for directory in SHIPPED:
+        for entry in shipped(os.path.join(ROOT, directory)):
+            rules.check_flags(resolve(main.parse(['main.py', f'--run={os.path.join(ROOT, directory)}', *zoo.flags_of(entry)])))
 
 
 @pytest.mark.slow
@@ -73,12 +72,13 @@ def test_shipped_figures_are_reproduced(capsys):
 def test_other_figures_are_reported(tmp_path, capsys):
     run = tmp_path / os.path.basename(SEED3)
     shutil.copytree(SEED3, run)
-    entries = entries_of(run)
-    entries['test_ubs10_stepsize0.001, test']['updates'][1]['mean'] += 0.0032
-    entries['another, test'] = entries_of(SEED3)['test_ubs10_stepsize0.001, test'] | {'scores': [[0.0]]}
-    entries['another, test']['updates'][1]['mean'] += 0.0002
-    entries['test_ubs10_stepsize0.001_model64000, test']['iterations'] = 63000
-    (run / 'results.json').write_text(json.dumps(entries))
+    newest, best = shipped(run)
+
+    def with_mean(added):
+        figures = [newest.figures[0], dataclasses.replace(newest.figures[1], mean=newest.figures[1].mean + added), *newest.figures[2:]]
+        return dataclasses.replace(newest, figures=figures)
+
+    write_shipped(run, [with_mean(0.0032), dataclasses.replace(with_mean(0.0002), ensemble=[70000]), dataclasses.replace(best, iterations=63000)])
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(SystemExit) as end:
         zoo.command_line(['check', str(tmp_path)])
@@ -92,19 +92,17 @@ def test_other_figures_are_reported(tmp_path, capsys):
 
 
 def test_what_cannot_be_repeated_is_left_out(tmp_path, capsys):
-    """Images that are not there, other weights, evaluations of earlier versions; and folders without evaluations."""
+    """Images that are not there, and other weights; and folders without evaluations."""
     run = tmp_path / 'run'
     shutil.copytree(os.path.join(ROOT, 'logs/fc1001shot/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'), run)
-    entries = entries_of(run)
-    for entry in entries.values():
-        entry['flags']['data_path'] = '/nowhere'
-    entries['test_ubs1_stepsize0.01_gtsrb, test']['flags']['load_from'] = 'elsewhere/model1'
-    del entries['test_ubs1_stepsize0.01_cifarfs, test']['updates']
-    (run / 'results.json').write_text(json.dumps(entries))
+    own, *others = shipped(run)
+    write_shipped(run, [*others, dataclasses.replace(own, setting=dataclasses.replace(own.setting, load_from='/elsewhere/model1'))])
+    with open(run / 'run.flags', 'a', encoding='utf-8') as file:
+        file.write('--data_path=/nowhere\n')
     assert not zoo.check([str(tmp_path)])
     printed = capsys.readouterr().out
-    assert printed.count('left out, there is no folder /nowhere') == 3
-    assert "left out, not the run's own weights" in printed and 'left out, recorded by an earlier version' in printed
+    assert printed.count('left out, there is no folder /nowhere') == 2 and "left out, not the run's own weights" in printed
+    assert printed.endswith('0 the same, 0 nearly the same, 0 different, 5 left out\n')
     with pytest.raises(SystemExit, match='there is no results.json in'):
         zoo.command_line(['check', str(tmp_path / 'nowhere')])
 
@@ -117,17 +115,14 @@ def test_what_ships_is_enough(tmp_path, capsys):
     evaluations = ['--ensemble=1'], ['--test_best', '--ensemble=1'], ['--ensemble=2']
     for flags in *evaluations, ['--ensemble=1', '--test_iter=1']:
         run_ok(f'--run={run}', '--train=False', '--num_test_tasks=4', '--log=False', *flags)
-    path = run / 'results.json'
-    path.write_text(path.read_text().replace(f'"{tmp_path}', '"relative'))
     best = [entry['iteration'] for entry in checkpoints.find(str(run), None).record['ranking']]
     zoo.command_line(['pack', str(tmp_path / 'logs'), str(tmp_path / 'packed')])
     zoo.command_line(['pack', str(tmp_path / 'logs'), str(tmp_path / 'packed')])  # replaces it
     packed = tmp_path / 'packed' / 'run' / run.name
     assert checkpoints.iterations(str(packed)) == sorted({5, *best})
     assert not list((tmp_path / 'packed' / 'run').glob('tmp*'))
-    entries, all_entries = entries_of(packed), entries_of(run)
-    assert entries == {name: entry for name, entry in all_entries.items() if {5, *best}.issuperset(
-        entry.get('ensemble', [entry['iterations']]))}
+    entries, all_entries = shipped(packed), results_of(run)
+    assert entries == [entry for entry in all_entries if {5, *best}.issuperset(entry.ensemble or [entry.iterations])]
     assert len(entries) == len(all_entries) - (1 not in best)
     assert zoo.check([str(packed)]) and f'{len(entries)} the same' in capsys.readouterr().out
 
@@ -151,7 +146,7 @@ def test_a_run_of_an_earlier_version_is_packed(tmp_path):
         os.remove(run / name)
     checkpoints.save(str(run / 'model70000'), arrays, {**record, 'best': {'iteration': 64000, 'score': 0.4}})
     zoo.command_line(['pack', str(run), str(tmp_path / 'packed')])
-    assert checkpoints.iterations(str(tmp_path / 'packed')) == [64000, 70000] and len(entries_of(tmp_path / 'packed')) == 2
+    assert checkpoints.iterations(str(tmp_path / 'packed')) == [64000, 70000] and len(shipped(tmp_path / 'packed')) == 2
     assert (run / 'model70000.data-00000-of-00001').read_bytes() == (tmp_path / 'packed' / 'model70000.data-00000-of-00001').read_bytes()
 
 
@@ -195,10 +190,11 @@ def test_what_cannot_be_packed(tmp_path):
 
     assert 'there is no run' in refusal(tmp_path / 'nowhere', packed)
     assert 'cannot be copied to itself' in refusal(run, run)
-    entries = entries_of(run)
-    entries['test_ubs10_stepsize0.001, test']['flags']['logdir'] = '/home/me/logs'
-    (run / 'results.json').write_text(json.dumps(entries))
-    assert 'names /home/me/logs (test_ubs10_stepsize0.001, test)' in refusal(run, packed)
+    (packed / 'results.json').touch()
+    before['results.json'] = b''
+    assert 'holds results.json, which does not ship with a run' in refusal(run, packed)
+    (packed / 'results.json').unlink()
+    del before['results.json']
     (run / 'results.json').write_text('{')
     assert 'results.json cannot be read' in refusal(run, packed)
     (run / 'model70000.data-00000-of-00001').write_bytes(b'')

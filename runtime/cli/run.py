@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from runtime.cli import methods, stored_run
-from runtime.cli.flags import GROUPS, names
+from runtime.cli.flags import names
 from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
@@ -89,7 +89,6 @@ class Evaluation(Trained):
     plot: bool
     headline_updates: int       # after which the method is reported
     usual_updates: int          # inner updates if no flag asks for others
-    flags: dict[str, Any]       # for results.json: {flag: value} of those that describe the run and the evaluation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +122,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     if request.mode == 'evaluate':
         return Evaluation(
             **common, split='test' if request.test_set else 'val', num_test_tasks=request.num_test_tasks,
-            log=request.log, plot=request.plot, headline_updates=headline_updates(request), usual_updates=usual_updates,
-            flags={name: request.values[name] for name in ['method', *stored_run.describing_flags(), *GROUPS['Evaluation']]})
+            log=request.log, plot=request.plot, headline_updates=headline_updates(request), usual_updates=usual_updates)
     return Prediction(**common)
 
 

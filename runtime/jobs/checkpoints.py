@@ -31,7 +31,7 @@ _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
 _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # Summaries and results, which are meaningless for a run that starts from scratch in the directory.
-_OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'test_*', 'predict_*'
+_OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'test_*', 'evaluation_*', 'predict_*'
 _DESCRIPTIONS = 'run.flags', 'columns.json'  # what describes the run: its flags, and the columns of tables
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +20,7 @@ from runtime.datasets.tasks import Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble
 from runtime.jobs.summaries import Summaries
-from runtime.results import store as results
+from runtime.results import store
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
 
@@ -27,56 +28,59 @@ TEST_TASKS = 600
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
+class Restored(NamedTuple):
+    """What is evaluated, and where it comes from."""
+    model: MAML | Ensemble      # with as many outputs as it was trained with
+    prefix: str                 # of the checkpoint; of an ensemble, this and the next two are of the best
+    iterations: int | None      # None if not known
+    trained_on: str             # the source, as far as is known
+    is_newest: bool = False     # of the run
+    is_best: bool = False       # on meta-validation, of those of the run
+    ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
+
+
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
-    """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and writes the results to files.
+    """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
     """
-    results.existing(run.directory)  # one that is damaged is reported before the work, not after it
-    trained, prefix, iterations, trained_on = restore(run)
+    store.entries_of(run.directory)  # a damaged file is reported before the work, not after it
+    restored = restore(run)
     if run.replicas.chief:
         record_split(run.source, run.tasks, data)
     tasks, updates = data[run.split], run.test_updates
-    check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), trained.state().values())
-    facts = evaluation_facts(run, tasks, trained, prefix, iterations, trained_on)
-    print(heading(run, tasks, facts), flush=True)
-    found, rates, names, written = {}, [], [], []
-    models = {norm: trained.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
+    check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
+    known = known_classes(restored.trained_on, tasks) if run.source.image_shape and run.datasource != restored.trained_on else []
+    print(heading(run, tasks, restored, known), flush=True)
+    values_of, seconds, written = {}, {}, [store.FILE]
+    models = {norm: restored.model.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
     for query_norm, model in models.items():
         started = time.perf_counter()
         label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
         with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
-            values = found[query_norm] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
-        seconds = time.perf_counter() - started
-        rates.append(run.num_test_tasks / seconds)
-        if not run.replicas.chief:
-            continue
-        try:
-            os.makedirs(run.directory, exist_ok=True)
-            name, file = results.write(run.directory, results_name(run, prefix, query_norm), values, {
-                **facts, 'query_norm': query_norm, 'seconds': seconds, 'tasks_per_second': rates[-1]})
-        except OSError as error:
-            raise UserError(f'the results cannot be written to {run.directory}: {error.strerror}') from error
-        names.append(name)
-        written.append(file)
+            values_of[query_norm] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
+        seconds[query_norm] = time.perf_counter() - started
+        if run.replicas.chief:
+            entry = entry_of(run, tasks, restored, known, query_norm, values_of[query_norm], seconds[query_norm])
+            name = reference_name(run) if is_standard(run, restored, query_norm) else None
+            save(run.directory, entry, values_of[query_norm], name)
+            written += [f'{name}.csv and .pkl'] if name else []
 
-    print(results.table({f'--query_norm={norm}': values for norm, values in found.items()}, run.metric))
+    print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric))
     print(beyond_training(run), end='')
-    print(f'\n{min(rates):.3g} tasks a second. Written to {run.directory}: '
-          + ', '.join(f'{file}.csv and .pkl' for file in written) + f', {results.FILE}')
+    print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
     if run.plot and run.replicas.chief:
-        for path in draw(run, models[run.query_norms[0]], tasks, found, names, prefix, iterations):
+        for path in draw(run, models[run.query_norms[0]], tasks, values_of, restored):
             print(f'Drawn: {path}')
 
 
-def heading(run: Evaluation, tasks: Tasks, facts: dict) -> str:
-    """Text: which checkpoint is evaluated on which tasks, given what `evaluation_facts` returned."""
-    described = f'{facts["iterations"]} iterations' if facts['iterations'] else 'weights of another run'
-    if 'ensemble' in facts:
-        described += f"; mean outputs of {', '.join(f'model{number}' for number in facts['ensemble'])}"
-    lines = [f'{run.description}, {results.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks', f'{facts["checkpoint"]} ({described})']
-    known = facts.get('known_classes')
+def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
+    """Text: which checkpoint is evaluated on which tasks, and how many of their classes, `known`, may have been trained on."""
+    described = f'{restored.iterations} iterations' if restored.iterations else 'weights of another run'
+    if restored.ensemble:
+        described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
+    lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks', f'{restored.prefix} ({described})']
     if known:
         lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was trained '
                      f'on, such as {known[0]}')
@@ -90,25 +94,47 @@ def beyond_training(run: Evaluation) -> str:
             if run.test_updates > trained and differ else '')
 
 
-def evaluation_facts(run: Evaluation, tasks: Tasks, trained: MAML | Ensemble, prefix: str, iterations: int | None, trained_on: str) -> dict:
-    """What results.json records of an evaluation besides its figures; the arguments are what `restore` returned."""
-    facts = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
-    preparation = {'preparation': facts} if facts else {}  # such as which of several published splits
-    return {
-        'checkpoint': prefix, 'iterations': iterations,
-        **({'ensemble': trained.iterations} if isinstance(trained, Ensemble) else {}),
-        **({'known_classes': known_classes(trained_on, tasks)} if run.source.image_shape and run.datasource != trained_on else {}),
-        **({'trained_on': trained_on} if trained_on != run.datasource else {}),
-        'method': run.method + (f', ensemble of {run.ensemble}' if isinstance(trained, Ensemble) else ''),
-        'score': run.metric, 'flags': run.flags,
-        'own_updates': run.headline_updates,  # see --compare
-        # What makes tasks the same is everything that draws them: evaluations are only compared where all of this is equal.
-        'tasks': {'datasource': run.datasource, 'split': run.split,
-                  'num_classes': run.tasks.num_classes if run.source.loss == 'xent' else None,
-                  'update_batch_size': run.tasks.update_batch_size, 'query_shots': run.tasks.query_shots,
-                  'seed': run.tasks.seed, 'count': run.num_test_tasks, 'data': tasks.fingerprint,
-                  **run.source.task_facts, **preparation},
-        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__}}
+def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,
+             seconds: float) -> store.Entry:
+    """The entry of results.json for an evaluation.
+
+    Args:
+        known: what `known_classes` returned.
+        values: [tasks, 1 + updates], as returned by `task_metrics`.
+        seconds: how long it took.
+    """
+    preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
+    facts = {**run.source.task_facts, **({'preparation': preparation} if preparation else {})}  # such as which of several published splits
+    return store.Entry(
+        checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
+        ensemble=list(restored.ensemble),
+        training=store.Training(run.method, run.pretrain_iterations, run.metatrain_iterations,
+                                {**run.learning_flags, 'datasource': restored.trained_on}),
+        tasks=store.EvaluationTasks(
+            datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
+            update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
+            count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
+        setting=store.Setting(
+            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates,
+            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from)),
+        known_classes=list(known), metric=run.metric, seconds=seconds,
+        versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
+        figures=store.figures_of(values), scores=values.tolist())
+
+
+def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:
+    """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+        store.add(directory, entry)
+        if name:
+            store.write_reference_files(os.path.join(directory, name), values)
+    except OSError as error:
+        raise UserError(f'the results cannot be written to {directory}: {error.strerror}') from error
 
 
 def known_classes(trained_on: str, tasks: Tasks) -> list[str]:
@@ -123,56 +149,51 @@ def known_classes(trained_on: str, tasks: Tasks) -> list[str]:
     return [name for name in names if name in trained and not name.isdigit()]
 
 
-def results_name(run: Evaluation, prefix: str, query_norm: str) -> str:
-    """The name of an evaluation: the reference's for the newest checkpoint on its usual tasks, else with what differs."""
-    newest = [checkpoints.path(run.directory, iteration) for iteration in checkpoints.iterations(run.directory)[-1:]]
-    usual = run.source.query_shots(run.model.update_batch_size, train=False)
-    return ''.join([
-        f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}',
-        f'_{run.datasource}' if run.datasource != run.trained_on else '',
-        f'_cls{run.model.dim_output}' if run.model.dim_output != run.num_outputs else '',
-        f'_query{run.tasks.query_shots}' if run.tasks.query_shots != usual else '',
-        f'_tasks{run.num_test_tasks}' if run.num_test_tasks != TEST_TASKS else '',
-        f'_seed{run.tasks.seed}' if run.tasks.seed else '',
-        f'_updates{run.test_updates}' if run.test_updates != run.usual_updates else '',
-        f'_batch{run.model.inner_batch}' if run.model.inner_batch != run.learning_flags['inner_batch'] else '',
-        f'_querynorm{query_norm}' if query_norm != 'batch' else '',
-        f'_ensemble{run.ensemble}' if run.ensemble > 1 else '',
-        f'_{os.path.basename(prefix)}' if run.load_from or [prefix] != newest else ''])
+def reference_name(run: Evaluation) -> str:
+    """The name of the .csv and .pkl files of an evaluation, as in the reference, whose evaluations on either split write them."""
+    return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}'
 
 
-def draw(run: Evaluation, model: MAML, tasks: Tasks, found: dict[str, np.ndarray], names: Sequence[str], prefix: str,
-         iterations: int | None) -> list[str]:
-    """Writes the figures of evaluations, named after the first, and for TensorBoard; returns their paths.
+def is_standard(run: Evaluation, restored: Restored, query_norm: str) -> bool:
+    """Whether this is the evaluation that the reference makes, and writes to .csv and .pkl: of the newest checkpoint, on the usual tasks
+    of its own source, with the usual number of updates. Number of shots and step size may be any; the files are named after them.
+    """
+    return (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
+            and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
+            and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
+            and run.test_updates == run.usual_updates
+            and run.model.inner_batch == run.learning_flags['inner_batch'])
+
+
+def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[str, np.ndarray], restored: Restored) -> list[str]:
+    """Writes the figures of an evaluation, named after split and checkpoint, and for TensorBoard; returns their paths.
 
     In TensorBoard each evaluation is a run of its own, because TensorBoard reads one file of a run at a time.
 
     Args:
         model: shows what it does with some tasks.
-        found: {query_norm: values}.
-        names: of these evaluations.
+        values_of: {query_norm: values}.
     """
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
-    labels = [os.path.basename(prefix) + (f', --query_norm={norm}' if len(found) > 1 else '') for norm in found]
-    drawn = plots.evaluation_figures(run, model, tasks, run.split, dict(zip(labels, found.values())))
-    paths = [os.path.join(run.directory, f'{names[0]}_{run.split}_{what}.{run.plot_format}') for what in drawn]
-    for figure, path in zip(drawn.values(), paths):
+    checkpoint = os.path.basename(restored.prefix)
+    stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
+    titles = {norm: f', --query_norm={norm}' if len(values_of) > 1 else '' for norm in values_of}
+    figures = plots.evaluation_figures(run, model, tasks, run.split, {checkpoint + titles[norm]: values for norm, values in values_of.items()})
+    paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
+    for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
-    for name, values in zip(names, found.values()):
-        with Summaries(os.path.join(run.directory, f'{name}_{run.split}'), run.log, 0, print) as summaries:
+    for norm, values in values_of.items():
+        is_first = norm == run.query_norms[0]
+        with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
-            summaries.write_means(run.split, run.metric, values.mean(axis=0), iterations or 0)
-            summaries.write_figures(run.split, drawn if name == names[0] else {}, iterations or 0)
+            summaries.write_means(run.split, run.metric, values.mean(axis=0), restored.iterations or 0)
+            summaries.write_figures(run.split, figures if is_first else {}, restored.iterations or 0)
     return paths
 
 
-def restore(run: Trained) -> tuple[MAML | Ensemble, str, int | None, str]:
+def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
-
-    Returns:
-        A MAML with as many outputs as it was trained with; the checkpoint's prefix; its iterations, None if not known; and the source
-        that it was trained on, as far as is known. Of an ensemble these are those of the best.
 
     Raises:
         UserError: as for `evaluate`.
@@ -184,9 +205,9 @@ def restore(run: Trained) -> tuple[MAML | Ensemble, str, int | None, str]:
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
             raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation cannot change '
                             f'them; give --update_lr={learnt["update_lr"]}, with which its training started')
-        return model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on)
-    best = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
-    checkpoint = best[0] if best else checkpoints.find(run.directory, run.checkpoint)
+        return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on))
+    members = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
+    checkpoint = members[0] if members else checkpoints.find(run.directory, run.checkpoint)
     record = checkpoint.record
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
@@ -194,10 +215,14 @@ def restore(run: Trained) -> tuple[MAML | Ensemble, str, int | None, str]:
     checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
                           'give the flags of its training')
     checkpoints.restore_parameters(checkpoint, model.parameters())
-    if best:
-        model = Ensemble(model, [{name: one.arrays[name] for name in model.parameters()} for one in best],
-                         [one.record['iteration'] for one in best])
-    return model, checkpoint.prefix, record['iteration'], run.trained_on
+    if members:
+        model = Ensemble(model, [{name: member.arrays[name] for name in model.parameters()} for member in members],
+                         [member.record['iteration'] for member in members])
+    newest = checkpoint if run.checkpoint is None and not members else checkpoints.find(run.directory, None)
+    best = newest.record['best']
+    return Restored(model, checkpoint.prefix, record['iteration'], run.trained_on, is_newest=checkpoint.prefix == newest.prefix,
+                    is_best=best is not None and best['iteration'] == record['iteration'],
+                    ensemble=tuple(member.record['iteration'] for member in members))
 
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,

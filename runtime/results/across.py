@@ -1,83 +1,85 @@
 """A table of models against the sources that they were evaluated on."""
-import csv
 import dataclasses
-import io
 import os
-import re
-import sys
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from runtime.results.collect import Evaluation, describe_tasks, differing_parts, free_path, latex, read_evaluations, split_name
+import numpy as np
+
+from runtime.results import render
+from runtime.results.collect import Evaluation, differing_parts, read_evaluations, split_name, task_parts, unused_path
 from runtime.results.statistics import UNITS, interval, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
 KNOWN_CLASSES = '+'  # marks another source some of whose classes have the names of classes of the training
+COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path']
 
 
 class Model(NamedTuple):
     """What tells the models of evaluations apart, and the ways to adapt one."""
-    given: str | None   # what the user calls it
+    name: str           # what the user calls it, or else its method
     directory: str
     checkpoint: str     # its whole path, if it was given by --load_from
     query_norm: str
-    ensemble: str
     update_lr: str
     inner_batch: str
-    updates: str
+    updates: int
 
-    @classmethod
-    def of(cls, evaluation: Evaluation) -> 'Model':
-        """The model that was evaluated."""
-        entry = evaluation.entry
-        checkpoint = entry['checkpoint'] if evaluation.flag('load_from') else os.path.basename(entry['checkpoint'])
-        return cls(evaluation.given, evaluation.directory, checkpoint, entry.get('query_norm') or '', str(entry.get('ensemble', '')),
-                   *(f'--{name}={evaluation.flag(name)}' for name in ('update_lr', 'inner_batch')), f'{evaluation.own_updates} updates')
+
+def model_of(evaluation: Evaluation) -> Model:
+    """The model that was evaluated."""
+    setting = evaluation.entry.setting
+    members = '+'.join(map(str, evaluation.entry.ensemble))
+    checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
+    return Model(evaluation.user_label or evaluation.method, evaluation.directory, checkpoint, f'--query_norm={setting.query_norm}',
+                 f'--update_lr={setting.update_lr}', f'--inner_batch={setting.inner_batch}', evaluation.headline_updates)
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """Models, the tasks that they were evaluated on, and the evaluations: {(row, column): evaluation}, of one kind of score."""
-    models: list[str]
+    models: list[Model]
+    labels: list[str]       # of the models
     targets: list[str]
+    common: str             # text: what the tasks of all targets have in common
     cells: dict[tuple[int, int], Evaluation]
 
     @property
     def metric(self) -> str:
         """The kind of score, a key of UNITS."""
-        return next(iter(self.cells.values())).entry['score']
-
-    @property
-    def notes(self) -> list[str]:
-        """What the marks in the texts mean."""
-        known = any(one.entry.get('known_classes') for one in self.cells.values())
-        return [f'{OWN_SOURCE}: the source that the model was trained on',
-                *([f'{KNOWN_CLASSES}: some classes have the names of classes that the model was trained on'] if known else [])]
+        return next(iter(self.cells.values())).entry.metric
 
     def text(self, row: int, column: int) -> str:
         """Mean and interval, or '' where there is no such evaluation."""
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        mark = (KNOWN_CLASSES if evaluation.entry.get('known_classes') else '') if evaluation.elsewhere else OWN_SOURCE
-        return interval(own_values(evaluation), UNITS[self.metric][2]) + mark
+        mark = (KNOWN_CLASSES if evaluation.entry.known_classes else '') if evaluation.is_transfer else OWN_SOURCE
+        return interval(evaluation.headline_values, UNITS[self.metric][2]) + mark
+
+    def table(self) -> render.Table:
+        """A row for each model, a column for each target."""
+        notes = [f'{OWN_SOURCE}: the source that the model was trained on']
+        if any(evaluation.entry.known_classes for evaluation in self.cells.values()):
+            notes.append(f'{KNOWN_CLASSES}: some classes have the names of classes that the model was trained on')
+        rows = [[label, model.updates, *(self.text(row, column) for column in range(len(self.targets)))]
+                for row, (label, model) in enumerate(zip(self.labels, self.models))]
+        return render.Table(f'{UNITS[self.metric][0]}, with its 95% interval, after the updates of each method'
+                            + (f'; {self.common}' if self.common else ''), ['model', 'updates', *self.targets], rows, notes=notes)
 
 
-def own_values(evaluation: Evaluation):
-    """The values after as many updates as the method is meant for, [tasks]."""
-    return evaluation.values[:, evaluation.own_updates]
-
-
-def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png') -> str:
+def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png',
+           checkpoints: str = 'all') -> str:
     """The evaluations of several runs as a table: a row for each model, a column for each source and kind of task.
 
-    Values are those after as many updates as each method is meant for; means over tasks with their 95% intervals.
+    Values are those after as many updates as each method is reported at; means over tasks with their 95% intervals.
 
     Args:
         folders: experiment directories, or folders of such at any depth; 'name=folder' says what to call its runs.
         plot: also draw the table, into a new file across*.png in the first folder.
         style: 'text', 'csv' or 'latex'.
+        checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
 
     Returns:
         The tables, one for each kind of score.
@@ -85,102 +87,66 @@ def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot
     Raises:
         UserError: there are no results.
     """
-    named = [split_name(folder) for folder in folders]
-    matrices = tables(read_evaluations(named))
-    notes = [f'Drawn: {draw(one, named[0][1], plot_format)}' for one in matrices] if plot else []
-    if style == 'text':
-        return '\n\n'.join([*map(as_text, matrices), *(['\n'.join(notes)] if notes else [])])
-    print(*notes, sep='\n', end='\n' if notes else '', file=sys.stderr)
-    return as_csv(matrices) if style == 'csv' else '\n\n'.join(map(as_latex, matrices))
+    labelled = [split_name(folder) for folder in folders]
+    matrices = matrices_of(read_evaluations(labelled, checkpoints))
+    remarks = [f'Drawn: {draw(matrix, labelled[0][1], plot_format)}' for matrix in matrices] if plot else []
+    return render.output(style, [matrix.table() for matrix in matrices], records(matrices), remarks)
 
 
-def elsewhere(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """The evaluations of those runs that were also evaluated on another source than the training's."""
-    directories = {one.directory for one in evaluations if one.elsewhere}
-    return [one for one in evaluations if one.directory in directories]
+def matrices_of(evaluations: Sequence[Evaluation]) -> list[Matrix]:
+    """A matrix for each kind of score."""
+    metrics = dict.fromkeys(evaluation.entry.metric for evaluation in evaluations)
+    return [_matrix([evaluation for evaluation in evaluations if evaluation.entry.metric == metric]) for metric in metrics]
 
 
-def tables(evaluations: Sequence[Evaluation]) -> list[Matrix]:
-    """A table for each kind of score."""
-    scores = dict.fromkeys(one.entry['score'] for one in evaluations)
-    return [_table([one for one in evaluations if one.entry['score'] == score]) for score in scores]
-
-
-def _table(evaluations):
-    """Of several evaluations of one model, adapted in one way, on the same tasks, the last in its file counts."""
-    keys, tasks = [Model.of(one) for one in evaluations], [one.tasks_key for one in evaluations]
-    described = {key: describe_tasks(one.entry['tasks']) for key, one in zip(tasks, evaluations)}
-    models, targets = list(dict.fromkeys(keys)), sorted(described, key=lambda key: (described[key], key))
-    cells = {(models.index(key), targets.index(target)): one for key, target, one in zip(keys, tasks, evaluations)}
-    texts = list(described.values())
-    titles = [described[key] + (f', data or settings {zlib.crc32(key.encode()):08x}' if texts.count(described[key]) > 1 else '')
-              for key in targets]
-    return Matrix(_labels(models), titles, cells)
+def _matrix(evaluations):
+    """Of several evaluations of one model, adapted in one way, on the same tasks, the last counts."""
+    parts = {evaluation.tasks_key: task_parts(evaluation.entry.tasks) for evaluation in evaluations}
+    keys = sorted(parts, key=lambda key: (parts[key], key))
+    models = list(dict.fromkeys(map(model_of, evaluations)))
+    cells = {(models.index(model_of(evaluation)), keys.index(evaluation.tasks_key)): evaluation for evaluation in evaluations}
+    common = set.intersection(*({*of_target[1:]} for of_target in parts.values()))
+    targets = [', '.join([parts[key][0], *(part for part in parts[key][1:] if part not in common)]) for key in keys]
+    titles = [target + (f', data or settings {zlib.crc32(key.encode()):08x}' if targets.count(target) > 1 else '')
+              for key, target in zip(keys, targets)]
+    return Matrix(models, _labels(models), titles, ', '.join(part for part in parts[keys[0]][1:] if part in common), cells)
 
 
 def _labels(models):
-    """For each model its name, what tells its directory from the others', and in what else it differs from others.
+    """For each model its name, what tells its directory from those of the same name, and in what else it differs from others.
 
     How models are adapted is stated only where those of one directory differ in it.
     """
-    directories = [model.directory for model in models]
-    names = differing_parts(directories) if len(set(directories)) > 1 else directories
+    def label(model):
+        alike = [other.directory for other in models if other.name == model.name]
+        place = dict(zip(alike, differing_parts(alike)))[model.directory] if len(set(alike)) > 1 else ''
+        same_run = [other for other in models if other.directory == model.directory]
+        differing = [*(field for field in ('checkpoint', 'query_norm') if len({getattr(other, field) for other in models}) > 1),
+                     *(field for field in ('update_lr', 'inner_batch') if len({getattr(other, field) for other in same_run}) > 1)]
+        return ', '.join(filter(None, [model.name, place, *(getattr(model, field) for field in differing)]))
 
-    def label(model, name):
-        alike = [other for other in models if other.given == model.given]
-        several = len({other.directory for other in alike}) > 1
-        here = [other for other in models if other.directory == model.directory]
-        differing = [*(field for field in ('checkpoint', 'query_norm', 'ensemble') if len({getattr(other, field) for other in models}) > 1),
-                     *(field for field in ('update_lr', 'inner_batch', 'updates') if len({getattr(other, field) for other in here}) > 1)]
-        return ', '.join(filter(None, [model.given, name if several or not model.given else '',
-                                       *(getattr(model, field) for field in differing)]))
-
-    return list(map(label, models, names))
+    return list(map(label, models))
 
 
-def as_text(table: Matrix) -> str:
-    """For a terminal: the columns are numbered, and listed above."""
-    lines = [f'{UNITS[table.metric][0]}, with its 95% interval, of models (rows) on tasks (columns)', '']
-    lines += [f'  {number}  {target}' for number, target in enumerate(table.targets, start=1)]
-    rows = [['', *map(str, range(1, len(table.targets) + 1))]]
-    rows += [[model, *(table.text(row, column) or '-' for column in range(len(table.targets)))] for row, model in enumerate(table.models)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines += ['', *('  ' + '  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
-                    for row in rows)]
-    return '\n'.join([*lines, *(f'  ({note})' for note in table.notes)])
+def records(matrices: Sequence[Matrix]) -> render.Table:
+    """A row for each evaluation."""
+    rows = []
+    for matrix in matrices:
+        for (row, column), evaluation in sorted(matrix.cells.items(), key=lambda item: item[0]):
+            mean, std, half = (float(statistic[0]) for statistic in statistics(evaluation.headline_values[:, None]))
+            known = len(evaluation.entry.known_classes) if evaluation.is_transfer else ''
+            tasks = ', '.join(filter(None, [matrix.targets[column], matrix.common]))
+            rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, known, tasks, UNITS[matrix.metric][0],
+                         evaluation.headline_updates, mean, std, half, evaluation.path])
+    return render.Table('', COLUMNS, rows)
 
 
-def as_csv(tables: Sequence[Matrix]) -> str:
-    """One line for each evaluation."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path'])
-    for table in tables:
-        for (row, column), one in sorted(table.cells.items(), key=lambda item: item[0]):
-            mean, std, half = (float(values[0]) for values in statistics(own_values(one)[:, None]))
-            source = one.entry['tasks']['datasource']
-            known = len(one.entry.get('known_classes', [])) if one.elsewhere else ''
-            writer.writerow([table.models[row], one.trained_on, source, known, table.targets[column],
-                             UNITS[table.metric][0], one.own_updates, mean, std, half, one.path])
-    return text.getvalue().rstrip('\n')
-
-
-def as_latex(table: Matrix) -> str:
-    """A tabular environment, with a line of comment for each column."""
-    lines = [f'% {number}: {target}' for number, target in enumerate(table.targets, start=1)] + [f'% {note}' for note in table.notes]
-    lines += [rf'\begin{{tabular}}{{l{"r" * len(table.targets)}}}', r'\hline',
-              ' & '.join([latex(UNITS[table.metric][0]), *map(str, range(1, len(table.targets) + 1))]) + r' \\', r'\hline']
-    for row, model in enumerate(table.models):
-        cells = [re.sub(f'([{OWN_SOURCE}{KNOWN_CLASSES}])$', r'^\1', table.text(row, column).replace('±', r'\pm'))
-                 for column in range(len(table.targets))]
-        lines.append(' & '.join([latex(model), *(f'${cell}$' if cell else '' for cell in cells)]) + r' \\')
-    return '\n'.join([*lines, r'\hline', r'\end{tabular}'])
-
-
-def draw(table: Matrix, folder: str, plot_format: str) -> str:
+def draw(matrix: Matrix, folder: str, plot_format: str) -> str:
     """Draws the table into a new file of a folder; returns its path."""
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-    path = free_path(os.path.join(folder, 'across'), plot_format)
-    plots.save(plots.matrix(table.models, table.targets, {place: float(own_values(one).mean()) for place, one in table.cells.items()},
-                            {place: table.text(*place) for place in table.cells}, table.metric, table.notes), path)
+    path = unused_path(os.path.join(folder, 'across'), plot_format)
+    means = np.full((len(matrix.models), len(matrix.targets)), np.nan)
+    for place, evaluation in matrix.cells.items():
+        means[place] = evaluation.headline_values.mean()
+    plots.save(plots.matrix(matrix.table(), means, matrix.metric), path)
     return path

@@ -12,113 +12,132 @@ import numpy as np
 
 from runtime.cli.flags import default
 from runtime.results.statistics import UNITS
-from runtime.results.store import FILE, SPLIT_TITLES, read
+from runtime.results.store import FILE, SHIPPED_FILE, SPLIT_TITLES, Entry, EvaluationTasks, entries_of
 from runtime.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """An entry of a results.json."""
+    """An entry of a results.json, and where it is."""
     directory: str
-    name: str           # of the evaluation, within the directory
-    given: str | None   # what the user calls it: --compare given=DIR
-    entry: dict
+    user_label: str | None  # what the user calls the run: --compare user_label=DIR
+    entry: Entry
 
     @property
     def path(self) -> str:
-        """Text: directory, name and checkpoint."""
-        return f'{os.path.join(self.directory, self.name)}, {os.path.basename(self.entry["checkpoint"])}'
+        """Text: the checkpoint, with its directory."""
+        return self.entry.setting.load_from or os.path.join(self.directory, self.entry.checkpoint)
+
+    @property
+    def method(self) -> str:
+        """Its name, and of how many checkpoints together."""
+        members = len(self.entry.ensemble)
+        return self.entry.training.method + (f', ensemble of {members}' if members else '')
 
     @property
     def tasks_key(self) -> str:
         """Equal for evaluations on the same tasks: all that draws them."""
-        return json.dumps(self.entry['tasks'], sort_keys=True)
+        return json.dumps(vars(self.entry.tasks), sort_keys=True)
 
     @property
     def values(self) -> np.ndarray:
         """[tasks, 1 + updates], in the unit that is shown."""
-        return np.array(self.entry['scores'], float) * UNITS[self.entry['score']][1]
+        return np.array(self.entry.scores) * UNITS[self.entry.metric][1]
 
     @property
-    def own_updates(self) -> int:
-        """The method's own number of updates in an evaluation."""
-        asked = self.entry.get('own_updates', self.flag('num_updates'))
-        return min(asked if isinstance(asked, int) else 1, len(self.entry['scores'][0]) - 1)
+    def headline_updates(self) -> int:
+        """The number of updates at which the method is reported."""
+        return self.entry.setting.headline_updates
+
+    @property
+    def headline_values(self) -> np.ndarray:
+        """[tasks], after as many updates as the method is reported at."""
+        return self.values[:, self.headline_updates]
 
     @property
     def trained_on(self) -> str:
         """The source that the model was trained on."""
-        return self.entry.get('trained_on') or self.flag('train_datasource') or self.entry['tasks']['datasource']
+        return self.flag('datasource')
 
     @property
-    def elsewhere(self) -> bool:
+    def is_transfer(self) -> bool:
         """Whether the tasks are those of another source than the training's."""
-        return self.trained_on != self.entry['tasks']['datasource']
-
-    @property
-    def chosen_as_best(self) -> set[bool]:
-        """Whether it is of the checkpoint, or of the ensemble, that did best on meta-validation: {True, False} if that was the newest, too."""
-        return {True} if 'ensemble' in self.entry else self.entry.get('chosen_as_best', {bool(self.flag('test_best'))})
+        return self.trained_on != self.entry.tasks.datasource
 
     def flag(self, name: str) -> Any:
-        """The value of a flag; where the evaluation is older than the flag, its default."""
-        return self.entry.get('flags', {}).get(name, default(name))
+        """What a flag was in the training; where that is older than the flag, its default."""
+        return self.entry.training.flags.get(name, default(name))
 
 
-def read_evaluations(named: Sequence[tuple[str | None, str]]) -> list[Evaluation]:
-    """The evaluations in some folders, [(what the user calls its runs, folder)].
+def read_evaluations(labelled: Sequence[tuple[str | None, str]], checkpoints: str = 'all') -> list[Evaluation]:
+    """The evaluations in some folders, those of each run once.
+
+    Args:
+        labelled: [(what the user calls its runs, folder)].
+        checkpoints: as for `chosen`.
 
     Raises:
         UserError: no folder has any.
     """
-    found, without = {}, []
-    for given, folder in named:
+    evaluations, without = {}, []
+    for user_label, folder in labelled:
         directories = result_directories(folder)
         without += [] if directories else [folder]
         for directory in directories:
-            for name, entry in read(os.path.join(directory, FILE)).items():
-                # A checkpoint that was evaluated as the newest and by its number as well is one evaluation.
-                key = os.path.realpath(directory), json.dumps([entry['checkpoint'], entry['tasks'], entry['scores']], sort_keys=True)
-                one = Evaluation(directory, name.removesuffix(f', {entry["tasks"]["split"]}'), given, entry)
-                if key in found:
-                    found[key].entry['chosen_as_best'] = found[key].chosen_as_best | one.chosen_as_best
-                else:
-                    found[key] = one
+            evaluations.setdefault(os.path.realpath(directory), [Evaluation(directory, user_label, entry) for entry in entries_of(directory)])
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
-        if len(without) == len(named):
+        if len(without) == len(labelled):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
-    return list(found.values())
+    shown = chosen([evaluation for of_run in evaluations.values() for evaluation in of_run], checkpoints)
+    if not shown:
+        raise UserError(f'--checkpoints={checkpoints}: no such checkpoint was evaluated; evaluate one, with --train=False')
+    return shown
 
 
-def result_directories(folder: str, name: str = FILE) -> list[str]:
-    """The folder, and folders below it at any depth, that hold results, or another file; without what --resume=False and --test_iter
-    moved aside."""
-    found, seen = [], set()
+def chosen(evaluations: Sequence[Evaluation], checkpoints: str) -> list[Evaluation]:
+    """Of each run all evaluations, those of its newest checkpoint that was evaluated, or of the best; 'all', 'newest' or 'best'."""
+    newest = {}
+    for evaluation in evaluations:
+        newest[evaluation.directory] = max(newest.get(evaluation.directory, 0), evaluation.entry.iterations or 0)
+    keep = {'all': lambda evaluation: True, 'best': lambda evaluation: evaluation.entry.is_best,
+            'newest': lambda evaluation: evaluation.entry.iterations == newest[evaluation.directory] and not evaluation.entry.ensemble}
+    return list(filter(keep[checkpoints], evaluations))
+
+
+def result_directories(folder: str, names: Sequence[str] = (FILE, SHIPPED_FILE)) -> list[str]:
+    """The folder, and folders below it at any depth, that hold results, or another of some files; without what --resume=False and
+    --test_iter moved aside."""
+    directories, visited = [], set()
     for directory, below, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(directory) in seen:  # links may lead round in a circle
+        if os.path.realpath(directory) in visited:  # links may lead round in a circle
             below.clear()
             continue
-        seen.add(os.path.realpath(directory))
-        below[:] = sorted(one for one in below if not re.fullmatch(r'earlier\d+', one))
-        found += [directory] if name in files else []
-    return found
+        visited.add(os.path.realpath(directory))
+        below[:] = sorted(name for name in below if not re.fullmatch(r'earlier\d+', name))
+        directories += [directory] if set(names).intersection(files) else []
+    return directories
 
 
-def describe_tasks(tasks: dict) -> str:
+def task_parts(tasks: EvaluationTasks) -> list[str]:
+    """Which tasks these are, in parts of a sentence; the first is the source."""
+    return [tasks.datasource, SPLIT_TITLES[tasks.split], *([f'{tasks.num_classes}-way'] if tasks.num_classes else []),
+            f'{tasks.update_batch_size}-shot', f'{tasks.query_shots} query', f'{tasks.count} tasks', f'seed {tasks.seed}']
+
+
+def describe_tasks(tasks: EvaluationTasks) -> str:
     """Text: which tasks these are."""
-    way = f'{tasks["num_classes"]}-way ' if tasks.get('num_classes') else ''
-    return (f'{tasks.get("count")} tasks of {tasks["datasource"]}, {SPLIT_TITLES.get(tasks["split"], tasks["split"])}, '
-            f'{way}{tasks.get("update_batch_size")}-shot, {tasks.get("query_shots")} query, '
-            f'seed {tasks.get("seed")}')
+    way = f'{tasks.num_classes}-way ' if tasks.num_classes else ''
+    return (f'{tasks.count} tasks of {tasks.datasource}, {SPLIT_TITLES[tasks.split]}, {way}{tasks.update_batch_size}-shot, '
+            f'{tasks.query_shots} query, seed {tasks.seed}')
 
 
 def differing_parts(paths: Sequence[str]) -> list[str]:
     """The components of each path in which it differs from another, compared from the end."""
     columns = list(itertools.zip_longest(*(os.path.normpath(path).split(os.sep)[::-1] for path in paths), fillvalue=''))[::-1]
     parts = list(zip(*(column for column in columns if len(set(column)) > 1))) or list(zip(*columns))
-    return [os.sep.join(filter(None, one)) for one in parts]
+    return [os.sep.join(filter(None, components)) for components in parts]
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
@@ -127,12 +146,7 @@ def split_name(argument: str) -> tuple[str | None, str]:
     return (name, folder) if equals and name and not os.path.exists(argument) else (None, argument)
 
 
-def free_path(stem: str, suffix: str) -> str:
+def unused_path(stem: str, suffix: str) -> str:
     """A path that does not exist yet: <stem>.<suffix>, or <stem>-2.<suffix> and so on."""
     numbers = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
     return next(path for path in (f'{stem}{number}.{suffix}' for number in numbers) if not os.path.exists(path))
-
-
-def latex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return re.sub(r'([&%$#_{}])', r'\\\1', text.replace('\\', '/')).replace('~', r'\textasciitilde{}').replace('^', r'\^{}')

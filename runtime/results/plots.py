@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import warnings
@@ -15,7 +16,8 @@ from scipy.special import softmax
 from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
 from runtime.cli.run import Run
 from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
-from runtime.results.statistics import UNITS, number, statistics
+from runtime.results.render import Table
+from runtime.results.statistics import UNITS, number, over_tasks_and_seeds, statistics
 from runtime.results.store import SPLIT_TITLES
 from runtime.system.errors import UserError
 from runtime.system.files import write_atomically
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 DPI = 110
 # Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
-STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker in (
-    ('#1b3a6b', '-', 'o'), ('#c8553d', '--', 's'), ('#2e7d5b', '-.', '^'), ('#7b5ea7', ':', 'D'), ('#444444', '-', 'v'))]
+_COLORS = '#1b3a6b', '#c8553d', '#2e7d5b', '#7b5ea7', '#444444', '#b8860b', '#3a9bc1'
+STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker, _ in zip(
+    itertools.cycle(_COLORS), itertools.cycle(['-', '--', '-.', ':']), itertools.cycle('os^DvP'), range(7 * 4 * 3))]  # all of them differ
 SHOWN_UPDATES = (0, 1, 10)
 LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
 DIVERGED = 1000  # losses above this many times the median count as diverged
@@ -62,7 +65,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     separate mark at 0. It may lie outside the axes, so its value is in the legend.
 
     Args:
-        runs: {label: values [tasks, 1 + updates]}.
+        runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
         metric: one of statistics.UNITS.
         heading: what was evaluated.
 
@@ -71,24 +74,33 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     """
     title, factor, digits = UNITS[metric]
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
-    axes, bounds = figure.subplots(), []
-    for (label, values), style in zip(runs.items(), STYLES * len(runs)):
-        mean, _, half = (_drawable(statistic * factor) for statistic in statistics(values))
+    axes, bounds, marks = figure.subplots(), [], []
+    for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
+        mean, half = (_drawable(statistic * factor) for statistic in _mean_and_half(values))
         updates, low, high = np.arange(len(mean)), mean - half, mean + half
         axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
                   label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
         axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
         axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
         bounds.append(np.array([low, high]))
+        marks.append(mean[0])
     _limit(axes, metric, bounds)
-    longest = max(values.shape[1] for values in runs.values()) - 1
-    axes.set(xlabel='inner updates; the mark at 0 is of support examples, before adaptation',
+    longest = max(values.shape[-1] for values in runs.values()) - 1
+    bottom, top = axes.get_ylim()
+    has_mark = any(bottom <= mark <= top for mark in marks)
+    axes.set(xlabel='inner updates' + ('; the mark at 0 is of support examples, before adaptation' if has_mark else ''),
              xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     axes.set_title(_plain(heading), fontsize='small')
     axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', fontsize='small', frameon=False)
+    figure.legend(loc='outside lower center', fontsize='small' if max(map(len, runs)) < 60 else 'x-small', frameon=False)
     return figure
+
+
+def _mean_and_half(values):
+    """Mean and half-width of its 95% interval, [1 + updates] each."""
+    mean, half = statistics(values)[::2] if values.ndim == 2 else over_tasks_and_seeds(values)[:2]
+    return mean, half
 
 
 def _drawable(values):
@@ -96,35 +108,32 @@ def _drawable(values):
     return np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
 
 
-def matrix(models: list[str], targets: list[str], means: dict[tuple[int, int], float], texts: dict[tuple[int, int], str],
-           metric: str, notes: list[str]) -> Figure:
+def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
     """A table of models against tasks, coloured by the mean within each column.
 
     Args:
-        models, targets: labels of the rows and the columns.
-        means, texts: {(row, column): value} and {(row, column): its text}; missing cells are white.
+        table: its first column holds the models, its last ones the tasks.
+        values: means, [models, tasks]; nan where there is none, which is white.
         metric: one of statistics.UNITS.
-        notes: what marks in the texts mean.
 
     Returns:
         A matplotlib Figure.
     """
-    values = np.full((len(models), len(targets)), np.nan)
-    for place, mean in means.items():
-        values[place] = mean
+    models, targets = [row[0] for row in table.rows], table.columns[-values.shape[1]:]
     low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
     with np.errstate(invalid='ignore', divide='ignore'):
         shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
     figure = Figure(figsize=(4.5 + 1.5 * len(targets), 1.7 + 0.45 * len(models)), layout='constrained')
     axes = figure.subplots()
     axes.imshow(shade if metric == 'accuracy' else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
-    for (row, column), text in texts.items():
-        axes.text(column, row, text, ha='center', va='center', fontsize='small')
+    for row, cells in enumerate(table.rows):
+        for column, text in enumerate(cells[-len(targets):]):
+            axes.text(column, row, text, ha='center', va='center', fontsize='small')
     axes.set_yticks(range(len(models)), [_clipped(model, 48) for model in models], fontsize='small')
     wrapped = [_plain(', '.join(target.split(', ')[:1]) + '\n' + '\n'.join(target.split(', ')[1:])) for target in targets]
     axes.set_xticks(range(len(targets)), wrapped, fontsize='x-small')
     axes.xaxis.tick_top()
-    caption = [f'{UNITS[metric][0]}, with its 95% interval; darker is better within a column', *notes]
+    caption = [*table.title.split('; '), 'darker is better within a column', *table.notes]
     axes.set_xlabel('\n'.join(caption), fontsize='x-small')
     return figure
 

@@ -25,6 +25,35 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
 
 
+def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over seeds and tasks, half-width of a 95% interval that covers other seeds and other tasks, and the p-value of a mean of 0.
+
+    The half-width is the root of the sum of squares of those of two t-intervals, of the mean of the seeds and of the mean of the tasks. It
+    counts what depends on both twice: in simulations 95 to 99.7% of the intervals hold the true mean. The p-value is the level whose
+    interval ends at 0.
+
+    Args:
+        values: [seeds, tasks, columns], two seeds or more, all on the same tasks.
+
+    Returns:
+        Three arrays [columns].
+    """
+    seeds, tasks, _ = values.shape
+    with np.errstate(all='ignore'):  # adaptation diverged on some tasks
+        mean = values.mean(axis=(0, 1))
+        errors = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(seeds), values.mean(axis=0).std(axis=0, ddof=1) / np.sqrt(tasks)
+
+        def half_width(level):
+            return np.hypot(*(stats.t.isf(level / 2, count - 1) * error for count, error in zip((seeds, tasks), errors)))
+
+        low, high = np.full(mean.shape, -300.0), np.zeros(mean.shape)  # logarithms of the level; halved until they meet
+        for _ in range(50):
+            middle = (low + high) / 2
+            includes_zero = half_width(10 ** middle) >= np.abs(mean)
+            low, high = np.where(includes_zero, middle, low), np.where(includes_zero, high, middle)
+        return mean, half_width(0.05), np.where(np.isfinite(mean + errors[0] + errors[1]), 10 ** high, np.nan)
+
+
 def bootstrap(values: np.ndarray) -> np.ndarray:
     """95% interval of the mean over tasks by the percentile bootstrap (Efron & Tibshirani, 1993, chapter 13).
 
@@ -37,7 +66,8 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     if len(values) < 2:
         return np.repeat(values.T, 2, axis=1)
     batch = min(max(NUMBERS_AT_A_TIME // values.size, 2), 100)
-    with np.errstate(invalid='ignore', over='ignore'):
+    with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
+        warnings.simplefilter('ignore')
         interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=batch,
                                    random_state=np.random.default_rng(0)).confidence_interval
     return np.stack([interval.low, interval.high], axis=1)
@@ -75,7 +105,6 @@ def p_value(one: np.ndarray, other: np.ndarray) -> float:
         return float(stats.ttest_rel(one, other).pvalue)
 
 
-def p_text(one: np.ndarray, other: np.ndarray) -> str:
-    """Text: `p_value`, or '-' where there is none."""
-    found = p_value(one, other)
-    return '-' if math.isnan(found) else f'{found:.2g}'
+def p_text(p: float) -> str:
+    """Text: a p-value, or '-' where there is none."""
+    return '-' if math.isnan(p) else f'{p:.2g}'

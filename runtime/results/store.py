@@ -1,22 +1,101 @@
-"""The files of an evaluation, and its table."""
+"""results.json: the store of every evaluation of a run, and the table that an evaluation prints.
+
+One entry for each checkpoint and setting: the same checkpoint evaluated again in the same setting replaces its entry. The evaluations
+that ship with a run are in shipped_results.json, which is only read, so that evaluating a shipped run changes no file that git tracks.
+The dataclasses below are the schema of both files.
+"""
 import codecs
-import contextlib
 import csv
+import dataclasses
 import errno
 import io
 import json
 import os
 import pickle
-import zlib
+import types
+import typing
+from typing import Any
 
 import numpy as np
 
 from runtime.results.statistics import UNITS, bootstrap, number, statistics
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file, write_atomically
 
-FILE = 'results.json'
+FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
+VERSION = 2
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What was trained."""
+    method: str                 # its name, for tables
+    pretrain_iterations: int
+    metatrain_iterations: int
+    flags: dict[str, str | int | float | bool | None]  # all flags that determine what is learnt
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationTasks:
+    """Everything that draws the tasks of an evaluation: where all of it is equal, evaluations can be compared task by task."""
+    datasource: str
+    split: str                  # 'val' | 'test'
+    num_classes: int | None     # None in regression
+    update_batch_size: int      # shots
+    query_shots: int
+    seed: int
+    count: int
+    data: int | None            # checksum of the images or tables; None for functions
+    facts: dict[str, Any]       # what else changes tasks of this source, such as their image_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a checkpoint was evaluated, beside the tasks."""
+    query_norm: str
+    update_lr: float
+    inner_batch: int
+    test_updates: int           # inner updates
+    headline_updates: int       # the number of updates at which the method is reported
+    load_from: str | None       # absolute prefix of the checkpoint, if it is not one of the run's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Statistics over tasks after some number of updates, in the unit of the scores."""
+    mean: float
+    std: float
+    ci95: float                 # half-width of the 95% interval of the mean
+    bootstrap95: list[float]    # ends of the percentile bootstrap interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An evaluation."""
+    checkpoint: str             # name, such as model60000; of an ensemble: the best of its checkpoints
+    iterations: int | None      # of the checkpoint; None if not known
+    is_best: bool               # this checkpoint had done best on meta-validation when it was evaluated
+    ensemble: list[int]         # iterations of the checkpoints whose mean outputs were evaluated; []: of one checkpoint
+    training: Training
+    tasks: EvaluationTasks
+    setting: Setting
+    known_classes: list[str]    # classes of another source with the names of classes that the model was trained on
+    metric: str                 # 'accuracy' (a fraction) | 'loss'
+    seconds: float
+    versions: dict[str, str]    # of Python and libraries
+    figures: list[Figures]      # after 0, 1, ... updates
+    scores: list[list[float]]   # [tasks, 1 + updates]: support rows before adaptation, query rows after each update
+
+    @property
+    def key(self) -> str:
+        """Equal for evaluations of the same checkpoint in the same setting, of which the later replaces the earlier."""
+        return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=vars)
+
+
+def figures_of(values: np.ndarray) -> list[Figures]:
+    """The figures of an Entry, given its scores [tasks, 1 + updates]."""
+    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())]
 
 
 def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
@@ -43,122 +122,113 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     return '\n'.join(lines)
 
 
-def write(directory: str, name: str, values: np.ndarray, facts: dict) -> tuple[str, str]:
-    """Writes an evaluation to <file>.csv and <file>.pkl, as the reference does, and adds it to results.json.
+# Writing ------------------------------------------------------------------------------------------------------------
 
-    The csv file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}. Nothing of
-    another evaluation is overwritten: the files of another split or of other images keep their names, and those of an earlier
-    checkpoint that was evaluated under this name get a name that ends with the checkpoint's.
-
-    Args:
-        name: of the evaluation.
-        values: [tasks, 1 + updates], as returned by `evaluation.task_metrics`.
-        facts: what was evaluated and how. `facts['tasks']` says on which tasks; evaluations on the same tasks can be compared.
-
-    Returns:
-        The name that the evaluation got, and that of its files. They are `name`, unless another evaluation has it.
+def add(directory: str, entry: Entry) -> None:
+    """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: it cannot be written.
         UserError: there is a results.json that cannot be read.
     """
-    columns = zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())
-    updates = [dict(zip(('mean', 'std', 'ci95', 'bootstrap95'), column)) for column in columns]
     if not os.path.isdir(directory):  # the lock would make it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+    path = os.path.join(directory, FILE)
     with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
-        entries = existing(directory)
-        name, file = _claim(entries, name, facts)
-        _keep_earlier(directory, entries, name, facts)
-        entries[_key(name, facts)] = {'file': file, **facts, 'updates': updates, 'scores': values.tolist()}
-        _write_files(os.path.join(directory, file), values)
-        # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
-        write_atomically(os.path.join(directory, FILE), lambda file: json.dump(entries, codecs.getwriter('ascii')(file), indent=1))
-    return name, file
+        write(path, list(({one.key: one for one in _read_if_present(path)} | {entry.key: entry}).values()))
 
 
-def _write_files(path: str, values: np.ndarray) -> None:
-    """Writes <path>.csv and <path>.pkl of an evaluation."""
+def write(path: str, entries: list[Entry]) -> None:
+    """Writes a results.json; raises OSError if it cannot."""
+    content = {'version': VERSION, 'evaluations': entries}
+    # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
+    write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=vars))
+
+
+def write_reference_files(stem: str, values: np.ndarray) -> None:
+    """Writes <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot.
+
+    The csv file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}.
+
+    Args:
+        values: [tasks, 1 + updates].
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
     writer.writerows(statistics(values))
-    write_atomically(path + '.csv', text.getvalue().encode())
-    write_atomically(path + '.pkl', lambda file: pickle.dump({'mses': values}, file))
+    write_atomically(stem + '.csv', text.getvalue().encode())
+    write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
 
-def _key(name, facts):
-    return f'{name}, {facts["tasks"]["split"]}'
+# Reading ------------------------------------------------------------------------------------------------------------
 
-
-def _file(key, entry):
-    return entry.get('file', key.removesuffix(_key('', entry)))
-
-
-def _claim(entries: dict[str, dict], name: str, facts: dict) -> tuple[str, str]:
-    """Names for an evaluation and for its files that no other evaluation among `entries` has."""
-    def source(entry):
-        return [entry['tasks'], entry.get('flags', {}).get('load_from')]
-
-    holder = entries.get(_key(name, facts), facts)
-    if source(holder) != source(facts):  # other images, or weights from elsewhere
-        name += f'_{zlib.crc32(json.dumps(source(facts), sort_keys=True).encode()):08x}'
-    taken = {_file(key, entry) for key, entry in entries.items() if key != _key(name, facts)}
-    return name, f'{name}_{facts["tasks"]["split"]}' if name in taken else name
-
-
-def _keep_earlier(directory: str, entries: dict[str, dict], name: str, facts: dict) -> None:
-    """If another checkpoint was evaluated under a name, renames that evaluation and its pictures, and writes its files anew.
-
-    They are not renamed: if the program was killed after it had written the files of this evaluation, and before results.json,
-    they are not those of the earlier one.
-    """
-    earlier = entries.get(_key(name, facts))
-    if earlier is None or _weights(earlier) == _weights(facts):
-        return
-    checkpoint = '_'.join(map(str, _weights(earlier)))
-    file, split = _file(_key(name, facts), earlier), facts['tasks']['split']
-    other, other_file = _claim(entries, f'{name}_{checkpoint}', earlier)
-    _write_files(os.path.join(directory, other_file), np.array(earlier['scores']))
-    for suffix in '.csv', '.pkl':
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(directory, file + suffix))
-    renamed = [(f'{name}_{split}_{picture}', f'{other}_{split}_{picture}')
-               for picture in ('updates.png', 'updates.pdf', 'updates.svg', 'tasks.png', 'tasks.pdf', 'tasks.svg')]
-    for old, new in renamed:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(os.path.join(directory, old), os.path.join(directory, new))
-    del entries[_key(name, facts)]
-    entries[_key(other, facts)] = {**earlier, 'file': other_file}
-
-
-def _weights(entry):
-    """The checkpoint that was evaluated, and the iterations of the others that made an ensemble with it."""
-    return [os.path.basename(entry['checkpoint']), *entry.get('ensemble', [])[1:]]
-
-
-def existing(directory: str) -> dict[str, dict]:
-    """The entries of a directory's results.json; {} if there is none. Raises UserError as `read`."""
-    path = os.path.join(directory, FILE)
-    return read(path) if os.path.exists(path) else {}
-
-
-def read(path: str) -> dict[str, dict]:
-    """{evaluation: its description and figures} of a results.json.
+def entries_of(directory: str) -> list[Entry]:
+    """The evaluations of a run, those that shipped with it first, each replaced by one's own of the same key.
 
     Raises:
-        UserError: it cannot be read, or is malformed.
+        UserError: as `read`.
+    """
+    paths = [os.path.join(directory, name) for name in (SHIPPED_FILE, FILE)]
+    return list({entry.key: entry for path in paths for entry in _read_if_present(path)}.values())
+
+
+def _read_if_present(path):
+    return read(path) if os.path.exists(path) else []
+
+
+def read(path: str) -> list[Entry]:
+    """The entries of a results.json, every field checked.
+
+    Raises:
+        UserError: it cannot be read, or a field has another type than the schema says; names the file and the field.
     """
     try:
         require_regular_file(path)
         with open(path, encoding='utf-8') as file:
-            results = json.load(file)
-        for entry in results.values():
-            if not isinstance(entry['tasks'], dict) or np.ndim(np.array(entry['scores'], float)) != 2:
-                raise ValueError('an entry is not that of an evaluation')
-            entry['checkpoint'] = str(entry['checkpoint'])
-            UNITS[entry['score']], entry['tasks']['split'], entry['tasks']['datasource']  # raises KeyError if missing
-        return results
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read, or no evaluation wrote it ({type(error).__name__}); remove it and evaluate '
-                        'again') from error
+            content = json.load(file)
+        version = content.get('version', 1) if isinstance(content, dict) else None
+        if version != VERSION:
+            raise ValueError(f'version is {version!r:.40}, and this program reads version {VERSION}')
+        entries = _checked(list[Entry], content.get('evaluations'), 'evaluations')
+        for index, entry in enumerate(entries):
+            _check_consistency(entry, f'evaluations[{index}]')
+        return entries
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read: {first_line(error)}; remove it and evaluate again') from error
+
+
+def _checked(kind, value, field):
+    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or type(value) in (arguments if origin is types.UnionType else [kind]):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is list and isinstance(value, list):
+        return [_checked(arguments[0], item, f'{field}[{index}]') for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: _checked(arguments[1], item, f'{field}.{name}') for name, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _checked_fields(kind, value, field)
+    raise ValueError(f'{field} is {value!r:.40}, and should be of type {getattr(kind, "__name__", kind)}')
+
+
+def _checked_fields(kind, values, field):
+    """A dataclass of the schema from its fields, {name: value}; others are ignored."""
+    hints = typing.get_type_hints(kind)
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise ValueError(f'{field}.{missing[0]} is missing')
+    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items()})
+
+
+def _check_consistency(entry, field):
+    """Raises ValueError for values that are of the right type and still make no sense."""
+    columns = len(entry.figures)
+    for name, holds in {
+            'metric': entry.metric in UNITS, 'tasks.split': entry.tasks.split in SPLIT_TITLES,
+            'scores': len(entry.scores) > 0 and columns > 0 and all(len(row) == columns for row in entry.scores),
+            'setting.headline_updates': 0 <= entry.setting.headline_updates < columns}.items():
+        if not holds:
+            raise ValueError(f'{field}.{name} is not that of an evaluation')
