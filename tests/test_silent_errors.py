@@ -323,7 +323,7 @@ def test_means_over_seeds_are_of_all_seeds(tmp_path):
     shutil.rmtree(tmp_path / '0')
     write_seed(0, with_best=False)
     table = run_ok(f'--compare={tmp_path}')
-    assert '3.1000 (2.0000)' in table and table.count('over seeds') == 3, table  # two means, and what they are
+    assert '3.1000 (2.0000)' in table and table.count('over seeds') == 4, table  # two means, what they are, and the table of methods
 
 
 def test_models_on_other_sources_are_shown_by_across(tmp_path):

@@ -51,7 +51,8 @@ def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
             middle = (low + high) / 2
             includes_zero = half_width(10 ** middle) >= np.abs(mean)
             low, high = np.where(includes_zero, middle, low), np.where(includes_zero, high, middle)
-        return mean, half_width(0.05), np.where(np.isfinite(mean + errors[0] + errors[1]), 10 ** high, np.nan)
+        p = np.where(low == -300.0, 0.0, 10 ** high)
+        return mean, half_width(0.05), np.where(np.isfinite(mean + errors[0] + errors[1]), p, np.nan)
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:
