@@ -13,6 +13,7 @@ from runtime.cli.flags import Learning, boolean, choice, group, help_text, numbe
 from runtime.cli.methods import PRESETS
 from runtime.cli.run import Evaluation, Run, Training
 from runtime.cli.startup import run_and_data
+from runtime.jobs.learner import load, load_predictor  # noqa: F401  (for Python: docs/python.md)
 from runtime.system import console
 from runtime.system.errors import UserError, first_line
 from runtime.system.interruption import TERMINATION_SIGNALS

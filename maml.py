@@ -348,6 +348,7 @@ class MAML:
         weights: {'conv1': tf.Variable, ...}, the reference's names.
         norm_params: {'0/beta': tf.Variable, ...}, offsets and scales of normalisation.
         learning_rates: {name: tf.Variable} of learned inner step sizes; {} if they are fixed.
+        shared: all of them, as Parameters.
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
@@ -356,14 +357,14 @@ class MAML:
         `Replicas.distribute` makes, except for `predict`."""
         self.replicas = replicas or Replicas()
         self.config = config = engine.resolve(config, network_of(config).convolutional)
-        self._parameters = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in group.items()}
+        self.shared = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in group.items()}
                                         for group in initial_parameters(config, seed)))
-        self.weights, self.norm_params, rates, inner_optimizer_state = self._parameters
-        self.learning_rates, trained = {name[3:]: v for name, v in rates.items()}, self._parameters.trained()
+        self.weights, self.norm_params, rates, inner_optimizer_state = self.shared
+        self.learning_rates, trained = {name[3:]: v for name, v in rates.items()}, self.shared.trained()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in trained.values()) < 10_000 else 1
         self._optimizers = outer_optimizers(config, trained)
         self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}
-        self._engine = engine.Engine(config, self.replicas, self._parameters, metric_functions(config))
+        self._engine = engine.Engine(config, self.replicas, self.shared, metric_functions(config))
         self._gradient_structure = dict.fromkeys(trained), Outputs(0, 0), dict.fromkeys(inner_optimizer_state)
         # Made once: TensorFlow compiles each function object again.
         self._predictions = [functools.partial(function, config) for function in (predict_without_adapting, adapt_and_predict)]
@@ -372,7 +373,7 @@ class MAML:
 
     def parameters(self) -> dict[str, tf.Variable]:
         """{name: variable} of all that tasks share; 'lr/<name>' for learned step sizes."""
-        return {name: variable for group in self._parameters for name, variable in group.items()}
+        return {name: variable for group in self.shared for name, variable in group.items()}
 
     def state(self) -> dict[str, tf.Variable]:
         """{name: variable}: everything that a training run needs to continue."""

@@ -247,8 +247,8 @@ def _window_tables(height, width, size, stride):
     pixels = np.where((down >= 0) & (across >= 0), down * width + across, height * width).ravel()
     shown = [np.flatnonzero(pixels == pixel) for pixel in range(height * width)]
     windows = np.full([height * width, max(map(len, shown))], len(pixels))
-    for row, found in zip(windows, shown):
-        row[:len(found)] = found
+    for row, places_of_pixel in zip(windows, shown):
+        row[:len(places_of_pixel)] = places_of_pixel
     return pixels.astype(np.int32), windows.astype(np.int32), (len(down), across.shape[1])
 
 
@@ -295,15 +295,15 @@ def recomputing_loop(step: Callable, count: int, state: Structure, shared: Struc
         def gradient(*upstream):
             def backward(number, towards_state, towards_shared):
                 number = count - 1 - number
-                at = tf.nest.pack_sequence_as(state, [values[number] for values in before])
+                start = tf.nest.pack_sequence_as(state, [values[number] for values in before])
                 with tf.GradientTape() as tape:
-                    tape.watch((at, shared))
-                    after = step(number, at, shared)
+                    tape.watch((start, shared))
+                    after = step(number, start, shared)
                 into = [total + values[number] for total, values in zip(towards_state, upstream)]
-                found = tape.gradient(tf.nest.flatten(after), tf.nest.flatten((at, shared)), output_gradients=into,
+                gradients = tape.gradient(tf.nest.flatten(after), tf.nest.flatten((start, shared)), output_gradients=into,
                                       unconnected_gradients='zero')
                 states = len(into)
-                return found[:states], [total + more for total, more in zip(towards_shared, found[states:])]
+                return gradients[:states], [total + more for total, more in zip(towards_shared, gradients[states:])]
 
             zeros = [[tf.zeros_like(value) for value in tf.nest.flatten(part)] for part in (state, shared)]
             return [value for part in loop(backward, *zeros) for value in part]

@@ -284,7 +284,7 @@ def test_each_query_row_by_itself():
     for row in range(batch.query_x.shape[1]):
         one = batch._replace(query_x=batch.query_x[:, row:row + 1], query_y=batch.query_y[:, row:row + 1])
         np.testing.assert_allclose(model.predict(one, 2).post, outputs[:, :, row:row + 1], rtol=1e-10)
-    task, values = TaskBatch(*(tf.constant(array[0]) for array in batch)), tf.nest.map_structure(tf.constant, model._parameters)
+    task, values = TaskBatch(*(tf.constant(array[0]) for array in batch)), tf.nest.map_structure(tf.constant, model.shared)
     config = dataclasses.replace(model.config, num_updates=2)
     state, network = inner_loop(config, values, task)[1][-1], network_of(config)
     together = tf.concat([task.support_x, task.query_x[3:4]], axis=0)
@@ -353,7 +353,7 @@ def test_what_the_inner_loop_leaves_alone(moved):
     fixture = Fixture(FIXTURES['anil_conv'])
     model, batch = fixture.model('float64', inner_weights=moved), fixture.batch(np.float64)
     gradients = model.meta_gradients(batch)
-    task, parameters = TaskBatch(*(tf.constant(array[0]) for array in batch)), model._parameters
+    task, parameters = TaskBatch(*(tf.constant(array[0]) for array in batch)), model.shared
     state = inner_loop(model.config, parameters, task)[1][-1]
     for name, variable in model.weights.items():
         same = np.array_equal(weights_at(model.config, parameters, state.fast, 0)[name], variable)
@@ -410,13 +410,13 @@ def test_finite_differences_through_switches(switches):
                                    dtype='float64', image_shape=(14, 14, 1), num_filters=4), **switches})
     rng = np.random.default_rng(0)
     model = MAML(config)
-    parameters = tf.nest.map_structure(lambda v: v.numpy() + 0.3 * rng.normal(size=v.shape), model._parameters)
+    parameters = tf.nest.map_structure(lambda v: v.numpy() + 0.3 * rng.normal(size=v.shape), model.shared)
     x, y = rng.random((1, 9, 196)), np.eye(3)[np.tile(np.arange(3), 3)][None]
     batch = TaskBatch(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
     task = TaskBatch(*(tf.constant(array[0]) for array in batch))
 
     def assign(values):
-        tf.nest.map_structure(lambda variable, value: variable.assign(value), model._parameters, values)
+        tf.nest.map_structure(lambda variable, value: variable.assign(value), model.shared, values)
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)

@@ -1,5 +1,5 @@
 """Several checkpoints of one run as one model: the mean of their outputs."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class Ensemble:
         self._model, self._members, self.iterations = model, members, iterations
         self.config, self.replicas, self.weights, self.state = model.config, model.replicas, model.weights, model.state
 
-    def _as_each_member(self):
+    def members(self) -> Iterator[MAML]:
+        """The model with the parameters of each checkpoint in turn."""
         for member in self._members:
             for name, variable in self._model.parameters().items():
                 variable.assign(member[name])
@@ -38,13 +39,13 @@ class Ensemble:
 
     def variant(self, **changes: Any) -> 'Ensemble':
         """As `MAML.variant`."""
-        variants = [model.variant(**changes) for model in self._as_each_member()]
+        variants = [model.variant(**changes) for model in self.members()]
         return Ensemble(variants[0], [{name: variable.numpy() for name, variable in one.parameters().items()} for one in variants],
                         self.iterations)
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
         """As `MAML.predict`."""
-        return _mean([model.predict(batch, num_updates) for model in self._as_each_member()])
+        return _mean([model.predict(batch, num_updates) for model in self.members()])
 
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """As `MAML.evaluate`, of the mean outputs."""
@@ -54,6 +55,6 @@ class Ensemble:
                               for post in outputs.post])
 
 
-def _mean(found):
+def _mean(structures):
     """The mean of several structures of tensors."""
-    return tf.nest.map_structure(lambda *tensors: tf.add_n(tensors) / len(tensors), *found)
+    return tf.nest.map_structure(lambda *tensors: tf.add_n(tensors) / len(tensors), *structures)

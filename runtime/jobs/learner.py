@@ -1,0 +1,228 @@
+"""Trained models from Python: `load` a run, `adapt` it to labelled arrays, predict for others. docs/python.md has examples.
+
+Shapes and units are those of the data source: images [rows, height, width, channels], uint8 or float in [0, 1]; rows of tables
+[rows, columns] in the units of their files; inputs of functions [rows, 1].
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from data_generator import TableSource
+from runtime.cli.flags import parse
+from runtime.cli.request import resolve
+from runtime.cli.run import Prediction, make_run
+from runtime.cli.run_data import source_and_tasks
+from runtime.cli.startup import import_tensorflow
+from runtime.datasets.tables import Columns
+from runtime.system.errors import UserError
+from runtime.system.files import require_regular_file, write_atomically
+
+if TYPE_CHECKING:
+    from maml import MAML, ModelConfig
+
+ROWS_AT_A_TIME = 200  # of a prediction, where rows do not depend on each other
+
+
+def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm: str = 'support', updates: int | None = None) -> Learner:
+    """A trained model.
+
+    Args:
+        run: a run's directory, or a folder that holds exactly one, as for --run.
+        checkpoint: an iteration, 'best' (on meta-validation) or None, the newest.
+        query_norm: how batch norm treats the rows of a prediction: 'support': each by the statistics of the support rows; 'batch': all
+            together, by their own statistics; 'each': each with the support rows.
+        updates: inner steps of `adapt`; None: as many as an evaluation takes.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    chosen = {'query_norm': query_norm, 'test_updates': updates, 'test_best': checkpoint == 'best' or None,
+              'test_iter': None if checkpoint == 'best' else checkpoint}
+    request = resolve(parse(['load', f'--run={os.fspath(run)}', '--predict',
+                             *(f'--{name}={value}' for name, value in chosen.items() if value is not None)]))
+    source, tasks = source_and_tasks(request)
+    import_tensorflow()
+    return Learner(make_run(request, source, tasks))
+
+
+class Learner:
+    """A trained model, ready to adapt to a task.
+
+    Attributes:
+        model: the MAML; an Ensemble, if the method has one.
+        checkpoint: its path.
+        num_outputs: the largest number of classes, or the number of targets.
+        updates: inner steps of `adapt`.
+    """
+
+    def __init__(self, run: Prediction):
+        from runtime.jobs.evaluate import restore
+        source, columns = run.source, run.source.files.columns if isinstance(run.source, TableSource) else None
+        self._run = run
+        self._inputs = Inputs(run.model.dim_input, source.image_shape, bool(source.image_shape and source.invert), columns)
+        self.model, self.checkpoint, *_ = restore(run)
+        self.num_outputs, self.updates = run.num_outputs, run.test_updates
+
+    def adapt(self, support_x: np.ndarray, support_y: Sequence, updates: int | None = None) -> Predictor:
+        """The model adapted to labelled examples by inner steps.
+
+        As --predict does, it divides the loss by the shots that are given, whatever the model was trained with.
+
+        Args:
+            support_x: see the top of this module.
+            support_y: the class of each row, a number or a text; in regression the targets, [rows, targets] or [rows].
+            updates: inner steps; None: `self.updates`.
+
+        Raises:
+            UserError: arrays have another shape than the source's, or there are more classes than outputs.
+        """
+        x, labels = self._inputs.rows(support_x), np.asarray(support_y)
+        if len(x) != len(labels) or not len(x):
+            raise UserError(f'support_x has {len(x)} rows and support_y {len(labels)}; they must have the same number, at least 1')
+        from runtime.jobs.ensemble import Ensemble
+        classes, changes = None, {}
+        if self._run.model.loss == 'xent':
+            names, indices = np.unique(labels, return_inverse=True)
+            if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
+                raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape {list(labels.shape)} '
+                                f'and {len(names)} different values')
+            classes, y = names.tolist(), np.eye(len(names), dtype=np.float32)[indices]
+            changes = {'dim_output': len(names), 'update_batch_size': len(x) / len(names)}
+        else:
+            y = self._inputs.targets(labels, self.num_outputs)
+        adapted = self.model.variant(query_norm=self._run.query_norms[0], **changes)
+        updates = self.updates if updates is None else updates
+        members = adapted.members() if isinstance(adapted, Ensemble) else [adapted]
+        return Predictor(adapted.config, [adapted_tensors(member, x, y, updates) for member in members], x, classes, self._inputs)
+
+
+def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> dict[str, np.ndarray]:
+    """The network's tensors after inner steps on support rows x [rows, dim_input], y [rows, dim_output]."""
+    import tensorflow as tf
+
+    from maml import initial_state, inner_step, weights_at
+    from runtime.datasets.tasks import TaskBatch
+    config, parameters = model.config, tf.nest.map_structure(tf.convert_to_tensor, model.shared)
+    task = TaskBatch(tf.constant(x), tf.constant(y), tf.constant(x[:1]), tf.constant(y[:1]))
+
+    @tf.function(autograph=False, jit_compile=config.jit)
+    def step(state, number):
+        return inner_step(config, parameters, task, state, number)[0]
+
+    state = initial_state(config, parameters, task)
+    for number in tf.range(updates, dtype=tf.int64):
+        state = step(state, number)
+    tensors = weights_at(config, parameters, state.fast, max(updates - 1, 0))
+    return {name: value.numpy() for name, value in tensors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A model that is adapted to a task.
+
+    Attributes:
+        config: the ModelConfig.
+        members: the adapted network's tensors, {name: array}; of an ensemble one dict for each member.
+        support_x: the rows that it was adapted to, [rows, dim_input].
+        classes: their names in the order of the probabilities; None in regression.
+        inputs: how arrays become rows of the network.
+    """
+    config: ModelConfig
+    members: list[dict[str, np.ndarray]]
+    support_x: np.ndarray
+    classes: list | None
+    inputs: Inputs
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; raises UserError as `adapt`."""
+        from scipy.special import softmax
+        rows = self.inputs.rows(x)
+        parts = 1 if self.config.query_norm == 'batch' else -(-len(rows) // ROWS_AT_A_TIME) or 1
+        outputs = np.concatenate([np.mean([self._outputs(part, tensors) for tensors in self.members], axis=0)
+                                  for part in np.array_split(rows, parts)])
+        return self.inputs.restore_targets(outputs) if self.classes is None else softmax(outputs, axis=-1)
+
+    def _outputs(self, rows, tensors):
+        import tensorflow as tf
+
+        from maml import query_features
+        from networks import network_of
+        from runtime.datasets.tasks import TaskBatch
+        task = TaskBatch(tf.constant(self.support_x), None, tf.constant(rows), None)
+        return network_of(self.config).head(tensors, query_features(self.config, task, tensors)).numpy()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the predictor to an .npz file, which `load_predictor` reads; raises OSError if that cannot be done."""
+        columns = self.inputs.columns
+        facts = {'config': dataclasses.asdict(self.config), 'classes': self.classes,
+                 'inputs': {**self.inputs._asdict(), 'columns': columns and columns._asdict()}}
+        arrays = {f'{number}/{name}': array for number, member in enumerate(self.members) for name, array in member.items()}
+        write_atomically(path, lambda file: np.savez(file, facts=json.dumps(facts), support_x=self.support_x, **arrays))
+
+
+def load_predictor(path: str | os.PathLike) -> Predictor:
+    """The predictor that `Predictor.save` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is not such a file.
+    """
+    import_tensorflow()
+    from maml import ModelConfig
+    try:
+        require_regular_file(path)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        facts = json.loads(str(arrays.pop('facts')))
+        support_x, members = arrays.pop('support_x'), {}
+        for name, array in arrays.items():
+            number, _, tensor = name.partition('/')
+            members.setdefault(int(number), {})[tensor] = array
+        config = ModelConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts['config'].items()})
+        columns = facts['inputs'].pop('columns')
+        inputs = Inputs(**facts['inputs'], columns=columns and Columns(**columns))
+        return Predictor(config, list(members.values()), support_x, facts['classes'], inputs)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it ({type(error).__name__}: {error})') from error
+
+
+class Inputs(NamedTuple):
+    """How arrays in a source's shape and units become rows of the network."""
+    dim_input: int
+    image_shape: Sequence[int] | None  # height, width, channels; None: not images
+    invert: bool                       # of images: ink is 1
+    columns: Columns | None            # of tables
+
+    def rows(self, x: np.ndarray) -> np.ndarray:
+        """float32 [rows, dim_input]; raises UserError if x has another shape, or numbers out of range."""
+        x = np.asarray(x)
+        shape = list(self.image_shape or [self.dim_input])
+        if x.dtype.kind not in 'buif' or x.ndim == 0 or list(x.shape[1:]) not in (shape, shape[:-1] if shape[-1] == 1 else shape):
+            raise UserError(f'the array is {x.dtype} {list(x.shape)}, and must be numbers of shape {["rows", *shape]}'.replace("'", ''))
+        x = x.reshape(len(x), self.dim_input)
+        if self.columns:
+            return self.columns.standardise(x.astype(float))
+        if self.image_shape:
+            if x.dtype == np.uint8:
+                return (255 - x if self.invert else x).astype(np.float32) / np.float32(255)
+            if x.size and not 0 <= x.min() <= x.max() <= 1:
+                raise UserError('images must be uint8, or floats from 0 to 1')
+            x = 1 - x if self.invert else x
+        return x.astype(np.float32)
+
+    def targets(self, y: np.ndarray, count: int) -> np.ndarray:
+        """float32 [rows, count], as the network learns them; raises UserError if y has another shape."""
+        y = y[:, None] if y.ndim == 1 else y
+        if y.dtype.kind not in 'buif' or y.shape[1:] != (count,):
+            raise UserError(f'support_y is {y.dtype} {list(y.shape)}, and must be numbers of shape [rows, {count}]')
+        return Columns(self.columns.targets).standardise(y.astype(float)) if self.columns else y.astype(np.float32)
+
+    def restore_targets(self, outputs: np.ndarray) -> np.ndarray:
+        """The inverse of `targets`."""
+        return self.columns.restore_targets(outputs.astype(float)) if self.columns else outputs
