@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from absl import flags
 from PIL import Image
 
@@ -132,6 +133,14 @@ def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
 def fresh_models(monkeypatch):
     """Models share no compiled functions with others: for tests that change what is compiled, or watch it."""
     monkeypatch.setattr(MAML, '__init__', compiled_models.make_model)
+
+
+@pytest.fixture
+def eager():
+    """TensorFlow runs functions as they stand, which takes less time than to compile what is run once or twice."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from runtime.system import console, interruption
 from runtime.system.errors import UserError
 
 STATE = {'w': tf.zeros([1000])}
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 WHOLE_PROGRAM = [sys.executable, os.path.join(ROOT, 'main.py')]
 
 

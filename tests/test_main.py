@@ -247,7 +247,7 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
 
 @of('sinusoid')
 def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_path):
-    pretrain = ['--pretrain_iterations=1000', '--metatrain_iterations=0']
+    arguments, pretrain = [*arguments, '--engine=map'], ['--pretrain_iterations=1000', '--metatrain_iterations=0']
     output = run_ok(*arguments, *pretrain)
     assert output.count('Pretrain Iteration 1000: ') == 1
     run_ok(*arguments, *pretrain, '--baseline=oracle')
@@ -273,7 +273,7 @@ def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_
 
 @of('sinusoid')
 def test_summaries(arguments, tmp_path):
-    run_ok(*arguments, '--metatrain_iterations=1000', '--num_updates=2')
+    run_ok(*arguments, '--metatrain_iterations=1000', '--num_updates=2', '--engine=map')
     events, = glob.glob(f'{tmp_path}/*/events*')
     seen = {}
     for event in tf.compat.v1.train.summary_iterator(events):
@@ -289,7 +289,7 @@ def test_summaries(arguments, tmp_path):
 
 @of('omniglot')
 @pytest.mark.parametrize('flags, name', [
-    (['--conv=False'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4batchnorm'),
+    (['--conv=False', '--engine=map'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4batchnorm'),
     (['--max_pool', '--norm=layer_norm'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm'),
     (['--num_classes=20', '--num_updates=2', '--stop_grad=True', '--norm=None', '--update_lr=0.1'],
      'cls_20.mbs_4.ubs_1.numstep2.updatelr0.1hidden4stopgradnonorm'),

@@ -63,6 +63,7 @@ def inner(left, right):
     return sum(float(tf.reduce_sum(a * b)) for a, b in zip(tf.nest.flatten(left), tf.nest.flatten(right)))
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm', 'None'])
 @pytest.mark.parametrize('net', NETS)
 def test_finite_differences(net, norm):
@@ -80,6 +81,7 @@ def test_finite_differences(net, norm):
         assert abs(difference - inner(exact, direction)) < 1e-6 * max(1, abs(difference))
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm', 'None'])
 @pytest.mark.parametrize('net', NETS)
 def test_first_order_differs_from_second_order(net, norm):
@@ -122,6 +124,7 @@ def test_classification_loss_is_summed_and_divided_by_the_shots():
     np.testing.assert_allclose(loss_of(config, *rows), 12 * np.log(4) / 2, rtol=1e-6)
 
 
+@pytest.mark.usefixtures('eager')
 def test_meta_gradient_is_clipped_elementwise():
     """Adam does not see the scale of a gradient, so look at its first moment: 0.1 times the clipped gradient."""
     config = ModelConfig(norm='None', **dict(DENSE, update_lr=0.001))

@@ -86,6 +86,7 @@ def assert_agrees_in_double_precision(name, engine):
     np.testing.assert_allclose(outputs.post, fixture.arrays['post_outputs'], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('name', fixtures(['anil_conv', 'boil_conv_adapt_norm_scale', 'first_order_step_rates', 'layer_rates_fc',
                                            'maml_plus_plus', 'meta_sgd_conv', 'meta_sgd_mse', 'train_support_norm',
                                            'reptile_adam_carried', 'reptile_adam_mse', 'reptile_sgd']))
@@ -152,6 +153,7 @@ def test_closed_forms(name):
     np.testing.assert_allclose(np.ravel(numbers(tiny(**changes).meta_gradients(BATCH))), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures('eager')
 def test_the_closed_form_of_the_multi_step_loss():
     """Weights 0.3 and 0.7 of the query losses after two updates: E = 10, iteration 4."""
     model = tiny(multi_step_loss=10)
@@ -161,6 +163,7 @@ def test_the_closed_form_of_the_multi_step_loss():
     np.testing.assert_allclose(np.ravel(tiny().evaluate(BATCH, 2).post_losses), [0.09209862053125, 0.0833517432024749], rtol=1e-12)
 
 
+@pytest.mark.usefixtures('eager')
 def test_closed_forms_of_learned_rates():
     steps = np.array(numbers(tiny(learn_lr='step').meta_gradients(BATCH), 'lr/'))
     np.testing.assert_allclose(steps, np.array([RATES[0], RATES[1]]).T, rtol=1e-11, atol=1e-12)
@@ -177,12 +180,14 @@ REPTILE = {'SGD': [0.8106983795, 0.1231759345, 0.522123918125, -0.15491525],  # 
 REVERSED = TaskBatch(*BATCH[2:], *BATCH[:2])  # support and query rows change places
 
 
+@pytest.mark.usefixtures('eager')
 def test_reptile_with_inner_gradient_descent():
     model = tiny(outer='reptile', meta_optimizer='sgd', meta_lr=0.5)
     model.metatrain_step(BATCH)
     np.testing.assert_allclose(np.ravel(numbers(model.weights)), REPTILE['SGD'], rtol=1e-12)
 
 
+@pytest.mark.usefixtures('eager')
 def test_reptile_with_inner_adam_goes_on_with_its_moments():
     """Two tasks in one meta-batch, or in two iterations without an outer step: the second task starts from the moments of the first."""
     changes = dict(outer='reptile', inner_optimizer='adam', update_lr=0.01, meta_optimizer='sgd', meta_lr=0.0)
@@ -232,6 +237,7 @@ def test_reptile_is_what_the_official_program_computes():
         np.testing.assert_allclose(found, golden[f'{norm}/logits'], rtol=1e-8)
 
 
+@pytest.mark.usefixtures('eager')
 def test_reptile_with_one_step_is_joint_training():
     """With one step of inner SGD, theta - phi is the gradient of the support loss times the step size."""
     model = tiny(outer='reptile', num_updates=1)
@@ -260,11 +266,12 @@ def test_rows_are_those_of_earlier_versions():
         assert np.array_equal(rows_of_step(rows, rows, 0, iteration), floats)
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('kind', ['no', pytest.param('layer', marks=pytest.mark.slow)])
 def test_parts_of_the_support_rows(kind):
     """Parts that hold all rows, in whatever order and however often, are the whole; smaller ones are not."""
     model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=3, dtype='float64',
-                             dim_hidden=(4,), learn_lr=kind))
+                             dim_hidden=(4,), learn_lr=kind, engine='map'))
     rng = np.random.default_rng(0)
     batch = TaskBatch(rng.normal(size=(2, 4, 3)), np.eye(2)[[[0, 1, 0, 1]] * 2], rng.normal(size=(2, 4, 3)), np.eye(2)[[[0, 1, 1, 0]] * 2])
     whole = model.meta_gradients(batch), model.evaluate(batch, 4)
@@ -324,6 +331,7 @@ def test_weights_of_the_multi_step_loss():
             assert sum(found) == pytest.approx(1)
 
 
+@pytest.mark.usefixtures('eager')
 def test_schedules_end_where_they_should():
     config = dataclasses.replace(TINY, multi_step_loss=7500, first_order_iterations=5500, schedule_interval=500)
     assert [next_change(config, iteration) for iteration in (0, 5499, 5500, 7499)] == [5500, 5500, 7500, 7500]
@@ -347,6 +355,7 @@ def test_equal_rates_are_one_rate(kind):
     assert sum(map(np.sum, numbers(found, 'lr/'))) == pytest.approx(derivative, rel=1e-6)
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('moved', ['head', 'body'])
 def test_what_the_inner_loop_leaves_alone(moved):
     """The other tensors stay as they are to the last bit inside, and are trained by the outer loop."""
@@ -364,7 +373,7 @@ def test_what_the_inner_loop_leaves_alone(moved):
             assert same == (moved == 'head') and np.abs(gradients[name]).max() > 0, name
 
 
-@pytest.mark.usefixtures('fresh_models')
+@pytest.mark.usefixtures('fresh_models', 'eager')
 def test_features_that_stay_are_computed_once_or_again(monkeypatch):
     """ANIL with features computed once is ANIL with features computed in every step."""
     fixture = Fixture(FIXTURES['anil_conv'])
@@ -376,6 +385,7 @@ def test_features_that_stay_are_computed_once_or_again(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.usefixtures('eager')
 def test_equal_norm_sets_are_one_set():
     fixture = Fixture(FIXTURES['norm_scale_stride'])
     shared, batch = fixture.model('float64'), fixture.batch(np.float64)
@@ -403,6 +413,7 @@ SWITCHES = {
     'recomputed': dict(recompute=True, learn_lr='step', adapt_norm=True, multi_step_loss=10)}
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('switches', SWITCHES.values(), ids=SWITCHES)
 def test_finite_differences_through_switches(switches):
     """Central differences of the objective along random directions, in every parameter, learned rates included."""
@@ -446,6 +457,7 @@ def test_the_outer_step_size_moves():
     assert float(meta_lr(dataclasses.replace(config, meta_lr_schedule='linear', meta_lr_final=-1), 1000)) == 0
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('schedule, factor', [('constant', 1), ('linear', 0.75)])
 def test_plain_gradient_descent_outside(schedule, factor):
     """The weights move by the step size of the iteration times the meta-gradient."""
@@ -460,7 +472,7 @@ def test_plain_gradient_descent_outside(schedule, factor):
 
 # The program ----------------------------------------------------------------------------------------------------------
 
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=5', '--norm=None', '--meta_batch_size=2']
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=5', '--norm=None', '--meta_batch_size=2', '--engine=map']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
 
 
@@ -557,17 +569,18 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
 
 
+@pytest.mark.usefixtures('eager')
 def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
     """Several times the same; two different ones are the mean of their outputs; with fewer outputs too."""
     fixture = Fixture(FIXTURES['layer_rates_fc'])
-    batch, model = fixture.batch(np.float64), fixture.model('float64')
+    batch, model = fixture.batch(np.float64), fixture.model('float64', engine='map')
     member = {name: variable.numpy() for name, variable in model.parameters().items()}
     other = {name: value * 1.1 for name, value in member.items()}
     alone = model.evaluate(batch, 3)
-    for mine, theirs in zip(Ensemble(fixture.model('float64'), [member] * 5, [1] * 5).evaluate(batch, 3), alone):
+    for mine, theirs in zip(Ensemble(fixture.model('float64', engine='map'), [member] * 5, [1] * 5).evaluate(batch, 3), alone):
         if theirs is not None:
             np.testing.assert_allclose(mine, theirs, rtol=1e-12)
-    both = Ensemble(fixture.model('float64'), [member, other], [1, 2])
+    both = Ensemble(fixture.model('float64', engine='map'), [member, other], [1, 2])
     found, first = both.predict(batch, 3), model.predict(batch, 3)
     for name, variable in model.parameters().items():
         variable.assign(other[name])

@@ -24,7 +24,7 @@ from runtime.jobs import train as training
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
 
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 
 
 def directory_of(logdir):

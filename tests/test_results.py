@@ -20,7 +20,7 @@ from runtime.cli.request import resolve
 from runtime.results import collect, compare, plots, render, statistics, store
 from runtime.system.errors import UserError
 
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4']
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
 
 

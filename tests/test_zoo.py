@@ -22,7 +22,7 @@ SHIPPED = [directory for directory in (os.path.relpath(one, ROOT) for one in res
            if f'{directory}/run.flags' in TRACKED or not TRACKED]  # not one's own runs
 SEED3 = os.path.join(LOGS, 'sine_seeds', 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.seed3')
 TINY = ('--datasource=sinusoid', '--norm=None', '--update_batch_size=10', '--metatrain_iterations=5', '--save_interval=1', '--ensemble=2',
-        '--log=False')
+        '--log=False', '--engine=map')
 
 
 def shipped(directory):
