@@ -11,7 +11,8 @@ VENV ?= .venv
 CONSTRAINTS ?=
 DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --norm=None --update_batch_size=10
 
-TESTS ?= -m "not slow"
+# Tests of one file run in one process: they share compiled models and runs.
+TESTS ?= -m "not slow" --dist loadfile
 
 .PHONY: demo omniglot check test table zoo clean
 
