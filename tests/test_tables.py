@@ -17,7 +17,8 @@ from runtime.system.errors import UserError
 COUNTS = {'train': 6, 'val': 3, 'test': 3}
 REGRESSION = ['--datasource=table', '--targets=y', '--norm=None', '--update_batch_size=5', '--meta_batch_size=4', '--hidden=20,20', '--update_lr=0.1',
               '--engine=map']
-CLASSES = ['--datasource=table', '--update_batch_size=2', '--meta_batch_size=4', '--num_classes=3', '--hidden=20,20', '--update_lr=0.1']
+CLASSES = ['--datasource=table', '--update_batch_size=2', '--meta_batch_size=4', '--num_classes=3', '--hidden=20,20', '--update_lr=0.1',
+           '--engine=map']
 EVALUATE = ['--train=False', '--test_set=True', '--num_test_tasks=20']
 
 
