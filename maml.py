@@ -56,7 +56,7 @@ class ModelConfig:
     first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
     meta_optimizer: str = 'adam'            # of the outer loop: 'adam' | 'sgd'
     meta_lr_schedule: str = 'constant'      # how the outer step size moves to meta_lr_final: 'constant' | 'linear' | 'cosine'
-    meta_lr_final: float = -1               # -1: 0
+    meta_lr_final: float = 0.0              # step size of the outer loop after the last iteration
     metatrain_iterations: int = 0           # when meta_lr_final is reached; unused if constant
     schedule_interval: int = 1              # iterations between changes of the schedules
     query_norm: str = 'batch'               # statistics for query rows: 'batch' | 'support' | 'each', see `query_features`

@@ -454,7 +454,7 @@ def test_the_outer_step_size_moves():
         for iteration, rate in expected.items():
             assert float(meta_lr(moving, iteration)) == pytest.approx(rate, rel=1e-12), (kind, iteration)
     assert meta_lr(config, 5) == 0.1
-    assert float(meta_lr(dataclasses.replace(config, meta_lr_schedule='linear', meta_lr_final=-1), 1000)) == 0
+    assert float(meta_lr(dataclasses.replace(config, meta_lr_schedule='linear', meta_lr_final=0.0), 1000)) == 0
 
 
 @pytest.mark.usefixtures('eager')

@@ -49,5 +49,4 @@ def meta_lr(config: ModelConfig, iteration: int | tf.Tensor) -> float | tf.Tenso
     start = iteration // config.schedule_interval * config.schedule_interval
     done = tf.minimum(tf.cast(start, config.dtype) / max(config.metatrain_iterations, 1), 1)
     left = 1 - done if config.meta_lr_schedule == 'linear' else (1 + tf.cos(math.pi * done)) / 2
-    final = max(config.meta_lr_final, 0)
-    return final + (config.meta_lr - final) * left
+    return config.meta_lr_final + (config.meta_lr - config.meta_lr_final) * left
