@@ -49,8 +49,7 @@ Usage:
   Each command is also a file in configs/, as in --flagfile=configs/omniglot_5way1shot.flags.
 
   To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
-  To classify your own images, repeat the command with --predict, --support_dir=DIR and --query_dir=DIR; to predict for rows
-  of your own table, with --predict, --support_csv=FILE and --query_csv=FILE.
+  To classify your own images, repeat it with --predict, --support_dir=DIR and --query_dir=DIR; tables: --support_csv, --query_csv.
   --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
   Regression on functions needs no data; prepare the other data sets first: see docs/data.md.
 """
@@ -182,12 +181,10 @@ removed('train_num_classes train_inner_batch train_query_norm train_datasource',
 
 def compare(values: dict[str, Any], folders: list[str]) -> None:
     """Prints a comparison of the folders after --compare or --across, and of those that follow."""
-    if values['across'] is not None:
-        from runtime.results.across import across as action
-    else:
-        from runtime.results.compare import compare as action
-    print(action([*(values['across'] or values['compare']), *folders], values['plot'], values['format'], values['plot_format'],
-                 values['checkpoints']))
+    from runtime.results import across, compare
+    action = compare.compare if values['across'] is None else across.across
+    folders = [*(values['compare'] or values['across']), *folders]
+    print(action(folders, values['plot'], values['format'], values['plot_format'], values['checkpoints']))
 
 
 def execute(run: Run, data: Any) -> None:

@@ -619,7 +619,7 @@ def test_parts_of_the_support_rows_in_evaluation(tmp_path):
     assert directory.name.endswith('.batch2')
     assert str(directory) in run_ok(*flags, '--train=False', '--num_test_tasks=3')
     assert str(directory) in run_ok(f'--run={directory}', '--inner_batch=3', '--train=False', '--num_test_tasks=3')
-    assert sorted(name.partition('_tasks3')[2] for name in json.loads((directory / 'results.json').read_text())) == [', val', '_batch3, val']
+    assert sorted(entry.setting.inner_batch for entry in results_of(directory)) == [2, 3]
 
 
 def preset(*flags):

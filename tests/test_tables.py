@@ -1,6 +1,5 @@
 """--datasource=table: csv files of numbers, one for each task of regression or for each class."""
 import csv
-import json
 import os
 import re
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 import main
-from conftest import ROOT, error_of, run_ok, run_process
+from conftest import ROOT, error_of, results_of, run_ok, run_process
 from data_generator import SOURCES, TableSource, TaskConfig
 from runtime.cli.request import resolve
 from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
@@ -128,8 +127,8 @@ def test_a_run(flags, data, tmp_path, few_tasks, request):
     assert 'train: 6 ' in output and ('x, z → y' in output or 'height, width' in output)
     first = run_ok(*flags, *EVALUATE)
     run, = (tmp_path / 'logs').iterdir()
-    entry, = json.loads((run / 'results.json').read_text()).values()
-    before, after = entry['updates'][0]['mean'], entry['updates'][-1]['mean']
+    entry, = results_of(run)
+    before, after = entry.figures[0].mean, entry.figures[-1].mean
     assert after < 0.7 * before if '--targets=y' in flags else after > 0.8
     write(data / 'train' / 'more.csv', ['x', 'y', 'z'] if '--targets=y' in flags else ['width', 'height'], [[1e4, -1e5, 1][:3 if '--targets=y' in flags else 2]] * 12)
     again = run_ok(f'--run={run}', *EVALUATE, '--plot')

@@ -49,9 +49,9 @@ def check_flags(request: Request) -> None:
 
 
 def _misplaced(request):
-    """Messages about flags that are given, or that --method sets, and are not for what is asked."""
+    """Messages about flags that are not for what is asked, given or set by --method; one at its default asks for nothing."""
     chosen = request.given | methods.settings(request.method, request.given).keys() & LEARNING.keys()
-    for name in sorted(chosen & ONLY.keys()):
+    for name in sorted(name for name in chosen & ONLY.keys() if request.values[name] != default(name)):
         for purpose in (PURPOSES[purpose] for purpose in ONLY[name]):
             if not purpose.holds(request):
                 yield f'--{name} is for {purpose.text}'
