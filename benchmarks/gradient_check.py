@@ -50,8 +50,9 @@ def check(directory: str, differences: int) -> None:
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
     double = lambda value: tf.cast(value, tf.float64)
     parameters = Parameters(*(tf.nest.map_structure(double, group) for group in (model.weights, model.norm_params, model.learning_rates)))
-    batch = data[run.split].draw(0, run.meta_batch_size)
-    tasks = [type(batch)(*(double(values[task]) for values in batch)) for task in range(run.meta_batch_size)]
+    count = run.learning_flags['meta_batch_size']
+    batch = data[run.split].draw(0, count)
+    tasks = [type(batch)(*(double(values[task]) for values in batch)) for task in range(count)]
 
     def loss_at(task, offsets):
         moved = Parameters(*({name: value + offsets[name] for name, value in group.items()} for group in parameters))
