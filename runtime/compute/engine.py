@@ -127,7 +127,7 @@ class Engine:
             {metric: [tasks of all replicas]}, and each replica's own new states.
         """
         metrics, state = self._strategy.run(self._map_and_measure, (_values(self._parameters), function, signature, batch, state, step))
-        return dict(zip(self._metrics, tf.unstack(self._replicas.gather(metrics, axis=1)))), state
+        return dict(zip(self._metrics, tf.unstack(self._replicas.gather(metrics, axis=1), len(self._metrics)))), state
 
     def map(self, function: Callable, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].
