@@ -7,7 +7,8 @@ import weakref
 from maml import MAML
 
 make_model = MAML.__init__
-_free = collections.defaultdict(list)  # {configuration: heap of (number, attributes) of models that no test has any more}
+KEPT = 24  # configurations: a compiled model takes up to hundreds of megabytes
+_free = collections.OrderedDict()  # {configuration: heap of (number, attributes) of models that no test has any more}, the latest last
 _numbers = itertools.count()
 
 
@@ -20,7 +21,10 @@ def make_or_reuse_model(model, config, *args, **kwargs):
     make_model(model, config, *args, **kwargs)
     if model.replicas.count > 1:
         return
-    free = _free[model.config]
+    free = _free.setdefault(model.config, [])
+    _free.move_to_end(model.config)
+    if len(_free) > KEPT:
+        _free.popitem(last=False)
     if free:
         initial = model.state()
         number, model.__dict__ = heapq.heappop(free)
