@@ -1,5 +1,4 @@
 """Reads CIFAR-100 (Krizhevsky, 2009), of which CIFAR-FS and FC100 are two splits, and prepares either."""
-import argparse
 import os
 import sys
 
@@ -25,13 +24,6 @@ ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train'
 SIZE = (32, 32)
 IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
 IMAGES = 60_000
-
-
-def find_source(args: argparse.Namespace) -> str:
-    """The path of the archive or of its unpacked folder, in args.source or args.source itself."""
-    if os.path.isfile(args.source) or os.path.exists(os.path.join(args.source, 'meta')):
-        return args.source
-    return find_archive(args, ARCHIVE, FOLDER)
 
 
 def read_parts(path: str) -> dict[str, tuple[str, dict]]:
@@ -102,7 +94,7 @@ def main(description: str, here: str) -> None:
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
     download.fetch('cifar100', args)
     split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
-    source = find_source(args)
+    source = find_archive(args, ARCHIVE, FOLDER)
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
                         lambda image=image: encode(Image.fromarray(image)))
                 for label, name, image in read_images(source)]

@@ -12,8 +12,7 @@ and run, there or anywhere,
     python data/miniImagenet/proc_images.py
 
 It writes data/miniImagenet/{train,val,test}/<label>/, 84x84 pixels. Images of that size are copied byte for byte, others
-are resized with a Lanczos filter (JPEG at quality 95). It may be interrupted and run again. The classes of each split are in
-data/miniImagenet/classes.csv.
+are resized with a Lanczos filter (JPEG at quality 95).
 """
 import argparse
 import collections
