@@ -50,17 +50,17 @@ def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     """
     parts = read_parts(path)
     where, meta = parts.pop('meta')
-    labels = _names(meta, 'fine_label_names', where)
+    labels = _entry(meta, 'fine_label_names', where, pickles.texts)
     if len(set(labels)) < len(labels):
         sys.exit(f'{where} gives two classes the same name; download CIFAR-100 again')
     images = []
     for where, part in parts.values():
-        data, names = _field(part, 'data', where), _names(part, 'filenames', where)
+        data = _entry(part, 'data', where, lambda values: values)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-            kind = (f'of shape {list(data.shape)} and type {data.dtype}' if isinstance(data, np.ndarray) else
-                    f'of type {type(data).__name__}')
-            sys.exit(f'{where} holds data {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
-        numbers = _values(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))
+            kind = f'shape {list(data.shape)} and type {data.dtype}' if isinstance(data, np.ndarray) else f'type {type(data).__name__}'
+            sys.exit(f'{where} holds data of {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
+        names = _entry(part, 'filenames', where, pickles.texts)
+        numbers = _entry(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))
         if not len(data) == len(numbers) == len(names) or not set(numbers) <= set(range(len(labels))):
             sys.exit(f'the labels or names in {where} do not fit its {len(data)} images; download CIFAR-100 again')
         pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -71,20 +71,12 @@ def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     return images
 
 
-def _field(part, name, where):
+def _entry(part, name, where, read):
+    """An entry as `read`, a function that may raise pickles.Refused, returns it."""
     if name not in part:
         sys.exit(f'{where} has no entry {name}; download CIFAR-100 again')
-    return part[name]
-
-
-def _names(part, name, where):
-    return _values(part, name, where, pickles.texts)
-
-
-def _values(part, name, where, read):
-    """An entry's values as a list, by one of the functions of `pickles`."""
     try:
-        return read(_field(part, name, where))
+        return read(part[name])
     except pickles.Refused as error:
         sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 

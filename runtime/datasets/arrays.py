@@ -15,7 +15,6 @@ from typing import BinaryIO
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
-from runtime.system.errors import UserError
 from runtime.system.files import read_json, remove_stale_parts, require_regular_file, write_atomically
 
 RECORD = 'packed.json'
@@ -135,11 +134,6 @@ def _write_json(path, value):
 
 # Packed splits ------------------------------------------------------------------------------------------------------
 
-def is_packed(root: str) -> bool:
-    """Whether a data folder holds packed images."""
-    return os.path.lexists(os.path.join(root, RECORD))
-
-
 def read_packed_record(root: str) -> dict[str, dict]:
     """{split: {'classes': {class: images}, 'crc32': ..., 'bytes': ..., 'mtime_ns': ...}}.
 
@@ -160,33 +154,3 @@ def read_packed_record(root: str) -> dict[str, dict]:
 def write_packed_record(root: str, record: dict[str, dict]) -> None:
     """Writes the record of a folder of packed arrays, atomically."""
     _write_json(os.path.join(root, RECORD), record)
-
-
-def packed_counts(root: str, split: str, script: str) -> dict[str, int]:
-    """{class: images} of a split, in the order of its array; {} if there is no such split.
-
-    Raises:
-        UserError: the record cannot be read.
-    """
-    return _packed_record(root, script).get(split, {'classes': {}})['classes']
-
-
-def packed_array(root: str, split: str, image_shape: tuple[int, int, int], script: str, verify: bool) -> tuple[np.ndarray, int]:
-    """The images of a split, memory-mapped, and their CRC-32; see `read_array`.
-
-    Raises:
-        UserError: they are not there, of another shape, or damaged.
-    """
-    record, path = _packed_record(root, script), os.path.join(root, split + '.npy')
-    shape = sum(record[split]['classes'].values()), *image_shape
-    try:
-        return read_array(path, shape, record[split], verify, lambda: write_packed_record(root, record)), record[split]['crc32']
-    except Exception as error:
-        raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {script} --force') from error
-
-
-def _packed_record(root, script):
-    try:
-        return read_packed_record(root)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{os.path.join(root, RECORD)} cannot be read ({error}); make it again: python {script} --force') from error

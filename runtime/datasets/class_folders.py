@@ -95,14 +95,14 @@ class ClassFolders:
     def _check_prepared(self):
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
-        if not _preparation_complete(self.root):
+        if not preparation_record(self.root).get('complete'):
             again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
 
     def _names(self, split):
         self._check_prepared()
         if self._is_packed():
-            return list(self._packed_counts(split))
+            return list(self._packed_record(split)[split]['classes'])
         manifest = self._manifest()
         names = self._listed(manifest, split)
         if not names:
@@ -140,7 +140,8 @@ class ClassFolders:
         """
         if self._is_packed():
             return self._load_packed(split, image_shape)
-        files = self._files(split)
+        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
+        files = [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
         try:
             return self._decoded(split, files, image_shape)
         except BadImages as error:
@@ -152,24 +153,29 @@ class ClassFolders:
                                      for name, images in files], image_shape)
 
     def _is_packed(self):
-        return self.script is not None and arrays.is_packed(self.root)
+        return self.script is not None and os.path.lexists(os.path.join(self.root, arrays.RECORD))
 
-    def _packed_counts(self, split):
-        counts = arrays.packed_counts(self.root, split, self.script)
-        if not counts:
+    def _packed_record(self, split):
+        """The record of a folder of packed arrays, which has an entry for the split."""
+        try:
+            record = arrays.read_packed_record(self.root)
+        except (OSError, ValueError) as error:
+            raise UserError(f'{os.path.join(self.root, arrays.RECORD)} cannot be read ({error}); make it again: '
+                            f'python {self.script} --force') from error
+        if split not in record:
             raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
-        return counts
+        return record
 
     def _load_packed(self, split, image_shape):
         self._check_prepared()
-        counts = self._packed_counts(split)
-        images, checksum = arrays.packed_array(self.root, split, image_shape, self.script, self.verify)
-        return Examples.grouped(images, counts, checksum)
-
-    def _files(self, split):
-        """[(class folder, its image files)] of a split."""
-        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
-        return [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
+        record, path = self._packed_record(split), os.path.join(self.root, split + '.npy')
+        counts = record[split]['classes']
+        try:
+            images = arrays.read_array(path, (sum(counts.values()), *image_shape), record[split], self.verify,
+                                       lambda: arrays.write_packed_record(self.root, record))
+        except Exception as error:
+            raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {self.script} --force') from error
+        return Examples.grouped(images, counts, record[split]['crc32'])
 
     def _decoded(self, split, files, image_shape):
         own, root = self.script is None, self.root
@@ -206,9 +212,8 @@ class ClassFolders:
 
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
-        listed = [name for split in SPLITS for name in read_manifest(manifest, split)]
-        rows = split_classes(listed, self.split_ratios, self.root)
-        if any(sorted(name for part, name in rows if part == split) != read_manifest(manifest, split) for split in SPLITS):
+        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        if rows != split_classes([name for _, name in rows], self.split_ratios, self.root):
             raise UserError(f'{manifest} does not match {_split_flag(self.split_ratios)}; leave out --split, or delete that file to '
                             'split the classes again')
 
@@ -327,11 +332,6 @@ def _is_below(name: str | None) -> bool:
 
 def _split_flag(ratios: tuple[int, int, int]) -> str:
     return '--split=' + '/'.join(map(str, ratios))
-
-
-def _preparation_complete(root: str) -> bool:
-    """Whether the preparation record says so, or there is no record."""
-    return bool(preparation_record(root).get('complete'))
 
 
 def preparation_record(root: str) -> dict:
