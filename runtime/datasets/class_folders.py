@@ -27,24 +27,14 @@ PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was complete
 
 @dataclasses.dataclass(frozen=True)
 class ClassFolders:
-    """The class folders of a data source.
-
-    Attributes:
-        root: the data folder.
-        script: the preparation script that makes it; None: they are the user's own images, of any size and format.
-        shipped_manifest: the manifest to use if root holds neither one nor folders train, val and test.
-        split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
-        split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
-        skip_bad_images: leave out images that cannot be used, instead of refusing the split.
-        verify: compare checksums of decoded images, which takes time; else sizes and times only.
-    """
-    root: str
-    script: str | None = None
-    shipped_manifest: str | None = None
-    split_ratios: tuple[int, int, int] | None = None
-    split_given: bool = False
-    skip_bad_images: bool = False
-    verify: bool = False
+    """The class folders of a data source."""
+    root: str                       # the data folder
+    script: str | None = None       # the preparation script that makes it; None: they are the user's own images, of any size and format
+    shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
+    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
+    split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
+    skip_bad_images: bool = False   # leave out images that cannot be used, instead of refusing the split
+    verify: bool = False            # compare checksums of decoded images, which takes time; else sizes and times only
 
     @property
     def missing_hint(self) -> str:
