@@ -52,12 +52,9 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
     atomically. An image that cannot be made leaves no array of its split, or with args.allow_missing one without it.
 
     Args:
-        lists: {'<split>/<class>': ImageList}.
-        classes: {'<split>/<class>': Class}.
+        lists, classes: {'<split>/<class>': ImageList} and {'<split>/<class>': Class}.
         shape: (height, width, channels) of every image.
-        args: as parsed by `arguments`.
-        recipe: what the content depends on besides the source.
-        inputs: as for `preparation.prepare`.
+        args, recipe, inputs: as for `preparation.prepare`.
 
     Raises:
         SystemExit: with one sentence for each problem found.
