@@ -6,7 +6,6 @@ should be; `prepare` writes those that are not there yet, checks the counts and 
 import argparse
 import collections
 import contextlib
-import csv
 import errno
 import io
 import json
@@ -37,7 +36,7 @@ from runtime.datasets.images import CHUNK_BYTES, PREPARED_FORMATS, open_image
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
-from runtime.system.files import PART_SUFFIX, locked, remove_parts, require_regular_file, write_atomically
+from runtime.system.files import PART_SUFFIX, locked, read_csv, remove_parts, require_regular_file, write_atomically
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -360,8 +359,7 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
 
 def read_classes(path: str) -> list[dict[str, str]]:
     """Rows of a csv file that ships with the scripts, as dicts."""
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    return read_csv(path)[1]
 
 
 def read_file(path: str, limit: int | None = None) -> bytes:
