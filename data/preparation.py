@@ -65,7 +65,8 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='This may be interrupted and run again. The classes of each split are listed in a csv file beside this script.')
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
-    parser.add_argument('--download', action='store_true', help='fetch first what is missing there, and check it; without it, the archives there or their unpacked folders are read')
+    parser.add_argument('--download', action='store_true',
+                        help='fetch first what is missing there, and check it; without it, archives or their unpacked folders are read')
     parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
                         help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
