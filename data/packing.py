@@ -21,7 +21,6 @@ from data.preparation import (
     deferred_interrupt,
     describe_classes,
     differences,
-    identity,
     remove_parts,
     sentences,
     start,
@@ -59,9 +58,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    source = identity(inputs)
-
-    def write(destination):
+    def write(destination, source):
         start(destination, recipe, source, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
         remove_parts(destination)
         record, damaged = _earlier(destination), {}

@@ -157,10 +157,10 @@ class _Reader(pickle._Unpickler):
         self.read, self.readline, self.memo = file.read, file.readline, _Memo()
         self.stack, self.metastack = [], []
         self.append = self.stack.append
-        self._functions = {'numpy dtype': _Type, '_codecs encode': self.encode, '__builtin__ bytes': lambda: b''}
+        self._names = {_NDARRAY: _NDARRAY, 'numpy dtype': _Type, '_codecs encode': self.encode, '__builtin__ bytes': lambda: b''}
         for core in 'numpy.core', 'numpy._core':
-            self._functions |= {f'{core}.multiarray _reconstruct': self.reconstruct, f'{core}.multiarray scalar': self.scalar,
-                                f'{core}.numeric _frombuffer': self.array}
+            self._names |= {f'{core}.multiarray _reconstruct': self.reconstruct, f'{core}.multiarray scalar': self.scalar,
+                            f'{core}.numeric _frombuffer': self.array}
 
     def execute(self, most):
         """Executes at most `most` instructions; returns the object."""
@@ -204,10 +204,9 @@ class _Reader(pickle._Unpickler):
         super().load_dict()
 
     def find_class(self, module, name):
-        function = _NDARRAY if f'{module} {name}' == _NDARRAY else self._functions.get(f'{module} {name}')
-        if function is None:
+        if f'{module} {name}' not in self._names:
             raise Refused(f'it asks for {ascii(f"{module}.{name}"[:100])}, which data do not need')
-        return function
+        return self._names[f'{module} {name}']
 
     def load_reduce(self):
         _require(callable(self.stack[-2]) and type(self.stack[-1]) is tuple, 'it calls something other than an allowed function')

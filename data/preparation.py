@@ -117,9 +117,9 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    source, facts = identity(inputs), facts or {}
+    facts = facts or {}
 
-    def write(destination):
+    def write(destination, source):
         start(destination, recipe, source, args.force, [picture.name for picture in pictures])
         refuse_duplicates(picture.name for picture in pictures)
         remove_parts(destination)  # of killed preparations: no other process holds the lock
@@ -166,19 +166,19 @@ def checksum(path: str) -> int:
     return crc
 
 
-def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
-    """Calls `write`, a function of the destination that returns complaints, while no other preparation writes there.
+def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str, list[list]], list[str]]) -> None:
+    """Calls `write`, a function of the destination and the identity of the inputs that returns complaints, under a lock.
 
     Raises:
         SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
     """
-    destination = os.path.realpath(args.destination)
+    destination, source = os.path.realpath(args.destination), identity(inputs)
     for folder in map(os.path.realpath, inputs):
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
         with locked_folder(destination):
-            complaints = write(destination)
+            complaints = write(destination, source)
     except filelock.Timeout:
         sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
                  '--destination')

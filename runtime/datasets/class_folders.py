@@ -21,6 +21,7 @@ from runtime.system.files import read_csv, read_json, write_csv
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+LAYOUT = 'it must hold folders train, val and test, each with one folder of images per class, or just the latter'
 CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
 
@@ -39,8 +40,8 @@ class ClassFolders:
     @property
     def missing_hint(self) -> str:
         """What to do if class folders are missing."""
-        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script else
-                'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
+        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script
+                else LAYOUT)
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -284,8 +285,7 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str)
         UserError: there are too few classes.
     """
     if len(names) < len(SPLITS):
-        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; it must '
-                        'hold folders train, val and test, each with one folder of images per class, or just the latter')
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; {LAYOUT}')
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     held_out = [max(1, len(names) * ratio // sum(ratios)) for ratio in ratios[1:]]
     if sum(held_out) >= len(names):
