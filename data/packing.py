@@ -28,7 +28,7 @@ from data.preparation import (
     write_preparation_record,
     write_under_lock,
 )
-from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_packed_record
+from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_json
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.datasets.tasks import SPLITS
 
@@ -69,7 +69,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
                 entry = write_split(os.path.join(destination, split + '.npy'), own, shape, damaged, args.allow_missing)
                 if entry:
                     record[split] = entry
-                    write_packed_record(destination, record)
+                    write_json(os.path.join(destination, RECORD), record)
         counts = dict.fromkeys(lists, 0) | {name: count for entry in record.values() for name, count in entry['classes'].items()}
         counts = {name: count for name, count in counts.items() if count or name not in classes}  # those left out are missing
         named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]

@@ -115,12 +115,12 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
     with contextlib.suppress(Exception):  # an unreadable cache is made again
         record = read_json(path + '.json')
         if record['fingerprint'] == fingerprint:
-            return read_array(path + '.npy', shape, record, verify, lambda: _write_json(path + '.json', record)), record['crc32']
+            return read_array(path + '.npy', shape, record, verify, lambda: write_json(path + '.json', record)), record['crc32']
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         remove_stale_parts(path + '.npy')
         array, facts = write_array(path + '.npy', shape, make)
-        _write_json(path + '.json', {'fingerprint': fingerprint, **facts})
+        write_json(path + '.json', {'fingerprint': fingerprint, **facts})
         return array, facts['crc32']
     except OSError as error:
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
@@ -128,7 +128,8 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
         return array, zlib.crc32(array)
 
 
-def _write_json(path, value):
+def write_json(path: str, value: object) -> None:
+    """Writes a record, atomically."""
     write_atomically(path, json.dumps(value).encode())
 
 
@@ -149,8 +150,3 @@ def read_packed_record(root: str) -> dict[str, dict]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError('it is malformed')
     return record
-
-
-def write_packed_record(root: str, record: dict[str, dict]) -> None:
-    """Writes the record of a folder of packed arrays, atomically."""
-    _write_json(os.path.join(root, RECORD), record)

@@ -153,7 +153,7 @@ class ClassFolders:
         except (OSError, ValueError) as error:
             raise UserError(f'{os.path.join(self.root, arrays.RECORD)} cannot be read ({error}); make it again: '
                             f'python {self.script} --force') from error
-        if split not in record:
+        if not record.get(split, {'classes': {}})['classes']:
             raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
         return record
 
@@ -163,7 +163,7 @@ class ClassFolders:
         counts = record[split]['classes']
         try:
             images = arrays.read_array(path, (sum(counts.values()), *image_shape), record[split], self.verify,
-                                       lambda: arrays.write_packed_record(self.root, record))
+                                       lambda: arrays.write_json(os.path.join(self.root, arrays.RECORD), record))
         except Exception as error:
             raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {self.script} --force') from error
         return Examples.grouped(images, counts, record[split]['crc32'])
