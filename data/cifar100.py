@@ -57,7 +57,8 @@ def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     for where, part in parts.values():
         data = _entry(part, 'data', where, lambda values: values)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-            kind = f'shape {list(data.shape)} and type {data.dtype}' if isinstance(data, np.ndarray) else f'type {type(data).__name__}'
+            array = isinstance(data, np.ndarray)
+            kind = f'shape {list(data.shape)} and type {data.dtype}' if array else f'type {type(data).__name__}'
             sys.exit(f'{where} holds data of {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
         names = _entry(part, 'filenames', where, pickles.texts)
         numbers = _entry(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))

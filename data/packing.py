@@ -114,8 +114,8 @@ def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int
                 return None
 
 
-def make_images(lists: Mapping[str, ImageList], damaged: dict[tuple[str, int], Exception], shape: tuple[int, int, int], total: int,
-                label: str) -> Iterator[np.ndarray]:
+def make_images(lists: Mapping[str, ImageList], damaged: dict[tuple[str, int], Exception], shape: tuple[int, int, int],
+                total: int, label: str) -> Iterator[np.ndarray]:
     """Yields uint8 [count, *shape], class after class except damaged ones, CHUNK_BYTES at a time.
 
     Raises:
@@ -137,7 +137,8 @@ def make_images(lists: Mapping[str, ImageList], damaged: dict[tuple[str, int], E
     members = (member for name, images in lists.items() for number in range(images.count)
                if (member := (name, number)) not in damaged)
     per_chunk, before = max(1, CHUNK_BYTES // math.prod(shape)), len(damaged)
-    with deferred_interrupt() as interrupts, ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
+    with (deferred_interrupt() as interrupts, ThreadPoolExecutor() as pool,
+          tqdm(desc=label, total=total, unit=' images', disable=None) as progress):
         while not interrupts and (chunk := list(itertools.islice(members, per_chunk))):
             images = list(pool.map(work, chunk))
             progress.update(len(chunk))

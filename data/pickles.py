@@ -138,10 +138,10 @@ def _require(condition, sentence):
 
 _NDARRAY = 'numpy ndarray'  # stands for the class, which no pickle can call
 _INSTRUCTIONS = {getattr(pickle, name) for name in (
-    'INT LONG FLOAT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE '
-    'BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET PROTO FRAME NONE NEWTRUE '
-    'NEWFALSE EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 MARK LIST TUPLE DICT APPEND APPENDS SETITEM SETITEMS MEMOIZE '
-    'GLOBAL STACK_GLOBAL REDUCE BUILD').split()}
+    'INT LONG FLOAT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE '
+    'SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET '
+    'PROTO FRAME NONE NEWTRUE NEWFALSE EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 MARK LIST TUPLE DICT APPEND '
+    'APPENDS SETITEM SETITEMS MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD').split()}
 # {instruction that holds bytes: bytes of their length, which comes first}
 _LENGTHS = {pickle.SHORT_BINSTRING: 1, pickle.SHORT_BINBYTES: 1, pickle.BINSTRING: 4, pickle.BINBYTES: 4, pickle.BINBYTES8: 8,
             pickle.BYTEARRAY8: 8}
@@ -222,8 +222,9 @@ class _Reader(pickle._Unpickler):
             self.stack[-1] = unbuilt.array = self.array(content, kind, shape, 'F' if columns_first is True else 'C')
 
     dispatch = pickle._Unpickler.dispatch | {
-        pickle.FRAME[0]: load_frame, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict,
-        pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+        pickle.FRAME[0]: load_frame, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     # What a pickle may call.
 

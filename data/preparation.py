@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
+from runtime.datasets.arrays import file_checksum
 from runtime.datasets.class_folders import (
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -32,7 +33,7 @@ from runtime.datasets.class_folders import (
     subfolders,
     write_manifest,
 )
-from runtime.datasets.images import CHUNK_BYTES, PREPARED_FORMATS, open_image
+from runtime.datasets.images import PREPARED_FORMATS, open_image
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
@@ -66,7 +67,7 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
         epilog='This may be interrupted and run again. The classes of each split are listed in a csv file beside this script.')
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
     parser.add_argument('--download', action='store_true',
-                        help='fetch first what is missing there, and check it; without it, archives or their unpacked folders are read')
+                        help='fetch first what is missing there, and check it; else archives or their unpacked folders are read')
     parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
                         help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
@@ -129,15 +130,17 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         damaged = write_all(pictures, destination)
         counts = dict(collections.Counter(os.path.dirname(picture.name) for picture in pictures
                                           if os.path.isfile(os.path.join(destination, picture.name))))
+        files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
         complaints = sentences([
             *differences(counts, classes, damaged, absent),
-            (f'{destination} holds ', left_over_files(pictures, counts, destination), 'further files in its class folders', '; remove them'),
-            (f'{destination} holds ', left_over_folders(counts, classes, destination), 'further class folders', '; remove them')])
+            (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
+            (f'{destination} holds ', folders, 'further class folders', '; remove them')])
         print(summary(counts, classes, megabytes(counts, classes, destination), size))
-        print((describe or describe_classes)(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()),
-              flush=True)
+        facts_text = ''.join(f', {name} {value}' for name, value in facts.items())
+        print((describe or describe_classes)(counts), 'in', destination + facts_text, flush=True)
         if manifest:
-            write_manifest(os.path.join(destination, MANIFEST), sorted((expected.split, name) for name, expected in classes.items()))
+            rows = sorted((expected.split, name) for name, expected in classes.items())
+            write_manifest(os.path.join(destination, MANIFEST), rows)
         for name in classes:  # an empty folder would be a class without images
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(destination, name))
@@ -159,11 +162,8 @@ def checksum(path: str) -> int:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return zlib.crc32(repr(sorted((member.filename, member.CRC) for member in archive.infolist())).encode())
-    crc = 0
     with open(path, 'rb') as file:
-        while part := file.read(CHUNK_BYTES):
-            crc = zlib.crc32(part, crc)
-    return crc
+        return file_checksum(file)
 
 
 def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str, list[list]], list[str]]) -> None:

@@ -98,7 +98,7 @@ def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, st
 
 
 def locate(paths: Iterable[str], name: str, label: str, known: Collection[str]) -> str | None:
-    """The path of an image that a csv file calls `name`: in a folder of its class, or under that name, but in no other class's folder.
+    """The path of an image that a csv file calls `name`: in its class's folder, or under that name but in no other class's folder.
 
     Args:
         paths: those of the same last component.

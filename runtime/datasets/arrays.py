@@ -78,7 +78,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
             raise ValueError(f'it holds {array.dtype} {list(array.shape)}')
         same_time = record.get('mtime_ns') == status.st_mtime_ns
         if record.get('bytes', status.st_size) != status.st_size or (
-                (verify or not same_time) and _checksum(file, array.offset) != record['crc32']):
+                (verify or not same_time) and file_checksum(file, array.offset) != record['crc32']):
             raise ValueError('its size or its checksum is wrong')
     if not same_time:
         record['mtime_ns'] = status.st_mtime_ns
@@ -87,7 +87,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
     return array
 
 
-def _checksum(file, start):
+def file_checksum(file: BinaryIO, start: int = 0) -> int:
     """CRC-32 of a file from a position on, read in pieces to save memory."""
     checksum = 0
     file.seek(start)

@@ -30,7 +30,7 @@ PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was complete
 class ClassFolders:
     """The class folders of a data source."""
     root: str                       # the data folder
-    script: str | None = None       # the preparation script that makes it; None: they are the user's own images, of any size and format
+    script: str | None = None       # the preparation script that makes it; None: the user's own images, of any size and format
     shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
     split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
     split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
@@ -165,7 +165,8 @@ class ClassFolders:
             images = arrays.read_array(path, (sum(counts.values()), *image_shape), record[split], self.verify,
                                        lambda: arrays.write_json(os.path.join(self.root, arrays.RECORD), record))
         except Exception as error:
-            raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {self.script} --force') from error
+            reason = ' '.join(str(error).split())
+            raise UserError(f'{path} is damaged ({reason}); make it again: python {self.script} --force') from error
         return Examples.grouped(images, counts, record[split]['crc32'])
 
     def _decoded(self, split, files, image_shape):
