@@ -31,6 +31,7 @@ class ClassTasks:
 
     def __init__(self, source: 'ImageSource | TableSource', config: TaskConfig, split: str):
         self.source, self.config, self.way = source, config, config.num_classes
+        self._shots = config.update_batch_size + config.query_shots  # examples of each class
         self._split_index = SPLITS.index(split)
         self.classes = source.load(split, config.data_path)
         self._check(split)
@@ -43,9 +44,9 @@ class ClassTasks:
         if self.way > len(names):
             raise UserError(f'--num_classes={self.way} asks for more classes than the {len(names)} of the '
                             f'{split} split in {folders.root}; {folders.too_few_hint(self.way)}')
-        needed, fewest = config.update_batch_size + config.query_shots, int(np.argmin(counts))
-        if counts[fewest] < needed:
-            raise UserError(f'a task needs {needed} {self.examples}s of a {self.unit} ({config.update_batch_size} support, '
+        fewest = int(np.argmin(counts))
+        if counts[fewest] < self._shots:
+            raise UserError(f'a task needs {self._shots} {self.examples}s of a {self.unit} ({config.update_batch_size} support, '
                             f'{config.query_shots} query), but {names[fewest]} in '
                             f'{folders.root} has {counts[fewest]}; ask for fewer, or remove the {self.unit}')
 
@@ -66,29 +67,27 @@ class ClassTasks:
 
     def _examples(self, start, count):
         """Tasks as the network's inputs, [count, rows, dim_input], and labels, [count, rows]."""
-        shots, shape = self.config.update_batch_size + self.config.query_shots, self.classes.values.shape[1:]
-        x = np.empty((count, shots, self.way, *shape), self.classes.values.dtype)
-        labels = np.empty((count, shots, self.way), np.int64)
+        rows, shape = self._shots * self.way, self.classes.values.shape[1:]
+        x = np.empty((count, self._shots, self.way, *shape), self.classes.values.dtype)
+        labels = np.empty((count, self._shots, self.way), np.int64)
         for task in range(count):
             self._draw_one(start + task, x[task], labels[task])
-        return self.source.preprocess(x.reshape(count, shots * self.way, *shape)), labels.reshape(count, shots * self.way)
+        return self.source.preprocess(x.reshape(count, rows, *shape)), labels.reshape(count, rows)
 
     def _choose(self, task):
         """What a task is drawn from: a random generator, labels [shots, way], and the class of each label [way]."""
-        shots = self.config.update_batch_size + self.config.query_shots
         rng = np.random.default_rng([self.config.seed, self._split_index, task])
         # Every shot lists the classes in its own order: rows in class order would give the label away by position.
-        labels = rng.permuted(np.tile(np.arange(self.way), (shots, 1)), axis=1)
+        labels = rng.permuted(np.tile(np.arange(self.way), (self._shots, 1)), axis=1)
         return rng, labels, rng.choice(len(self.classes.names), self.way, replace=False)
 
     def _draw_one(self, task, x, labels):
         """Writes one task to x, [shots, way, ...], and labels, [shots, way]."""
         examples, _, starts, counts, _ = self.classes
         rng, labels[:], chosen_classes = self._choose(task)
-        shots, shot_index = len(labels), np.arange(len(labels))
         for label, class_index in enumerate(chosen_classes):
-            chosen = examples[starts[class_index] + rng.choice(counts[class_index], shots, replace=False)]
-            x[shot_index, np.argmax(labels == label, axis=1)] = self._augment(chosen, rng)
+            chosen = examples[starts[class_index] + rng.choice(counts[class_index], self._shots, replace=False)]
+            x[np.arange(self._shots), np.argmax(labels == label, axis=1)] = self._augment(chosen, rng)
 
     def _augment(self, examples, rng):
         return examples

@@ -1,5 +1,4 @@
 """Reads CIFAR-100 (Krizhevsky, 2009), of which CIFAR-FS and FC100 are two splits, and prepares either."""
-import argparse
 import os
 import sys
 
@@ -27,13 +26,6 @@ IMAGES_PER_CLASS = 600  # 500 of the training part, 100 of the test part
 IMAGES = 60_000
 
 
-def find_source(args: argparse.Namespace) -> str:
-    """The path of the archive or of its unpacked folder, in args.source or args.source itself."""
-    if os.path.isfile(args.source) or os.path.exists(os.path.join(args.source, 'meta')):
-        return args.source
-    return find_archive(args, ARCHIVE, FOLDER)
-
-
 def read_parts(path: str) -> dict[str, tuple[str, dict]]:
     """The three pickles, from the archive or its unpacked folder.
 
@@ -58,17 +50,18 @@ def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     """
     parts = read_parts(path)
     where, meta = parts.pop('meta')
-    labels = _names(meta, 'fine_label_names', where)
+    labels = _entry(meta, 'fine_label_names', where, pickles.texts)
     if len(set(labels)) < len(labels):
         sys.exit(f'{where} gives two classes the same name; download CIFAR-100 again')
     images = []
     for where, part in parts.values():
-        data, names = _field(part, 'data', where), _names(part, 'filenames', where)
+        data = _entry(part, 'data', where, lambda values: values)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-            kind = (f'of shape {list(data.shape)} and type {data.dtype}' if isinstance(data, np.ndarray) else
-                    f'of type {type(data).__name__}')
-            sys.exit(f'{where} holds data {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
-        numbers = _values(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))
+            array = isinstance(data, np.ndarray)
+            kind = f'shape {list(data.shape)} and type {data.dtype}' if array else f'type {type(data).__name__}'
+            sys.exit(f'{where} holds data of {kind} instead of rows of 3072 bytes; download CIFAR-100 again')
+        names = _entry(part, 'filenames', where, pickles.texts)
+        numbers = _entry(part, 'fine_labels', where, lambda values: pickles.integers(values, IMAGES))
         if not len(data) == len(numbers) == len(names) or not set(numbers) <= set(range(len(labels))):
             sys.exit(f'the labels or names in {where} do not fit its {len(data)} images; download CIFAR-100 again')
         pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -79,20 +72,12 @@ def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
     return images
 
 
-def _field(part, name, where):
+def _entry(part, name, where, read):
+    """An entry as `read`, a function that may raise pickles.Refused, returns it."""
     if name not in part:
         sys.exit(f'{where} has no entry {name}; download CIFAR-100 again')
-    return part[name]
-
-
-def _names(part, name, where):
-    return _values(part, name, where, pickles.texts)
-
-
-def _values(part, name, where, read):
-    """An entry's values as a list, by one of the functions of `pickles`."""
     try:
-        return read(_field(part, name, where))
+        return read(part[name])
     except pickles.Refused as error:
         sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 
@@ -102,7 +87,7 @@ def main(description: str, here: str) -> None:
     args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
     download.fetch('cifar100', args)
     split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
-    source = find_source(args)
+    source = find_archive(args, ARCHIVE, FOLDER)
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
                         lambda image=image: encode(Image.fromarray(image)))
                 for label, name, image in read_images(source)]

@@ -28,6 +28,9 @@ from runtime.system.files import read_csv
 CHUNK_BYTES = 2 ** 16
 COLUMNS = {'group', 'file', 'bytes', 'sha256', 'md5', 'urls', 'page'}
 AGAIN = {408, 425, 429}  # HTTP statuses, besides those from 500 on, after which the same request may succeed
+TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 4    # in a row without progress before the next mirror is tried
+PAUSE = 1.0     # seconds before the second attempt; twice as long before each further one
 
 
 class File(NamedTuple):
@@ -38,16 +41,6 @@ class File(NamedTuple):
     digest: str            # hexadecimal
     urls: tuple[str, ...]  # its origin, then mirrors; (): it must be downloaded manually
     page: str              # where it is described, and its terms
-
-
-class Patience(NamedTuple):
-    """How long to wait for an origin."""
-    timeout: float = 30.0  # seconds without a byte
-    attempts: int = 4      # in a row without progress before the next mirror is tried
-    pause: float = 1.0     # seconds before the second attempt; twice as long before each further one
-
-
-PATIENCE = Patience()
 
 
 class Unavailable(Exception):
@@ -113,7 +106,7 @@ def check_by_hand(files: Sequence[File], folder: str) -> None:
                   f'{path} matches the recorded checksum')
 
 
-def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENCE) -> None:
+def fetch_files(files: Sequence[File], folder: str) -> None:
     """Fetches the files that are missing or wrong in the folder.
 
     Raises:
@@ -125,7 +118,7 @@ def fetch_files(files: Sequence[File], folder: str, patience: Patience = PATIENC
         with locked_folder(folder):
             missing = [file for file in files if not is_complete(file, folder)]
             check_space(missing, folder)
-            complaints = [complaint for file in missing if (complaint := fetch_file(file, folder, patience))]
+            complaints = [complaint for file in missing if (complaint := fetch_file(file, folder))]
     except filelock.Timeout:
         sys.exit(f'another download is writing to {folder}; wait for its end, or stop it')
     except OSError as error:
@@ -156,7 +149,7 @@ def check_space(files: Sequence[File], folder: str) -> None:
                  'name another folder with --source')
 
 
-def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
+def fetch_file(file: File, folder: str) -> str | None:
     """Fetches a file from the first of its URLs that delivers it; returns an error message if none does."""
     path = os.path.join(folder, file.name)
     if file.page:
@@ -164,7 +157,7 @@ def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
     failures = []
     for url in file.urls:
         try:
-            fetch_from(url, file, path, patience)
+            fetch_from(url, file, path)
         except Unavailable as error:
             failures.append(f'{url} {error}')
             continue
@@ -175,7 +168,7 @@ def fetch_file(file: File, folder: str, patience: Patience) -> str | None:
     return f'{file.name} could not be fetched: ' + '; '.join(failures)
 
 
-def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
+def fetch_from(url: str, file: File, path: str) -> None:
     """Completes <path>.part, resuming from what is there.
 
     Raises:
@@ -184,13 +177,13 @@ def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
     part, largest, idle = path + '.part', 0, 0
     while True:
         try:
-            resumed = transfer(url, file, part, patience.timeout)
+            resumed = transfer(url, file, part)
         except Interrupted as error:
             idle = 0 if size(part) > largest else idle + 1
             largest = max(largest, size(part))
-            if idle >= patience.attempts:
+            if idle >= ATTEMPTS:
                 raise Unavailable(f'{error}, {idle} attempts in a row without progress') from error
-            time.sleep(patience.pause * 2 ** idle if idle else 0)
+            time.sleep(PAUSE * 2 ** idle if idle else 0)
             continue
         wrong = difference(part, file)
         if not wrong:
@@ -201,7 +194,7 @@ def fetch_from(url: str, file: File, path: str, patience: Patience) -> None:
         os.remove(part)  # perhaps pieces of two files: once more, from the beginning
 
 
-def transfer(url: str, file: File, part: str, timeout: float) -> bool:
+def transfer(url: str, file: File, part: str) -> bool:
     """One request for the missing rest of a file, appended to `part`.
 
     Returns:
@@ -214,7 +207,7 @@ def transfer(url: str, file: File, part: str, timeout: float) -> bool:
     start = size(part) if size(part) <= file.bytes else 0
     if start == file.bytes:
         return True
-    with _open(url, start, part, timeout) as response:
+    with _open(url, start, part) as response:
         offset = re.match(r'bytes (\d+)-', response.headers.get('Content-Range', ''))
         begin = int(offset[1]) if response.status == 206 and offset else 0  # servers may ignore Range
         if begin not in (0, start):
@@ -233,11 +226,11 @@ def transfer(url: str, file: File, part: str, timeout: float) -> bool:
     return begin > 0
 
 
-def _open(url, start, part, timeout):
+def _open(url, start, part):
     """The answer to a request for a file from the byte `start` on."""
     headers = {'User-Agent': 'maml', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-'} if start else {})
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing there
             with contextlib.suppress(FileNotFoundError):

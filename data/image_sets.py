@@ -116,20 +116,17 @@ def find_pictures(image_set: ImageSet, archive: Folder | Tar | Zip, source: str,
         if match and all(map(is_plain_name, match.groupdict().values())):
             label = match['class'] if not image_set.labels else labels.get(match['file'], 'unknown')
             path = f'classes/{label}/{match["file"]}{".jpg" if "JPEG" in image_set.formats else ".png"}'
-            pictures.append(Picture(path, encoder(archive, name, match['file'], image_set, boxes)))
+            pictures.append(Picture(path, lambda name=name, file=match['file']: encode(archive, name, file, image_set, boxes)))
     if not pictures:
         sys.exit(f'there are no pictures like those of {image_set.archive} in {source}; download it again')
     return pictures
 
 
-def encoder(archive: Folder | Tar | Zip, name: str, file: str, image_set: ImageSet,
-            boxes: Mapping[str, Box] | None) -> Callable[[], bytes]:
-    """The function that makes the content of a picture's file."""
-    def make():
-        if boxes is not None and file not in boxes:
-            raise ValueError('it has no box')
-        return fit(archive.read(name), (image_set.size, image_set.size), boxes and boxes[file], image_set.formats)
-    return make
+def encode(archive: Folder | Tar | Zip, name: str, file: str, image_set: ImageSet, boxes: Mapping[str, Box] | None) -> bytes:
+    """The content of a picture's file; raises one of DAMAGE."""
+    if boxes is not None and file not in boxes:
+        raise ValueError('it has no box')
+    return fit(archive.read(name), (image_set.size, image_set.size), boxes and boxes[file], image_set.formats)
 
 
 def main(description: str, here: str) -> None:

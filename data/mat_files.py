@@ -20,30 +20,25 @@ def read_array(content: bytes, name: str) -> np.ndarray:
     Raises:
         ValueError, struct.error, zlib.error: it is not there, or the file is damaged.
     """
-    order = {b'IM': '<', b'MI': '>'}.get(content[HEADER - 2:HEADER])
-    if order is None:
-        raise ValueError('it is not a MATLAB 5 file')
-    for kind, data in elements(content[HEADER:], order):
+    if content[HEADER - 2:HEADER] != b'IM':
+        raise ValueError('it is not a little-endian MATLAB 5 file')
+    for kind, data in elements(content[HEADER:]):
         if kind == COMPRESSED:
-            kind, data = next(elements(zlib.decompressobj().decompress(data, LARGEST), order), (None, b''))
-        parts = list(elements(data, order)) if kind == MATRIX else []  # flags, sizes, name, numbers
+            kind, data = next(elements(zlib.decompressobj().decompress(data, LARGEST)), (None, b''))
+        parts = list(elements(data)) if kind == MATRIX else []  # flags, sizes, name, numbers
         if len(parts) > 3 and parts[2][1] == name.encode():
             kind, numbers = parts[3]
             if kind not in NUMBERS:
                 raise ValueError(f'{name} does not hold numbers')
-            return np.frombuffer(numbers, order + NUMBERS[kind])
+            return np.frombuffer(numbers, '<' + NUMBERS[kind])
     raise ValueError(f'there is no array {name}')
 
 
-def elements(content: bytes, order: str) -> Iterator[tuple[int, bytes]]:
-    """(kind, data) of each data element.
-
-    Args:
-        order: of bytes: '<' or '>'.
-    """
+def elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """(kind, data) of each data element."""
     position = 0
     while position < len(content):
-        kind, size = struct.unpack_from(order + 'II', content, position)
+        kind, size = struct.unpack_from('<II', content, position)
         start = position + 8
         if kind >> 16:  # a small one: its size is in the upper half, and its data take the place of the size
             kind, size, start = kind & 0xffff, kind >> 16, position + 4

@@ -62,18 +62,12 @@ def read_idx(path: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         content = read_file(path, 2 ** 26)
         if path.endswith('.gz'):
-            content = gunzip(content, size + 1)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         sys.exit(f'{path} is damaged ({reason(error)}); download it again')
     if len(content) != size or not content.startswith(head):
         sys.exit(f'{path} does not hold bytes of shape {list(shape)}; download it again')
     return np.frombuffer(content, np.uint8, offset=len(head)).reshape(shape)
-
-
-def gunzip(content: bytes, most: int) -> bytes:
-    """The first `most` bytes, or all if there are fewer, of an unpacked gzip file."""
-    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        return file.read(most)
 
 
 def image_of(digits: list[np.ndarray], number: str, k: int, size: int) -> np.ndarray:

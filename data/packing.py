@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ from data.preparation import (
     deferred_interrupt,
     describe_classes,
     differences,
-    identity,
     remove_parts,
     sentences,
     start,
@@ -29,7 +28,7 @@ from data.preparation import (
     write_preparation_record,
     write_under_lock,
 )
-from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_packed_record
+from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_json
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.datasets.tasks import SPLITS
 
@@ -41,15 +40,7 @@ class ImageList(NamedTuple):
 
 
 class Damaged(Exception):
-    """Images that cannot be made.
-
-    Attributes:
-        images: {(class, number): error}.
-    """
-
-    def __init__(self, images: dict[tuple[str, int], Exception]):
-        super().__init__()
-        self.images = images
+    """Images that cannot be made are among those of an array."""
 
 
 def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tuple[int, int, int], args: argparse.Namespace,
@@ -60,48 +51,36 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
     atomically. An image that cannot be made leaves no array of its split, or with args.allow_missing one without it.
 
     Args:
-        lists: {'<split>/<class>': ImageList}.
-        classes: {'<split>/<class>': Class}.
+        lists, classes: {'<split>/<class>': ImageList} and {'<split>/<class>': Class}.
         shape: (height, width, channels) of every image.
-        args: as parsed by `arguments`.
-        recipe: what the content depends on besides the source.
-        inputs: as for `preparation.prepare`.
+        args, recipe, inputs: as for `preparation.prepare`.
 
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    source = identity(inputs)
-    write_under_lock(args, inputs, lambda destination: _pack(lists, classes, shape, args, recipe, source, destination))
+    def write(destination, source):
+        start(destination, recipe, source, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
+        remove_parts(destination)
+        record, damaged = _earlier(destination), {}
+        for split in SPLITS:
+            own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}
+            if own and record.get(split, {}).get('classes') != {name: images.count for name, images in own.items()}:
+                record.pop(split, None)
+                entry = write_split(os.path.join(destination, split + '.npy'), own, shape, damaged, args.allow_missing)
+                if entry:
+                    record[split] = entry
+                    write_json(os.path.join(destination, RECORD), record)
+        counts = dict.fromkeys(lists, 0) | {name: count for entry in record.values() for name, count in entry['classes'].items()}
+        counts = {name: count for name, count in counts.items() if count or name not in classes}  # those left out are missing
+        named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]
+        complaints = sentences(differences(counts, classes, named, []))
+        sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
+        print(summary(counts, classes, sizes, shape[1::-1]))
+        print(describe_classes(counts), 'in', destination, flush=True)
+        write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing)
+        return complaints
 
-
-def _pack(lists, classes, shape, args, recipe, source, destination):
-    """`pack`, under the lock; returns the complaints."""
-    start(destination, recipe, source, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
-    remove_parts(destination)
-    record, damaged = _earlier(destination), {}
-    for split in SPLITS:
-        own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}
-        if own and record.get(split, {}).get('classes') != {name: images.count for name, images in own.items()}:
-            record.pop(split, None)
-            entry, bad = write_split(os.path.join(destination, split + '.npy'), own, shape, args.allow_missing)
-            damaged |= bad
-            if entry:
-                record[split] = entry
-                write_packed_record(destination, record)
-    counts = _counts(record, lists, classes)
-    named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]
-    complaints = sentences(differences(counts, classes, named, []))
-    sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
-    print(summary(counts, classes, sizes, shape[1::-1]))
-    print(describe_classes(counts), 'in', destination, flush=True)
-    write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing)
-    return complaints
-
-
-def _counts(record, lists, classes):
-    """{class: images written}; known classes of which none is written are left out, so that they count as missing."""
-    counts = dict.fromkeys(lists, 0) | {name: count for entry in record.values() for name, count in entry['classes'].items()}
-    return {name: count for name, count in counts.items() if count or name not in classes}
+    write_under_lock(args, inputs, write)
 
 
 def _earlier(destination: str) -> dict[str, dict]:
@@ -115,33 +94,33 @@ def _earlier(destination: str) -> dict[str, dict]:
 
 
 def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int, int],
-                allow_missing: bool) -> tuple[dict | None, dict]:
-    """Writes the images of a split.
+                damaged: dict[tuple[str, int], Exception], allow_missing: bool) -> dict | None:
+    """Writes the images of a split; adds those that cannot be made to `damaged`, {(class, number): error}.
 
     Returns:
-        The split's entry in the record, or None if images cannot be made and that is not allowed; and {(class, number): error} of
-        these.
+        The split's entry in the record, or None if images cannot be made and that is not allowed.
     """
-    damaged = {}
     while True:
         counts = {name: images.count - sum(other == name for other, _ in damaged) for name, images in lists.items()}
-        if not sum(counts.values()):
-            return None, damaged
+        counts = {name: count for name, count in counts.items() if count}
+        if not counts:
+            return None
         try:
-            parts = functools.partial(make_images, lists, damaged, shape, os.path.basename(path))
-            _, facts = write_array(path, (sum(counts.values()), *shape), parts)
-            return {'classes': {name: count for name, count in counts.items() if count}, **facts}, damaged
-        except Damaged as error:
-            damaged = damaged | error.images
+            total = sum(counts.values())
+            parts = functools.partial(make_images, lists, damaged, shape, total, os.path.basename(path))
+            return {'classes': counts, **write_array(path, (total, *shape), parts)[1]}
+        except Damaged:
             if not allow_missing:
-                return None, damaged
+                return None
 
 
-def make_images(lists: Mapping[str, ImageList], skipped: Collection[tuple[str, int]], shape: tuple[int, int, int],
-                label: str) -> Iterator[np.ndarray]:
-    """Yields uint8 [count, *shape], class after class except skipped ones, CHUNK_BYTES at a time. Raises Damaged at the end."""
-    damaged = {}
+def make_images(lists: Mapping[str, ImageList], damaged: dict[tuple[str, int], Exception], shape: tuple[int, int, int],
+                total: int, label: str) -> Iterator[np.ndarray]:
+    """Yields uint8 [count, *shape], class after class except damaged ones, CHUNK_BYTES at a time.
 
+    Raises:
+        Damaged: there are more of these, which are added, at the end.
+    """
     def work(member):
         name, number = member
         try:
@@ -156,13 +135,14 @@ def make_images(lists: Mapping[str, ImageList], skipped: Collection[tuple[str, i
             return None
 
     members = (member for name, images in lists.items() for number in range(images.count)
-               if (member := (name, number)) not in skipped)
-    per_chunk, total = max(1, CHUNK_BYTES // math.prod(shape)), sum(images.count for images in lists.values()) - len(skipped)
-    with deferred_interrupt() as interrupts, ThreadPoolExecutor() as pool, tqdm(desc=label, total=total, unit=' images', disable=None) as progress:
+               if (member := (name, number)) not in damaged)
+    per_chunk, before = max(1, CHUNK_BYTES // math.prod(shape)), len(damaged)
+    with (deferred_interrupt() as interrupts, ThreadPoolExecutor() as pool,
+          tqdm(desc=label, total=total, unit=' images', disable=None) as progress):
         while not interrupts and (chunk := list(itertools.islice(members, per_chunk))):
             images = list(pool.map(work, chunk))
             progress.update(len(chunk))
-            if not damaged:
+            if len(damaged) == before:
                 yield np.stack(images)
-    if damaged:
-        raise Damaged(damaged)
+    if len(damaged) > before:
+        raise Damaged

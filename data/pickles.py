@@ -1,20 +1,20 @@
 """Reads pickles of plain data without trusting them.
 
 The standard unpickler calls whatever a pickle names. Allowing only some of numpy's functions is not enough: with arguments that a
-pickle chooses, they can be made to read any address. So this module has its own loop over the instructions. It builds numbers,
+pickle chooses, they can be made to read any address. So this one executes only some of its instructions. It builds numbers,
 strings, bytes, lists, tuples, dicts whose keys are strings, and arrays of plain numbers from their bytes, and calls nothing but
 the functions below.
 
 The cost of a pickle is bounded. An instruction makes at most one object, and at most MOST_INSTRUCTIONS are executed. A length or
-an index that the pickle claims reserves no memory. Strings that represent bytes are converted once. Nothing nested is ever
-hashed, compared or printed here, however deep it is.
+an index that the pickle claims reserves no memory: therefore the unpickler is the standard library's in Python, not the one in C.
+Strings that represent bytes are converted once. Nothing nested is ever hashed, compared or printed here, however deep it is.
 
 A list of images that is larger than the memory is not read at all: `spans` finds each image's place in the file.
 """
-import codecs
 import io
 import math
 import os
+import pickle
 import pickletools
 from typing import BinaryIO, NamedTuple
 
@@ -45,7 +45,7 @@ def load(content: bytes) -> object:
         Refused: it is damaged, asks for anything but plain data, or is too large.
     """
     try:
-        return _Reader(io.BytesIO(content), len(content)).load(MOST_INSTRUCTIONS)
+        return _Reader(io.BytesIO(content), len(content)).execute(MOST_INSTRUCTIONS)
     except (Refused, MemoryError):
         raise
     except Exception as error:  # damaged pickles raise almost anything
@@ -66,7 +66,7 @@ def spans(file: BinaryIO) -> list[Span]:
         OSError: it cannot be read.
     """
     try:
-        images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).load(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
+        images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).execute(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
     except (Refused, MemoryError, OSError):
         raise
     except Exception as error:
@@ -100,14 +100,10 @@ def with_text_keys(entries: dict) -> dict:
     return dict(zip(keys, entries.values()))
 
 
-class _Name(str):
-    """A function or class that a pickle asks for, as '<module> <name>'."""
-
-
 class _Type:
     """A numpy.dtype that a pickle describes. Whether it is plain is only checked when an array is made of it."""
 
-    def __init__(self, name):
+    def __init__(self, name, align=False, copy=False):
         self._name, self._order, self._plain = name, None, False
 
     def build(self, state):
@@ -127,31 +123,55 @@ class _Unbuilt:
     array = None
 
 
+class _Memo(dict):
+    """The objects that a pickle refers to again; of an array, what it has become."""
+
+    def __getitem__(self, index):
+        value = super().__getitem__(index)
+        return value.array if type(value) is _Unbuilt and value.array is not None else value
+
+
 def _require(condition, sentence):
     if not condition:
         raise Refused(sentence)
 
 
-class _Reader:
+_NDARRAY = 'numpy ndarray'  # stands for the class, which no pickle can call
+_INSTRUCTIONS = {getattr(pickle, name) for name in (
+    'INT LONG FLOAT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE '
+    'SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET '
+    'PROTO FRAME NONE NEWTRUE NEWFALSE EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 MARK LIST TUPLE DICT APPEND '
+    'APPENDS SETITEM SETITEMS MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD').split()}
+# {instruction that holds bytes: bytes of their length, which comes first}
+_LENGTHS = {pickle.SHORT_BINSTRING: 1, pickle.SHORT_BINBYTES: 1, pickle.BINSTRING: 4, pickle.BINBYTES: 4, pickle.BINBYTES8: 8,
+            pickle.BYTEARRAY8: 8}
+
+
+class _Reader(pickle._Unpickler):
     """Executes the instructions of a pickle."""
 
     def __init__(self, file, size, spans=False):
+        super().__init__(file, encoding='latin1')
         self._file, self._size, self._spans = file, size, spans
-        self._stack, self._marks, self._memo = [], [], {}
         self._room = size  # bytes that may still be made from strings
+        self.read, self.readline, self.memo = file.read, file.readline, _Memo()
+        self.stack, self.metastack = [], []
+        self.append = self.stack.append
+        self._names = {_NDARRAY: _NDARRAY, 'numpy dtype': _Type, '_codecs encode': self.encode, '__builtin__ bytes': lambda: b''}
+        for core in 'numpy.core', 'numpy._core':
+            self._names |= {f'{core}.multiarray _reconstruct': self.reconstruct, f'{core}.multiarray scalar': self.scalar,
+                            f'{core}.numeric _frombuffer': self.array}
 
-    def load(self, most):
+    def execute(self, most):
         """Executes at most `most` instructions; returns the object."""
         for _ in range(most):
-            code = self._file.read(1)
-            if code == b'.':
-                return self._stack[-1]
+            code = self.read(1)
+            if code == pickle.STOP:
+                return self.stack[-1]
             if code not in _INSTRUCTIONS:
                 raise Refused(_unknown(code))
-            if self._spans and code in _LENGTHS and self._skip(_LENGTHS[code]):
-                continue
-            read, follow = _INSTRUCTIONS[code]
-            follow(self, read(self._file) if read else None)
+            if not (self._spans and code in _LENGTHS and self._skip(_LENGTHS[code])):
+                self.dispatch[code[0]](self)
         raise Refused(f'it has more than {most:,} instructions')
 
     def _skip(self, width):
@@ -163,10 +183,80 @@ class _Reader:
             return False
         _require(start + width + length <= self._size, 'it is damaged or cut off')
         self._file.seek(start + width + length)
-        self._stack.append(Span(start + width, length))
+        self.append(Span(start + width, length))
         return True
 
-    def as_bytes(self, value):
+    # The instructions that are more, or less, than the standard ones.
+
+    def load_frame(self):
+        self.read(8)
+
+    def load_setitem(self):
+        _require_texts(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        _require_texts(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self):
+        _require_texts(self.stack[::2])
+        super().load_dict()
+
+    def find_class(self, module, name):
+        if f'{module} {name}' not in self._names:
+            raise Refused(f'it asks for {ascii(f"{module}.{name}"[:100])}, which data do not need')
+        return self._names[f'{module} {name}']
+
+    def load_reduce(self):
+        _require(callable(self.stack[-2]) and type(self.stack[-1]) is tuple, 'it calls something other than an allowed function')
+        super().load_reduce()
+
+    def load_build(self):
+        state, unbuilt = self.stack.pop(), self.stack[-1]
+        if type(unbuilt) is _Type:
+            unbuilt.build(state)
+        else:
+            _require(type(unbuilt) is _Unbuilt and type(state) is tuple and len(state) == 5, 'it builds what data do not need')
+            _, shape, kind, columns_first, content = state
+            self.stack[-1] = unbuilt.array = self.array(content, kind, shape, 'F' if columns_first is True else 'C')
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.FRAME[0]: load_frame, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+
+    # What a pickle may call.
+
+    def array(self, content, kind, shape, order, axes=None):
+        """An array of plain numbers from as many bytes as its shape needs; from a Span, the Span."""
+        content = content if type(content) is Span else self._as_bytes(content)
+        _require(type(kind) is _Type, 'it holds an array without a type')
+        dtype = kind.dtype()
+        _require(type(shape) is tuple and len(shape) <= MOST_AXES and
+                 all(type(length) is int and 0 <= length < LONGEST_AXIS for length in shape), 'it holds an array without a shape')
+        size = content.length if type(content) is Span else len(content)
+        _require(math.prod(shape) * dtype.itemsize == size, 'the content of an array in it does not fit its shape')
+        if type(content) is Span:
+            _require(dtype == np.uint8, 'it holds an array of something other than bytes')
+            return content
+        _require(type(order) is str and order in ('C', 'F', 'K'), 'it holds an array in an unknown order')
+        array = np.ndarray(shape, dtype, buffer=content, order='F' if order == 'F' else 'C')
+        return array if axes is None else array.transpose(integers(axes, MOST_AXES))
+
+    def reconstruct(self, kind, shape, code):
+        _require(kind is _NDARRAY, 'it holds an array of an unknown class')
+        return _Unbuilt()
+
+    def scalar(self, kind, content):
+        return self.array(content, kind, (), 'C').item()
+
+    def encode(self, text, encoding):
+        """Bytes, as Python 3 writes them for Python 2."""
+        _require(type(encoding) is str and encoding == 'latin1', 'it holds bytes in an unknown encoding')
+        return self._as_bytes(text)
+
+    def _as_bytes(self, value):
         """Bytes, or a string that represents them, as bytes."""
         if type(value) is str:
             self._room -= len(value)
@@ -175,185 +265,11 @@ class _Reader:
         _require(type(value) is bytes, 'it has no bytes where there should be some')
         return value
 
-    # The instructions: methods of the argument that follows the instruction, or None.
 
-    def ignore(self, _):
-        pass
-
-    def push(self, value):
-        self._stack.append(value)
-
-    def push_bytes(self, value):
-        self._stack.append(bytes(value))
-
-    def mark(self, _):
-        self._marks.append(len(self._stack))
-
-    def make_list(self, _):
-        self._stack.append(self._since_mark())
-
-    def make_tuple(self, _):
-        self._stack.append(tuple(self._since_mark()))
-
-    def tuple_of(self, count):
-        items = self._stack[-count:]
-        _require(len(items) == count, 'it is damaged')
-        self._stack[-count:] = [tuple(items)]
-
-    def make_dict(self, _):
-        items = self._since_mark()
-        self._stack.append({})
-        self._set(items)
-
-    def append(self, _):
-        self._extend([self._stack.pop()])
-
-    def appends(self, _):
-        self._extend(self._since_mark())
-
-    def set_item(self, _):
-        value, key = self._stack.pop(), self._stack.pop()
-        self._set([key, value])
-
-    def set_items(self, _):
-        self._set(self._since_mark())
-
-    def put(self, index):
-        self._memo[index] = self._stack[-1]
-
-    def memoize(self, _):
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def get(self, index):
-        value = self._memo[index]
-        self._stack.append(value.array if type(value) is _Unbuilt and value.array is not None else value)
-
-    def global_name(self, name):
-        if name not in _CALLS and name != _NDARRAY:
-            raise Refused(f'it asks for {ascii(name.replace(" ", ".", 1)[:100])}, which data do not need')
-        self._stack.append(_Name(name))
-
-    def stack_global(self, _):
-        name, module = self._stack.pop(), self._stack.pop()
-        _require(type(name) is str and type(module) is str, 'it is damaged')
-        self.global_name(f'{module} {name}')
-
-    def reduce(self, _):
-        arguments, name = self._stack.pop(), self._stack.pop()
-        _require(type(name) is _Name and name in _CALLS and type(arguments) is tuple, 'it calls something other than an allowed function')
-        self._stack.append(_CALLS[name](self, *arguments))
-
-    def build(self, _):
-        state, unbuilt = self._stack.pop(), self._stack[-1]
-        if type(unbuilt) is _Type:
-            unbuilt.build(state)
-        else:
-            _require(type(unbuilt) is _Unbuilt and type(state) is tuple and len(state) == 5, 'it builds what data do not need')
-            _, shape, kind, columns_first, content = state
-            self._stack[-1] = unbuilt.array = _array(self, content, kind, shape, 'F' if columns_first is True else 'C')
-
-    def _since_mark(self):
-        start = self._marks.pop()
-        items = self._stack[start:]
-        del self._stack[start:]
-        return items
-
-    def _extend(self, items):
-        _require(type(self._stack[-1]) is list, 'it is damaged')
-        self._stack[-1].extend(items)
-
-    def _set(self, items):
-        keys, values = items[::2], items[1::2]
-        _require(type(self._stack[-1]) is dict and len(keys) == len(values), 'it is damaged')
-        _require(all(type(key) in (str, bytes) for key in keys), 'a key of a dict in it is not text')
-        self._stack[-1].update(zip(keys, values))
-
-
-# What a pickle may call: functions of the reader and the pickle's arguments.
-
-def _array(reader, content, kind, shape, order, axes=None):
-    """An array of plain numbers from as many bytes as its shape needs; from a Span, the Span."""
-    content = content if type(content) is Span else reader.as_bytes(content)
-    _require(type(kind) is _Type, 'it holds an array without a type')
-    dtype = kind.dtype()
-    _require(type(shape) is tuple and len(shape) <= MOST_AXES and
-             all(type(length) is int and 0 <= length < LONGEST_AXIS for length in shape), 'it holds an array without a shape')
-    size = content.length if type(content) is Span else len(content)
-    _require(math.prod(shape) * dtype.itemsize == size, 'the content of an array in it does not fit its shape')
-    if type(content) is Span:
-        _require(dtype == np.uint8, 'it holds an array of something other than bytes')
-        return content
-    _require(type(order) is str and order in ('C', 'F', 'K'), 'it holds an array in an unknown order')
-    array = np.ndarray(shape, dtype, buffer=content, order='F' if order == 'F' else 'C')
-    return array if axes is None else array.transpose(integers(axes, MOST_AXES))
-
-
-def _reconstruct(reader, kind, shape, code):
-    _require(type(kind) is _Name and kind == _NDARRAY, 'it holds an array of an unknown class')
-    return _Unbuilt()
-
-
-def _scalar(reader, kind, content):
-    return _array(reader, content, kind, (), 'C').item()
-
-
-def _type(reader, name, align=False, copy=False):
-    return _Type(name)
-
-
-def _encode(reader, text, encoding):
-    """Bytes, as Python 3 writes them for Python 2."""
-    _require(type(encoding) is str and encoding == 'latin1', 'it holds bytes in an unknown encoding')
-    return reader.as_bytes(text)
-
-
-def _no_bytes(reader):
-    return b''
-
-
-_NDARRAY = 'numpy ndarray'
-_CALLS = {'numpy dtype': _type, '_codecs encode': _encode, '__builtin__ bytes': _no_bytes}
-for _core in 'numpy.core', 'numpy._core':
-    _CALLS |= {f'{_core}.multiarray _reconstruct': _reconstruct, f'{_core}.multiarray scalar': _scalar,
-               f'{_core}.numeric _frombuffer': _array}
-
-
-def _read_python2_text(file):
-    """The argument of the instruction STRING: a quoted string on its own line. (pickletools decodes ASCII only.)"""
-    return codecs.escape_decode(pickletools.read_stringnl(file, decode=False))[0].decode('latin1')
+def _require_texts(keys):
+    _require(all(type(key) in (str, bytes) for key in keys), 'a key of a dict in it is not text')
 
 
 def _unknown(code):
-    names = [opcode.name for opcode in pickletools.opcodes if opcode.code.encode('latin1') == code]
-    return f'it uses the instruction {names[0]}, which data do not need' if names else 'it is damaged or cut off'
-
-
-def _instructions() -> dict[bytes, tuple]:
-    """{code: (function that reads its argument from a file, or None; method of _Reader)} of what plain data need."""
-    def all_of(names, follow):
-        return dict.fromkeys(names.split(), follow)
-
-    follow = {
-        **all_of('INT LONG FLOAT BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE '
-                 'SHORT_BINUNICODE BINUNICODE8', _Reader.push),
-        **all_of('BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8', _Reader.push_bytes),
-        **all_of('PUT BINPUT LONG_BINPUT', _Reader.put), **all_of('GET BINGET LONG_BINGET', _Reader.get),
-        **all_of('PROTO FRAME', _Reader.ignore),
-        'NONE': lambda reader, _: reader.push(None), 'NEWTRUE': lambda reader, _: reader.push(True),
-        'NEWFALSE': lambda reader, _: reader.push(False), 'EMPTY_LIST': lambda reader, _: reader.push([]),
-        'EMPTY_DICT': lambda reader, _: reader.push({}), 'EMPTY_TUPLE': lambda reader, _: reader.push(()),
-        'TUPLE1': lambda reader, _: reader.tuple_of(1), 'TUPLE2': lambda reader, _: reader.tuple_of(2),
-        'TUPLE3': lambda reader, _: reader.tuple_of(3),
-        'MARK': _Reader.mark, 'LIST': _Reader.make_list, 'TUPLE': _Reader.make_tuple, 'DICT': _Reader.make_dict, 'APPEND': _Reader.append,
-        'APPENDS': _Reader.appends, 'SETITEM': _Reader.set_item, 'SETITEMS': _Reader.set_items, 'MEMOIZE': _Reader.memoize,
-        'GLOBAL': _Reader.global_name, 'STACK_GLOBAL': _Reader.stack_global, 'REDUCE': _Reader.reduce, 'BUILD': _Reader.build}
-    readers = {opcode.name: opcode.arg.reader for opcode in pickletools.opcodes if opcode.arg} | {'STRING': _read_python2_text}
-    return {opcode.code.encode('latin1'): (readers.get(opcode.name), follow[opcode.name])
-            for opcode in pickletools.opcodes if opcode.name in follow}
-
-
-_INSTRUCTIONS = _instructions()
-# {code: bytes of the length} of the instructions that hold bytes.
-_LENGTHS = {opcode.code.encode('latin1'): width for opcode in pickletools.opcodes for names, width in
-            ((('SHORT_BINSTRING', 'SHORT_BINBYTES'), 1), (('BINSTRING', 'BINBYTES'), 4), (('BINBYTES8', 'BYTEARRAY8'), 8))
-            if opcode.name in names}
+    opcode = pickletools.code2op.get(code.decode('latin1'))
+    return f'it uses the instruction {opcode.name}, which data do not need' if opcode else 'it is damaged or cut off'

@@ -6,7 +6,6 @@ should be; `prepare` writes those that are not there yet, checks the counts and 
 import argparse
 import collections
 import contextlib
-import csv
 import errno
 import io
 import json
@@ -14,11 +13,10 @@ import os
 import signal
 import sys
 import threading
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import filelock
@@ -26,13 +24,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import pickles
-from runtime.datasets.class_folders import MANIFEST, PARTIAL_MANIFEST, subfolders, write_manifest
-from runtime.datasets.class_folders import PREPARATION_RECORD as RECORD
-from runtime.datasets.images import CHUNK_BYTES, PREPARED_FORMATS, open_image
+from runtime.datasets.arrays import file_checksum
+from runtime.datasets.class_folders import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    PREPARATION_RECORD,
+    preparation_record,
+    subfolders,
+    write_manifest,
+)
+from runtime.datasets.images import PREPARED_FORMATS, open_image
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
-from runtime.system.files import PART_SUFFIX, locked, read_json, remove_parts, require_regular_file, write_atomically
+from runtime.system.files import PART_SUFFIX, locked, read_csv, remove_parts, require_regular_file, write_atomically
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -41,8 +46,6 @@ LOCK = '.lock'
 DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
 # What reading a damaged or hostile picture or archive raises: Pillow, zipfile and tarfile raise almost anything.
 DAMAGE = Exception
-# Pillow would only warn of large pictures, from half the size that it refuses.
-warnings.simplefilter('error', Image.DecompressionBombWarning)
 
 
 class Picture(NamedTuple):
@@ -59,9 +62,12 @@ class Class(NamedTuple):
 
 def arguments(description: str, source: str, destination: str) -> argparse.ArgumentParser:
     """A parser with the options of every preparation script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='This may be interrupted and run again. The classes of each split are listed in a csv file beside this script.')
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
-    parser.add_argument('--download', action='store_true', help='fetch first what is missing there, and check it')
+    parser.add_argument('--download', action='store_true',
+                        help='fetch first what is missing there, and check it; else archives or their unpacked folders are read')
     parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
                         help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
@@ -112,9 +118,38 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    source = identity(inputs)
-    write_under_lock(args, inputs, lambda destination: _prepare(
-        pictures, classes, size, args, recipe, source, absent, describe or describe_classes, destination, facts or {}, manifest))
+    facts = facts or {}
+
+    def write(destination, source):
+        start(destination, recipe, source, args.force, [picture.name for picture in pictures])
+        refuse_duplicates(picture.name for picture in pictures)
+        remove_parts(destination)  # of killed preparations: no other process holds the lock
+        for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
+            os.makedirs(folder, exist_ok=True)
+            remove_parts(folder)
+        damaged = write_all(pictures, destination)
+        counts = dict(collections.Counter(os.path.dirname(picture.name) for picture in pictures
+                                          if os.path.isfile(os.path.join(destination, picture.name))))
+        files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
+        complaints = sentences([
+            *differences(counts, classes, damaged, absent),
+            (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
+            (f'{destination} holds ', folders, 'further class folders', '; remove them')])
+        print(summary(counts, classes, megabytes(counts, classes, destination), size))
+        facts_text = ''.join(f', {name} {value}' for name, value in facts.items())
+        print((describe or describe_classes)(counts), 'in', destination + facts_text, flush=True)
+        if manifest:
+            rows = sorted((expected.split, name) for name, expected in classes.items())
+            write_manifest(os.path.join(destination, MANIFEST), rows)
+        for name in classes:  # an empty folder would be a class without images
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(destination, name))
+        write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
+        # Last: if anything stops this function earlier, the record says incomplete.
+        write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing, facts=facts)
+        return complaints
+
+    write_under_lock(args, inputs, write)
 
 
 def identity(inputs: Sequence[str]) -> list[list]:
@@ -127,26 +162,23 @@ def checksum(path: str) -> int:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return zlib.crc32(repr(sorted((member.filename, member.CRC) for member in archive.infolist())).encode())
-    crc = 0
     with open(path, 'rb') as file:
-        while part := file.read(CHUNK_BYTES):
-            crc = zlib.crc32(part, crc)
-    return crc
+        return file_checksum(file)
 
 
-def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str], list[str]]) -> None:
-    """Calls `write`, a function of the destination that returns complaints, while no other preparation writes there.
+def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str, list[list]], list[str]]) -> None:
+    """Calls `write`, a function of the destination and the identity of the inputs that returns complaints, under a lock.
 
     Raises:
         SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
     """
-    destination = os.path.realpath(args.destination)
+    destination, source = os.path.realpath(args.destination), identity(inputs)
     for folder in map(os.path.realpath, inputs):
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     try:
         with locked_folder(destination):
-            complaints = write(destination)
+            complaints = write(destination, source)
     except filelock.Timeout:
         sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
                  '--destination')
@@ -176,43 +208,14 @@ def locked_folder(folder: str) -> Iterator[None]:
                 os.remove(path)
 
 
-def _prepare(pictures, classes, size, args, recipe, source, absent, describe, destination, facts, manifest):
-    """`prepare`, under the lock; returns the complaints."""
-    start(destination, recipe, source, args.force, [picture.name for picture in pictures])
-    refuse_duplicates(picture.name for picture in pictures)
-    remove_parts(destination)  # of killed preparations: no other process holds the lock
-    for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
-        os.makedirs(folder, exist_ok=True)
-        remove_parts(folder)
-    damaged = write_all(pictures, destination)
-    counts = count_classes(pictures, destination)
-    complaints = check(pictures, counts, classes, damaged, absent, destination)
-    print(summary(counts, classes, megabytes(counts, classes, destination), size))
-    print(describe(counts), 'in', destination + ''.join(f', {name} {value}' for name, value in facts.items()), flush=True)
-    if manifest:
-        write_manifest(os.path.join(destination, MANIFEST), sorted((expected.split, name) for name, expected in classes.items()))
-    for name in classes:  # an empty folder would be a class without images
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.join(destination, name))
-    write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
-    # Last: if anything stops this function earlier, the record says incomplete.
-    write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing, facts=facts)
-    return complaints
-
-
 def start(destination: str, recipe: str, source: list[list], force: bool, files: Sequence[str]) -> None:
     """Records that a preparation is running; then removes the files of another recipe or source (or any, by force).
 
     Args:
         source: as from `identity`. Records of earlier versions have none.
     """
-    try:
-        record = read_json(os.path.join(destination, RECORD))
-        same = record.get('recipe') == recipe and record.get('source', source) == source
-    except FileNotFoundError:
-        same = True
-    except (ValueError, AttributeError):
-        same = False
+    record = preparation_record(destination)
+    same = bool(record) and record.get('recipe', recipe) == recipe and record.get('source', source) == source
     # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
     # none, until files of another recipe are gone.
     write_preparation_record(destination, recipe if same and not force else None, source, complete=False)
@@ -226,7 +229,7 @@ def start(destination: str, recipe: str, source: list[list], force: bool, files:
 def write_preparation_record(destination: str, recipe: str | None, source: list[list], complete: bool,
                              facts: Mapping[str, object] | None = None) -> None:
     """Writes what the program reads before it uses the images: whether they are complete, and how they were chosen."""
-    write_atomically(os.path.join(destination, RECORD), json.dumps(
+    write_atomically(os.path.join(destination, PREPARATION_RECORD), json.dumps(
         {'recipe': recipe, 'source': source, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
 
 
@@ -243,17 +246,13 @@ def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, 
         write_atomically(path, content)
         return None
 
-    damaged, pool = [], ThreadPoolExecutor(max_workers=os.cpu_count())
-    with deferred_interrupt() as interrupts:
-        try:
-            futures = [pool.submit(work, picture) for picture in pictures]
-            for future in tqdm(as_completed(futures), total=len(futures), unit=' images', disable=None):
-                if interrupts:
-                    break
-                if future.result():
-                    damaged.append(future.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    damaged = []
+    with deferred_interrupt() as interrupts, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for problem in tqdm(pool.map(work, pictures), total=len(pictures), unit=' images', disable=None):
+            if interrupts:
+                break
+            if problem:
+                damaged.append(problem)
     return sorted(damaged, key=lambda pair: pair[0])
 
 
@@ -282,29 +281,12 @@ def deferred_interrupt() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
 
-def count_classes(pictures: Sequence[Picture], destination: str) -> dict[str, int]:
-    """{class folder: number of its pictures that are on the disk}."""
-    names = {picture.name for picture in pictures}
-    counts = collections.Counter(os.path.dirname(name) for name in names if os.path.isfile(os.path.join(destination, name)))
-    return dict(counts)
-
-
 def refuse_duplicates(names: Iterable[str]) -> None:
     """Raises SystemExit if pictures have the same name: which of them would be written is chance."""
     duplicates = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if duplicates:
         sys.exit(f'{len(duplicates)} file names stand for more than one image of their class, first {duplicates[0]}; download the '
                  'source again')
-
-
-def check(pictures: Sequence[Picture], counts: Mapping[str, int], classes: Mapping[str, Class],
-          damaged: Sequence[tuple[str, Exception]], absent: Sequence[str], destination: str) -> list[str]:
-    """A sentence for each problem found; [] if there is none."""
-    files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
-    return sentences([
-        *differences(counts, classes, damaged, absent),
-        (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
-        (f'{destination} holds ', folders, 'further class folders', '; remove them')])
 
 
 def differences(counts: Mapping[str, int], classes: Mapping[str, Class], damaged: Sequence[tuple[str, Exception]],
@@ -378,8 +360,7 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
 
 def read_classes(path: str) -> list[dict[str, str]]:
     """Rows of a csv file that ships with the scripts, as dicts."""
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
+    return read_csv(path)[1]
 
 
 def read_file(path: str, limit: int | None = None) -> bytes:

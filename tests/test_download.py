@@ -17,11 +17,16 @@ from test_preparation import cifar_parts, write_cifar
 
 from conftest import ROOT, run_ok
 from data import download
-from data.download import File, Patience
+from data.download import File
 
 CONTENT = os.urandom(300_000)
-PATIENCE = Patience(timeout=0.3, attempts=3, pause=0.01)
 PAGE = b'\n<!DOCTYPE html>' + b' ' * 3000
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch):
+    for name, value in ('TIMEOUT', 0.3), ('ATTEMPTS', 3), ('PAUSE', 0.01):
+        monkeypatch.setattr(download, name, value)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -121,7 +126,7 @@ def get(server, tmp_path):
     def run(*behaviours, file=None):
         server.behaviours['/file'] += behaviours
         try:
-            download.fetch_files([file or file_of(server.url())], str(tmp_path), PATIENCE)
+            download.fetch_files([file or file_of(server.url())], str(tmp_path))
             said = None
         except SystemExit as error:
             said = error.code
@@ -214,7 +219,7 @@ def test_no_room(get, server, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be(server, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(SystemExit, match='writing to .* failed'):
-        download.fetch_files([file_of(server.url())], str(tmp_path / 'file'), PATIENCE)
+        download.fetch_files([file_of(server.url())], str(tmp_path / 'file'))
 
 
 def write_table(path, rows):

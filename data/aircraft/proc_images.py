@@ -2,9 +2,8 @@
 
     python data/aircraft/proc_images.py --download
 
-fetches fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/) into data/aircraft/. Without
---download, it reads the archive or its unpacked folder there. It writes data/aircraft/classes/<class>/ and
-data/aircraft/splits.csv. It may be interrupted and run again. The list of classes is data/aircraft/classes.csv.
+fetches fgvc-aircraft-2013b.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/) into data/aircraft/, and writes
+data/aircraft/classes/<class>/ and data/aircraft/splits.csv.
 
 The photographs are cropped to the boxes around the aircraft, as others do, because a banner below each names its owner; --no-crop
 leaves them whole. --split=metadataset has 70 / 15 / 15 classes, frn (Wertheimer et al., 2021) 50 / 25 / 25.

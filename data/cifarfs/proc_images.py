@@ -4,9 +4,8 @@ CIFAR-FS (Bertinetto et al., arXiv:1805.08136): the 100 fine classes split 64 / 
 
     python data/cifarfs/proc_images.py --download
 
-fetches cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into data/cifar100/. Without --download, it reads
-the archive or its unpacked folder there. It writes data/cifarfs/{train,val,test}/<class>/*.png. It may be interrupted and run
-again. The classes of each split are in data/cifarfs/classes.csv.
+fetches cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into data/cifar100/, and writes
+data/cifarfs/{train,val,test}/<class>/*.png.
 """
 import os
 import sys

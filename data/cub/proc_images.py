@@ -2,9 +2,8 @@
 
     python data/cub/proc_images.py --download
 
-fetches CUB_200_2011.tgz (https://data.caltech.edu/records/65de6-vp158) into data/cub/. Without --download, it reads the archive
-or its unpacked folder there. It writes data/cub/classes/<class>/ and data/cub/splits.csv. It may be interrupted and run again.
-The list of classes is data/cub/classes.csv.
+fetches CUB_200_2011.tgz (https://data.caltech.edu/records/65de6-vp158) into data/cub/, and writes data/cub/classes/<class>/
+and data/cub/splits.csv.
 
 Several splits are published under this name: --split=chen (Chen et al., 2019: 100 / 50 / 50 classes; of torchmeta, too), frn
 (Wertheimer et al., 2021: the same rule, but its train classes are exactly chen's val and test classes), feat (Ye et al., 2020),

@@ -2,9 +2,8 @@
 
     python data/doublemnist/proc_images.py --download
 
-fetches MNIST's four idx files into data/mnist/. Without --download, it reads them there, packed (.gz) or not. It writes the
-arrays data/doublemnist/{train,val,test}.npy, half a gigabyte in all. It may be interrupted and run again. The classes of each
-split are in data/doublemnist/classes.csv.
+fetches MNIST's four idx files into data/mnist/, and writes the arrays data/doublemnist/{train,val,test}.npy, half a gigabyte in
+all.
 """
 import os
 import sys

@@ -3,9 +3,8 @@ Meta-Dataset.
 
     python data/dtd/proc_images.py --download
 
-fetches dtd-r1.0.1.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/dtd/) into data/dtd/. Without --download, it reads the archive
-or its unpacked folder there. It writes data/dtd/classes/<class>/ and data/dtd/splits.csv. It may be interrupted and run again.
-The list of classes is data/dtd/classes.csv.
+fetches dtd-r1.0.1.tar.gz (https://www.robots.ox.ac.uk/~vgg/data/dtd/) into data/dtd/, and writes data/dtd/classes/<class>/ and
+data/dtd/splits.csv.
 """
 import os
 import sys

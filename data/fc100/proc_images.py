@@ -4,9 +4,8 @@ FC100 (Oreshkin et al., TADAM, arXiv:1805.10123): 60 / 20 / 20 classes, no super
 
     python data/fc100/proc_images.py --download
 
-fetches cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into data/cifar100/. Without --download, it reads
-the archive or its unpacked folder there. It writes data/fc100/{train,val,test}/<class>/*.png. It may be interrupted and run
-again. The classes of each split are in data/fc100/classes.csv.
+fetches cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into data/cifar100/, and writes
+data/fc100/{train,val,test}/<class>/*.png.
 """
 import os
 import sys

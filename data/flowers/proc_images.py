@@ -2,9 +2,8 @@
 
     python data/flowers/proc_images.py --download
 
-fetches 102flowers.tgz and imagelabels.mat (https://www.robots.ox.ac.uk/~vgg/data/flowers/102/) into data/flowers/. Without
---download, it reads the archive or its unpacked folder there. It writes data/flowers/classes/<class>/ and
-data/flowers/splits.csv. It may be interrupted and run again. The list of classes is data/flowers/classes.csv.
+fetches 102flowers.tgz and imagelabels.mat (https://www.robots.ox.ac.uk/~vgg/data/flowers/102/) into data/flowers/, and writes
+data/flowers/classes/<class>/ and data/flowers/splits.csv.
 """
 import os
 import sys

@@ -2,9 +2,8 @@
 
     python data/gtsrb/proc_images.py --download
 
-fetches GTSRB_Final_Training_Images.zip (https://benchmark.ini.rub.de/gtsrb_dataset.html) into data/gtsrb/. Without --download,
-it reads the archive or its unpacked folder there. It writes data/gtsrb/classes/<class>/ and data/gtsrb/splits.csv. It may be
-interrupted and run again. The list of classes is data/gtsrb/classes.csv.
+fetches GTSRB_Final_Training_Images.zip (https://benchmark.ini.rub.de/gtsrb_dataset.html) into data/gtsrb/, and writes
+data/gtsrb/classes/<class>/ and data/gtsrb/splits.csv.
 
 Each track has 30 nearly identical images of one sign, taken as a car approaches it. Support and query examples of a task may
 come from the same track, as in Meta-Dataset.

@@ -12,8 +12,7 @@ and run, there or anywhere,
     python data/miniImagenet/proc_images.py
 
 It writes data/miniImagenet/{train,val,test}/<label>/, 84x84 pixels. Images of that size are copied byte for byte, others
-are resized with a Lanczos filter (JPEG at quality 95). It may be interrupted and run again. The classes of each split are in
-data/miniImagenet/classes.csv.
+are resized with a Lanczos filter (JPEG at quality 95).
 """
 import argparse
 import collections
@@ -64,10 +63,12 @@ def from_images(args: argparse.Namespace) -> Contents:
     if not files:
         sys.exit(f'there are no images in {archive.path}')
     rows, expected, lists = expected_rows(args.source, files)
-    index, pictures, absent, label_of = by_last_components(files), [], [], {}
+    same_name, pictures, absent, label_of = collections.defaultdict(list), [], [], {}
+    for path in files:
+        same_name[os.path.basename(path)].append(path)
     known = {label for _, label in class_list()}  # `prepare` complains of others
     for split, name, label in rows:
-        path = locate(index, name, label, known)
+        path = locate(same_name[os.path.basename(name)], name, label, known)
         if path is None:
             absent.append(name)
         elif label in known and label_of.setdefault(path, label) != label:
@@ -96,21 +97,17 @@ def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, st
     return rows, expected, list(lists.values())
 
 
-def by_last_components(paths: Iterable[str]) -> dict[str, list[str]]:
-    """{end of a path: paths with that ending}, for ends of one and of two components and for whole paths."""
-    index = collections.defaultdict(list)
-    for path in paths:
-        components = path.split('/')
-        for end in {'/'.join(components[-count:]) for count in (1, 2, len(components))}:
-            index[end].append(path)
-    return index
+def locate(paths: Iterable[str], name: str, label: str, known: Collection[str]) -> str | None:
+    """The path of an image that a csv file calls `name`: in its class's folder, or under that name but in no other class's folder.
 
-
-def locate(index: Mapping[str, list[str]], name: str, label: str, known: Collection[str]) -> str | None:
-    """The path of an image that a csv file calls `name`: in a folder of its class, or under that name, but in no other class's folder."""
-    folders = {path: os.path.basename(os.path.dirname(path)) for path in index.get(name, [])}
-    named = [path for path, folder in folders.items() if folder == label or folder not in known]
-    matches = index.get(f'{label}/{os.path.basename(name)}') or named or [None]
+    Args:
+        paths: those of the same last component.
+        known: all classes.
+    """
+    folders = {path: os.path.basename(os.path.dirname(path)) for path in paths}
+    own = [path for path, folder in folders.items() if folder == label]
+    named = [path for path, folder in folders.items() if folder not in known and f'/{path}'.endswith(f'/{name}')]
+    matches = own or named or [None]
     if len(matches) > 1:
         sys.exit(f'the images hold {name} more than once: {matches[0]} and {matches[1]}; remove one')
     return matches[0]

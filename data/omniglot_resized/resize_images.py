@@ -3,8 +3,7 @@
     python data/omniglot_resized/resize_images.py --download
 
 fetches images_background.zip and images_evaluation.zip (https://github.com/brendenlake/omniglot, folder python) into
-data/omniglot/. Without --download, it reads the archives or their unpacked folders there. It writes
-data/omniglot_resized/<alphabet>/<character>/<drawing>.png and leaves the source as it is. It may be run again at any time.
+data/omniglot/, and writes data/omniglot_resized/<alphabet>/<character>/<drawing>.png.
 
 The originals are 1-bit images, which Pillow resizes by nearest neighbour whatever filter it is given. So did the reference
 code, and so does this script; --antialias makes grey images with a real Lanczos filter instead.

@@ -13,8 +13,8 @@ and run, there or anywhere,
     python data/tieredimagenet/proc_images.py
 
 These files must be downloaded manually, so --download only prints where they are and checks those present. The script writes the
-arrays data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all. It may be interrupted and run again: complete splits stay.
-Images of other sizes are resized with a Lanczos filter. The classes of each split are in data/tieredimagenet/classes.csv.
+arrays data/tieredimagenet/{train,val,test}.npy, 16.5 gigabytes in all; run again, it leaves complete splits as they are.
+Images of other sizes are resized with a Lanczos filter.
 """
 import argparse
 import collections

@@ -2,9 +2,7 @@
 
     python data/triplemnist/proc_images.py --download
 
-fetches MNIST's four idx files into data/mnist/. Without --download, it reads them there, packed (.gz) or not. It writes the
-arrays data/triplemnist/{train,val,test}.npy, 7 gigabytes in all. It may be interrupted and run again. The classes of each split
-are in data/triplemnist/classes.csv.
+fetches MNIST's four idx files into data/mnist/, and writes the arrays data/triplemnist/{train,val,test}.npy, 7 gigabytes in all.
 """
 import os
 import sys

@@ -15,7 +15,6 @@ from typing import BinaryIO
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
-from runtime.system.errors import UserError
 from runtime.system.files import read_json, remove_stale_parts, require_regular_file, write_atomically
 
 RECORD = 'packed.json'
@@ -79,7 +78,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
             raise ValueError(f'it holds {array.dtype} {list(array.shape)}')
         same_time = record.get('mtime_ns') == status.st_mtime_ns
         if record.get('bytes', status.st_size) != status.st_size or (
-                (verify or not same_time) and _checksum(file, array.offset) != record['crc32']):
+                (verify or not same_time) and file_checksum(file, array.offset) != record['crc32']):
             raise ValueError('its size or its checksum is wrong')
     if not same_time:
         record['mtime_ns'] = status.st_mtime_ns
@@ -88,7 +87,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
     return array
 
 
-def _checksum(file, start):
+def file_checksum(file: BinaryIO, start: int = 0) -> int:
     """CRC-32 of a file from a position on, read in pieces to save memory."""
     checksum = 0
     file.seek(start)
@@ -116,12 +115,12 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
     with contextlib.suppress(Exception):  # an unreadable cache is made again
         record = read_json(path + '.json')
         if record['fingerprint'] == fingerprint:
-            return read_array(path + '.npy', shape, record, verify, lambda: _write_json(path + '.json', record)), record['crc32']
+            return read_array(path + '.npy', shape, record, verify, lambda: write_json(path + '.json', record)), record['crc32']
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         remove_stale_parts(path + '.npy')
         array, facts = write_array(path + '.npy', shape, make)
-        _write_json(path + '.json', {'fingerprint': fingerprint, **facts})
+        write_json(path + '.json', {'fingerprint': fingerprint, **facts})
         return array, facts['crc32']
     except OSError as error:
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
@@ -129,16 +128,12 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
         return array, zlib.crc32(array)
 
 
-def _write_json(path, value):
+def write_json(path: str, value: object) -> None:
+    """Writes a record, atomically."""
     write_atomically(path, json.dumps(value).encode())
 
 
 # Packed splits ------------------------------------------------------------------------------------------------------
-
-def is_packed(root: str) -> bool:
-    """Whether a data folder holds packed images."""
-    return os.path.lexists(os.path.join(root, RECORD))
-
 
 def read_packed_record(root: str) -> dict[str, dict]:
     """{split: {'classes': {class: images}, 'crc32': ..., 'bytes': ..., 'mtime_ns': ...}}.
@@ -155,38 +150,3 @@ def read_packed_record(root: str) -> dict[str, dict]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError('it is malformed')
     return record
-
-
-def write_packed_record(root: str, record: dict[str, dict]) -> None:
-    """Writes the record of a folder of packed arrays, atomically."""
-    _write_json(os.path.join(root, RECORD), record)
-
-
-def packed_counts(root: str, split: str, script: str) -> dict[str, int]:
-    """{class: images} of a split, in the order of its array; {} if there is no such split.
-
-    Raises:
-        UserError: the record cannot be read.
-    """
-    return _packed_record(root, script).get(split, {'classes': {}})['classes']
-
-
-def packed_array(root: str, split: str, image_shape: tuple[int, int, int], script: str, verify: bool) -> tuple[np.ndarray, int]:
-    """The images of a split, memory-mapped, and their CRC-32; see `read_array`.
-
-    Raises:
-        UserError: they are not there, of another shape, or damaged.
-    """
-    record, path = _packed_record(root, script), os.path.join(root, split + '.npy')
-    shape = sum(record[split]['classes'].values()), *image_shape
-    try:
-        return read_array(path, shape, record[split], verify, lambda: write_packed_record(root, record)), record[split]['crc32']
-    except Exception as error:
-        raise UserError(f'{path} is damaged ({" ".join(str(error).split())}); make it again: python {script} --force') from error
-
-
-def _packed_record(root, script):
-    try:
-        return read_packed_record(root)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{os.path.join(root, RECORD)} cannot be read ({error}); make it again: python {script} --force') from error

@@ -21,36 +21,27 @@ from runtime.system.files import read_csv, read_json, write_csv
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
 PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+LAYOUT = 'it must hold folders train, val and test, each with one folder of images per class, or just the latter'
 CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassFolders:
-    """The class folders of a data source.
-
-    Attributes:
-        root: the data folder.
-        script: the preparation script that makes it; None: they are the user's own images, of any size and format.
-        shipped_manifest: the manifest to use if root holds neither one nor folders train, val and test.
-        split_ratios: proportions of train, val and test in numbers of classes, for class folders that are not split yet.
-        split_given: whether the user asked for these proportions; then others in an existing manifest are refused.
-        skip_bad_images: leave out images that cannot be used, instead of refusing the split.
-        verify: compare checksums of decoded images, which takes time; else sizes and times only.
-    """
-    root: str
-    script: str | None = None
-    shipped_manifest: str | None = None
-    split_ratios: tuple[int, int, int] | None = None
-    split_given: bool = False
-    skip_bad_images: bool = False
-    verify: bool = False
+    """The class folders of a data source."""
+    root: str                       # the data folder
+    script: str | None = None       # the preparation script that makes it; None: the user's own images, of any size and format
+    shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
+    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
+    split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
+    skip_bad_images: bool = False   # leave out images that cannot be used, instead of refusing the split
+    verify: bool = False            # compare checksums of decoded images, which takes time; else sizes and times only
 
     @property
     def missing_hint(self) -> str:
         """What to do if class folders are missing."""
-        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script else
-                'it must hold folders train, val and test, each with one folder of images per class, or just the latter')
+        return (f'prepare the images with: python {self.script} --download (or without it, if you have the files)' if self.script
+                else LAYOUT)
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -95,14 +86,14 @@ class ClassFolders:
     def _check_prepared(self):
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {self.missing_hint}')
-        if not _preparation_complete(self.root):
+        if not preparation_record(self.root).get('complete'):
             again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
 
     def _names(self, split):
         self._check_prepared()
         if self._is_packed():
-            return list(self._packed_counts(split))
+            return list(self._packed_record(split)[split]['classes'])
         manifest = self._manifest()
         names = self._listed(manifest, split)
         if not names:
@@ -140,7 +131,8 @@ class ClassFolders:
         """
         if self._is_packed():
             return self._load_packed(split, image_shape)
-        files = self._files(split)
+        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
+        files = [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
         try:
             return self._decoded(split, files, image_shape)
         except BadImages as error:
@@ -152,24 +144,30 @@ class ClassFolders:
                                      for name, images in files], image_shape)
 
     def _is_packed(self):
-        return self.script is not None and arrays.is_packed(self.root)
+        return self.script is not None and os.path.lexists(os.path.join(self.root, arrays.RECORD))
 
-    def _packed_counts(self, split):
-        counts = arrays.packed_counts(self.root, split, self.script)
-        if not counts:
+    def _packed_record(self, split):
+        """The record of a folder of packed arrays, which has an entry for the split."""
+        try:
+            record = arrays.read_packed_record(self.root)
+        except (OSError, ValueError) as error:
+            raise UserError(f'{os.path.join(self.root, arrays.RECORD)} cannot be read ({error}); make it again: '
+                            f'python {self.script} --force') from error
+        if not record.get(split, {'classes': {}})['classes']:
             raise UserError(f'the {split} split in {self.root} has no classes; {self.missing_hint}')
-        return counts
+        return record
 
     def _load_packed(self, split, image_shape):
         self._check_prepared()
-        counts = self._packed_counts(split)
-        images, checksum = arrays.packed_array(self.root, split, image_shape, self.script, self.verify)
-        return Examples.grouped(images, counts, checksum)
-
-    def _files(self, split):
-        """[(class folder, its image files)] of a split."""
-        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
-        return [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
+        record, path = self._packed_record(split), os.path.join(self.root, split + '.npy')
+        counts = record[split]['classes']
+        try:
+            images = arrays.read_array(path, (sum(counts.values()), *image_shape), record[split], self.verify,
+                                       lambda: arrays.write_json(os.path.join(self.root, arrays.RECORD), record))
+        except Exception as error:
+            reason = ' '.join(str(error).split())
+            raise UserError(f'{path} is damaged ({reason}); make it again: python {self.script} --force') from error
+        return Examples.grouped(images, counts, record[split]['crc32'])
 
     def _decoded(self, split, files, image_shape):
         own, root = self.script is None, self.root
@@ -206,9 +204,8 @@ class ClassFolders:
 
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
-        listed = [name for split in SPLITS for name in read_manifest(manifest, split)]
-        rows = split_classes(listed, self.split_ratios, self.root)
-        if any(sorted(name for part, name in rows if part == split) != read_manifest(manifest, split) for split in SPLITS):
+        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        if rows != split_classes([name for _, name in rows], self.split_ratios, self.root):
             raise UserError(f'{manifest} does not match {_split_flag(self.split_ratios)}; leave out --split, or delete that file to '
                             'split the classes again')
 
@@ -289,8 +286,7 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str)
         UserError: there are too few classes.
     """
     if len(names) < len(SPLITS):
-        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; it must '
-                        'hold folders train, val and test, each with one folder of images per class, or just the latter')
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; {LAYOUT}')
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     held_out = [max(1, len(names) * ratio // sum(ratios)) for ratio in ratios[1:]]
     if sum(held_out) >= len(names):
@@ -327,11 +323,6 @@ def _is_below(name: str | None) -> bool:
 
 def _split_flag(ratios: tuple[int, int, int]) -> str:
     return '--split=' + '/'.join(map(str, ratios))
-
-
-def _preparation_complete(root: str) -> bool:
-    """Whether the preparation record says so, or there is no record."""
-    return bool(preparation_record(root).get('complete'))
 
 
 def preparation_record(root: str) -> dict:

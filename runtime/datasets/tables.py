@@ -68,16 +68,10 @@ class Columns(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The csv files below a folder.
-
-    Attributes:
-        root: the folder.
-        target_names: the columns to predict; (): there are none, and each file is a class.
-        trained_columns: those that a run was trained with; None: those of the files in train.
-    """
+    """The csv files below a folder."""
     root: str = ''
-    target_names: tuple[str, ...] = ()
-    trained_columns: Columns | None = None
+    target_names: tuple[str, ...] = ()      # the columns to predict; (): there are none, and each file is a class
+    trained_columns: Columns | None = None  # those that a run was trained with; None: those of the files in train
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -89,20 +83,13 @@ class Tables:
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
         paths = {split: table_files(os.path.join(self.root, split)) for split in SPLITS}
-        sheets = map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split]])
+        sheets = map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()])
         if not sheets:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
-        for split in SPLITS:
-            tables = {}
-            for path in paths[split]:
-                other = tables.setdefault(path[:-len('.csv')], path)
-                if other != path:
-                    raise UserError(f'{path} and {os.path.basename(other)} are two tables of one name; rename one')
         model = _usual(sheets)
         names = self._names(model)
-        arrays = map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), sheets)
-        values = dict(zip([sheet.path for sheet in sheets], arrays))
-        return names, {split: {os.path.basename(path)[:-len('.csv')]: values[path] for path in paths[split]} for split in SPLITS}
+        arrays = iter(map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), sheets))
+        return names, {split: {table: next(arrays) for table in paths[split]} for split in SPLITS}
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
@@ -188,11 +175,22 @@ def _usual(sheets: Sequence[Sheet]) -> Sheet:
     return max(sheets, key=lambda sheet: counts[frozenset(sheet.columns)])
 
 
-def table_files(folder: str) -> list[str]:
-    """Paths of the csv files in a folder, sorted; [] if it does not exist. Hidden files and others are ignored."""
-    if not os.path.isdir(folder):
-        return []
-    return sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith('.csv') and not entry.name.startswith('.'))
+def table_files(folder: str) -> dict[str, str]:
+    """{table: path of its csv file} of a folder, sorted; {} if it does not exist. Hidden files and others are ignored.
+
+    Raises:
+        UserError: two tables have the same name.
+    """
+    tables = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        table, suffix = os.path.splitext(name)
+        if suffix.lower() != '.csv' or name.startswith('.'):
+            continue
+        path = os.path.join(folder, name)
+        if table in tables:
+            raise UserError(f'{path} and {os.path.basename(tables[table])} are two tables of one name; rename one')
+        tables[table] = path
+    return tables
 
 
 def read_sheet(path: str) -> Sheet:
