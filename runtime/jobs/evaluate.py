@@ -214,7 +214,7 @@ def restore(run: Trained) -> Restored:
                         f'{run.regime}ing; give the flags of its training')
     checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
                           'give the flags of its training')
-    checkpoints.restore_parameters(checkpoint, model.parameters())
+    checkpoints.restore(checkpoint, model.parameters())
     if members:
         model = Ensemble(model, [{name: member.arrays[name] for name in model.parameters()} for member in members],
                          [member.record['iteration'] for member in members])
