@@ -81,8 +81,7 @@ def path(directory: str, iteration: int) -> str:
 
 
 def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
-    """Writes {name: tf.Variable or tensor} and a record, which json can write, atomically to a prefix from `path`. When this returns,
-    the checkpoint survives a power cut.
+    """Writes {name: tf.Variable or tensor} and a record of JSON values, atomically; when this returns, they survive a power cut.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -182,7 +181,7 @@ def newest(directory: str) -> Checkpoint | None:
 
 
 def find(directory: str, wanted: int | str | None) -> Checkpoint:
-    """The checkpoint of an iteration; with None the newest, with 'best' the one that the newest records as best on meta-validation.
+    """The checkpoint of an iteration; None: the newest; 'best': the one that the newest records as best on meta-validation.
 
     Raises:
         UserError: as for `newest`, or it is not there; the message names the directory and what it holds.
@@ -203,8 +202,8 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
         hint = f'there {"are" if len(saved) > 1 else "is"} {", ".join(f"model{number}" for number in saved)}. Give one of these'
     else:
         logdir = os.path.dirname(directory)
-        folders = sorted(entry.name for entry in os.scandir(logdir) if entry.is_dir()) if os.path.isdir(logdir) else []
-        hint = f'{logdir} holds {", ".join(folders) or "nothing"}. Train first'
+        folders = ', '.join(sorted(glob.glob('*/', root_dir=logdir))).replace('/', '')
+        hint = f'{logdir} holds {folders or "nothing"}. Train first'
     raise UserError(f'there is no {what} in {directory}; {hint}, or name the run by --run=DIR')
 
 
@@ -223,7 +222,8 @@ def find_best(directory: str, count: int) -> list[Checkpoint]:
     ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record)][:count]
     if len(ranking) < count:
         raise UserError(f'--ensemble={count} needs as many checkpoints that were validated and kept, and {directory} has '
-                        f'{len(ranking) or "none"}; train on with --ensemble={count}, or evaluate with --ensemble={max(len(ranking), 1)}')
+                        f'{len(ranking) or "none"}; train on with --ensemble={count}, or evaluate with '
+                        f'--ensemble={max(len(ranking), 1)}')
     return [find(directory, iteration) for iteration in ranking]
 
 
@@ -242,7 +242,8 @@ def check_run(checkpoint: Checkpoint, flags: dict, pretrain_iterations: int, hin
     """`check_flags` for a run's own checkpoint, which has had as much pre-training as its iterations allow."""
     record = checkpoint.record
     made, given = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], pretrain_iterations))
-    check_flags(checkpoint.prefix, {**record['flags'], 'pretrain_iterations': made}, {**flags, 'pretrain_iterations': given}, hint)
+    recorded, flags = {**record['flags'], 'pretrain_iterations': made}, {**flags, 'pretrain_iterations': given}
+    check_flags(checkpoint.prefix, recorded, flags, hint)
 
 
 def _read(prefix):
@@ -285,8 +286,8 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
     arrays = without_optimizer(checkpoint.arrays)
     if any(_OPTIMIZER in name for name in variables):
         if arrays.keys() == checkpoint.arrays.keys():
-            raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training cannot '
-                            'continue from it; start another run from its weights by --load_from')
+            raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
+                            'cannot continue from it; start another run from its weights by --load_from')
         arrays = checkpoint.arrays
     _assign(checkpoint.prefix, arrays, variables)
 
@@ -299,8 +300,8 @@ def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
     """Assigns the values of a checkpoint, of this program or of the reference under TensorFlow 1, to a model's parameters.
 
-    What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales of
-    batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
+    What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
+    of batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
 
     Args:
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
@@ -315,10 +316,10 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     _check_there(prefix)
     _, arrays, record = _read(prefix)
     if record:  # the state of an inner optimizer is left out if the model has none
-        arrays = {name: array for name, array in without_optimizer(arrays).items() if name in variables or not name.startswith('inner/')}
+        arrays = {name: array for name, array in without_optimizer(arrays).items()
+                  if name in variables or not name.startswith('inner/')}
     else:
-        names = _reference_names(variables)
-        arrays = {names.get(name, name): array for name, array in arrays.items() if name.startswith('model/') and 'Adam' not in name}
+        arrays = _reference_weights(arrays, variables)
     scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
     for name, variable in variables.items():
         if name not in arrays and (name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
@@ -335,22 +336,23 @@ def _check_there(prefix):
     if os.path.exists(prefix + '.index'):
         return
     folder = os.path.abspath(os.path.dirname(prefix))
-    others = ', '.join(sorted(os.path.basename(name)[:-len('.index')] for name in glob.glob(os.path.join(glob.escape(folder), '*.index'))))
-    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {others or "no checkpoint"}')
+    others = sorted(name.removesuffix('.index') for name in glob.glob('*.index', root_dir=folder))
+    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {", ".join(others) or "no checkpoint"}')
 
 
-def _reference_names(variables):
-    """{the reference's name: ours} of weights, in the order of `Network.initial_weights`, and norm parameters.
+def _reference_weights(arrays, variables):
+    """The parameters in a checkpoint of the reference, by this program's names.
 
     The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
     """
-    named, numbered = {}, []
+    names, numbered = {}, 0
     for name in variables:
         if '/' in name or 'conv1' in variables and (name.startswith('conv') or name in ('w5', 'b5')):
-            named[f'model/{name}'] = name
+            names[f'model/{name}'] = name
         else:
-            numbered.append(name)
-    return named | {f'model/Variable_{number}' if number else 'model/Variable': name for number, name in enumerate(numbered)}
+            names[f'model/Variable_{numbered}' if numbered else 'model/Variable'] = name
+            numbered += 1
+    return {names.get(name, name): array for name, array in arrays.items() if name.startswith('model/') and 'Adam' not in name}
 
 
 def _assign(prefix, arrays, variables):
@@ -389,7 +391,7 @@ def move_aside(directory: str, iteration: int) -> str | None:
     names = [name for later in iterations(directory) if later > iteration for name in _files(directory, later)]
     if iteration == 0:
         for pattern in _OF_A_RUN:
-            names += glob.glob(os.path.join(glob.escape(directory), pattern))
+            names += [os.path.join(directory, name) for name in glob.glob(pattern, root_dir=directory)]
     if not names:
         return None
     number = 1
