@@ -17,12 +17,11 @@ class Ensemble:
 
     Attributes:
         config, replicas, weights, state: as of the model.
-        iterations: of the checkpoints.
     """
 
-    def __init__(self, model: MAML, members: Sequence[dict[str, np.ndarray]], iterations: Sequence[int]):
+    def __init__(self, model: MAML, members: Sequence[dict[str, np.ndarray]]):
         """`members` holds all parameters of each checkpoint, {name: array}; those of the model are overwritten."""
-        self._model, self._members, self.iterations = model, members, iterations
+        self._model, self._members = model, members
         self.config, self.replicas, self.weights, self.state = model.config, model.replicas, model.weights, model.state
 
     def members(self) -> Iterator[MAML]:
@@ -36,7 +35,7 @@ class Ensemble:
         """As `MAML.variant`."""
         variants = [model.variant(**changes) for model in self.members()]
         members = [{name: variable.numpy() for name, variable in variant.parameters().items()} for variant in variants]
-        return Ensemble(variants[0], members, self.iterations)
+        return Ensemble(variants[0], members)
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
         """As `MAML.predict`."""
