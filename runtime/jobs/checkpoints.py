@@ -26,7 +26,7 @@ from runtime.system.files import locked, require_regular_file
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 _RECORD = 'record'
 _ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'data'  # of the record
-_SUFFIXES = ('.data-00000-of-00001', '.index')  # renamed in this order: the index makes the checkpoint complete
+_SUFFIXES = _DATA, _INDEX = '.data-00000-of-00001', '.index'  # renamed in this order: the index makes a checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
 _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
@@ -50,8 +50,7 @@ class Checkpoint(NamedTuple):
 def exclusive(directory: str) -> Iterator[None]:
     """Creates the directory and, while entered, locks it against other training processes. The lock ends with the process.
 
-    Raises:
-        UserError: another process trains there, or it cannot be written to.
+    Raises UserError if another process trains there, or it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -83,17 +82,15 @@ def path(directory: str, iteration: int) -> str:
 def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
     """Writes {name: tf.Variable or tensor} and a record of JSON values, atomically; when this returns, they survive a power cut.
 
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
+    Raises OSError if they cannot be written; nothing is left of them.
     """
     directory, name = os.path.split(prefix)
     with _written(directory, name, {**state, _RECORD: tf.constant(json.dumps(record))}) as temporary:
-        data, index = (prefix + suffix for suffix in _SUFFIXES)
-        os.replace(temporary + _SUFFIXES[0], data)
+        os.replace(temporary + _DATA, prefix + _DATA)
         try:
-            os.replace(temporary + _SUFFIXES[1], index)
+            os.replace(temporary + _INDEX, prefix + _INDEX)
         except OSError:
-            os.remove(data)
+            os.remove(prefix + _DATA)
             raise
         with contextlib.suppress(OSError):  # some systems cannot sync folders
             _sync(directory)
@@ -138,20 +135,14 @@ def _finish_saving(directory):
     if os.path.lexists(temporary) and (os.path.islink(temporary) or not os.path.isdir(temporary)):
         raise UserError(f'{temporary} is not a folder, and checkpoints are written in a folder of this name; remove it')
     for iteration in iterations(temporary):
-        (data, index), (final_data, final_index) = ([path(folder, iteration) + suffix for suffix in _SUFFIXES]
-                                                    for folder in (temporary, directory))
-        if os.path.exists(index) and os.path.exists(final_data) and not os.path.exists(data):
-            os.replace(index, final_index)
+        unfinished, finished = path(temporary, iteration), path(directory, iteration)
+        if os.path.exists(finished + _DATA) and not os.path.exists(unfinished + _DATA):
+            os.replace(unfinished + _INDEX, finished + _INDEX)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(prefix: str) -> Checkpoint:
-    """Reads a checkpoint written by `save`.
-
-    Raises:
-        Damaged: it is missing or cannot be read.
-        UserError: it is not one of this program's.
-    """
+    """Reads what `save` wrote. Raises Damaged if it is missing or cannot be read, UserError if it is of another program."""
     checkpoint = _read(prefix)
     if not checkpoint.record:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
@@ -162,12 +153,7 @@ def load(prefix: str) -> Checkpoint:
 
 
 def newest(directory: str) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None if there is none. Damaged ones are reported and skipped.
-
-    Raises:
-        Damaged: there are some, and none can be read.
-        UserError: as for `load`.
-    """
+    """The newest checkpoint; None if there is none. Damaged ones are reported and skipped; raises Damaged if all are."""
     error = None
     for iteration in reversed(iterations(directory)):
         try:
@@ -183,8 +169,7 @@ def newest(directory: str) -> Checkpoint | None:
 def find(directory: str, wanted: int | str | None) -> Checkpoint:
     """The checkpoint of an iteration; None: the newest; 'best': the one that the newest records as best on meta-validation.
 
-    Raises:
-        UserError: as for `newest`, or it is not there; the message names the directory and what it holds.
+    Raises UserError as `newest`, or if it is not there; the message names the directory and what it holds.
     """
     what, saved = 'checkpoint', iterations(directory)
     if wanted is None or wanted == 'best':
@@ -213,11 +198,7 @@ def ranking_of(record: dict) -> list[dict]:
 
 
 def find_best(directory: str, count: int) -> list[Checkpoint]:
-    """The `count` checkpoints that did best on meta-validation, the best first.
-
-    Raises:
-        UserError: as for `find`, or the run has fewer.
-    """
+    """The `count` checkpoints that did best on meta-validation, the best first; raises UserError if there are fewer."""
     checkpoint = find(directory, None)
     ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record)][:count]
     if len(ranking) < count:
@@ -277,11 +258,8 @@ def _without_wildcards(prefix):
 
 
 def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
-    """Assigns the values of a checkpoint to variables, {name: tf.Variable}: `MAML.state()`, to continue a training, or for an
-    evaluation `MAML.parameters()`, which lack the state of the optimizer.
-
-    Raises:
-        UserError: names or shapes differ; says which.
+    """Assigns the values of a checkpoint to variables: `MAML.state()`, to continue a training, or for an evaluation
+    `MAML.parameters()`, which lack the state of the optimizer. Raises UserError, which says what differs, if they do not match.
     """
     arrays = without_optimizer(checkpoint.arrays)
     if any(_OPTIMIZER in name for name in variables):
@@ -307,11 +285,8 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
 
-    Returns:
-        The record of a checkpoint of this program, else {}.
-
-    Raises:
-        UserError: there is no such checkpoint, it cannot be read, or names, shapes or flags differ; lists the differences.
+    Returns the record of a checkpoint of this program, else {}. Raises UserError if there is no such checkpoint, it cannot be
+    read, or names, shapes or flags differ; lists the differences.
     """
     _check_there(prefix)
     _, arrays, record = _read(prefix)
@@ -333,11 +308,11 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
 
 def _check_there(prefix):
     """Raises UserError, which says what is there instead, if there is no checkpoint."""
-    if os.path.exists(prefix + '.index'):
+    if os.path.exists(prefix + _INDEX):
         return
     folder = os.path.abspath(os.path.dirname(prefix))
-    others = sorted(name.removesuffix('.index') for name in glob.glob('*.index', root_dir=folder))
-    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {", ".join(others) or "no checkpoint"}')
+    others = ', '.join(sorted(name.removesuffix(_INDEX) for name in glob.glob('*' + _INDEX, root_dir=folder)))
+    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {others or "no checkpoint"}')
 
 
 def _reference_weights(arrays, variables):
@@ -383,10 +358,9 @@ def prune(directory: str, best: Sequence[int]) -> None:
 
 
 def move_aside(directory: str, iteration: int) -> str | None:
-    """Moves the checkpoints after an iteration into a new folder beside them; for iteration 0 also summaries and results.
+    """Moves the checkpoints after an iteration into a new folder, and after iteration 0 also summaries and results.
 
-    Returns:
-        The folder, or None if there was nothing to move.
+    Returns the folder, or None if there was nothing to move.
     """
     names = [name for later in iterations(directory) if later > iteration for name in _files(directory, later)]
     if iteration == 0:

@@ -42,8 +42,7 @@ class Restored(NamedTuple):
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
 
-    Raises:
-        UserError: there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
+    Raises UserError if there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
     """
     store.entries_of(run.directory)  # a damaged file is reported before the work, not after it
     restored = restore(run)
@@ -80,7 +79,8 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     described = f'{restored.iterations} iterations' if restored.iterations else 'weights of another run'
     if restored.ensemble:
         described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
-    lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks', f'{restored.prefix} ({described})']
+    lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
+             f'{restored.prefix} ({described})']
     if known:
         lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was '
                      f'trained on, such as {known[0]}')
@@ -98,7 +98,9 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
              seconds: float) -> store.Entry:
     """The entry of results.json for an evaluation with values [tasks, 1 + updates], which took some seconds."""
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
-    facts = run.source.task_facts | ({'preparation': preparation} if preparation else {})  # such as which of several published splits
+    facts = {**run.source.task_facts}
+    if preparation:  # such as which of several published splits
+        facts['preparation'] = preparation
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
@@ -109,8 +111,9 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates,
-            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from)),
+            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
+            test_updates=run.test_updates, headline_updates=run.headline_updates,
+            load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
         figures=store.figures_of(values), scores=values.tolist())
@@ -144,8 +147,8 @@ def known_classes(run: Evaluation, trained_on: str, tasks: Tasks) -> list[str]:
 def reference_name(run: Evaluation, restored: Restored, query_norm: str) -> str | None:
     """The name of the .csv and .pkl files of the evaluation that the reference makes; None for any other.
 
-    Its is of the newest checkpoint, on the usual tasks of its own source, on either split, with the usual number of updates. The files
-    are named after the number of shots and the step size, which may be any.
+    The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
+    updates. The files are named after the number of shots and the step size, which may be any.
     """
     is_standard = (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
@@ -158,7 +161,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
          restored: Restored) -> list[str]:
     """Writes the figures of an evaluation with {query_norm: values}, named after split and checkpoint; returns their paths.
 
-    They are for TensorBoard too, where each evaluation is a run of its own, because TensorBoard reads one file of a run at a time.
+    They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
@@ -180,21 +183,18 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
 
 
 def restore(run: Trained) -> Restored:
-    """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
-
-    Raises:
-        UserError: as for `evaluate`.
-    """
+    """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         learnt = record.get('flags', {})
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
-            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation cannot '
-                            f'change them; give --update_lr={learnt["update_lr"]}, with which its training started')
+            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
+                            f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
         return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on))
     is_ensemble = run.ensemble > 1
-    members = checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else [checkpoints.find(run.directory, run.checkpoint)]
+    members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
+               [checkpoints.find(run.directory, run.checkpoint)])
     checkpoint, iterations = members[0], tuple(member.record['iteration'] for member in members)
     record = checkpoint.record
     if record['regime'] != run.regime:

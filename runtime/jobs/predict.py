@@ -34,8 +34,7 @@ def predict(run: Prediction, task: UserTask) -> None:
     predict_<support>_<query>.csv in the experiment directory has for each query what the user gave, followed by the predicted
     class and the probability of each, or by the predicted targets in their own units. Of images, a picture shows them too.
 
-    Raises:
-        UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs, or a file cannot be written.
+    Raises UserError as `evaluate`, or if there are more classes than the network has outputs.
     """
     model, prefix = _model(run, task)
     values = outputs(model, task.batch, run.test_updates)
@@ -95,14 +94,15 @@ def of_targets(task: UserTask, standardised: np.ndarray, columns: Columns) -> Pr
     values, summary = columns.restore_targets(standardised), ''
     if task.known.all():
         errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
-        summary = 'Root mean squared error: ' + ', '.join(f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)) + '\n'
+        texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
+        summary = f'Root mean squared error: {", ".join(texts)}\n'
     cells = [[f'{value:.6g}' for value in row] for row in values]
     lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]
     return Predictions([f'predicted {name}' for name in columns.targets], cells, lines, summary)
 
 
 def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
-    """The network's outputs for the query rows of a TaskBatch of one task, [rows, dim_output], after num_updates inner updates."""
+    """The network's outputs for the query rows of one task, a TaskBatch, after inner updates: [rows, dim_output]."""
     rows = batch.query_x.shape[1]
     count = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
     parts = [TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])

@@ -36,14 +36,15 @@ class TrainState:
 
 
 class Saver:
-    """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS.
-
-    Attributes:
-        iteration: of the newest checkpoint; 0: there is none.
-    """
+    """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
     def __init__(self, run: Training, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
-        """`fingerprints` are {split: number} of the data; `iteration` is where the run starts; `log` shows the user a line."""
+        """
+        Args:
+            fingerprints: {split: number} of the data.
+            iteration: of the newest checkpoint, an attribute too; 0: there is none.
+            log: shows the user a line.
+        """
         self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
         self._failed_at = None
 

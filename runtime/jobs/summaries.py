@@ -39,13 +39,15 @@ class Summaries(contextlib.AbstractContextManager):
         """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on."""
         self.write_means(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration)
         if metrics.pre_accuracy is not None:
-            self.write_means(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)], iteration)
+            self.write_means(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)],
+                             iteration)
 
     def write_means(self, prefix: str, metric: str, means: Sequence[float], iteration: int) -> None:
         """An evaluation's means, [1 + updates], under tags like those of `write`."""
         with self._failure_reported(), self._writer.as_default(step=iteration):
             for step, mean in enumerate(means):
-                tf.summary.scalar(f'{prefix}_Post-update {metric}, step {step}' if step else f'{prefix}_Pre-update {metric}', mean)
+                tag = f'Post-update {metric}, step {step}' if step else f'Pre-update {metric}'
+                tf.summary.scalar(f'{prefix}_{tag}', mean)
 
     def write_flags(self, flags: dict) -> None:
         """The run's flags, {name: value}, for TensorBoard's HParams page."""

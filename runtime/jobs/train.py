@@ -170,7 +170,8 @@ def notes(config: ModelConfig) -> list[str]:
                      '--norm=None')
     if config.num_updates > MANY_UPDATES and not config.recompute:
         lines.append('  note     an iteration is compiled with all its inner updates: with '
-                     f'--num_updates={config.num_updates} that may take many minutes and gigabytes of memory before the first one; --recompute avoids both')
+                     f'--num_updates={config.num_updates} that may take many minutes and gigabytes of memory before the first '
+                     'one; --recompute avoids both')
     return lines
 
 
@@ -218,11 +219,8 @@ def model_for(tasks: Tasks, model: MAML) -> MAML:
 
 
 def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], interruption: Interruption) -> None:
-    """Updates the state by what the steps after `state.iteration` returned.
-
-    Raises:
-        UserError: one was not finite, and --skip_nonfinite is not given.
-    """
+    """Updates the state by what the steps after `state.iteration` returned; raises UserError if one was not finite, unless
+    --skip_nonfinite is given."""
     means = {name: values.numpy() for name, values in means.items()}
     finite = means['finite']
     if means['stopping'].any():
@@ -241,7 +239,7 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
 
 def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
-    """The mean metric of validation tasks after adaptation; also writes summaries, if `saving` with figures, and prints a line."""
+    """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
     metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
