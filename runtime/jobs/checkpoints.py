@@ -132,7 +132,7 @@ def _sync(path):
 def _finish_saving(directory):
     """Completes a checkpoint of which a killed process had renamed one of two files; removes unfinished ones."""
     temporary = os.path.join(directory, _TEMPORARY)
-    if os.path.lexists(temporary) and (os.path.islink(temporary) or not os.path.isdir(temporary)):
+    if os.path.islink(temporary) or os.path.exists(temporary) and not os.path.isdir(temporary):
         raise UserError(f'{temporary} is not a folder, and checkpoints are written in a folder of this name; remove it')
     for iteration in iterations(temporary):
         unfinished, finished = path(temporary, iteration), path(directory, iteration)

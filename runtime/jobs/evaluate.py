@@ -67,7 +67,9 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
             written += [f'{name}.csv and .pkl'] if name else []
 
     print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric))
-    print(beyond_training(run), end='')
+    trained = run.model.num_updates
+    if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
+        print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
     print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
     if run.plot and run.replicas.chief:
         for path in draw(run, models[run.query_norms[0]], tasks, values_of, restored):
@@ -85,13 +87,6 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
         lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was '
                      f'trained on, such as {known[0]}')
     return '\n'.join([*lines, ''])
-
-
-def beyond_training(run: Evaluation) -> str:
-    """A line for an evaluation with more updates than the training, if those of the training differ; else ''."""
-    trained, differ = run.model.num_updates, run.model.learn_lr == 'step' or run.model.norm_per_step
-    return (f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)\n'
-            if run.test_updates > trained and differ else '')
 
 
 def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,

@@ -31,8 +31,7 @@ class TrainState:
     @classmethod
     def of(cls, record: dict) -> 'TrainState':
         """The state that a checkpoint's record holds."""
-        record = {**record, 'ranking': checkpoints.ranking_of(record)}
-        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
+        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record['skipped'])
 
 
 class Saver:
