@@ -37,17 +37,12 @@ MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes
 
 
 def train(run: Training, data: dict[str, Tasks]) -> None:
-    """Trains from fresh weights, or from a checkpoint, to the last iteration.
+    """Trains from fresh weights, or from a checkpoint, to the last iteration, on {split: tasks} for train and val.
 
     Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
-    SIGHUP ends the run after the current iteration, with a checkpoint.
+    SIGHUP ends the run after the current iteration, with a checkpoint, by SystemExit with 128 + the signal's number.
 
-    Args:
-        data: {split: tasks}, for train and val.
-
-    Raises:
-        UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
-        SystemExit: with 128 + the signal's number, after an interruption.
+    Raises UserError if training diverged, another process trains in the directory, or it holds checkpoints of another run.
     """
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
@@ -58,8 +53,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
         state = start(run, model, fingerprints)
         check_in_sync(replicas, state, model.state().values())
         if state.iteration >= run.iterations:
-            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. '
-                  'To evaluate, add --train=False.')
+            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
             return
         if replicas.chief:
             prepare_directory(run, state, model)
