@@ -187,8 +187,8 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
         hint = f'there {"are" if len(saved) > 1 else "is"} {", ".join(f"model{number}" for number in saved)}. Give one of these'
     else:
         logdir = os.path.dirname(directory)
-        folders = ', '.join(sorted(glob.glob('*/', root_dir=logdir))).replace('/', '')
-        hint = f'{logdir} holds {folders or "nothing"}. Train first'
+        folders = sorted(name.rstrip('/') for name in glob.glob('*/', root_dir=logdir))
+        hint = f'{logdir} holds {", ".join(folders) or "nothing"}. Train first'
     raise UserError(f'there is no {what} in {directory}; {hint}, or name the run by --run=DIR')
 
 
