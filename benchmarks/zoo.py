@@ -16,6 +16,7 @@ an earlier pack left at the destination is replaced.
 import argparse
 import collections
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,11 @@ SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', '
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval
 
 
+def is_checkpoint(name: str, iteration: int | str = r'\d+') -> bool:
+    """Whether a file of this name is one of a checkpoint's: of an iteration's, or of any."""
+    return re.fullmatch(rf'model{iteration}\.(index|data-00000-of-00001)', name) is not None
+
+
 def flags_of(entry: store.Entry) -> list[str]:
     """The flags that repeat an evaluation with --run."""
     tasks, setting, trained = entry.tasks, entry.setting, entry.training.flags
@@ -72,7 +78,7 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
     """
     with tempfile.TemporaryDirectory() as folder:
         for name in os.listdir(evaluation.directory):
-            if checkpoints.is_file_of(name) or name in COPIED:
+            if is_checkpoint(name) or name in COPIED:
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
         subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -174,7 +180,7 @@ def refuse_other_files(destination: str) -> None:
     """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
     locks = '.lock', '.results.lock'
     others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
-              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not checkpoints.is_file_of(name)]
+              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
     if others:
         raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
@@ -186,7 +192,7 @@ def write_run(directory: str, folder: str, newest: int, best: list[int], entries
         checkpoint = checkpoints.load(checkpoints.path(directory, iteration))
         checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(checkpoint.arrays), checkpoint.record)
     for name in os.listdir(directory):
-        if name in COPIED or checkpoints.is_file_of(name, newest):
+        if name in COPIED or is_checkpoint(name, newest):
             shutil.copy(os.path.join(directory, name), folder)
     if entries:
         store.write(os.path.join(folder, store.SHIPPED_FILE), entries)

@@ -427,7 +427,7 @@ def test_hangups_of_a_training(tmp_path):
 
 def test_what_takes_long_is_said_before():
     def note(**config):
-        return training.many_updates(types.SimpleNamespace(**config))
+        return training.notes(types.SimpleNamespace(loss='xent', **config))
     assert note(num_updates=50, recompute=False) == note(num_updates=200, recompute=True) == []
     line, = note(num_updates=200, recompute=False)
     assert '--num_updates=200 that may take many minutes' in line

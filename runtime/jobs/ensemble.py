@@ -17,17 +17,11 @@ class Ensemble:
 
     Attributes:
         config, replicas, weights, state: as of the model.
-        iterations: of the checkpoints.
     """
 
-    def __init__(self, model: MAML, members: Sequence[dict[str, np.ndarray]], iterations: Sequence[int]):
-        """
-        Args:
-            model: its parameters are overwritten.
-            members: {name: array} of all its parameters, one dict for each checkpoint.
-            iterations: of these.
-        """
-        self._model, self._members, self.iterations = model, members, iterations
+    def __init__(self, model: MAML, members: Sequence[dict[str, np.ndarray]]):
+        """`members` holds all parameters of each checkpoint, {name: array}; those of the model are overwritten."""
+        self._model, self._members = model, members
         self.config, self.replicas, self.weights, self.state = model.config, model.replicas, model.weights, model.state
 
     def members(self) -> Iterator[MAML]:
@@ -40,12 +34,13 @@ class Ensemble:
     def variant(self, **changes: Any) -> 'Ensemble':
         """As `MAML.variant`."""
         variants = [model.variant(**changes) for model in self.members()]
-        return Ensemble(variants[0], [{name: variable.numpy() for name, variable in one.parameters().items()} for one in variants],
-                        self.iterations)
+        members = [{name: variable.numpy() for name, variable in variant.parameters().items()} for variant in variants]
+        return Ensemble(variants[0], members)
 
     def predict(self, batch: TaskBatch, num_updates: int) -> Outputs:
         """As `MAML.predict`."""
-        return _mean([model.predict(batch, num_updates) for model in self.members()])
+        outputs = [model.predict(batch, num_updates) for model in self.members()]
+        return tf.nest.map_structure(lambda *tensors: tf.add_n(tensors) / len(tensors), *outputs)
 
     def evaluate(self, batch: TaskBatch, num_updates: int) -> Metrics:
         """As `MAML.evaluate`, of the mean outputs."""
@@ -53,8 +48,3 @@ class Ensemble:
         measure = metric_functions(self.config)
         return stack_metrics([{name: function(batch, Outputs(outputs.pre, post)) for name, function in measure.items()}
                               for post in outputs.post])
-
-
-def _mean(structures):
-    """The mean of several structures of tensors."""
-    return tf.nest.map_structure(lambda *tensors: tf.add_n(tensors) / len(tensors), *structures)

@@ -42,8 +42,7 @@ class Restored(NamedTuple):
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
 
-    Raises:
-        UserError: there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
+    Raises UserError if there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
     """
     store.entries_of(run.directory)  # a damaged file is reported before the work, not after it
     restored = restore(run)
@@ -51,7 +50,7 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         record_split(run.source, run.tasks, data)
     tasks, updates = data[run.split], run.test_updates
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
-    known = known_classes(restored.trained_on, tasks) if run.source.image_shape and run.datasource != restored.trained_on else []
+    known = known_classes(run, restored.trained_on, tasks)
     print(heading(run, tasks, restored, known), flush=True)
     values_of, seconds, written = {}, {}, [store.FILE]
     models = {norm: restored.model.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
@@ -63,12 +62,14 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         seconds[query_norm] = time.perf_counter() - started
         if run.replicas.chief:
             entry = entry_of(run, tasks, restored, known, query_norm, values_of[query_norm], seconds[query_norm])
-            name = reference_name(run) if is_standard(run, restored, query_norm) else None
+            name = reference_name(run, restored, query_norm)
             save(run.directory, entry, values_of[query_norm], name)
             written += [f'{name}.csv and .pkl'] if name else []
 
     print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric))
-    print(beyond_training(run), end='')
+    trained = run.model.num_updates
+    if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
+        print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
     print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
     if run.plot and run.replicas.chief:
         for path in draw(run, models[run.query_norms[0]], tasks, values_of, restored):
@@ -80,31 +81,21 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     described = f'{restored.iterations} iterations' if restored.iterations else 'weights of another run'
     if restored.ensemble:
         described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
-    lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks', f'{restored.prefix} ({described})']
+    lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
+             f'{restored.prefix} ({described})']
     if known:
-        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was trained '
-                     f'on, such as {known[0]}')
+        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was '
+                     f'trained on, such as {known[0]}')
     return '\n'.join([*lines, ''])
-
-
-def beyond_training(run: Evaluation) -> str:
-    """A line for an evaluation with more updates than the training, if those of the training differ; else ''."""
-    trained, differ = run.model.num_updates, run.model.learn_lr == 'step' or run.model.norm_per_step
-    return (f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)\n'
-            if run.test_updates > trained and differ else '')
 
 
 def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,
              seconds: float) -> store.Entry:
-    """The entry of results.json for an evaluation.
-
-    Args:
-        known: what `known_classes` returned.
-        values: [tasks, 1 + updates], as returned by `task_metrics`.
-        seconds: how long it took.
-    """
+    """The entry of results.json for an evaluation with values [tasks, 1 + updates], which took some seconds."""
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
-    facts = {**run.source.task_facts, **({'preparation': preparation} if preparation else {})}  # such as which of several published splits
+    facts = {**run.source.task_facts}
+    if preparation:  # such as which of several published splits
+        facts['preparation'] = preparation
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
@@ -115,19 +106,16 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates,
-            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from)),
+            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
+            test_updates=run.test_updates, headline_updates=run.headline_updates,
+            load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
         figures=store.figures_of(values), scores=values.tolist())
 
 
 def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:
-    """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name.
-
-    Raises:
-        UserError: the files cannot be written.
-    """
+    """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name."""
     try:
         os.makedirs(directory, exist_ok=True)
         store.add(directory, entry)
@@ -137,49 +125,46 @@ def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | Non
         raise UserError(f'the results cannot be written to {directory}: {error.strerror}') from error
 
 
-def known_classes(trained_on: str, tasks: Tasks) -> list[str]:
+def known_classes(run: Evaluation, trained_on: str, tasks: Tasks) -> list[str]:
     """Of the classes of another source than the training's, those with names of classes that the model was trained on.
 
     CIFAR-FS and FC100 split the same hundred classes differently, MiniImagenet and tieredImageNet those of ImageNet. Numeric
     class names are ignored.
     """
+    if run.datasource == trained_on or not run.source.image_shape:
+        return []
     folder = SOURCES[trained_on].folder
     trained = listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
     names = map(os.path.basename, tasks.classes.names)
     return [name for name in names if name in trained and not name.isdigit()]
 
 
-def reference_name(run: Evaluation) -> str:
-    """The name of the .csv and .pkl files of an evaluation, as in the reference, whose evaluations on either split write them."""
-    return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}'
+def reference_name(run: Evaluation, restored: Restored, query_norm: str) -> str | None:
+    """The name of the .csv and .pkl files of the evaluation that the reference makes; None for any other.
 
-
-def is_standard(run: Evaluation, restored: Restored, query_norm: str) -> bool:
-    """Whether this is the evaluation that the reference makes, and writes to .csv and .pkl: of the newest checkpoint, on the usual tasks
-    of its own source, with the usual number of updates. Number of shots and step size may be any; the files are named after them.
+    The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
+    updates. The files are named after the number of shots and the step size, which may be any.
     """
-    return (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
-            and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
-            and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
-            and run.test_updates == run.usual_updates
-            and run.model.inner_batch == run.learning_flags['inner_batch'])
+    is_standard = (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
+                   and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
+                   and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
+                   and run.test_updates == run.usual_updates and run.model.inner_batch == run.learning_flags['inner_batch'])
+    return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
-def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[str, np.ndarray], restored: Restored) -> list[str]:
-    """Writes the figures of an evaluation, named after split and checkpoint, and for TensorBoard; returns their paths.
+def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[str, np.ndarray],
+         restored: Restored) -> list[str]:
+    """Writes the figures of an evaluation with {query_norm: values}, named after split and checkpoint; returns their paths.
 
-    In TensorBoard each evaluation is a run of its own, because TensorBoard reads one file of a run at a time.
-
-    Args:
-        model: shows what it does with some tasks.
-        values_of: {query_norm: values}.
+    They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
-    checkpoint = os.path.basename(restored.prefix)
+    checkpoint, iteration = os.path.basename(restored.prefix), restored.iterations or 0
     stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
     titles = {norm: f', --query_norm={norm}' if len(values_of) > 1 else '' for norm in values_of}
-    figures = plots.evaluation_figures(run, model, tasks, run.split, {checkpoint + titles[norm]: values for norm, values in values_of.items()})
+    curves = {checkpoint + titles[norm]: values for norm, values in values_of.items()}
+    figures = plots.evaluation_figures(run, model, tasks, run.split, curves)
     paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
     for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
@@ -187,50 +172,45 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
         is_first = norm == run.query_norms[0]
         with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
-            summaries.write_means(run.split, run.metric, values.mean(axis=0), restored.iterations or 0)
-            summaries.write_figures(run.split, figures if is_first else {}, restored.iterations or 0)
+            summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration)
+            summaries.write_figures(run.split, figures if is_first else {}, iteration)
     return paths
 
 
 def restore(run: Trained) -> Restored:
-    """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble.
-
-    Raises:
-        UserError: as for `evaluate`.
-    """
+    """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
         record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
         learnt = record.get('flags', {})
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
-            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation cannot change '
-                            f'them; give --update_lr={learnt["update_lr"]}, with which its training started')
+            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
+                            f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
         return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on))
-    members = checkpoints.find_best(run.directory, run.ensemble) if run.ensemble > 1 else []
-    checkpoint = members[0] if members else checkpoints.find(run.directory, run.checkpoint)
+    is_ensemble = run.ensemble > 1
+    members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
+               [checkpoints.find(run.directory, run.checkpoint)])
+    checkpoint, iterations = members[0], tuple(member.record['iteration'] for member in members)
     record = checkpoint.record
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
                         f'{run.regime}ing; give the flags of its training')
     checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
                           'give the flags of its training')
-    checkpoints.restore_parameters(checkpoint, model.parameters())
-    if members:
-        model = Ensemble(model, [{name: member.arrays[name] for name in model.parameters()} for member in members],
-                         [member.record['iteration'] for member in members])
-    newest = checkpoint if run.checkpoint is None and not members else checkpoints.find(run.directory, None)
+    checkpoints.restore(checkpoint, model.parameters())
+    if is_ensemble:
+        model = Ensemble(model, [checkpoints.without_optimizer(member.arrays) for member in members])
+    newest = checkpoint if run.checkpoint is None and not is_ensemble else checkpoints.find(run.directory, None)
     best = newest.record['best']
-    return Restored(model, checkpoint.prefix, record['iteration'], run.trained_on, is_newest=checkpoint.prefix == newest.prefix,
-                    is_best=best is not None and best['iteration'] == record['iteration'],
-                    ensemble=tuple(member.record['iteration'] for member in members))
+    return Restored(model, checkpoint.prefix, iterations[0], run.trained_on, is_newest=checkpoint.prefix == newest.prefix,
+                    is_best=best is not None and best['iteration'] == iterations[0], ensemble=iterations if is_ensemble else ())
 
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
                    report: Callable[[int], None] = lambda tasks: None) -> Metrics:
     """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure.
 
-    Args:
-        report: called after each batch with its number of tasks.
+    `report` is called after each batch with its number of tasks.
     """
     replicas = model.replicas
     numbers_per_task = (sum(array.size for array in tasks.draw(0, 1))

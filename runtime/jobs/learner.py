@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data_generator import TableSource
 from runtime.cli.flags import parse
 from runtime.cli.request import resolve
 from runtime.cli.run import Prediction, make_run
-from runtime.cli.run_data import source_and_tasks
+from runtime.cli.run_data import columns_of, source_and_tasks
 from runtime.cli.startup import import_tensorflow
 from runtime.datasets.tables import Columns
+from runtime.datasets.tasks import TaskBatch
 from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file, write_atomically
 
@@ -30,23 +30,26 @@ if TYPE_CHECKING:
 ROWS_AT_A_TIME = 200  # of a prediction, where rows do not depend on each other
 
 
-def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm: str = 'support', updates: int | None = None) -> Learner:
+def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm: str = 'support',
+         updates: int | None = None) -> Learner:
     """A trained model.
 
     Args:
         run: a run's directory, or a folder that holds exactly one, as for --run.
         checkpoint: an iteration, 'best' (on meta-validation) or None, the newest.
-        query_norm: how batch norm treats the rows of a prediction: 'support': each by the statistics of the support rows; 'batch': all
-            together, by their own statistics; 'each': each with the support rows.
+        query_norm: how batch norm treats the rows of a prediction: 'support': each by the statistics of the support rows;
+            'batch': all together, by their own statistics; 'each': each with the support rows.
         updates: inner steps of `adapt`; None: as many as an evaluation takes.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
-    chosen = {'query_norm': query_norm, 'test_updates': updates, 'test_best': checkpoint == 'best' or None,
-              'test_iter': None if checkpoint == 'best' else checkpoint}
-    request = resolve(parse(['load', f'--run={os.fspath(run)}', '--predict',
-                             *(f'--{name}={value}' for name, value in chosen.items() if value is not None)]))
+    flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}']
+    if checkpoint is not None:
+        flags.append('--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}')
+    if updates is not None:
+        flags.append(f'--test_updates={updates}')
+    request = resolve(parse(['load', *flags]))
     source, tasks = source_and_tasks(request)
     import_tensorflow()
     return Learner(make_run(request, source, tasks))
@@ -64,9 +67,9 @@ class Learner:
 
     def __init__(self, run: Prediction):
         from runtime.jobs.evaluate import restore
-        source, columns = run.source, run.source.files.columns if isinstance(run.source, TableSource) else None
-        self._run = run
-        self._inputs = Inputs(run.model.dim_input, source.image_shape, bool(source.image_shape and source.invert), columns)
+        source, self._run = run.source, run
+        invert = bool(source.image_shape and source.invert)
+        self._inputs = Inputs(run.model.dim_input, source.image_shape, invert, columns_of(source))
         self.model, self.checkpoint, *_ = restore(run)
         self.num_outputs, self.updates = run.num_outputs, run.test_updates
 
@@ -83,24 +86,25 @@ class Learner:
         Raises:
             UserError: arrays have another shape than the source's, or there are more classes than outputs.
         """
+        from runtime.jobs.ensemble import Ensemble
         x, labels = self._inputs.rows(support_x), np.asarray(support_y)
         if len(x) != len(labels) or not len(x):
-            raise UserError(f'support_x has {len(x)} rows and support_y {len(labels)}; they must have the same number, at least 1')
-        from runtime.jobs.ensemble import Ensemble
+            raise UserError(f'support_x has {len(x)} rows and support_y {len(labels)}; they must have the same number, '
+                            'at least 1')
         classes, changes = None, {}
         if self._run.model.loss == 'xent':
             names, indices = np.unique(labels, return_inverse=True)
             if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
-                raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape {list(labels.shape)} '
-                                f'and {len(names)} different values')
+                raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape '
+                                f'{list(labels.shape)} and {len(names)} different values')
             classes, y = names.tolist(), np.eye(len(names), dtype=np.float32)[indices]
             changes = {'dim_output': len(names), 'update_batch_size': len(x) / len(names)}
         else:
             y = self._inputs.targets(labels, self.num_outputs)
-        adapted = self.model.variant(query_norm=self._run.query_norms[0], **changes)
+        model = self.model.variant(query_norm=self._run.query_norms[0], **changes)
+        members = model.members() if isinstance(model, Ensemble) else [model]
         updates = self.updates if updates is None else updates
-        members = adapted.members() if isinstance(adapted, Ensemble) else [adapted]
-        return Predictor(adapted.config, [adapted_tensors(member, x, y, updates) for member in members], x, classes, self._inputs)
+        return Predictor(model.config, [adapted_tensors(member, x, y, updates) for member in members], x, classes, self._inputs)
 
 
 def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> dict[str, np.ndarray]:
@@ -108,7 +112,6 @@ def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> 
     import tensorflow as tf
 
     from maml import initial_state, inner_step, weights_at
-    from runtime.datasets.tasks import TaskBatch
     config, parameters = model.config, tf.nest.map_structure(tf.convert_to_tensor, model.shared)
     task = TaskBatch(tf.constant(x), tf.constant(y), tf.constant(x[:1]), tf.constant(y[:1]))
 
@@ -125,23 +128,15 @@ def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A model that is adapted to a task.
-
-    Attributes:
-        config: the ModelConfig.
-        members: the adapted network's tensors, {name: array}; of an ensemble one dict for each member.
-        support_x: the rows that it was adapted to, [rows, dim_input].
-        classes: their names in the order of the probabilities; None in regression.
-        inputs: how arrays become rows of the network.
-    """
+    """A model that is adapted to a task."""
     config: ModelConfig
-    members: list[dict[str, np.ndarray]]
-    support_x: np.ndarray
-    classes: list | None
-    inputs: Inputs
+    members: list[dict[str, np.ndarray]]  # the adapted network's tensors; of an ensemble, of each member
+    support_x: np.ndarray                 # the rows that it was adapted to, [rows, dim_input]
+    classes: list | None                  # their names in the order of the probabilities; None in regression
+    inputs: Inputs                        # how arrays become rows of the network
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; raises UserError as `adapt`."""
+        """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; errors as of `adapt`."""
         from scipy.special import softmax
         rows = self.inputs.rows(x)
         parts = 1 if self.config.query_norm == 'batch' else -(-len(rows) // ROWS_AT_A_TIME) or 1
@@ -154,7 +149,6 @@ class Predictor:
 
         from maml import query_features
         from networks import network_of
-        from runtime.datasets.tasks import TaskBatch
         task = TaskBatch(tf.constant(self.support_x), None, tf.constant(rows), None)
         return network_of(self.config).head(tensors, query_features(self.config, task, tensors)).numpy()
 
@@ -168,11 +162,7 @@ class Predictor:
 
 
 def load_predictor(path: str | os.PathLike) -> Predictor:
-    """The predictor that `Predictor.save` wrote.
-
-    Raises:
-        UserError: it cannot be read, or is not such a file.
-    """
+    """The predictor that `Predictor.save` wrote; raises UserError if it cannot be read, or is not such a file."""
     import_tensorflow()
     from maml import ModelConfig
     try:
@@ -184,12 +174,13 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
         for name, array in arrays.items():
             number, _, tensor = name.partition('/')
             members.setdefault(int(number), {})[tensor] = array
-        config = ModelConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts['config'].items()})
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in facts['config'].items()}
         columns = facts['inputs'].pop('columns')
         inputs = Inputs(**facts['inputs'], columns=columns and Columns(**columns))
-        return Predictor(config, list(members.values()), support_x, facts['classes'], inputs)
+        return Predictor(ModelConfig(**fields), list(members.values()), support_x, facts['classes'], inputs)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it ({type(error).__name__}: {error})') from error
+        raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it '
+                        f'({type(error).__name__}: {error})') from error
 
 
 class Inputs(NamedTuple):
@@ -204,7 +195,8 @@ class Inputs(NamedTuple):
         x = np.asarray(x)
         shape = list(self.image_shape or [self.dim_input])
         if x.dtype.kind not in 'buif' or x.ndim == 0 or list(x.shape[1:]) not in (shape, shape[:-1] if shape[-1] == 1 else shape):
-            raise UserError(f'the array is {x.dtype} {list(x.shape)}, and must be numbers of shape {["rows", *shape]}'.replace("'", ''))
+            raise UserError(f'the array is {x.dtype} {list(x.shape)}, and must be numbers of shape '
+                            f'[rows, {", ".join(map(str, shape))}]')
         x = x.reshape(len(x), self.dim_input)
         if self.columns:
             return self.columns.standardise(x.astype(float))

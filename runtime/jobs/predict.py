@@ -34,8 +34,7 @@ def predict(run: Prediction, task: UserTask) -> None:
     predict_<support>_<query>.csv in the experiment directory has for each query what the user gave, followed by the predicted
     class and the probability of each, or by the predicted targets in their own units. Of images, a picture shows them too.
 
-    Raises:
-        UserError: as for `evaluation.evaluate`, or there are more classes than the network has outputs, or a file cannot be written.
+    Raises UserError as `evaluate`, or if there are more classes than the network has outputs.
     """
     model, prefix = _model(run, task)
     values = outputs(model, task.batch, run.test_updates)
@@ -45,9 +44,13 @@ def predict(run: Prediction, task: UserTask) -> None:
     else:
         predictions = of_targets(task, values.astype(float), run.source.files.columns)
     path = os.path.join(run.directory, f'predict_{task.name}' + ('_querynormbatch' if run.query_norms[0] == 'batch' else ''))
-    _write(path + '.csv', [[*task.columns, *predictions.columns],
-                           *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))])
+    rows = [[*task.columns, *predictions.columns], *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))]
     written = path + '.csv'
+    try:
+        os.makedirs(run.directory, exist_ok=True)
+        write_csv(written, rows, errors='surrogateescape')
+    except OSError as error:
+        raise UserError(f'{written} cannot be written: {error.strerror}') from error
     if run.source.image_shape:
         plots.save(plots.prediction_sheet(task, run.source, values), f'{path}.{run.plot_format}')
         written += f' and .{run.plot_format}'
@@ -65,12 +68,12 @@ def _model(run: Prediction, task: UserTask) -> tuple[MAML | Ensemble, str]:
     """The trained network, with outputs for as many classes as a task has, and its checkpoint's prefix."""
     way, support_rows = len(task.classes), task.batch.support_x.shape[1]
     if way > run.num_outputs:
-        raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or train '
-                        f'with --num_classes={way}')
-    trained, prefix, *_ = restore(run)
+        raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or '
+                        f'train with --num_classes={way}')
+    model, prefix, *_ = restore(run)
     # The loss is divided by the shots; if classes have different numbers of them, by the mean.
     shape = {'dim_output': way, 'update_batch_size': support_rows / way} if way else {}
-    return trained.variant(query_norm=run.query_norms[0], **shape), prefix
+    return model.variant(query_norm=run.query_norms[0], **shape), prefix
 
 
 def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
@@ -91,27 +94,15 @@ def of_targets(task: UserTask, standardised: np.ndarray, columns: Columns) -> Pr
     values, summary = columns.restore_targets(standardised), ''
     if task.known.all():
         errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
-        summary = 'Root mean squared error: ' + ', '.join(f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)) + '\n'
+        texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
+        summary = f'Root mean squared error: {", ".join(texts)}\n'
     cells = [[f'{value:.6g}' for value in row] for row in values]
     lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]
     return Predictions([f'predicted {name}' for name in columns.targets], cells, lines, summary)
 
 
-def _write(path, rows):
-    """Writes rows to a csv file; raises UserError if that cannot be done."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_csv(path, rows, errors='surrogateescape')
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}') from error
-
-
 def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
-    """The network's outputs for a task's query rows, [rows, dim_output], after num_updates inner updates.
-
-    Args:
-        batch: a TaskBatch of one task.
-    """
+    """The network's outputs for the query rows of one task, a TaskBatch, after inner updates: [rows, dim_output]."""
     rows = batch.query_x.shape[1]
     count = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
     parts = [TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])

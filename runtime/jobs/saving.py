@@ -31,22 +31,17 @@ class TrainState:
     @classmethod
     def of(cls, record: dict) -> 'TrainState':
         """The state that a checkpoint's record holds."""
-        record = {**record, 'ranking': checkpoints.ranking_of(record)}
-        return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls)})
+        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record['skipped'])
 
 
 class Saver:
-    """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS.
-
-    Attributes:
-        iteration: of the newest checkpoint; 0: there is none.
-    """
+    """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
     def __init__(self, run: Training, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
         """
         Args:
             fingerprints: {split: number} of the data.
-            iteration: of the checkpoint from which the run continues; 0: there is none.
+            iteration: of the newest checkpoint, an attribute too; 0: there is none.
             log: shows the user a line.
         """
         self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
@@ -57,18 +52,12 @@ class Saver:
         return saving if self._failed_at is None else time.monotonic() - self._failed_at > RETRY_SECONDS
 
     def save(self, state: TrainState) -> bool:
-        """Saves the model and the state of the run; returns whether that worked.
-
-        Raises:
-            UserError: weights are not finite.
-        """
+        """Saves the model and the state of the run; returns whether that worked. Raises UserError if weights are not finite."""
         run, variables = self._run, self._model.state()
         broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
         if broken:
             raise diverged(run, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
-        if state.iteration == self.iteration:
-            return True
-        if not run.replicas.chief:
+        if state.iteration == self.iteration or not run.replicas.chief:
             self.iteration = state.iteration
             return True
         prefix = checkpoints.path(run.directory, state.iteration)

@@ -1,4 +1,5 @@
 """TensorBoard summaries."""
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from maml import Metrics
 from runtime.system.errors import first_line
 
 
-class Summaries:
+class Summaries(contextlib.AbstractContextManager):
     """TensorBoard summaries under the reference's tags. If they cannot be written, one line reports it; it is not an error."""
 
     def __init__(self, directory: str, enabled: bool, start: int, log: Callable[[str], None]):
@@ -19,64 +20,52 @@ class Summaries:
             log: shows the user a line.
         """
         self._log, self._writer = log, tf.summary.create_noop_writer()
-        if enabled:
-            self._attempt(lambda: self._open(directory, start))
-
-    def _open(self, directory, start):
-        self._writer = tf.summary.create_file_writer(directory)
-        if start:
-            restart = tf.compat.v1.Event(step=start + 1, session_log=tf.compat.v1.SessionLog(status='START'))
-            tf.raw_ops.ImportEvent(writer=self._writer._resource, event=restart.SerializeToString())
-
-    def __enter__(self) -> 'Summaries':
-        return self
+        with self._failure_reported():
+            if enabled:
+                self._writer = tf.summary.create_file_writer(directory)
+            if enabled and start:
+                restart = tf.compat.v1.Event(step=start + 1, session_log=tf.compat.v1.SessionLog(status='START'))
+                tf.raw_ops.ImportEvent(writer=self._writer._resource, event=restart.SerializeToString())
 
     def __exit__(self, *exception: object) -> None:
-        self._attempt(self._writer.close)
+        with self._failure_reported():
+            self._writer.close()
 
     def flush(self) -> None:
-        self._attempt(self._writer.flush)
+        with self._failure_reported():
+            self._writer.flush()
 
     def write(self, prefix: str, metrics: Metrics, iteration: int) -> None:
         """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on."""
         self.write_means(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration)
         if metrics.pre_accuracy is not None:
             self.write_means(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)],
-                              iteration)
-
-    def write_flags(self, flags: dict) -> None:
-        """The run's flags, {name: value}, for TensorBoard's HParams page."""
-        self._attempt(lambda: self._write_flags(flags))
-
-    def _write_flags(self, flags):
-        from tensorboard.plugins.hparams import api
-        with self._writer.as_default():
-            api.hparams({name: str(value) if value is None else value for name, value in flags.items()})
+                             iteration)
 
     def write_means(self, prefix: str, metric: str, means: Sequence[float], iteration: int) -> None:
         """An evaluation's means, [1 + updates], under tags like those of `write`."""
-        tags = [f'{prefix}_Pre-update {metric}',
-                *(f'{prefix}_Post-update {metric}, step {step}' for step in range(1, len(means)))]
-        self._attempt(lambda: self._write_scalars(dict(zip(tags, means)), iteration))
+        with self._failure_reported(), self._writer.as_default(step=iteration):
+            for step, mean in enumerate(means):
+                tag = f'Post-update {metric}, step {step}' if step else f'Pre-update {metric}'
+                tf.summary.scalar(f'{prefix}_{tag}', mean)
 
-    def _write_scalars(self, scalars, iteration):
-        with self._writer.as_default(step=iteration):
-            for tag, value in scalars.items():
-                tf.summary.scalar(tag, value)
+    def write_flags(self, flags: dict) -> None:
+        """The run's flags, {name: value}, for TensorBoard's HParams page."""
+        from tensorboard.plugins.hparams import api
+        with self._failure_reported(), self._writer.as_default():
+            api.hparams({name: str(value) if value is None else value for name, value in flags.items()})
 
     def write_figures(self, prefix: str, figures: dict, iteration: int) -> None:
         """Pictures, {what: matplotlib Figure}, as `<prefix>_<what>`."""
-        self._attempt(lambda: self._write_figures(prefix, figures, iteration))
-
-    def _write_figures(self, prefix, figures, iteration):
         from runtime.results.plots import pixels
-        with self._writer.as_default(step=iteration):
+        with self._failure_reported(), self._writer.as_default(step=iteration):
             for what, figure in figures.items():
                 tf.summary.image(f'{prefix}_{what}', pixels(figure)[None])
 
-    def _attempt(self, action):
+    @contextlib.contextmanager
+    def _failure_reported(self):
         try:
-            action()
+            yield
         except (OSError, tf.errors.OpError) as error:
             if self._log:
                 self._log(f'Summaries for TensorBoard cannot be written ({first_line(error)}); the program continues')

@@ -1,7 +1,8 @@
 """The training loop: meta-batches in; console lines, summaries and checkpoints out; interruptible without loss."""
-import collections
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import signal
@@ -36,17 +37,12 @@ MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes
 
 
 def train(run: Training, data: dict[str, Tasks]) -> None:
-    """Trains from fresh weights, or from a checkpoint, to the last iteration.
+    """Trains from fresh weights, or from a checkpoint, to the last iteration, on {split: tasks} for train and val.
 
     Iteration i draws meta-batch i; the checkpoint `model<i>` is written after i iterations. The first SIGINT, SIGTERM or
-    SIGHUP ends the run after the current iteration, with a checkpoint.
+    SIGHUP ends the run after the current iteration, with a checkpoint, by SystemExit with 128 + the signal's number.
 
-    Args:
-        data: {split: tasks}, for train and val.
-
-    Raises:
-        UserError: training diverged, another process trains in the directory, or it holds checkpoints of another run.
-        SystemExit: with 128 + the signal's number, after an interruption.
+    Raises UserError if training diverged, another process trains in the directory, or it holds checkpoints of another run.
     """
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
@@ -57,8 +53,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
         state = start(run, model, fingerprints)
         check_in_sync(replicas, state, model.state().values())
         if state.iteration >= run.iterations:
-            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. '
-                  'To evaluate, add --train=False.')
+            print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
             return
         if replicas.chief:
             prepare_directory(run, state, model)
@@ -75,7 +70,8 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
 
 def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
     """Restores a checkpoint, or loads the weights to start from, if there are any."""
-    if run.resume and (run.checkpoint is not None or checkpoints.iterations(run.directory)):
+    saved = checkpoints.iterations(run.directory)
+    if run.resume and (run.checkpoint is not None or saved):
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
         checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
                               'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
@@ -87,8 +83,9 @@ def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
                             'in another --logdir')
         checkpoints.restore(checkpoint, model.state())
         print(f'Resuming from {checkpoint.prefix}')
-        state, saved = TrainState.of(checkpoint.record), checkpoints.iterations(run.directory)
-        state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]  # later ones may have replaced the others
+        state = TrainState.of(checkpoint.record)
+        # Later checkpoints may have replaced the others.
+        state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
         return state
     if run.load_from:
         checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
@@ -117,12 +114,13 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
                                f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g}')
         print(f'The last checkpoint is {newest}{best or ""}')
         return
-    back = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
-    further = (f'the newest checkpoint is {newest}. Run the same command{back} to resume' if saver.iteration else
-               'nothing is saved')
+    without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
+    further = f'the newest checkpoint is {newest}. Run the same command{without} to resume'
+    if not saver.iteration:
+        further = 'nothing is saved'
+    if not run.replicas.chief:  # which alone knows whether it is saved
+        further = 'see the first worker'
     with contextlib.suppress(OSError):  # the terminal may be closed
-        # Only the chief knows whether it is saved.
-        further = further if run.replicas.chief else 'see the first worker'
         print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {state.iteration}; {further}.',
               file=sys.stderr, flush=True)
     sys.exit(128 + interruption.signal)
@@ -130,47 +128,45 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
 
 def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
     """Text: what is about to be trained, on what data, where and how."""
-    config, parameters = model.config, {**model.weights, **model.norm_params}
-    sizes = data_description(run, data)
+    config, replicas = model.config, run.replicas
+    parameters = sum(math.prod(variable.shape) for variable in [*model.weights.values(), *model.norm_params.values()])
     gpus = len(tf.config.list_physical_devices('GPU'))
     device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
-             *(['  data     ' + '; '.join(sizes)] if sizes else []),
-             f'  network  {network_of(config).description}, norm {config.norm}; {sum(math.prod(v.shape) for v in parameters.values()):,} parameters',
+             *data_description(run, data),
+             f'  network  {network_of(config).description}, norm {config.norm}; {parameters:,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
-             f'  metric   {run.metric}, before / after adaptation']
-    if config.loss == 'mse' and config.norm == 'batch_norm':
-        lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
-                     '--norm=None')
-    lines += many_updates(config)
-    if run.replicas.count > 1:
-        where = f' in {run.replicas.workers} processes' if run.replicas.workers > 1 else ''
-        each = run.meta_batch_size // run.replicas.count
-        lines.append(f'  strategy {each} tasks on each of {run.replicas.count} replicas{where}')
+             f'  metric   {run.metric}, before / after adaptation', *notes(config)]
+    if replicas.count > 1:
+        where = f' in {replicas.workers} processes' if replicas.workers > 1 else ''
+        lines.append(f'  strategy {run.meta_batch_size // replicas.count} tasks on each of {replicas.count} replicas{where}')
     elif run.strategy not in ('auto', 'one'):
         lines.append(f'  strategy {run.strategy}, on one device, because there is no other')
     return '\n'.join(lines)
 
 
 def data_description(run: Training, data: dict[str, Tasks]) -> list[str]:
-    """Texts: the amount of data in each split, if the source has data on disk."""
+    """A line about the amount of data in each split, if the source has data on disk."""
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
-    outputs = task_outputs(data['val'])
+    outputs = data['val'].draw(0, 1).query_y.shape[-1]
     if outputs < run.model.dim_output:
         sizes[-1] += f', so that validation is {outputs}-way'
-    return [*sizes, run.source.files.columns.text] if sizes and not run.source.image_shape else sizes
+    if sizes and not run.source.image_shape:
+        sizes.append(run.source.files.columns.text)
+    return ['  data     ' + '; '.join(sizes)] if sizes else []
 
 
-def task_outputs(tasks: Tasks) -> int:
-    """Numbers per row of y in tasks."""
-    return tasks.draw(0, 1).query_y.shape[-1]
-
-
-def many_updates(config: ModelConfig) -> list[str]:
-    """A line that warns that compiling takes long, if there are that many inner updates."""
-    return [f'  note     an iteration is compiled with all its inner updates: with --num_updates={config.num_updates} that may take many '
-            'minutes and gigabytes of memory before the first one; --recompute avoids both'
-            ] if config.num_updates > MANY_UPDATES and not config.recompute else []
+def notes(config: ModelConfig) -> list[str]:
+    """Lines about what hardly learns, or takes long to compile."""
+    lines = []
+    if config.loss == 'mse' and config.norm == 'batch_norm':
+        lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
+                     '--norm=None')
+    if config.num_updates > MANY_UPDATES and not config.recompute:
+        lines.append('  note     an iteration is compiled with all its inner updates: with '
+                     f'--num_updates={config.num_updates} that may take many minutes and gigabytes of memory before the first '
+                     'one; --recompute avoids both')
+    return lines
 
 
 def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
@@ -179,20 +175,22 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     validation_model = model_for(data['val'], model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
-        if run.log and due(first, SUMMARY_INTERVAL):
-            summarise_batch(run, data['train'], model, first, summaries)  # before learning from it
+        if run.log and first % SUMMARY_INTERVAL == 0:
+            batch = run.replicas.distribute(functools.partial(draw, data['train'], run, first))
+            summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first)  # before learning from it
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
         iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
         means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
-        if due(state.iteration, run.source.print_interval):
+        if state.iteration % run.source.print_interval == 0:
             progress.log(console_line(run, phase, state))
             state.unprinted = []
 
-        saving, ranking = due(state.iteration, run.save_interval) or state.iteration == run.iterations, state.ranking
-        if saving or due(state.iteration, PRINTS_PER_VALIDATION * run.source.print_interval):
+        saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
+        ranking = state.ranking
+        if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
             score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
             if saving:
@@ -210,30 +208,32 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
 
 def model_for(tasks: Tasks, model: MAML) -> MAML:
     """The model itself, or if tasks have fewer classes, one with as many outputs."""
-    outputs = task_outputs(tasks)
+    outputs = tasks.draw(0, 1).query_y.shape[-1]
     return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
 
 
-def summarise_batch(run: Training, tasks: Tasks, model: MAML, iteration: int, summaries: Summaries) -> None:
-    """Summaries of the meta-batch of an iteration."""
-    batch = run.replicas.distribute(lambda replica: draw(tasks, run, iteration, replica))
-    summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), iteration)
-
-
 def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], interruption: Interruption) -> None:
-    """Updates the state by what the steps after `state.iteration` returned; raises UserError if one was not finite."""
+    """Updates the state by what the steps after `state.iteration` returned; raises UserError if one was not finite, unless
+    --skip_nonfinite is given."""
     means = {name: values.numpy() for name, values in means.items()}
+    finite = means['finite']
     if means['stopping'].any():
         interruption.agree()
-    check_finite(run, means, state.iteration)
-    state.iteration += len(means['finite'])
-    state.skipped += int(np.sum(~means['finite']))
+    if not run.skip_nonfinite and not finite.all():
+        step = int(np.argmin(finite))
+        pre, post = means['pre_loss'][step], means['post_loss'][step]
+        what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
+        raise diverged(run, f'in iteration {state.iteration + step + 1} the loss is {pre:.6g} before and {post:.6g} after the '
+                       f'inner updates, and {what} not finite')
+    state.iteration += len(finite)
+    state.skipped += int(np.sum(~finite))
     metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
-    state.unprinted += metrics[means['finite']].tolist()
+    state.unprinted += metrics[finite].tolist()
 
 
-def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries, progress: Progress) -> float:
-    """The mean metric of validation tasks after adaptation; also writes summaries, with a checkpoint figures too, and prints a line."""
+def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
+             progress: Progress) -> float:
+    """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
     metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
@@ -242,46 +242,24 @@ def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: b
         summaries.write_figures('metaval', figures, iteration)
     pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
     if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-        reporting = due(iteration, PRINTS_PER_VALIDATION * run.source.print_interval)
+        reporting = iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0
         progress.log(f'{"Validation results" if reporting else f"Validation of model{iteration}"}: {pre:.6g}, {post:.6g}')
     return float(post)
-
-
-def due(iteration: int, interval: int) -> bool:
-    """Whether something that happens at multiples of the interval happens after this iteration."""
-    return iteration % interval == 0
-
-
-def check_finite(run: Training, means: dict[str, np.ndarray], first: int) -> None:
-    """Raises UserError for the first step that was not finite, unless --skip_nonfinite is given.
-
-    Args:
-        means: what steps `first`, first + 1, ... returned.
-    """
-    if run.skip_nonfinite or np.all(means['finite']):
-        return
-    step = int(np.argmin(means['finite']))
-    pre, post = means['pre_loss'][step], means['post_loss'][step]
-    what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
-    raise diverged(run, f'in iteration {first + step + 1} the loss is {pre:.6g} before and {post:.6g} after the inner '
-                   f'updates, and {what} not finite')
 
 
 def console_line(run: Training, phase: str, state: TrainState) -> str:
     """`Iteration 100: <pre>, <post>`, means of the metric [iterations, 2] since the last such line."""
     metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
     pre, post = metrics.mean(axis=0) if len(metrics) else (math.nan, math.nan)
-    line = (f'Pretrain Iteration {state.iteration}' if phase == 'pretrain' else
-            f'Iteration {state.iteration - run.pretrain_iterations}') + f': {pre:.6g}, {post:.6g}'
-    return line + (f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)'
-                   if state.skipped else '')
+    title = f'Iteration {state.iteration - run.pretrain_iterations}'
+    if phase == 'pretrain':
+        title = f'Pretrain Iteration {state.iteration}'
+    skipped = f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)' if state.skipped else ''
+    return f'{title}: {pre:.6g}, {post:.6g}{skipped}'
 
 
 def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
-    """The `run.ensemble` best of {'iteration', 'score'}, best first, by accuracy (higher is better) or loss (lower is).
-
-    Of equals the earlier is better. A candidate whose score is not finite is ignored.
-    """
+    """The `run.ensemble` best of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
     sign = -1 if run.metric == 'accuracy' else 1
@@ -299,22 +277,18 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
             before = run.pretrain_iterations
             phase_end = before if first < before else min(run.iterations, before + next_change(run.model, first - before))
             end = min((first // steps_per_call + 1) * steps_per_call, phase_end)
-            yield first, end - first
+            yield range(first, end)
             first = end
 
-    def draw_block(first, steps):
+    def draw_block(block):
         def of_replica(replica):
-            batches = [draw(tasks, run, iteration, replica) for iteration in range(first, first + steps)]
-            return TaskBatch(*map(np.stack, zip(*batches)))
-        return first, run.replicas.distribute(of_replica)
+            return TaskBatch(*map(np.stack, zip(*(draw(tasks, run, iteration, replica) for iteration in block))))
+        return block.start, run.replicas.distribute(of_replica)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = collections.deque()
-        for block in blocks():
-            ahead.append(pool.submit(draw_block, *block))
-            if len(ahead) == 2:
-                yield ahead.popleft().result()
-        yield ahead.popleft().result()
+        futures = (pool.submit(draw_block, block) for block in blocks())
+        for future, _following in itertools.pairwise(itertools.chain(futures, [None])):  # the following block is drawn meanwhile
+            yield future.result()
 
 
 def draw(tasks: Tasks, run: Training, iteration: int, replica: int) -> TaskBatch:
