@@ -74,10 +74,10 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return np.stack([interval.low, interval.high], axis=1)
 
 
+@np.errstate(all='ignore')
 def difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
     """values - base; nan or infinite, without a warning, where one of them is not finite."""
-    with np.errstate(all='ignore'):
-        return values - base
+    return values - base
 
 
 def number(value: float, digits: int) -> str:
@@ -85,16 +85,15 @@ def number(value: float, digits: int) -> str:
     return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS else f'{value:.2e}'
 
 
+def plus_minus(mean: float, half: float, digits: int) -> str:
+    """Text: a mean and the half-width of its interval."""
+    return f'{number(mean, digits)} ± {number(half, digits)}'
+
+
 def figure(mean: float, half: float, metric: str) -> str:
     """Text: a mean and the half-width of its interval, both of UNITS[metric] before its factor, as tables show them."""
     _, factor, digits = UNITS[metric]
-    return f'{number(mean * factor, digits)} ± {number(half * factor, digits)}'
-
-
-def interval(values: np.ndarray, digits: int) -> str:
-    """Text: mean and half-width of the 95% interval of values [tasks]."""
-    mean, _, half = statistics(values[:, None])
-    return f'{number(mean[0], digits)} ± {number(half[0], digits)}'
+    return plus_minus(mean * factor, half * factor, digits)
 
 
 def p_value(one: np.ndarray, other: np.ndarray) -> float:
