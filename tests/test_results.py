@@ -460,7 +460,8 @@ def test_grid_is_the_curve_of_the_task():
 
 
 def test_results_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
     with pytest.raises(OSError):
-        store.add(str(tmp_path / 'nowhere'), an_entry(np.ones([3, 2])))
+        store.add(str(tmp_path / 'file'), an_entry(np.ones([3, 2])))
     with pytest.raises(UserError):
         compare.compare([str(tmp_path)])

@@ -1,14 +1,10 @@
 """results.json: the store of every evaluation of a run, and the table that an evaluation prints.
 
-One entry for each checkpoint and setting: the same checkpoint evaluated again in the same setting replaces its entry. The evaluations
-that ship with a run are in shipped_results.json, which is only read, so that evaluating a shipped run changes no file that git tracks.
-The dataclasses below are the schema of both files.
+The evaluations that ship with a run are in shipped_results.json, which is only read, so that evaluating a shipped run changes no file
+that git tracks. The dataclasses below are the schema of both files.
 """
 import codecs
-import csv
 import dataclasses
-import errno
-import io
 import json
 import os
 import pickle
@@ -20,7 +16,7 @@ import numpy as np
 
 from runtime.results.statistics import UNITS, bootstrap, number, statistics
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import locked, require_regular_file, write_atomically
+from runtime.system.files import locked, require_regular_file, write_atomically, write_csv
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
@@ -122,8 +118,6 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     return '\n'.join(lines)
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
-
 def add(directory: str, entry: Entry) -> None:
     """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
 
@@ -131,11 +125,9 @@ def add(directory: str, entry: Entry) -> None:
         OSError: it cannot be written.
         UserError: there is a results.json that cannot be read.
     """
-    if not os.path.isdir(directory):  # the lock would make it
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
     path = os.path.join(directory, FILE)
     with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
-        write(path, list(({one.key: one for one in _read_if_present(path)} | {entry.key: entry}).values()))
+        write(path, _last_of_each_key([*_read_if_present(path), entry]))
 
 
 def write(path: str, entries: list[Entry]) -> None:
@@ -153,15 +145,9 @@ def write_reference_files(stem: str, values: np.ndarray) -> None:
     Args:
         values: [tasks, 1 + updates].
     """
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
-    writer.writerows(statistics(values))
-    write_atomically(stem + '.csv', text.getvalue().encode())
+    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *statistics(values)])
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
-
-# Reading ------------------------------------------------------------------------------------------------------------
 
 def entries_of(directory: str) -> list[Entry]:
     """The evaluations of a run, those that shipped with it first, each replaced by one's own of the same key.
@@ -170,7 +156,11 @@ def entries_of(directory: str) -> list[Entry]:
         UserError: as `read`.
     """
     paths = [os.path.join(directory, name) for name in (SHIPPED_FILE, FILE)]
-    return list({entry.key: entry for path in paths for entry in _read_if_present(path)}.values())
+    return _last_of_each_key(entry for path in paths for entry in _read_if_present(path))
+
+
+def _last_of_each_key(entries):
+    return list({entry.key: entry for entry in entries}.values())
 
 
 def _read_if_present(path):
@@ -199,7 +189,8 @@ def read(path: str) -> list[Entry]:
 
 
 def _checked(kind, value, field):
-    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field."""
+    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field. Other fields than
+    those of the schema are ignored."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or type(value) in (arguments if origin is types.UnionType else [kind]):
         return value
@@ -210,17 +201,12 @@ def _checked(kind, value, field):
     if origin is dict and isinstance(value, dict):
         return {name: _checked(arguments[1], item, f'{field}.{name}') for name, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _checked_fields(kind, value, field)
+        hints = typing.get_type_hints(kind)
+        missing = [name for name in hints if name not in value]
+        if missing:
+            raise ValueError(f'{field}.{missing[0]} is missing')
+        return kind(**{name: _checked(hint, value[name], f'{field}.{name}') for name, hint in hints.items()})
     raise ValueError(f'{field} is {value!r:.40}, and should be of type {getattr(kind, "__name__", kind)}')
-
-
-def _checked_fields(kind, values, field):
-    """A dataclass of the schema from its fields, {name: value}; others are ignored."""
-    hints = typing.get_type_hints(kind)
-    missing = [name for name in hints if name not in values]
-    if missing:
-        raise ValueError(f'{field}.{missing[0]} is missing')
-    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items()})
 
 
 def _check_consistency(entry, field):
