@@ -18,16 +18,12 @@ COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metri
 def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all') -> str:
     """The evaluations of several runs as a table: a row for each model, a column for each source and kind of task.
 
-    Values are those after as many updates as each method is reported at; means over tasks with their 95% intervals.
+    Values are those after as many updates as each method is reported at; means over tasks with their 95% intervals. There is a table
+    for each kind of score.
 
     Args:
-        folders: experiment directories, or folders of such at any depth; 'name=folder' says what to call its runs.
-        plot: also draw the table, into a new file across*.png in the first folder.
-        style: 'text', 'csv' or 'latex'.
-        checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
-
-    Returns:
-        The tables, one for each kind of score.
+        plot: also draw the tables, into new files across*.png in the first folder.
+        others: as for `compare`.
 
     Raises:
         UserError: there are no results.
@@ -53,7 +49,6 @@ class Model(NamedTuple):
 
 
 def model_of(evaluation: Evaluation) -> Model:
-    """The model that was evaluated."""
     setting = evaluation.entry.setting
     members = '+'.join(map(str, evaluation.entry.ensemble))
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
@@ -71,6 +66,7 @@ class Matrix:
         targets: text: the tasks of the columns.
         common: text: what the tasks of all columns have in common.
         cells: {(row, column): evaluation}.
+        statistics: {(row, column): its mean, standard deviation and half-width of the interval}.
     """
 
     def __init__(self, evaluations: Sequence[Evaluation]):
@@ -85,6 +81,8 @@ class Matrix:
         self.models = list(dict.fromkeys(map(model_of, evaluations)))
         self.labels = _labels(self.models)
         self.cells = {(self.models.index(model_of(evaluation)), keys.index(evaluation.tasks_key)): evaluation for evaluation in evaluations}
+        self.statistics = {place: [float(statistic[0]) for statistic in statistics(evaluation.headline_values[:, None])]
+                           for place, evaluation in self.cells.items()}
 
     def text(self, row: int, column: int) -> str:
         """Mean and interval, or '' where there is no such evaluation."""
@@ -92,14 +90,14 @@ class Matrix:
             return ''
         evaluation = self.cells[row, column]
         mark = (KNOWN_CLASSES if evaluation.entry.known_classes else '') if evaluation.is_transfer else OWN_SOURCE
-        mean, _, half = _headline_statistics(evaluation)
+        mean, _, half = self.statistics[row, column]
         return plus_minus(mean, half, UNITS[self.metric][2]) + mark
 
     def means(self) -> np.ndarray:
         """[models, targets]; nan where there is no evaluation."""
         means = np.full((len(self.models), len(self.targets)), np.nan)
-        for place, evaluation in self.cells.items():
-            means[place] = evaluation.headline_values.mean()
+        for place, (mean, _, _) in self.statistics.items():
+            means[place] = mean
         return means
 
     def table(self) -> render.Table:
@@ -143,10 +141,5 @@ def records(matrices: Sequence[Matrix]) -> render.Table:
             known = len(evaluation.entry.known_classes) if evaluation.is_transfer else ''
             tasks = ', '.join(filter(None, [matrix.targets[column], matrix.common]))
             rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, known, tasks, UNITS[matrix.metric][0],
-                         evaluation.headline_updates, *_headline_statistics(evaluation), evaluation.path])
+                         evaluation.headline_updates, *matrix.statistics[row, column], evaluation.path])
     return render.Table('', COLUMNS, rows)
-
-
-def _headline_statistics(evaluation):
-    """Mean, standard deviation and half-width of the interval at the number of updates at which the method is reported."""
-    return [float(statistic[0]) for statistic in statistics(evaluation.headline_values[:, None])]

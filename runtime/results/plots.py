@@ -37,15 +37,11 @@ SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster 
 
 
 def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
-    """Figures of a model on the tasks of a split.
+    """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of tables}.
 
     Args:
         split: 'val' or 'test'.
-        values: {label: their metrics, [tasks, 1 + updates]}, a line each.
-
-    Returns:
-        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; 'tasks' is
-        missing for the classification of tables.
+        values: {label: metrics of its tasks, [tasks, 1 + updates]}, a line each.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title)}
@@ -59,10 +55,10 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
 
 
 def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
-    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean.
+    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figure 3 of the paper.
 
-    Like figure 3 of the paper. The first column of the values is another quantity, of support rows before adaptation: it is a
-    separate mark at 0. It may lie outside the axes, so its value is in the legend.
+    The first column of the values is another quantity, of support rows before adaptation: it is a separate mark at 0. It may lie outside
+    the axes, so its value is in the legend.
 
     Args:
         runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
