@@ -81,8 +81,7 @@ class Matrix:
         self.models = list(dict.fromkeys(map(model_of, evaluations)))
         self.labels = _labels(self.models)
         self.cells = {(self.models.index(model_of(evaluation)), keys.index(evaluation.tasks_key)): evaluation for evaluation in evaluations}
-        self.statistics = {place: [float(statistic[0]) for statistic in statistics(evaluation.headline_values[:, None])]
-                           for place, evaluation in self.cells.items()}
+        self.statistics = {place: statistics(evaluation.headline_values) for place, evaluation in self.cells.items()}
 
     def text(self, row: int, column: int) -> str:
         """Mean and interval, or '' where there is no such evaluation."""

@@ -110,23 +110,19 @@ class Comparison:
         if len(line.indices) > 1:
             return self._figures_of_seeds(line, row)
         values = row[line.indices[0]]
-        mean_difference, _, half_of_difference = _scalars(statistics(difference(values, row[0])[:, None]))
-        return Figures(*_scalars(statistics(values[:, None])), mean_difference, half_of_difference, p_value(values, row[0]))
+        mean_difference, _, half_of_difference = statistics(difference(values, row[0]))
+        return Figures(*statistics(values), mean_difference, half_of_difference, p_value(values, row[0]))
 
     def _figures_of_seeds(self, line, row):
         values = np.stack([row[index] for index in line.indices])
-        mean, half, _ = _scalars(over_tasks_and_seeds(values[..., None]))
+        mean, half, _ = over_tasks_and_seeds(values)
         with np.errstate(all='ignore'):  # some diverged
-            std = float(np.std(values.mean(axis=1), ddof=1))
+            std = np.std(values.mean(axis=1), ddof=1)
         by_seed, by_seed_of_first = ({self.evaluations[index].flag('seed'): index for index in indices}
                                      for indices in (line.indices, self.groups[0].indices))
         differences = [difference(row[by_seed[seed]], row[by_seed_of_first[seed]]) for seed in by_seed if seed in by_seed_of_first]
-        paired = _scalars(over_tasks_and_seeds(np.stack(differences)[..., None])) if len(differences) > 1 else [math.nan] * 3
-        return Figures(mean, std, half, *paired)
-
-
-def _scalars(statistics_of_column):
-    return [float(statistic[0]) for statistic in statistics_of_column]
+        paired = over_tasks_and_seeds(np.stack(differences)) if len(differences) > 1 else [math.nan] * 3
+        return Figures(mean, std, half, *map(float, paired))
 
 
 def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:

@@ -209,30 +209,25 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
     after = np.argmax(probabilities, axis=-1)
     before = np.argmax(model.predict(batch, 0).post[0][0], axis=-1)
-    labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
-    rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
-    shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', 4)))
-
+    support_rows, query_rows = ([np.flatnonzero(column) for column in labels[0].T] for labels in (batch.support_y, batch.query_y))
+    shots, queries, total = min(len(support_rows[0]), 5), min(len(query_rows[0]), 4), len(after)
+    right = np.mean(after == np.argmax(batch.query_y[0], axis=-1))
     shown = names[:SHOWN_CLASSES]
     figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(shown) + 1.1), layout='constrained')
-    total, right = len(labels['query']), np.mean(after == labels['query'])
     figure.suptitle(
         f'{_plain(heading)}: its first task{_first_classes(len(names))}\nleft: support images; right: {queries * len(shown)} of {total} '
         f'query images, with the class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and '
         f'its probability;\nof all {total}, {right:.0%} are right', fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
     for label, name in enumerate(shown):
-        for column, axes in enumerate(panels[label]):
-            part, index = ('support', column) if column < shots else ('query', column - shots)
-            row = rows[part][label][index]
-            image = (batch.support_x if part == 'support' else batch.query_x)[0, row]
-            _show(axes, image, tasks.source)
-            if part == 'query':
-                correct = after[row] == label
-                axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}',
-                               fontsize='small')
-                for spine in axes.spines.values():
-                    spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
+        for axes, row in zip(panels[label, :shots], support_rows[label]):
+            _show(axes, batch.support_x[0, row], tasks.source)
+        for axes, row in zip(panels[label, shots:], query_rows[label]):
+            _show(axes, batch.query_x[0, row], tasks.source)
+            correct = after[row] == label
+            axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}', fontsize='small')
+            for spine in axes.spines.values():
+                spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
     return figure
 
@@ -261,9 +256,9 @@ def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndar
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(task.names)})' if len(task.names) > shown_query else ''
     titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
-    for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
+    for part, title, tiles, count in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query), rows):
         part.suptitle(title, fontsize='medium')
-        panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
+        panels = part.subplots(count, columns, squeeze=False).ravel()
         for axes, (image, above, below) in zip(panels, tiles):
             _show(axes, image, source)
             axes.set_title(above, fontsize='x-small')
