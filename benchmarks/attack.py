@@ -248,6 +248,7 @@ class Checkpoints(Target):
 
 TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,
            'results.json': Results, 'run.flags': RunFlags, 'flag files': FlagFiles, 'TF_CONFIG': Clusters, 'checkpoints': Checkpoints}
+target: Target  # of this process
 
 
 def prepare(name: str, folder: str) -> None:

@@ -1,6 +1,7 @@
 """Standard meta-training steps, their arithmetic cost, this program's model on a fixed random batch of each, and how they are timed."""
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -80,6 +81,12 @@ def in_process(script: str, *arguments: Any, timeout: float | None = None) -> An
     """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes longer."""
     process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout)
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def anonymous_megabytes(process: int | str = 'self') -> float:
+    """Resident memory of a process that is not of files."""
+    with open(f'/proc/{process}/status', encoding='ascii') as file:
+        return int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1]) / 1024
 
 
 def seconds_of_step(model: Any, batch: Any, iteration: int = 0) -> float:
