@@ -308,7 +308,8 @@ def save(figure: Figure, path: str) -> None:
 
 def save_new(figure: Figure, stem: str, suffix: str) -> str:
     """Writes a Figure to a file that does not exist yet, <stem>.<suffix>, or <stem>-2.<suffix> and so on; returns its path."""
-    numbers = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
-    path = next(path for path in (f'{stem}{number}.{suffix}' for number in numbers) if not os.path.exists(path))
+    path, number = f'{stem}.{suffix}', 2
+    while os.path.exists(path):
+        path, number = f'{stem}-{number}.{suffix}', number + 1
     save(figure, path)
     return path
