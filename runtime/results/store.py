@@ -189,8 +189,7 @@ def read(path: str) -> list[Entry]:
 
 
 def _checked(kind, value, field):
-    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field. Other fields than
-    those of the schema are ignored."""
+    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or type(value) in (arguments if origin is types.UnionType else [kind]):
         return value
@@ -201,12 +200,17 @@ def _checked(kind, value, field):
     if origin is dict and isinstance(value, dict):
         return {name: _checked(arguments[1], item, f'{field}.{name}') for name, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        missing = [name for name in hints if name not in value]
-        if missing:
-            raise ValueError(f'{field}.{missing[0]} is missing')
-        return kind(**{name: _checked(hint, value[name], f'{field}.{name}') for name, hint in hints.items()})
+        return _checked_fields(kind, value, field)
     raise ValueError(f'{field} is {value!r:.40}, and should be of type {getattr(kind, "__name__", kind)}')
+
+
+def _checked_fields(kind, values, field):
+    """A dataclass of the schema from its fields, {name: value}; others are ignored."""
+    hints = typing.get_type_hints(kind)
+    missing = [name for name in hints if name not in values]
+    if missing:
+        raise ValueError(f'{field}.{missing[0]} is missing')
+    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items()})
 
 
 def _check_consistency(entry, field):
