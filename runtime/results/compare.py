@@ -65,6 +65,9 @@ class Line(NamedTuple):
     """An evaluation, or several that differ by their training's seed only."""
     letters: str                # one for each evaluation, or its number after Z
     label: str
+    path: str                   # '' of several
+    seed: int | str             # of the training, or text: several
+    updates: int                # at which the method is reported
     indices: tuple[int, ...]    # of the evaluations
 
 
@@ -76,6 +79,10 @@ class Figures(NamedTuple):
     difference: float
     difference_ci95: float
     p: float
+
+    def cells(self, digits: int) -> list[str]:
+        """Texts: the mean, the difference, and its p-value."""
+        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), p_text(self.p)]
 
 
 class Comparison:
@@ -95,15 +102,20 @@ class Comparison:
         self.unit, _, self.digits = UNITS[self.metric]
         self.title = f'{self.tasks}: {self.unit}'
         letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(evaluations))]
-        self.lines = [Line(letter, label, (index,)) for index, (letter, label) in enumerate(zip(letters, what_differs(evaluations)))]
-        self.groups = [Line(''.join(letters[index] for index in group), group_label(evaluations, group), group)
-                       for group in seed_groups(evaluations)]
+        self.lines = [Line(letters[index], label, evaluation.path, evaluation.flag('seed'), evaluation.headline_updates, (index,))
+                      for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
+        self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
         self.headline = [evaluation.headline_values for evaluation in evaluations]
         values_of_each = [evaluation.values for evaluation in evaluations]
         self.rows = {str(updates): [values[:, updates] for values in values_of_each]
                      for updates in range(min(values.shape[1] for values in values_of_each))}
         if len({evaluation.headline_updates for evaluation in evaluations}) > 1:
             self.rows['own'] = self.headline
+
+    def _group(self, indices):
+        lines = [self.lines[index] for index in indices]
+        return Line(''.join(line.letters for line in lines), group_label(self.evaluations, indices), '',
+                    ' '.join(str(line.seed) for line in lines), lines[0].updates, indices)
 
     def figures(self, line: Line, row: Sequence[np.ndarray]) -> Figures:
         """The statistics of a line in one of the rows."""
@@ -118,8 +130,7 @@ class Comparison:
         mean, half, _ = over_tasks_and_seeds(values)
         with np.errstate(all='ignore'):  # some diverged
             std = np.std(values.mean(axis=1), ddof=1)
-        by_seed, by_seed_of_first = ({self.evaluations[index].flag('seed'): index for index in indices}
-                                     for indices in (line.indices, self.groups[0].indices))
+        by_seed, by_seed_of_first = ({self.lines[index].seed: index for index in group.indices} for group in (line, self.groups[0]))
         differences = [difference(row[by_seed[seed]], row[by_seed_of_first[seed]]) for seed in by_seed if seed in by_seed_of_first]
         paired = over_tasks_and_seeds(np.stack(differences)) if len(differences) > 1 else [math.nan] * 3
         return Figures(mean, std, half, *map(float, paired))
@@ -233,30 +244,26 @@ def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
 
 def update_table(comparison: Comparison) -> render.Table:
     """A row for each number of updates, a column for each evaluation, and for each but the first its difference from the first."""
-    evaluations, lines, groups, digits = comparison.evaluations, comparison.lines, comparison.groups, comparison.digits
-    legend = [f'{line.letters}  {evaluation.path}  ({line.label})' for line, evaluation in zip(lines, evaluations)]
+    lines, groups, digits = comparison.lines, comparison.groups, comparison.digits
     columns = ['updates', *(line.letters for line in lines), *(title for line in lines[1:] for title in (f'{line.letters} - A', 'p')),
                *(f'{group.letters} over seeds' for group in groups)]
     rows, notes = [], []
     for title, row in comparison.rows.items():
-        figures = [comparison.figures(line, row) for line in lines]
-        cells = [plus_minus(each.mean, each.ci95, digits) for each in figures]
-        for each in figures[1:]:
-            cells += _difference_cells(each, digits)
-        for each in (comparison.figures(group, row) for group in groups):
-            cells.append(f'{number(each.mean, digits)} ({number(each.std, digits)})')
-        rows.append([title, *cells])
+        cells = [comparison.figures(line, row).cells(digits) for line in lines]
+        means = [comparison.figures(group, row)[:2] for group in groups]
+        rows.append([title, *(mean for mean, *_ in cells), *(text for _, *difference_and_p in cells[1:] for text in difference_and_p),
+                     *(f'{number(mean, digits)} ({number(std, digits)})' for mean, std in means)])
     if 'own' in comparison.rows:
-        notes.append('own: each at its own number of updates, '
-                     + ', '.join(f'{line.letters} {evaluation.headline_updates}' for line, evaluation in zip(lines, evaluations)))
+        notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
         notes.append('over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation')
+    legend = [f'{line.letters}  {line.path}  ({line.label})' for line in lines]
     return render.Table(comparison.title, columns, rows, legend, notes)
 
 
 def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
-    rows = [[line.label, *_headline_cells(comparison, line)] for line in comparison.lines]
+    rows = [[line.label, line.updates, *comparison.figures(line, comparison.headline).cells(comparison.digits)] for line in comparison.lines]
     rows[0][-2:] = '', ''
     return render.Table(comparison.title, ['run', 'updates', comparison.unit, 'difference', 'p'], rows)
 
@@ -265,33 +272,18 @@ def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
     rows = []
     for group in comparison.groups:
-        cells = _headline_cells(comparison, group)
-        if group == comparison.groups[0] or math.isnan(comparison.figures(group, comparison.headline).difference):
-            cells[-2:] = '', ''
-        rows.append([group.label, len(group.indices), *cells])
+        figures = comparison.figures(group, comparison.headline)
+        mean, *difference_and_p = figures.cells(comparison.digits)
+        if group == comparison.groups[0] or math.isnan(figures.difference):
+            difference_and_p = '', ''
+        rows.append([group.label, len(group.indices), group.updates, mean, *difference_and_p])
     return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, 'difference', 'p'], rows,
                         notes=['95% intervals that cover other tasks and other seeds; differences from the first, paired by task and seed'])
 
 
-def _headline_cells(comparison, line):
-    figures, digits = comparison.figures(line, comparison.headline), comparison.digits
-    return [comparison.evaluations[line.indices[0]].headline_updates, plus_minus(figures.mean, figures.ci95, digits),
-            *_difference_cells(figures, digits)]
-
-
-def _difference_cells(figures, digits):
-    return [plus_minus(figures.difference, figures.difference_ci95, digits), p_text(figures.p)]
-
-
 def records(comparisons: Sequence[Comparison]) -> render.Table:
     """A row for each evaluation and number of updates, and for each group of seeds."""
-    rows = []
-    for comparison in comparisons:
-        described = [(line, line.label, evaluation.path, evaluation.flag('seed'))
-                     for line, evaluation in zip(comparison.lines, comparison.evaluations)]
-        for group in comparison.groups:
-            seeds = ' '.join(str(comparison.evaluations[index].flag('seed')) for index in group.indices)
-            described.append((group, f'{group.label}, over seeds', '', seeds))
-        rows += [[comparison.tasks, comparison.unit, line.letters, label, path, seed, title, *comparison.figures(line, row)]
-                 for title, row in comparison.rows.items() for line, label, path, seed in described]
+    rows = [[comparison.tasks, comparison.unit, line.letters, line.label + (', over seeds' if line in comparison.groups else ''), line.path,
+             line.seed, title, *comparison.figures(line, row)]
+            for comparison in comparisons for title, row in comparison.rows.items() for line in [*comparison.lines, *comparison.groups]]
     return render.Table('', COLUMNS, rows)
