@@ -244,21 +244,28 @@ def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
 
 def update_table(comparison: Comparison) -> render.Table:
     """A row for each number of updates, a column for each evaluation, and for each but the first its difference from the first."""
-    lines, groups, digits = comparison.lines, comparison.groups, comparison.digits
+    lines, groups, notes = comparison.lines, comparison.groups, []
     columns = ['updates', *(line.letters for line in lines), *(title for line in lines[1:] for title in (f'{line.letters} - A', 'p')),
                *(f'{group.letters} over seeds' for group in groups)]
-    rows, notes = [], []
-    for title, row in comparison.rows.items():
-        cells = [comparison.figures(line, row).cells(digits) for line in lines]
-        means = [comparison.figures(group, row)[:2] for group in groups]
-        rows.append([title, *(mean for mean, *_ in cells), *(text for _, *difference_and_p in cells[1:] for text in difference_and_p),
-                     *(f'{number(mean, digits)} ({number(std, digits)})' for mean, std in means)])
+    rows = [[title, *_update_cells(comparison, row)] for title, row in comparison.rows.items()]
     if 'own' in comparison.rows:
         notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
         notes.append('over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation')
     legend = [f'{line.letters}  {line.path}  ({line.label})' for line in lines]
     return render.Table(comparison.title, columns, rows, legend, notes)
+
+
+def _update_cells(comparison, row):
+    digits = comparison.digits
+    cells_of_each = [comparison.figures(line, row).cells(digits) for line in comparison.lines]
+    cells = [mean for mean, _, _ in cells_of_each]
+    for _, mean_difference, p in cells_of_each[1:]:
+        cells += [mean_difference, p]
+    for group in comparison.groups:
+        mean, std, *_ = comparison.figures(group, row)
+        cells.append(f'{number(mean, digits)} ({number(std, digits)})')
+    return cells
 
 
 def headline_table(comparison: Comparison) -> render.Table:
