@@ -225,7 +225,8 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
         for axes, row in zip(panels[label, shots:], query_rows[label]):
             _show(axes, batch.query_x[0, row], tasks.source)
             correct = after[row] == label
-            axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}', fontsize='small')
+            mark = '✓' if correct else '✗'
+            axes.set_title(f'{before[row] + 1} → {after[row] + 1} {mark} {probabilities[row, after[row]]:.0%}', fontsize='small')
             for spine in axes.spines.values():
                 spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
