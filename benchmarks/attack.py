@@ -8,7 +8,7 @@ exception, a crash of the process, or more than SECONDS is a failure. This is no
 draws whole inputs from a grammar. Cases run in separate processes, CASES_PER_PROCESS each, so that a crash is found.
 """
 import argparse
-import collections
+import glob
 import io
 import json
 import multiprocessing
@@ -21,8 +21,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from PIL import Image
@@ -30,6 +31,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 SECONDS, CASES_PER_PROCESS = 10, 500
+ACCEPTED, REFUSED = 'accepted', 'refused'
 WORDS = [b'', b'\0', b'\xff' * 8, b'-1', b'1e999', b'nan', b'99999999999999999999', b'../', b'/', b'"', b'[' * 2000, b'{', b'\n',
          b'\x80', b'(', b'True', b'null', b'\xe2\x80\xae', b'%s', b'--', b'=', b',', b'\x1b[2J']
 
@@ -68,11 +70,6 @@ class Target:
         with open(path, 'wb') as file:
             file.write(content)
         return path
-
-
-def _user_error():
-    from runtime.system.errors import UserError
-    return UserError
 
 
 class Pickles(Target):
@@ -161,19 +158,15 @@ class Manifests(Target):
 
 class Results(Target):
     def valid(self, rng: random.Random) -> bytes:
-        entry = {'checkpoint': 'model1', 'iterations': 1, 'is_best': False, 'ensemble': [], 'known_classes': [], 'metric': 'loss',
-                 'training': {'method': 'MAML', 'pretrain_iterations': 0, 'metatrain_iterations': 1,
-                              'flags': {'datasource': 'sinusoid', 'num_updates': 1, 'seed': 0}},
-                 'tasks': {'datasource': 'sinusoid', 'split': 'val', 'num_classes': None, 'update_batch_size': 5, 'query_shots': 5,
-                           'seed': 0, 'count': 2, 'data': None, 'facts': {}},
-                 'setting': {'query_norm': 'batch', 'update_lr': 0.1, 'inner_batch': 0, 'test_updates': 1, 'headline_updates': 1,
-                             'load_from': None},
-                 'seconds': 1.0, 'versions': {'python': '3'}, 'scores': [[1.5, 2.0], [2.5, 1.0]],
-                 'figures': [{'mean': mean, 'std': 0.5, 'ci95': 0.7, 'bootstrap95': [1.5, 2.5]} for mean in (2.0, 1.5)]}
-        other = {**entry, 'checkpoint': 'model2', 'scores': [[1, 2], [3, 4]]}
-        return json.dumps({'version': 2, 'evaluations': [entry, other]}).encode()
+        path, = glob.glob(os.path.join(ROOT, 'logs', 'sine', '*', 'shipped_results.json'))
+        with open(path, encoding='utf-8') as file:
+            results = json.load(file)
+        for entry in results['evaluations']:
+            entry['scores'] = entry['scores'][:2]
+        return json.dumps(results).encode()
 
     def read(self, content: bytes) -> None:
+        import main  # noqa: F401  (declares the flags)
         from runtime.results.compare import compare
         self.path('results.json', content)
         compare([self.folder], style=['text', 'csv', 'latex'][len(content) % 3])
@@ -255,39 +248,55 @@ class Checkpoints(Target):
 
 TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,
            'results.json': Results, 'run.flags': RunFlags, 'flag files': FlagFiles, 'TF_CONFIG': Clusters, 'checkpoints': Checkpoints}
+target: Target  # of this process
 
 
-def attack(name: str, seeds: Iterable[int], counts: Any, failures: Any) -> None:
-    """Runs cases in this process; counts[0] tells the parent which case is running."""
+def prepare(name: str, folder: str) -> None:
+    """Makes this process one that attacks a target."""
+    global target
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     signal.signal(signal.SIGALRM, _late)
-    expected = (_user_error(), SystemExit)
-    with tempfile.TemporaryDirectory() as folder:
-        target = TARGETS[name](folder)
-        for seed in seeds:
-            rng = random.Random(seed)
-            content = spoil(target.valid(rng), rng)
-            counts[0] = seed
-            signal.alarm(SECONDS)
-            try:
-                target.read(content)
-                counts[1] += 1
-            except expected as error:
-                message = str(error)
-                # sys.exit(status) instead of a sentence, without a message
-                counts[2] += 1
-                if not message or isinstance(error, SystemExit) and isinstance(error.code, int):
-                    failures.put((name, seed, 'refused without a sentence'))
-            except BaseException as error:
-                failures.put((name, seed, f'{type(error).__name__}: {str(error)[:200]}'))
-            finally:
-                signal.alarm(0)
+    target = TARGETS[name](folder)
 
 
 def _late(number, frame):
     raise TimeoutError(f'not finished after {SECONDS} seconds')
+
+
+def attack(seed: int) -> str:
+    """Runs a case: ACCEPTED, REFUSED, or text that says what went wrong."""
+    from runtime.system.errors import UserError
+    rng = random.Random(seed)
+    content = spoil(target.valid(rng), rng)
+    signal.alarm(SECONDS)
+    try:
+        target.read(content)
+        return ACCEPTED
+    except (UserError, SystemExit) as error:
+        # sys.exit(status) instead of a sentence, without a message
+        is_sentence = str(error) and not isinstance(getattr(error, 'code', None), int)
+        return REFUSED if is_sentence else 'refused without a sentence'
+    except BaseException as error:
+        return f'{type(error).__name__}: {str(error)[:200]}'
+    finally:
+        signal.alarm(0)
+
+
+def outcomes(name: str, seeds: Sequence[int]) -> list[str]:
+    """Those of some cases, in a process that is replaced if one of them ends it."""
+    results = []
+    while len(results) < len(seeds):
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
+                1, multiprocessing.get_context('spawn'), prepare, (name, folder)) as pool:
+            futures = [pool.submit(attack, seed) for seed in seeds[len(results):]]
+            try:
+                results += [future.result() for future in futures]
+            except BrokenProcessPool:
+                results += [future.result() for future in futures if future.done() and not future.exception()]
+                results.append('the process died')
+    return results
 
 
 def main() -> None:
@@ -296,33 +305,18 @@ def main() -> None:
     parser.add_argument('--only', choices=TARGETS, help='attack this only')
     parser.add_argument('--seed', type=int, default=0, help='of the first case')
     options = parser.parse_args()
-    names = [options.only] if options.only else list(TARGETS)
-    context, wrong = multiprocessing.get_context('spawn'), 0
+    names, failed = [options.only] if options.only else list(TARGETS), False
     for name in names:
-        last = options.seed + options.cases // len(names)
-        first, totals, found = options.seed, collections.Counter(), []
-        while first < last:
-            counts, failures = context.Array('q', 3), context.Queue()
-            process = context.Process(target=attack, args=(name, range(first, min(first + CASES_PER_PROCESS, last)), counts, failures))
-            process.start()
-            while process.is_alive() or not failures.empty():
-                try:
-                    found.append(failures.get(timeout=0.2))
-                except Exception:  # queue.Empty: nothing to report
-                    pass
-            process.join()
-            totals.update(accepted=counts[1], refused=counts[2])
-            if process.exitcode:
-                found.append((name, counts[0], f'the process died with status {process.exitcode}'))
-                first = counts[0] + 1
-            else:
-                first += CASES_PER_PROCESS
-        print(f'{name}: {last - options.seed} cases, {totals["refused"]} refused, {totals["accepted"]} accepted, {len(found)} failures',
+        seeds, results = range(options.seed, options.seed + options.cases // len(names)), []
+        for first in range(0, len(seeds), CASES_PER_PROCESS):
+            results += outcomes(name, seeds[first:first + CASES_PER_PROCESS])
+        failures = [(seed, result) for seed, result in zip(seeds, results) if result not in (ACCEPTED, REFUSED)]
+        print(f'{name}: {len(results)} cases, {results.count(REFUSED)} refused, {results.count(ACCEPTED)} accepted, {len(failures)} failures',
               flush=True)
-        for failure in found[:10]:
-            print('  ', *failure, flush=True)
-        wrong += len(found)
-    sys.exit(bool(wrong))
+        for seed, result in failures[:10]:
+            print('  ', name, seed, result, flush=True)
+        failed = failed or bool(failures)
+    sys.exit(failed)
 
 
 if __name__ == '__main__':

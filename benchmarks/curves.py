@@ -34,10 +34,7 @@ def validations(text: str) -> np.ndarray:
 
 def running_mean(values: np.ndarray) -> np.ndarray:
     """The mean of each value and up to WINDOW - 1 before it."""
-    sums = np.cumsum(np.concatenate([[0], values]))
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - WINDOW, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([values[max(end - WINDOW, 0):end].mean() for end in range(1, len(values) + 1)])
 
 
 def draw(logs: dict[str, str], path: str) -> None:
@@ -51,9 +48,7 @@ def draw(logs: dict[str, str], path: str) -> None:
     for label, text in logs.items():
         iterations, accuracies = validations(text).T
         axes.plot(iterations, 100 * running_mean(accuracies), label=label)
-    axes.set_xscale('log')
-    axes.set_xlabel('iterations')
-    axes.set_ylabel('accuracy in %')
+    axes.set(xscale='log', xlabel='iterations', ylabel='accuracy in %')
     axes.set_title(f'Meta-validation during training, running mean of {WINDOW} validations on 100 tasks', fontsize='small')
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')

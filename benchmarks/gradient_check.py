@@ -22,8 +22,8 @@ STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss
 
 def relative_error(gradients: dict, exact: dict) -> float:
     """|gradients - exact| / |exact|, Euclidean, over all tensors together."""
-    found, wanted = (np.concatenate([np.ravel(values[name]) for name in exact]) for values in (gradients, exact))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    vector, exact_vector = (np.concatenate([np.ravel(values[name]) for name in exact]) for values in (gradients, exact))
+    return np.linalg.norm(vector - exact_vector) / np.linalg.norm(exact_vector)
 
 
 def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) -> list[float]:

@@ -11,15 +11,10 @@ import subprocess
 import sys
 import tempfile
 
+from workloads import anonymous_megabytes
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ITERATIONS, FIRST, EVERY = 100_000, 5_000, 20_000
-
-
-def footprint(process: subprocess.Popen) -> tuple[float, int]:
-    """(resident megabytes, open files) of a running process."""
-    with open(f'/proc/{process.pid}/status') as file:
-        kilobytes = int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1])
-    return kilobytes / 1024, len(os.listdir(f'/proc/{process.pid}/fd'))
 
 
 def main() -> None:
@@ -32,7 +27,7 @@ def main() -> None:
         for line in process.stdout:
             iteration = int((re.match(r'Iteration (\d+):', line) or [0, 0])[1])
             if iteration == FIRST or iteration and iteration % EVERY == 0:
-                megabytes, files = footprint(process)
+                megabytes, files = anonymous_megabytes(process.pid), len(os.listdir(f'/proc/{process.pid}/fd'))
                 first = first or megabytes
                 print(f'{iteration:7} iterations: {megabytes:6.1f} MB ({megabytes / first - 1:+.1%}), {files} open files',
                       flush=True)

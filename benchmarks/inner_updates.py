@@ -8,16 +8,10 @@ Every case runs in a separate process, one after the other; one that takes longe
 import argparse
 import dataclasses
 import json
-import resource
-import statistics
 import subprocess
-import sys
-import time
 from typing import Any
 
-STARTED = time.perf_counter()
-
-from workloads import WORKLOADS, seconds_of_step  # noqa: E402
+from workloads import WORKLOADS, in_process, measure
 
 
 def sinusoid() -> tuple[Any, Any]:
@@ -36,18 +30,6 @@ def cifarfs() -> tuple[Any, Any]:
 SHAPES = {'sinusoid': sinusoid, 'cifarfs': cifarfs}
 
 
-def measure(shape: str, updates: int, recompute: bool) -> dict[str, float]:
-    from runtime.cli.startup import import_tensorflow
-    import_tensorflow()
-    from maml import MAML
-    config, batch = SHAPES[shape]()
-    model = MAML(dataclasses.replace(config, num_updates=updates, recompute=recompute))
-    seconds_of_step(model, batch)
-    first = time.perf_counter() - STARTED
-    seconds = statistics.median(seconds_of_step(model, batch) for _ in range(3))
-    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--updates', nargs='+', type=int, default=[5, 20, 50, 200])
@@ -56,8 +38,11 @@ def main() -> None:
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
+        from runtime.cli.startup import import_tensorflow
+        import_tensorflow()
         shape, updates, recompute = args.measure.split()
-        print(json.dumps(measure(shape, int(updates), recompute == 'True')))
+        config, batch = SHAPES[shape]()
+        print(json.dumps(measure(dataclasses.replace(config, num_updates=int(updates), recompute=recompute == 'True'), batch, steps=3)))
         return
     print(f'{"shape":10}{"updates":>8}{"recompute":>11}{"first step":>12}{"a step":>10}{"memory":>10}')
     for shape in args.shapes:
@@ -65,10 +50,8 @@ def main() -> None:
             for recompute in False, True:
                 head = f'{shape:10}{updates:8}{"yes" if recompute else "no":>11}'
                 try:
-                    process = subprocess.run([sys.executable, __file__, '--measure', f'{shape} {updates} {recompute}'], check=True,
-                                             capture_output=True, text=True, timeout=args.limit)
-                    found = json.loads(process.stdout.splitlines()[-1])
-                    print(f'{head}{found["first"]:10.1f} s{found["seconds"]:8.3f} s{found["megabytes"]:7.0f} MB', flush=True)
+                    case = in_process(__file__, '--measure', f'{shape} {updates} {recompute}', timeout=args.limit)
+                    print(f'{head}{case["first"]:10.1f} s{case["seconds"]:8.3f} s{case["megabytes"]:7.0f} MB', flush=True)
                 except subprocess.TimeoutExpired:
                     print(f'{head}  not within {args.limit:g} s', flush=True)
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,19 +42,19 @@ def write_images(folder: str, classes: int = 20, images: int = 4, seed: int = 0)
             Image.fromarray(pixels).save(os.path.join(folder, f'class{number:02d}', f'{image}.png'))
 
 
-def start(arguments: Sequence[str]) -> tuple[subprocess.Popen, IO[str]]:
-    """A process of main.py and the file that receives its output."""
-    printed = tempfile.TemporaryFile('w+')
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], stdout=printed,
-                               stderr=subprocess.STDOUT, cwd=ROOT)
-    return process, printed
+def start(arguments: Sequence[str]) -> subprocess.Popen:
+    """A process of main.py."""
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, cwd=ROOT)
 
 
-def finish(process: subprocess.Popen, printed: IO[str]) -> tuple[int, str]:
-    """Exit status and output of a process, once it has ended."""
-    status = process.wait(timeout=600)
-    printed.seek(0)
-    return status, printed.read()
+def run(arguments: Sequence[str]) -> str:
+    """The output of main.py; raises SystemExit if it fails."""
+    process = start(arguments)
+    output, _ = process.communicate(timeout=600)
+    if process.returncode:
+        raise SystemExit(f'{" ".join(arguments)} failed: {output}')
+    return output
 
 
 def results(logdir: str, output: str, iterations: int, arguments: Sequence[str]) -> dict[str, Any]:
@@ -62,23 +62,21 @@ def results(logdir: str, output: str, iterations: int, arguments: Sequence[str])
     import tensorflow as tf
     directory, = glob.glob(os.path.join(logdir, 'cls_*'))
     reader = tf.train.load_checkpoint(os.path.join(directory, f'model{iterations}'))
-    found = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    found['console'] = dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M))
-    found['summaries'] = {}
+    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    values['console'] = dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M))
+    values['summaries'] = {}
     for path in sorted(glob.glob(os.path.join(directory, 'events*'))):
         try:
             for event in tf.compat.v1.train.summary_iterator(path):
                 for value in event.summary.value:
-                    found['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
+                    values['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
         except tf.errors.DataLossError:
             pass  # a partial record of a killed process
-    status, output = finish(*start([*arguments, '--train=False']))
-    if status:
-        raise SystemExit(f'the evaluation failed: {output}')
+    run([*arguments, '--train=False'])
     with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
         entry, = json.load(file)['evaluations']
-    found['evaluation'] = entry['scores']
-    return found
+    values['evaluation'] = entry['scores']
+    return values
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -95,14 +93,14 @@ def run_and_kill(command: Sequence[str], seconds: float, rng: random.Random) -> 
     Raises:
         SystemExit: it did not stop and save at SIGTERM.
     """
-    process, printed = start(command)
+    process, number = start(command), None
     try:
-        process.wait(timeout=seconds)
-        number = None
+        text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         number = rng.choice([signal.SIGKILL, signal.SIGTERM])
         process.send_signal(number)
-    status, text = finish(process, printed)
+        text, _ = process.communicate(timeout=600)
+    status = process.returncode
     # SIGTERM makes a training save and stop; before it begins and after its end there is nothing to save.
     begun, ended = 'Training ' in text and 'iterations/s' in text, 'The last checkpoint is' in text
     if number == signal.SIGTERM and begun and not ended and not (status == 143 and 'Stopped by SIGTERM' in text):
@@ -125,10 +123,7 @@ def torture(arguments: Sequence[str], iterations: int, kills: int, folder: str, 
         return [*arguments, f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
 
     undisturbed = os.path.join(folder, 'undisturbed')
-    status, output = finish(*start(command(undisturbed)))
-    if status:
-        raise SystemExit(f'the undisturbed run failed: {output}')
-    wanted = results(undisturbed, output, iterations, command(undisturbed))
+    expected = results(undisturbed, run(command(undisturbed)), iterations, command(undisturbed))
 
     killed, round_number, output, running = 0, 0, '', False
     while killed < kills or running:
@@ -144,7 +139,7 @@ def torture(arguments: Sequence[str], iterations: int, kills: int, folder: str, 
             continue
         if status:
             raise SystemExit(f'status {status}: {text}')
-        differing = differences(wanted, results(logdir, output, iterations, command(logdir)))
+        differing = differences(expected, results(logdir, output, iterations, command(logdir)))
         if differing:
             raise SystemExit(f'differs from the undisturbed run after {killed} kills: {", ".join(map(str, differing))}')
         yield f'came to its end, the same as that of the undisturbed run ({killed} kills so far)'

@@ -13,6 +13,7 @@ import glob
 import io
 import json
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from interruptions import ROOT, write_images
+from interruptions import ROOT, differences, write_images
 
 sys.path.insert(0, ROOT)
 from data.preparation import read_classes  # noqa: E402
@@ -34,25 +35,9 @@ SHARES = {'preparation': 0.3, 'cache': 0.2, 'training': 0.15, 'evaluation': 0.2,
 IMAGE_SHAPE = (28, 28, 1)
 
 
-class Wrong(Exception):
-    """A state that is corrupt but marked complete."""
-
-
 def contents(folder: str, pattern: str) -> dict[str, bytes]:
     """{path below the folder: bytes} of the files that match."""
-    found = {}
-    for path in glob.glob(os.path.join(folder, pattern), recursive=True):
-        if os.path.isfile(path):
-            with open(path, 'rb') as file:
-                found[os.path.relpath(path, folder)] = file.read()
-    return found
-
-
-def equal(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
-    """Raises Wrong unless each file found has the expected content; `found` may lack files."""
-    wrong = [name for name, content in found.items() if expected.get(name) != content]
-    if wrong:
-        raise Wrong(f'{what}: {len(wrong)} files are wrong, first {wrong[0]}')
+    return {os.path.relpath(path, folder): path.read_bytes() for path in pathlib.Path(folder).glob(pattern) if path.is_file()}
 
 
 class Preparation:
@@ -83,10 +68,10 @@ class Preparation:
     def check(self) -> None:
         with open(os.path.join(self.destination, PREPARATION_RECORD), encoding='utf-8') as file:
             complete = json.load(file)['complete']
-        found = contents(self.destination, '*/*/*.png')
-        equal(found, self.expected, 'preparation')
-        if complete and len(found) < len(self.expected):
-            raise Wrong(f'preparation: {len(found)} of {len(self.expected)} images, marked complete')
+        images = contents(self.destination, '*/*/*.png')
+        wrong = [name for name, content in images.items() if self.expected.get(name) != content]
+        assert not wrong, f'{len(wrong)} files are wrong, first {wrong[0]}'
+        assert len(images) == len(self.expected) or not complete, f'{len(images)} of {len(self.expected)} images, marked complete'
 
 
 class Cache:
@@ -110,8 +95,7 @@ class Cache:
             for number in range(0, len(images.names), 7):
                 path = min(glob.glob(os.path.join(self.root, images.names[number], '*.png')))
                 with Image.open(path) as image:
-                    if not np.array_equal(np.asarray(image), images.values[images.starts[number]][..., 0]):
-                        raise Wrong(f'cache: {path} differs from the cache')
+                    assert np.array_equal(np.asarray(image), images.values[images.starts[number]][..., 0]), f'{path} differs from the cache'
 
 
 class Training:
@@ -130,19 +114,14 @@ class Training:
     def checkpoints(self, logdir: str) -> dict[int, dict[str, np.ndarray]]:
         """{iteration of a checkpoint: its variables}, of those that can be found."""
         from runtime.jobs import checkpoints
-        found = {}
-        for directory in glob.glob(os.path.join(glob.escape(logdir), 'cls_*')):
-            for iteration in checkpoints.iterations(directory):
-                found[iteration] = checkpoints.load(checkpoints.path(directory, iteration)).arrays
-        return found
+        return {iteration: checkpoints.load(checkpoints.path(directory, iteration)).arrays
+                for directory in glob.glob(os.path.join(glob.escape(logdir), 'cls_*')) for iteration in checkpoints.iterations(directory)}
 
     def check(self) -> None:
-        found = self.checkpoints(self.logdir + str(self.number))
-        for iteration, arrays in found.items():
-            expected = self.expected[iteration]
-            if arrays.keys() != expected.keys() or not all(np.array_equal(arrays[name], expected[name]) for name in arrays):
-                raise Wrong(f'training: checkpoint {iteration} is not that of an undisturbed run')
-        self.number += self.ITERATIONS in found
+        saved = self.checkpoints(self.logdir + str(self.number))
+        for iteration, arrays in saved.items():
+            assert not differences(arrays, self.expected[iteration]), f'checkpoint {iteration} is not that of an undisturbed run'
+        self.number += self.ITERATIONS in saved
 
 
 class Evaluation:
@@ -161,8 +140,7 @@ class Evaluation:
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of the files of evaluations."""
-        found = {**contents(self.directory, 'test_*'), **contents(self.directory, 'evaluation_*')}
-        return {name: content for name, content in found.items() if '.' in name}
+        return contents(self.directory, 'test_*.*') | contents(self.directory, 'evaluation_*.*')
 
     def results(self) -> dict[str, list]:
         path = os.path.join(self.directory, 'results.json')
@@ -173,20 +151,18 @@ class Evaluation:
 
     def check(self) -> None:
         for name, scores in self.results().items():
-            if self.scores.setdefault(name, scores) != scores or len(scores) != 600:
-                raise Wrong(f'evaluation: {name} in results.json has changed')
+            assert self.scores.setdefault(name, scores) == scores and len(scores) == 600, f'{name} in results.json has changed'
         for name, content in self.files().items():
             if name.endswith('.png'):
-                with Image.open(io.BytesIO(content)) as image:
-                    image.load()  # raises for half a picture
-            elif self.expected.setdefault(name, content) != content:
-                raise Wrong(f'evaluation: {name} has changed')
+                Image.open(io.BytesIO(content)).load()  # raises for half a picture
+            else:
+                assert self.expected.setdefault(name, content) == content, f'{name} has changed'
 
 
 class Comparison:
     """A comparison with its picture."""
 
-    def __init__(self, folder: str, evaluation: Evaluation):
+    def __init__(self, evaluation: Evaluation):
         self.evaluation = evaluation
 
     def command(self) -> list[str]:
@@ -194,9 +170,8 @@ class Comparison:
 
     def check(self) -> None:
         self.evaluation.check()
-        for path in glob.glob(os.path.join(glob.escape(self.evaluation.logdir), 'comparison*.png')):
-            with Image.open(path) as image:
-                image.load()
+        for picture in contents(self.evaluation.logdir, 'comparison*.png').values():
+            Image.open(io.BytesIO(picture)).load()
 
 
 def run(command: Sequence[str]) -> float:
@@ -208,13 +183,10 @@ def run(command: Sequence[str]) -> float:
 
 def kill_at(command: Sequence[str], seconds: float) -> bool:
     """Starts a process and kills it after some seconds; returns whether it was still running."""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        process.wait(seconds)
+        subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=seconds)
         return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    except subprocess.TimeoutExpired:  # run has killed it
         return True
 
 
@@ -231,7 +203,7 @@ def main() -> None:
         run([*training.command(other), '--seed=1'])
         run([*training.command(other), '--seed=1', *Evaluation.FLAGS])
         parts = {'preparation': Preparation(folder), 'cache': Cache(folder), 'training': training, 'evaluation': evaluation,
-                 'comparison': Comparison(folder, evaluation)}
+                 'comparison': Comparison(evaluation)}
         for name, part in parts.items():
             usual, met = max(run(part.command()) for _ in range(2)), 0  # two, because every other one does more
             kills = round(options.kills * SHARES[name])

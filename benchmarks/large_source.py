@@ -8,25 +8,20 @@ file pages.
 """
 import argparse
 import dataclasses
-import os
-import re
 import subprocess
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from data import packing, preparation  # noqa: E402
-from data_generator import SOURCES, TaskConfig  # noqa: E402
+from workloads import anonymous_megabytes
 
 SHAPE, PER_CLASS = (84, 84, 3), 1000
 
 
 def write(folder: str, images: int) -> None:
     """Packs images of noise, each of one of 256 patterns."""
+    from data import packing, preparation
     patterns = np.random.default_rng(0).integers(0, 256, (256, *SHAPE), np.uint8)
     names = [f'train/class{number:04d}' for number in range(images // PER_CLASS)]
     args = preparation.arguments('', '', folder).parse_args([])
@@ -34,23 +29,18 @@ def write(folder: str, images: int) -> None:
                  {name: preparation.Class('train', PER_CLASS) for name in names}, SHAPE, args)
 
 
-def memory() -> int:
-    """Megabytes of anonymous resident memory of this process."""
-    with open('/proc/self/status', encoding='ascii') as file:
-        return int(re.search(r'RssAnon:\s+(\d+) kB', file.read())[1]) // 1024
-
-
 def load(folder: str, verify: bool) -> None:
     """Loads and draws as a training does; prints time and memory."""
+    from data_generator import SOURCES, TaskConfig
     source = dataclasses.replace(SOURCES['tieredimagenet'], verify=verify)
-    before, start = memory(), time.perf_counter()
+    before, start = anonymous_megabytes(), time.perf_counter()
     tasks = source.tasks(TaskConfig(num_classes=5, update_batch_size=1, query_shots=15, seed=0, data_path=folder), 'train')
     loaded, start_drawing = time.perf_counter() - start, time.perf_counter()
     for batch in range(100):
         tasks.draw(4 * batch, 4)
     drawing = (time.perf_counter() - start_drawing) / 100
     print(f'{len(tasks.classes.values):,} images{", --verify" * verify}: {loaded:.3f} s until they can be drawn from, '
-          f'{drawing * 1000:.1f} ms for a meta-batch of 4 tasks, {memory() - before} MB more memory')
+          f'{drawing * 1000:.1f} ms for a meta-batch of 4 tasks, {anonymous_megabytes() - before:.0f} MB more memory')
 
 
 if __name__ == '__main__':

@@ -3,17 +3,17 @@
     python benchmarks/methods.py
     python benchmarks/methods.py --workloads cifarfs1 --rounds 21
 
-All methods of a workload are compiled in one process; then each takes a few steps per round. The first of them, which finds
-another method's data in the caches, does not count. Printed are the medians, and the median over rounds of the ratio to MAML's
-steps of the same round. Nothing else should run meanwhile.
+All methods of a workload are compiled in one process; then each takes a few steps per round. Printed are the medians, and the median
+over rounds of the ratio to MAML's steps of the same round. Nothing else should run meanwhile.
 """
 import argparse
 import dataclasses
-import statistics
 import subprocess
 import sys
 
-from workloads import WORKLOADS, seconds_of_step
+import numpy as np
+
+from workloads import WORKLOADS, measure_in_turn
 
 MULTI_STEP = {'learn_lr': 'step', 'norm_scale': True, 'norm_per_step': True, 'mean_loss': True, 'multi_step_loss': 1000}
 METHODS = {  # {title: (changes from MAML, iteration)}
@@ -38,19 +38,11 @@ def measure(name: str, rounds: int, only: str) -> None:
     from maml import MAML
     workload = WORKLOADS[name]
     batch = workload.batch()
-    models = {title: (MAML(dataclasses.replace(workload.model_config(), **changes)), iteration)
-              for title, (changes, iteration) in METHODS.items() if title == 'MAML' or only in title}
-
-    def once(steps=4):
-        return {title: statistics.median([seconds_of_step(model, batch, iteration) for _ in range(steps)][1:])
-                for title, (model, iteration) in models.items()}
-
-    once(steps=2)
-    times = [once() for _ in range(rounds)]
+    contenders = {title: (MAML(dataclasses.replace(workload.model_config(), **changes)), batch, iteration)
+                  for title, (changes, iteration) in METHODS.items() if title == 'MAML' or only in title}
+    times = measure_in_turn(list(contenders.values()), rounds)
     print(f'{name}, {workload.num_updates} inner updates, {rounds} rounds')
-    for title in models:
-        seconds = statistics.median(one[title] for one in times)
-        ratio = statistics.median(one[title] / one['MAML'] for one in times)
+    for title, seconds, ratio in zip(contenders, np.median(times, axis=0), np.median(times / times[:, :1], axis=0)):
         print(f'  {title:26}{seconds:8.3f} s{ratio:8.2f} of MAML', flush=True)
 
 

@@ -72,36 +72,28 @@ def measure_bar() -> float:
     from runtime.system import progress
     calls = []  # (when, how long)
 
-    class Timed(progress.Progress):
-        """Counts the time that the training loop waits for the bar."""
-
-    def timed(name):
-        method = getattr(progress.Progress, name)
-
+    def timed(method):
         def call(*arguments):
             start = time.perf_counter()
             method(*arguments)
             calls.append((start, time.perf_counter() - start))
-        setattr(Timed, name, call)
+        return call
 
-    for name in 'advance', 'log':
-        timed(name)
+    progress.Progress.advance, progress.Progress.log = timed(progress.Progress.advance), timed(progress.Progress.log)
     terminal, end = pty.openpty()
     os.dup2(end, sys.stderr.fileno())
     threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(terminal, 4096), b'')], daemon=True).start()
     with tempfile.TemporaryDirectory() as logdir:
         run, data = main.run_and_data(main.parse(
             ['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000', f'--logdir={logdir}']))
-        from runtime.jobs import train as training
-        training.Progress = Timed
-        training.train(run, data)
+        from runtime.jobs.train import train
+        train(run, data)
         return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation
 
 
 def in_process(*arguments: str) -> str | None:
     """The last line that a Python process prints, or None if it failed."""
-    command = [sys.executable, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
     return process.stdout.splitlines()[-1] if process.returncode == 0 else None
 
 
@@ -132,20 +124,14 @@ def main() -> None:
         print(f'{"pipeline":12}{"fresh":>10}{"kept":>10}{"waiting":>10}   median seconds per step, share of the time')
         for name in TRAINING:
             line = in_process(__file__, '--measure', name)
-            if line is None:
-                print(f'{name:12}   no data', flush=True)
-                continue
-            found = json.loads(line)
-            print(f'{name:12}{found["fresh"]:10.5f}{found["kept"]:10.5f}{found["waiting"]:10.1%}', flush=True)
+            print(f'{name:12}' + ('{fresh:10.5f}{kept:10.5f}{waiting:10.1%}'.format(**json.loads(line)) if line else '   no data'), flush=True)
     if 'bar' in args.only:
         shares = [json.loads(in_process(__file__, '--measure', 'bar')) for _ in range(args.rounds)]
         print(f'{"bar":12}{statistics.median(shares):10.2%}, median of {sorted(round(share, 4) for share in shares)}', flush=True)
-    for name in WHOLE:
-        if name in args.only:
-            seconds = [measure_whole(name) for _ in range(args.rounds)]
-            print(f'{name:12}' + ('   no data' if None in seconds else
-                                  f'{statistics.median(seconds):10.1f} s, median of {sorted(round(s, 1) for s in seconds)}'),
-                  flush=True)
+    for name in [name for name in WHOLE if name in args.only]:
+        seconds = [measure_whole(name) for _ in range(args.rounds)]
+        print(f'{name:12}' + ('   no data' if None in seconds else
+                              f'{statistics.median(seconds):10.1f} s, median of {sorted(round(s, 1) for s in seconds)}'), flush=True)
 
 
 if __name__ == '__main__':

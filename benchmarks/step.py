@@ -10,18 +10,14 @@ workload, whose last output line ends in '<number> s a step'. Nothing else shoul
 import argparse
 import json
 import re
-import resource
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 
-STARTED = time.perf_counter()
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from workloads import WORKLOADS, seconds_of_step  # noqa: E402
+from workloads import WORKLOADS, in_process, measure
 
 
 def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
@@ -33,25 +29,6 @@ def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
         a @ a
         return time.perf_counter() - start
     return 2 * n ** 3 / min(seconds() for _ in range(1 + repeats))
-
-
-def measure(name: str, steps: int) -> dict[str, float]:
-    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
-    from runtime.cli.startup import import_tensorflow
-    import_tensorflow()
-    from maml import MAML
-    model, batch = MAML(WORKLOADS[name].model_config()), WORKLOADS[name].batch()
-
-    seconds_of_step(model, batch)
-    first = time.perf_counter() - STARTED
-    seconds = statistics.median(seconds_of_step(model, batch) for _ in range(steps))
-    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def measure_in_process(name: str, steps: int) -> dict[str, float]:
-    """The result of `measure` in a new process."""
-    command = [sys.executable, __file__, '--measure', name, '--steps', str(steps)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def measure_peer(command: str, name: str) -> float | None:
@@ -70,7 +47,9 @@ def main() -> None:
     parser.add_argument('--measure', choices=list(WORKLOADS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.steps)))
+        from runtime.cli.startup import import_tensorflow
+        import_tensorflow()
+        print(json.dumps(measure(WORKLOADS[args.measure].model_config(), WORKLOADS[args.measure].batch(), args.steps)))
         return
 
     peers = dict(peer.split('=', 1) for peer in args.peer)
@@ -79,7 +58,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in args.workloads:
             rates.append(gemm_rate())
-            ours[name].append(measure_in_process(name, args.steps))
+            ours[name].append(in_process(__file__, '--measure', name, '--steps', args.steps))
             for peer, command in peers.items():
                 theirs[peer, name].append(measure_peer(command, name))
 

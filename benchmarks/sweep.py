@@ -3,14 +3,15 @@
     python benchmarks/sweep.py --plot sweep.png
 
 Each varies alone, from the step of a workload of `step.py`; seconds are medians. The times of one quantity are taken in turn,
-round after round. Nothing else should run meanwhile. --plot needs matplotlib.
+round after round. Nothing else should run meanwhile.
 """
 import argparse
 import dataclasses
-import statistics
-from collections.abc import Sequence
 
-from workloads import WORKLOADS, Workload, seconds_of_step
+import numpy as np
+from matplotlib.figure import Figure
+
+from workloads import WORKLOADS, Workload, measure_in_turn
 
 SWEEPS = {
     'meta_batch_size': (2, 4, 8, 16, 32),
@@ -20,29 +21,20 @@ SWEEPS = {
 }
 
 
-def seconds_a_step(workloads: Sequence[Workload], rounds: int) -> list[float]:
-    """Median seconds of a step of each workload."""
-    from maml import MAML
-    contenders = [(MAML(workload.model_config()), workload.batch()) for workload in workloads]
+def draw(results: dict[str, np.ndarray], workload: Workload, path: str) -> None:
+    """Writes the picture.
 
-    for model, batch in contenders:
-        seconds_of_step(model, batch)
-    times = [[seconds_of_step(model, batch) for model, batch in contenders] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times)]
-
-
-def draw(results: dict[str, tuple], workload: Workload, path: str) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3.2), layout='constrained')
-    for axis, (quantity, (values, seconds)) in zip(axes, results.items()):
-        axis.plot(values, seconds, marker='o', color='black')
-        axis.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.axvline(getattr(workload, quantity), color='grey', linestyle=':')
-    axes[0].set_ylabel('seconds per step')
+    Args:
+        results: {quantity: seconds a step of its values in SWEEPS}.
+    """
+    figure = Figure(figsize=(3.2 * len(results), 3.2), layout='constrained')
+    panels = figure.subplots(1, len(results))
+    for axes, (quantity, seconds) in zip(panels, results.items()):
+        axes.plot(SWEEPS[quantity], seconds, marker='o', color='black')
+        axes.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.axvline(getattr(workload, quantity), color='grey', linestyle=':')
+    panels[0].set_ylabel('seconds per step')
     figure.savefig(path, dpi=120)
 
 
@@ -52,14 +44,15 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--plot', metavar='FILE', help='draw the curves too')
     args = parser.parse_args()
-
-    from runtime.cli import startup
-    startup.import_tensorflow()
+    from runtime.cli.startup import import_tensorflow
+    import_tensorflow()
+    from maml import MAML
     workload, results = WORKLOADS[args.workload], {}
     for quantity, values in SWEEPS.items():
-        seconds = seconds_a_step([dataclasses.replace(workload, **{quantity: value}) for value in values], args.rounds)
-        results[quantity] = values, seconds
-        print(f'{quantity:18}' + '  '.join(f'{value}: {taken:.3f}' for value, taken in zip(values, seconds)), flush=True)
+        varied = [dataclasses.replace(workload, **{quantity: value}) for value in values]
+        times = measure_in_turn([(MAML(each.model_config()), each.batch(), 0) for each in varied], args.rounds)
+        results[quantity] = np.median(times, axis=0)
+        print(f'{quantity:18}' + '  '.join(f'{value}: {seconds:.3f}' for value, seconds in zip(values, results[quantity])), flush=True)
     if args.plot:
         draw(results, workload, args.plot)
 

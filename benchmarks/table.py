@@ -20,9 +20,8 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import filelock
@@ -168,35 +167,22 @@ def run(arguments: list[str], log: str = os.devnull, enough: Callable[[], bool] 
         log: a file to which what main.py prints is appended.
         enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
     """
-    # In a new session: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
-    process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True,
-                               stdout=subprocess.PIPE, text=True, errors='replace')
-    handlers = {one: signal.signal(one, lambda received, _: process.send_signal(received)) for one in PASSED_ON}
-    copying = threading.Thread(target=copy_lines, args=(process.stdout, log))
-    copying.start()
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL)
-            if enough():
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                return 0
-    finally:
-        copying.join()
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
-
-
-def copy_lines(lines: Iterable[str], log: str) -> None:
-    """Prints lines as they come, and adds them to a file, as soon as its folder exists."""
-    waiting = ''
-    for one in lines:
-        print(one, end='', flush=True)
-        waiting += one
-        with contextlib.suppress(OSError), open(log, 'a', encoding='utf-8') as file:
-            file.write(waiting)
-            waiting = ''
+    # In new sessions: else Ctrl-C would reach main.py twice, from the terminal and from here, and the second ends it unsaved.
+    with subprocess.Popen(['tee', '-a', log], stdin=subprocess.PIPE, start_new_session=True) as tee:
+        process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True,
+                                   stdout=tee.stdin)
+        handlers = {number: signal.signal(number, lambda received, _: process.send_signal(received)) for number in PASSED_ON}
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL)
+                if enough():
+                    process.send_signal(signal.SIGTERM)
+                    process.wait()
+                    return 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def processor() -> str:
@@ -226,14 +212,14 @@ def train(row: Row, state: State, until: int) -> None:
     def newest():
         return max(checkpoints.iterations(state.directory), default=0)
 
+    os.makedirs(state.directory, exist_ok=True)  # for the log
     started = time.monotonic()
     status = run(row.arguments, os.path.join(state.directory, CONSOLE), lambda: newest() >= until)
     recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
     done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
-    if os.path.isdir(state.directory):
-        write_atomically(os.path.join(state.directory, TIMES), json.dumps(recorded).encode())
+    write_atomically(os.path.join(state.directory, TIMES), json.dumps(recorded).encode())
     if status:
         sys.exit(f'the training of {row.name} ended with status {status}; start this again to continue')
 
@@ -311,31 +297,16 @@ def write_table() -> None:
     print(f'Written: {PAGE}, {COMMANDS_PAGE}')
 
 
-def remaining(states: list[State], until: int) -> str:
-    """Text: the hours that unfinished rows will take, as far as their speed is known."""
-    hours, unknown = 0.0, 0
-    for state in states:
-        left = max(min(state.wanted, until) - state.newest, 0) if not state.missing else 0
-        spent = times(state.directory).values()
-        iterations = sum(one['iterations'] for one in spent)
-        if iterations:
-            hours += left * sum(one['seconds'] for one in spent) / iterations / 3600
-        else:
-            unknown += left > 0
-    return f'about {hours:.1f} hours' + (f', and {unknown} rows of unknown speed' if unknown else '')
-
-
 def main_loop(rows: list[Row], until: int) -> None:
     """Trains each row to its end, or to `until` iterations if that is less, and evaluates it."""
     for count, row in enumerate(rows, start=1):
-        states = [state_of(other) for other in rows[count - 1:]]
-        state = states[0]
+        state = state_of(row)
         title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.wanted:,} iterations'
         unfinished = state.newest < min(state.wanted, until)
         if state.missing and unfinished:
             print(f'{title}: left out, {state.missing}', flush=True)
             continue
-        print(f'{title}; left in the queue: {remaining(states, until)}', flush=True)
+        print(title, flush=True)
         if unfinished:
             train(row, state, until)
             state = state_of(row)

@@ -1,11 +1,19 @@
-"""Standard meta-training steps, their arithmetic cost, and this program's model on a fixed random batch of each."""
+"""Standard meta-training steps, their arithmetic cost, this program's model on a fixed random batch of each, and how they are timed."""
+import json
 import os
+import re
+import resource
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+STARTED = time.perf_counter()
+
+import numpy as np  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -69,8 +77,44 @@ WORKLOADS = {
 }
 
 
+def in_process(script: str, *arguments: Any, timeout: float | None = None) -> Any:
+    """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes longer."""
+    process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def anonymous_megabytes(process: int | str = 'self') -> float:
+    """Resident memory of a process that is not of files."""
+    with open(f'/proc/{process}/status', encoding='ascii') as file:
+        return int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1]) / 1024
+
+
 def seconds_of_step(model: Any, batch: Any, iteration: int = 0) -> float:
     """Seconds of one meta-training step, its metrics fetched."""
     start = time.perf_counter()
     {key: float(value) for key, value in model.metatrain_step(batch, iteration).items()}
     return time.perf_counter() - start
+
+
+def measure(config: Any, batch: Any, steps: int) -> dict[str, float]:
+    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
+    from maml import MAML
+    model = MAML(config)
+    seconds_of_step(model, batch)
+    first = time.perf_counter() - STARTED
+    seconds = statistics.median(seconds_of_step(model, batch) for _ in range(steps))
+    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure_in_turn(contenders: Sequence[tuple[Any, Any, int]], rounds: int) -> np.ndarray:
+    """Median seconds of a step, [rounds, contenders]. The first step of each turn, which finds another's data in the caches, does not count.
+
+    Args:
+        contenders: models, their batches and the iterations at which they are.
+    """
+    def turn(contender):
+        return statistics.median([seconds_of_step(*contender) for _ in range(4)][1:])
+
+    for contender in contenders:
+        turn(contender)
+    return np.array([[turn(contender) for contender in contenders] for _ in range(rounds)])

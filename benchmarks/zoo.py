@@ -121,7 +121,7 @@ def check(folders: list[str]) -> bool:
         UserError: there are no evaluations, or a file of a run cannot be read.
     """
     counts = collections.Counter()
-    for evaluation in read_evaluations([(None, folder) for folder in folders]):
+    for evaluation in read_evaluations(folders):
         outcome, why = repeat(evaluation)
         counts[outcome] += 1
         print(f'{evaluation.path}: {outcome}, {why}', flush=True)

@@ -155,23 +155,24 @@ def test_each_at_its_own_number_of_updates():
     """The paired test of methods that are meant at different numbers of updates."""
     scores = np.random.default_rng(0).normal(size=[2, 9, 4])
     pair = [evaluation('a', num_updates=1, scores=scores[0].tolist()), evaluation('b', num_updates=3, scores=scores[1].tolist())]
-    headline = compare.Comparison(pair).rows()[-1]
-    assert headline.title == 'own'
-    np.testing.assert_array_equal(headline.values, [scores[0, :, 1], scores[1, :, 3]])
+    title, values = list(compare.Comparison(pair).rows.items())[-1]
+    assert title == 'own'
+    np.testing.assert_array_equal(values, [scores[0, :, 1], scores[1, :, 3]])
     text = render.as_text(compare.update_table(compare.Comparison(pair)))
     p = stats.ttest_rel(scores[1, :, 3], scores[0, :, 1]).pvalue
     assert f'{p:.2g}' in text.splitlines()[-2] and '(own: each at its own number of updates, A 1, B 3)' in text
     alike = compare.Comparison([evaluation('a', num_updates=1), evaluation('b', num_updates=1)])
-    assert [row.title for row in alike.rows()] == ['0', '1']
+    assert list(alike.rows) == ['0', '1']
 
 
 def test_runs_that_differ_by_seed_only_are_averaged():
     scores = np.random.default_rng(0).normal(size=[4, 9, 2])
     runs = [evaluation(f'run{seed}', seed=seed, scores=one.tolist()) for seed, one in enumerate(scores[:3])]
     averaged = compare.Comparison([*runs, evaluation('other', seed=0, num_updates=5, scores=scores[3].tolist())])
-    assert averaged.seed_groups() == [(0, 1, 2)]
+    together, = averaged.groups
+    assert together.indices == (0, 1, 2)
     means = scores[:3, :, 1].mean(axis=1)
-    assert compare.over_seeds(averaged.rows()[1], [0, 1, 2]) == pytest.approx((means.mean(), means.std(ddof=1)))
+    assert averaged.figures(together, averaged.rows['1'])[:2] == pytest.approx((means.mean(), means.std(ddof=1)))
     text = render.as_text(compare.update_table(averaged))
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
     assert r'MAML, num\_updates=1 & $3$ & $1$ &' in render.as_latex(compare.method_table(averaged))
@@ -214,7 +215,7 @@ def test_intervals_cover_tasks_and_seeds():
 def test_seeds_of_runs_that_differ_in_more_are_not_averaged(tmp_path):
     scores = np.random.default_rng(0).normal(size=[2, 9, 2]).tolist()
     runs = [evaluation(f'run{seed}', seed=seed, scores=one, training={'pretrain_iterations': seed}) for seed, one in enumerate(scores)]
-    assert compare.Comparison(runs).seed_groups() == []
+    assert compare.Comparison(runs).groups == []
     assert compare.what_differs(runs) == ['seed=0, pretrain_iterations=0', 'seed=1, pretrain_iterations=1']
     alike = [evaluation(f'run{seed}', seed=seed, scores=one) for seed, one in enumerate(scores)]
     rows = list(csv.DictReader(render.as_csv(compare.records([compare.Comparison(alike)])).splitlines()))
@@ -459,7 +460,8 @@ def test_grid_is_the_curve_of_the_task():
 
 
 def test_results_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').touch()
     with pytest.raises(OSError):
-        store.add(str(tmp_path / 'nowhere'), an_entry(np.ones([3, 2])))
+        store.add(str(tmp_path / 'file'), an_entry(np.ones([3, 2])))
     with pytest.raises(UserError):
         compare.compare([str(tmp_path)])

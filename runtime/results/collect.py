@@ -69,41 +69,41 @@ class Evaluation:
         return self.entry.training.flags.get(name, default(name))
 
 
-def read_evaluations(labelled: Sequence[tuple[str | None, str]], checkpoints: str = 'all') -> list[Evaluation]:
+def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[Evaluation]:
     """The evaluations in some folders, those of each run once.
 
     Args:
-        labelled: [(what the user calls its runs, folder)].
-        checkpoints: as for `chosen`.
+        folders: 'name=folder' says what the user calls its runs.
+        checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
 
     Raises:
         UserError: no folder has any.
     """
     evaluations, without = {}, []
-    for user_label, folder in labelled:
+    for user_label, folder in map(split_name, folders):
         directories = result_directories(folder)
         without += [] if directories else [folder]
         for directory in directories:
             evaluations.setdefault(os.path.realpath(directory), [Evaluation(directory, user_label, entry) for entry in entries_of(directory)])
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
-        if len(without) == len(labelled):
+        if len(without) == len(folders):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
-    shown = chosen([evaluation for of_run in evaluations.values() for evaluation in of_run], checkpoints)
-    if not shown:
+    chosen = [evaluation for of_run in evaluations.values() for evaluation in _chosen(of_run, checkpoints)]
+    if not chosen:
         raise UserError(f'--checkpoints={checkpoints}: no such checkpoint was evaluated; evaluate one, with --train=False')
-    return shown
+    return chosen
 
 
-def chosen(evaluations: Sequence[Evaluation], checkpoints: str) -> list[Evaluation]:
-    """Of each run all evaluations, those of its newest checkpoint that was evaluated, or of the best; 'all', 'newest' or 'best'."""
-    newest = {}
-    for evaluation in evaluations:
-        newest[evaluation.directory] = max(newest.get(evaluation.directory, 0), evaluation.entry.iterations or 0)
-    keep = {'all': lambda evaluation: True, 'best': lambda evaluation: evaluation.entry.is_best,
-            'newest': lambda evaluation: evaluation.entry.iterations == newest[evaluation.directory] and not evaluation.entry.ensemble}
-    return list(filter(keep[checkpoints], evaluations))
+def _chosen(evaluations, checkpoints):
+    """Of the evaluations of a run all, those of its newest checkpoint that was evaluated, or of its best."""
+    if checkpoints == 'best':
+        return [evaluation for evaluation in evaluations if evaluation.entry.is_best]
+    if checkpoints == 'newest':
+        newest = max((evaluation.entry.iterations or 0 for evaluation in evaluations), default=0)
+        return [evaluation for evaluation in evaluations if evaluation.entry.iterations == newest and not evaluation.entry.ensemble]
+    return evaluations
 
 
 def result_directories(folder: str, names: Sequence[str] = (FILE, SHIPPED_FILE)) -> list[str]:
@@ -144,9 +144,3 @@ def split_name(argument: str) -> tuple[str | None, str]:
     """'name=folder' -> (name, folder); 'folder' -> (None, folder)."""
     name, equals, folder = argument.partition('=')
     return (name, folder) if equals and name and not os.path.exists(argument) else (None, argument)
-
-
-def unused_path(stem: str, suffix: str) -> str:
-    """A path that does not exist yet: <stem>.<suffix>, or <stem>-2.<suffix> and so on."""
-    numbers = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
-    return next(path for path in (f'{stem}{number}.{suffix}' for number in numbers) if not os.path.exists(path))

@@ -1,125 +1,25 @@
 """Evaluations of several runs side by side."""
 import collections
-import dataclasses
 import json
 import math
 import os
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtime.cli.methods import switches
 from runtime.results import render
-from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name, unused_path
-from runtime.results.statistics import UNITS, difference, interval, number, over_tasks_and_seeds, p_text, p_value, statistics
+from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
+from runtime.results.statistics import UNITS, difference, number, over_tasks_and_seeds, p_text, p_value, plus_minus, statistics
 from runtime.system.errors import UserError
 
 COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p']
 
 
-def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
-    flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
-    flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
-    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags},
-             'pretrain_iterations': evaluation.entry.training.pretrain_iterations, **_schedule(evaluation), **_adaptation(evaluation),
-             'test_updates': evaluation.entry.setting.test_updates, 'query_norm': evaluation.entry.setting.query_norm,
-             'checkpoint': evaluation.entry.checkpoint} for evaluation in evaluations]
-
-
-def _beyond_the_name(evaluations):
-    """Switches by which evaluations of one method's name differ."""
-    for name in switches():
-        values = {(evaluation.method, evaluation.flag(name)) for evaluation in evaluations}
-        if len(values) > len({method for method, _ in values}):
-            yield name
-
-
-def _schedule(evaluation):
-    """The iterations on which the step sizes of a schedule depend."""
-    scheduled = evaluation.flag('meta_lr_schedule') != 'constant'
-    return {'metatrain_iterations': evaluation.entry.training.metatrain_iterations} if scheduled else {}
-
-
-def _adaptation(evaluation):
-    """In what the inner loop of the evaluation differs from that of the training, and weights from elsewhere."""
-    setting = evaluation.entry.setting
-    changed = {f'evaluation {name}': getattr(setting, name) for name in ('update_lr', 'inner_batch')
-               if getattr(setting, name) != evaluation.flag(name)}
-    return changed | ({'load_from': setting.load_from} if setting.load_from else {})
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Some evaluations at one number of updates each."""
-    title: str                  # the number of updates, or 'own'
-    values: list[np.ndarray]    # of each evaluation, [tasks]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Evaluations on the same tasks."""
-    evaluations: list[Evaluation]
-
-    @property
-    def tasks(self) -> str:
-        """Text: which tasks they have in common."""
-        return describe_tasks(self.evaluations[0].entry.tasks)
-
-    @property
-    def title(self) -> str:
-        """Text: the tasks, and the unit of the values."""
-        return f'{self.tasks}: {UNITS[self.metric][0]}'
-
-    @property
-    def metric(self) -> str:
-        """The kind of score, a key of UNITS."""
-        return self.evaluations[0].entry.metric
-
-    @property
-    def letters(self) -> list[str]:
-        """A letter for each evaluation, or its number after Z."""
-        return [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(self.evaluations))]
-
-    @property
-    def headline(self) -> Row:
-        """Each evaluation at the number of updates at which its method is reported."""
-        return Row('own', [evaluation.headline_values for evaluation in self.evaluations])
-
-    def rows(self) -> list[Row]:
-        """One for each number of updates that all have, and the headline if the methods are reported at different ones."""
-        values_of_each = [evaluation.values for evaluation in self.evaluations]
-        rows = [Row(str(updates), [values[:, updates] for values in values_of_each])
-                for updates in range(min(values.shape[1] for values in values_of_each))]
-        return rows + ([self.headline] if len({evaluation.headline_updates for evaluation in self.evaluations}) > 1 else [])
-
-    def seed_groups(self) -> list[tuple[int, ...]]:
-        """Numbers of evaluations that differ by their training's seed only, for each such group of two or more.
-
-        They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, all seeds must
-        be there: a mean over some would be over seeds that were chosen by chance.
-        """
-        alike, seeds = {}, {}
-        for index, (setting, evaluation) in enumerate(zip(settings(self.evaluations), self.evaluations)):
-            kind = json.dumps({**setting, 'seed': None, 'checkpoint': None}, sort_keys=True)
-            seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
-            alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
-            if evaluation.entry.is_best:
-                alike.setdefault((kind, 'best', evaluation.entry.training.metatrain_iterations), []).append(index)
-        groups = {}  # a dict keeps the order, and a group of newest checkpoints that are the best, too, is one group
-        for (kind, _, _), group in alike.items():
-            seeds_of_group = {self.evaluations[index].flag('seed') for index in group}
-            all_best = all(self.evaluations[index].entry.is_best for index in group)
-            if len(seeds_of_group) == len(group) > 1 and (not all_best or seeds_of_group == seeds[kind]):
-                groups[tuple(group)] = None
-        return list(groups)
-
-
-def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png',
-            checkpoints: str = 'all') -> str:
+def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all') -> str:
     """The evaluations of several runs side by side, as far as they were made on the same tasks.
 
     The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired t-test,
@@ -137,56 +37,170 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     Raises:
         UserError: there are no results, or no two evaluations were made on the same tasks.
     """
-    labelled = [split_name(folder) for folder in folders]
-    comparisons, single = by_tasks(read_evaluations(labelled, checkpoints))
+    groups = {}
+    for evaluation in read_evaluations(folders, checkpoints):
+        groups.setdefault((evaluation.tasks_key, evaluation.entry.metric), []).append(evaluation)
+    single = [group[0] for group in groups.values() if len(group) == 1]
+    comparisons = [Comparison(group) for group in groups.values() if len(group) > 1]
     left_out = '; '.join(f'{evaluation.path} on {describe_tasks(evaluation.entry.tasks)}' for evaluation in single)
     if not comparisons:
         raise UserError(f'there is only one evaluation, {left_out}; evaluate another run on the same tasks' if len(single) == 1 else
                         f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on several sources')
     remarks = [f'Left out, because nothing else was evaluated on the same tasks: {left_out}'] if single else []
     if plot:
-        remarks += [f'Drawn: {draw(comparison, labelled[0][1], plot_format)}' for comparison in comparisons]
+        from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+        stem = os.path.join(split_name(folders[0])[1], 'comparison')
+        remarks += [f'Drawn: {plots.save_new(plots.curves(curves_of(comparison), comparison.metric, comparison.tasks), stem, plot_format)}'
+                    for comparison in comparisons]
     tables = []
     for comparison in comparisons:
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
-        tables += [method_table(comparison)] if comparison.seed_groups() else []
+        tables += [method_table(comparison)] if comparison.groups else []
     return render.output(style, tables, records(comparisons), remarks)
 
 
-def by_tasks(evaluations: Sequence[Evaluation]) -> tuple[list[Comparison], list[Evaluation]]:
-    """Evaluations on the same tasks together, and those on tasks of which there is no other."""
-    groups = {}
-    for evaluation in evaluations:
-        groups.setdefault((evaluation.tasks_key, evaluation.entry.metric), []).append(evaluation)
-    return ([Comparison(group) for group in groups.values() if len(group) > 1],
-            [group[0] for group in groups.values() if len(group) == 1])
+# What is compared ---------------------------------------------------------------------------------------------------
+
+class Line(NamedTuple):
+    """An evaluation, or several that differ by their training's seed only."""
+    letters: str                # one for each evaluation, or its number after Z
+    label: str
+    path: str                   # '' of several
+    seed: int | str             # of the training, or text: several
+    updates: int                # at which the method is reported
+    indices: tuple[int, ...]    # of the evaluations
 
 
-def draw(comparison: Comparison, folder: str, plot_format: str) -> str:
-    """Draws the values against updates, into a new file of a folder; returns its path."""
-    from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-    path = unused_path(os.path.join(folder, 'comparison'), plot_format)
-    plots.save(plots.curves(curves_of(comparison), comparison.metric, comparison.tasks), path)
-    return path
+class Figures(NamedTuple):
+    """Statistics of a line, and of its difference from the first of its kind; nan if it has not two seeds in common with that."""
+    mean: float
+    std: float                  # over tasks; of several seeds: of their means (n - 1)
+    ci95: float                 # half-width of the interval of the mean
+    difference: float
+    difference_ci95: float
+    p: float
+
+    def cells(self, digits: int) -> list[str]:
+        """Texts: the mean, the difference, and its p-value."""
+        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), p_text(self.p)]
+
+
+class Comparison:
+    """Evaluations on the same tasks.
+
+    Attributes:
+        tasks, unit, title: text.
+        lines: one for each evaluation.
+        groups: one for each two or more evaluations that differ by their training's seed only.
+        headline: values of each evaluation, [tasks], at the number of updates at which its method is reported.
+        rows: {number of updates that all have: such values}, and 'own': the headline, if these numbers differ.
+    """
+
+    def __init__(self, evaluations: Sequence[Evaluation]):
+        self.evaluations = evaluations
+        self.tasks, self.metric = describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
+        self.unit, _, self.digits = UNITS[self.metric]
+        self.title = f'{self.tasks}: {self.unit}'
+        letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(evaluations))]
+        self.lines = [Line(letters[index], label, evaluation.path, evaluation.flag('seed'), evaluation.headline_updates, (index,))
+                      for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
+        self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
+        self.headline = [evaluation.headline_values for evaluation in evaluations]
+        values_of_each = [evaluation.values for evaluation in evaluations]
+        self.rows = {str(updates): [values[:, updates] for values in values_of_each]
+                     for updates in range(min(values.shape[1] for values in values_of_each))}
+        if len({evaluation.headline_updates for evaluation in evaluations}) > 1:
+            self.rows['own'] = self.headline
+
+    def _group(self, indices):
+        lines = [self.lines[index] for index in indices]
+        return Line(''.join(line.letters for line in lines), group_label(self.evaluations, indices), '',
+                    ' '.join(str(line.seed) for line in lines), lines[0].updates, indices)
+
+    def figures(self, line: Line, row: Sequence[np.ndarray]) -> Figures:
+        """The statistics of a line in one of the rows."""
+        if len(line.indices) > 1:
+            return self._figures_of_seeds(line, row)
+        values = row[line.indices[0]]
+        mean_difference, _, half_of_difference = statistics(difference(values, row[0]))
+        return Figures(*statistics(values), mean_difference, half_of_difference, p_value(values, row[0]))
+
+    def _figures_of_seeds(self, line, row):
+        values = np.stack([row[index] for index in line.indices])
+        mean, half, _ = over_tasks_and_seeds(values)
+        with np.errstate(all='ignore'):  # some diverged
+            std = np.std(values.mean(axis=1), ddof=1)
+        by_seed, by_seed_of_first = ({self.lines[index].seed: index for index in group.indices} for group in (line, self.groups[0]))
+        differences = [difference(row[by_seed[seed]], row[by_seed_of_first[seed]]) for seed in by_seed if seed in by_seed_of_first]
+        paired = over_tasks_and_seeds(np.stack(differences)) if len(differences) > 1 else [math.nan] * 3
+        return Figures(mean, std, half, *map(float, paired))
+
+
+def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
+    """Indices of evaluations that differ by their training's seed only, for each such group of two or more.
+
+    They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, all seeds must
+    be there: a mean over some would be over seeds that were chosen by chance.
+    """
+    alike, seeds = {}, {}
+    for index, (setting, evaluation) in enumerate(zip(settings(evaluations), evaluations)):
+        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None}, sort_keys=True)
+        seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
+        alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
+        if evaluation.entry.is_best:
+            alike.setdefault((kind, 'best', evaluation.entry.training.metatrain_iterations), []).append(index)
+    groups = {}  # a dict keeps the order, and a group of newest checkpoints that are the best, too, is one group
+    for (kind, _, _), group in alike.items():
+        seeds_of_group = {evaluations[index].flag('seed') for index in group}
+        all_best = all(evaluations[index].entry.is_best for index in group)
+        if len(seeds_of_group) == len(group) > 1 and (not all_best or seeds_of_group == seeds[kind]):
+            groups[tuple(group)] = None
+    return list(groups)
 
 
 def curves_of(comparison: Comparison) -> dict[str, np.ndarray]:
     """{label: scores} of what a picture shows: [seeds, tasks, 1 + updates] of methods with several seeds, [tasks, 1 + updates] of others."""
-    scores, groups = [np.array(evaluation.entry.scores) for evaluation in comparison.evaluations], comparison.seed_groups()
-    curves = {f'{_group_letters(comparison, group)}: {group_label(comparison.evaluations, group)}, {len(group)} seeds':
-              np.stack([scores[index] for index in group]) for group in groups}
-    single = [index for index in range(len(scores)) if not any(index in group for group in groups)]
-    labels = what_differs(comparison.evaluations)
-    return curves | {f'{comparison.letters[index]}: {labels[index]}': scores[index] for index in single}
+    scores, grouped = [np.array(evaluation.entry.scores) for evaluation in comparison.evaluations], set()
+    curves = {}
+    for group in comparison.groups:
+        curves[f'{group.letters}: {group.label}, {len(group.indices)} seeds'] = np.stack([scores[index] for index in group.indices])
+        grouped.update(group.indices)
+    return curves | {f'{line.letters}: {line.label}': scores[index] for index, line in enumerate(comparison.lines) if index not in grouped}
 
 
 # Labels -------------------------------------------------------------------------------------------------------------
 
-def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
-    """For each evaluation the name that the user gave it, and the settings in which it differs from others of that name.
+def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
+    flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
+    flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
+    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags}, **_beyond_the_flags(evaluation)} for evaluation in evaluations]
 
-    Where these do not tell evaluations apart, those parts of their paths that do are added.
-    """
+
+def _beyond_the_name(evaluations):
+    """Switches by which evaluations of one method's name differ."""
+    for name in switches():
+        values = {(evaluation.method, evaluation.flag(name)) for evaluation in evaluations}
+        if len(values) > len({method for method, _ in values}):
+            yield name
+
+
+def _beyond_the_flags(evaluation):
+    """Iterations, in what the inner loop of the evaluation differs from that of the training, and which weights it is of."""
+    training, setting = evaluation.entry.training, evaluation.entry.setting
+    values = {'pretrain_iterations': training.pretrain_iterations}
+    if evaluation.flag('meta_lr_schedule') != 'constant':  # step sizes depend on the number of iterations
+        values['metatrain_iterations'] = training.metatrain_iterations
+    for name in 'update_lr', 'inner_batch':
+        if getattr(setting, name) != evaluation.flag(name):
+            values[f'evaluation {name}'] = getattr(setting, name)
+    if setting.load_from:
+        values['load_from'] = setting.load_from
+    return {**values, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
+
+
+def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
+    """For each evaluation its label: as `_label_parts`, and where these do not tell evaluations apart, the parts of their paths that do."""
     parts_of_each = _label_parts(evaluations)
     if len({tuple(parts) for parts in parts_of_each}) < len(parts_of_each):
         for parts, path in zip(parts_of_each, differing_parts([evaluation.path for evaluation in evaluations])):
@@ -230,95 +244,53 @@ def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
 
 def update_table(comparison: Comparison) -> render.Table:
     """A row for each number of updates, a column for each evaluation, and for each but the first its difference from the first."""
-    evaluations, letters = comparison.evaluations, comparison.letters
-    digits, groups = UNITS[comparison.metric][2], comparison.seed_groups()
-    legend = [f'{letter}  {evaluation.path}  ({label})' for letter, evaluation, label in zip(letters, evaluations, what_differs(evaluations))]
-    columns = ['updates', *letters, *(title for letter in letters[1:] for title in (f'{letter} - A', 'p')),
-               *(f'{_group_letters(comparison, group)} over seeds' for group in groups)]
-    comparison_rows, rows, notes = comparison.rows(), [], []
-    for row in comparison_rows:
-        cells = [interval(values, digits) for values in row.values]
-        for values in row.values[1:]:
-            cells += [interval(difference(values, row.values[0]), digits), p_text(p_value(values, row.values[0]))]
-        rows.append([row.title, *cells, *(_mean_and_deviation(row, group, digits) for group in groups)])
-    if comparison_rows[-1].title == 'own':
-        notes.append('own: each at its own number of updates, '
-                     + ', '.join(f'{letter} {evaluation.headline_updates}' for letter, evaluation in zip(letters, evaluations)))
+    lines, groups, notes = comparison.lines, comparison.groups, []
+    columns = ['updates', *(line.letters for line in lines), *(title for line in lines[1:] for title in (f'{line.letters} - A', 'p')),
+               *(f'{group.letters} over seeds' for group in groups)]
+    rows = [[title, *_update_cells(comparison, row)] for title, row in comparison.rows.items()]
+    if 'own' in comparison.rows:
+        notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
         notes.append('over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation')
+    legend = [f'{line.letters}  {line.path}  ({line.label})' for line in lines]
     return render.Table(comparison.title, columns, rows, legend, notes)
+
+
+def _update_cells(comparison, row):
+    digits = comparison.digits
+    cells_of_each = [comparison.figures(line, row).cells(digits) for line in comparison.lines]
+    cells = [mean for mean, _, _ in cells_of_each]
+    for _, mean_difference, p in cells_of_each[1:]:
+        cells += [mean_difference, p]
+    for group in comparison.groups:
+        mean, std, *_ = comparison.figures(group, row)
+        cells.append(f'{number(mean, digits)} ({number(std, digits)})')
+    return cells
 
 
 def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
-    digits, headline, evaluations = UNITS[comparison.metric][2], comparison.headline, comparison.evaluations
-    rows = [[label, evaluation.headline_updates, interval(values, digits), interval(difference(values, headline.values[0]), digits),
-             p_text(p_value(values, headline.values[0]))] for label, evaluation, values in zip(what_differs(evaluations), evaluations, headline.values)]
-    rows[0][3:] = '', ''
-    return render.Table(comparison.title, ['run', 'updates', UNITS[comparison.metric][0], 'difference', 'p'], rows)
+    rows = [[line.label, line.updates, *comparison.figures(line, comparison.headline).cells(comparison.digits)] for line in comparison.lines]
+    rows[0][-2:] = '', ''
+    return render.Table(comparison.title, ['run', 'updates', comparison.unit, 'difference', 'p'], rows)
 
 
 def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
-    evaluations, groups, digits = comparison.evaluations, comparison.seed_groups(), UNITS[comparison.metric][2]
     rows = []
-    for group in groups:
-        mean, half, _ = _across_seeds(comparison.headline, group)
-        mean_difference, half_of_difference, p = _difference_of_groups(comparison, comparison.headline, groups[0], group)
-        is_compared = group != groups[0] and not math.isnan(mean_difference)
-        rows.append([group_label(evaluations, group), len(group), evaluations[group[0]].headline_updates,
-                     f'{number(mean, digits)} ± {number(half, digits)}',
-                     f'{number(mean_difference, digits)} ± {number(half_of_difference, digits)}' if is_compared else '',
-                     p_text(p) if is_compared else ''])
-    return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', UNITS[comparison.metric][0], 'difference', 'p'], rows,
+    for group in comparison.groups:
+        figures = comparison.figures(group, comparison.headline)
+        mean, *difference_and_p = figures.cells(comparison.digits)
+        if group == comparison.groups[0] or math.isnan(figures.difference):
+            difference_and_p = '', ''
+        rows.append([group.label, len(group.indices), group.updates, mean, *difference_and_p])
+    return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, 'difference', 'p'], rows,
                         notes=['95% intervals that cover other tasks and other seeds; differences from the first, paired by task and seed'])
-
-
-def _across_seeds(row, group):
-    """Mean, half-width and p-value, as of `over_tasks_and_seeds`, of a group of evaluations."""
-    return [float(figure[0]) for figure in over_tasks_and_seeds(np.stack([row.values[index] for index in group])[..., None])]
-
-
-def _difference_of_groups(comparison, row, first, group):
-    """Mean, half-width and p-value of a group's difference from the first group; nan if they have fewer than two seeds in common."""
-    by_seed, by_seed_of_first = ({comparison.evaluations[index].flag('seed'): index for index in indices} for indices in (group, first))
-    pairs = [(by_seed[seed], by_seed_of_first[seed]) for seed in by_seed if seed in by_seed_of_first]
-    if len(pairs) < 2:
-        return math.nan, math.nan, math.nan
-    differences = np.stack([difference(row.values[index], row.values[index_of_first]) for index, index_of_first in pairs])
-    return [float(figure[0]) for figure in over_tasks_and_seeds(differences[..., None])]
 
 
 def records(comparisons: Sequence[Comparison]) -> render.Table:
     """A row for each evaluation and number of updates, and for each group of seeds."""
-    rows = []
-    for comparison in comparisons:
-        tasks, labels, groups = [comparison.tasks, UNITS[comparison.metric][0]], what_differs(comparison.evaluations), comparison.seed_groups()
-        for row in comparison.rows():
-            for letter, label, evaluation, values in zip(comparison.letters, labels, comparison.evaluations, row.values):
-                figures = [float(statistic[0]) for statistic in statistics(values[:, None])]
-                mean_difference, _, half = (float(statistic[0]) for statistic in statistics(difference(values, row.values[0])[:, None]))
-                rows.append([*tasks, letter, label, evaluation.path, evaluation.flag('seed'), row.title, *figures, mean_difference, half,
-                             p_value(values, row.values[0])])
-            for group in groups:
-                seeds = ' '.join(str(comparison.evaluations[index].flag('seed')) for index in group)
-                rows.append([*tasks, _group_letters(comparison, group), group_label(comparison.evaluations, group) + ', over seeds', '', seeds,
-                             row.title, *over_seeds(row, group), _across_seeds(row, group)[1],
-                             *_difference_of_groups(comparison, row, groups[0], group)])
+    rows = [[comparison.tasks, comparison.unit, line.letters, line.label + (', over seeds' if line in comparison.groups else ''), line.path,
+             line.seed, title, *comparison.figures(line, row)]
+            for comparison in comparisons for title, row in comparison.rows.items() for line in [*comparison.lines, *comparison.groups]]
     return render.Table('', COLUMNS, rows)
-
-
-def over_seeds(row: Row, group: Sequence[int]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) over the runs of a group of their means over tasks."""
-    with np.errstate(all='ignore'):  # some diverged
-        means = [row.values[index].mean() for index in group]
-        return float(np.mean(means)), float(np.std(means, ddof=1))
-
-
-def _mean_and_deviation(row, group, digits):
-    mean, deviation = over_seeds(row, group)
-    return f'{number(mean, digits)} ({number(deviation, digits)})'
-
-
-def _group_letters(comparison, group):
-    return ''.join(comparison.letters[index] for index in group)

@@ -30,22 +30,18 @@ DPI = 110
 _COLORS = '#1b3a6b', '#c8553d', '#2e7d5b', '#7b5ea7', '#444444', '#b8860b', '#3a9bc1'
 STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker, _ in zip(
     itertools.cycle(_COLORS), itertools.cycle(['-', '--', '-.', ':']), itertools.cycle('os^DvP'), range(7 * 4 * 3))]  # all of them differ
-SHOWN_UPDATES = (0, 1, 10)
+SHOWN_UPDATES, PANELS = 10, 4  # inner updates after which some tasks are shown, and how many tasks
 LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
 DIVERGED = 1000  # losses above this many times the median count as diverged
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
 def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
-    """Figures of a model on the tasks of a split.
+    """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of tables}.
 
     Args:
         split: 'val' or 'test'.
-        values: {label: their metrics, [tasks, 1 + updates]}, a line each.
-
-    Returns:
-        {'updates': metrics against updates, 'tasks': some tasks before and after adaptation}, matplotlib Figures; 'tasks' is
-        missing for the classification of tables.
+        values: {label: metrics of its tasks, [tasks, 1 + updates]}, a line each.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title)}
@@ -59,24 +55,22 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
 
 
 def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
-    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean.
+    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figure 3 of the paper.
 
-    Like figure 3 of the paper. The first column of the values is another quantity, of support rows before adaptation: it is a
-    separate mark at 0. It may lie outside the axes, so its value is in the legend.
+    The first column of the values is another quantity, of support rows before adaptation: it is a separate mark at 0. It may lie outside
+    the axes, so its value is in the legend.
 
     Args:
         runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
         metric: one of statistics.UNITS.
         heading: what was evaluated.
-
-    Returns:
-        A matplotlib Figure.
     """
     title, factor, digits = UNITS[metric]
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
     axes, bounds, marks = figure.subplots(), [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
-        mean, half = (_drawable(statistic * factor) for statistic in _mean_and_half(values))
+        mean, half = statistics(values)[::2] if values.ndim == 2 else over_tasks_and_seeds(values)[:2]
+        mean, half = _drawable(mean * factor), _drawable(half * factor)
         updates, low, high = np.arange(len(mean)), mean - half, mean + half
         axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
                   label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
@@ -97,12 +91,6 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     return figure
 
 
-def _mean_and_half(values):
-    """Mean and half-width of its 95% interval, [1 + updates] each."""
-    mean, half = statistics(values)[::2] if values.ndim == 2 else over_tasks_and_seeds(values)[:2]
-    return mean, half
-
-
 def _drawable(values):
     """Values within what axes can hold; those that are not finite stay, and are not drawn."""
     return np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
@@ -115,9 +103,6 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
         table: its first column holds the models, its last ones the tasks.
         values: means, [models, tasks]; nan where there is none, which is white.
         metric: one of statistics.UNITS.
-
-    Returns:
-        A matplotlib Figure.
     """
     models, targets = [row[0] for row in table.rows], table.columns[-values.shape[1]:]
     low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
@@ -157,116 +142,93 @@ def _limit(axes, metric, bounds):
         axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
 
 
-def functions(model: MAML, tasks: FunctionTasks, heading: str, count: int = 4) -> Figure:
-    """The first tasks' curves, their support points, and the network's outputs before and after adaptation.
-
-    Like figure 2 of the paper.
-
-    Args:
-        heading: which run it is.
-
-    Returns:
-        A matplotlib Figure.
-    """
-    support, grid = tasks.draw(0, count), tasks.grid(0, count)
-    batch = TaskBatch(support.support_x, support.support_y, *grid)
-    post = model.predict(batch, max(SHOWN_UPDATES)).post
-    outputs_after = {updates: post[updates - 1] if updates else model.predict(batch, 0).post[0] for updates in SHOWN_UPDATES}
-
-    figure = Figure(figsize=(8, 2.6 * -(-count // 2) + 0.3), layout='constrained')
-    figure.suptitle(_plain(heading), fontsize='small')
-    same_range = np.ptp(grid[0][:, 0, 0]) == 0
-    panels = figure.subplots(-(-count // 2), 2, sharex=bool(same_range), squeeze=False).ravel()
-    names = {0: 'before adaptation', 1: 'after 1 update', 10: 'after 10 updates'}
-    for task, axes in enumerate(panels[:count]):
+def functions(model: MAML, tasks: FunctionTasks, heading: str) -> Figure:
+    """The first tasks' curves, their support points, and the network's outputs before and after adaptation, like figure 2 of the paper."""
+    support, grid = tasks.draw(0, PANELS), tasks.grid(0, PANELS)
+    before, after = _before_and_after(model, TaskBatch(support.support_x, support.support_y, *grid))
+    figure, panels = _four_panels(heading, 2.6, sharex=bool(np.ptp(grid[0][:, 0, 0]) == 0))
+    for task, axes in enumerate(panels):
         x = grid[0][task, :, 0]
         axes.plot(x, grid[1][task, :, 0], color='#999999', linewidth=4, alpha=0.6, label='true curve')
-        for (updates, outputs), style in zip(outputs_after.items(), (STYLES[3], STYLES[1], STYLES[0])):
-            axes.plot(x, np.asarray(outputs)[task, :, 0], color=style['color'], linestyle=style['linestyle'],
-                      label=names[updates])
+        for label, outputs, style in (('before adaptation', before, STYLES[3]), ('after 1 update', after[0], STYLES[1]),
+                                      (f'after {SHOWN_UPDATES} updates', after[-1], STYLES[0])):
+            axes.plot(x, outputs[task, :, 0], label=label, **{**style, 'marker': None})
         axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
         axes.set_title(tasks.family.describe(tasks.parameters(task, 1)), fontsize='small')
-        axes.grid(alpha=0.3)
-    for axes in panels[count - 2:count]:
-        axes.set_xlabel('x')
-    for axes in panels[::2]:
-        axes.set_ylabel('y')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small', frameon=False)
+    _label_panels(figure, panels, 'x', 'y', 5)
     return figure
 
 
-def predicted_targets(model: MAML, tasks: TableTasks, heading: str, count: int = 4) -> Figure:
-    """The first tasks' query rows: predictions of the first target against its true values, before and after adaptation.
-
-    Args:
-        heading: which run it is.
-
-    Returns:
-        A matplotlib Figure.
-    """
-    batch, columns = tasks.draw(0, count), tasks.source.files.columns
-    after = model.predict(batch, max(SHOWN_UPDATES)).post[-1]
-    figure = Figure(figsize=(8, 2.9 * -(-count // 2) + 0.3), layout='constrained')
-    figure.suptitle(_plain(heading), fontsize='small')
-    panels = figure.subplots(-(-count // 2), 2, squeeze=False).ravel()
+def predicted_targets(model: MAML, tasks: TableTasks, heading: str) -> Figure:
+    """The first tasks' query rows: predictions of the first target against its true values, before and after adaptation."""
+    batch, columns = tasks.draw(0, PANELS), tasks.source.files.columns
+    before, after = _before_and_after(model, batch)
+    figure, panels = _four_panels(heading, 2.9)
     for task, axes in enumerate(panels):
         true = columns.restore_targets(batch.query_y[task].astype(float))[:, 0]
-        for label, outputs, style in (('before adaptation', model.predict(batch, 0).post[0], STYLES[3]),
-                                      (f'after {max(SHOWN_UPDATES)} updates', after, STYLES[0])):
-            found = columns.restore_targets(np.asarray(outputs)[task].astype(float))[:, 0]
-            axes.plot(true, found, label=label, markersize=4, **{**style, 'linestyle': 'none'})
+        for label, outputs, style in (('before adaptation', before, STYLES[3]), (f'after {SHOWN_UPDATES} updates', after[-1], STYLES[0])):
+            predicted = columns.restore_targets(outputs[task].astype(float))[:, 0]
+            axes.plot(true, predicted, label=label, markersize=4, **{**style, 'linestyle': 'none'})
         axes.axline((true[0], true[0]), slope=1, color='#999999', linewidth=1, label='no error')
         axes.set_title(_clipped(tasks.class_names(task)[0]), fontsize='small')
-        axes.grid(alpha=0.3)
     name = _clipped(next(iter(columns.targets)))
-    for axes in panels[-2:]:
-        axes.set_xlabel(name)
-    for axes in panels[::2]:
-        axes.set_ylabel(f'predicted {name}')
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small', frameon=False)
+    _label_panels(figure, panels, name, f'predicted {name}', 3)
     return figure
 
 
-def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str, shown_query: int = 4) -> Figure:
+def _before_and_after(model, batch):
+    """Outputs for query rows [tasks, rows, dim_output], and [updates, tasks, rows, dim_output] after 1, 2, ... updates."""
+    return np.asarray(model.predict(batch, 0).post[0]), np.asarray(model.predict(batch, SHOWN_UPDATES).post)
+
+
+def _four_panels(heading, height, **options):
+    figure = Figure(figsize=(8, 2 * height + 0.3), layout='constrained')
+    figure.suptitle(_plain(heading), fontsize='small')
+    return figure, figure.subplots(2, PANELS // 2, **options).ravel()
+
+
+def _label_panels(figure, panels, xlabel, ylabel, legend_columns):
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    for axes in panels[-2:]:
+        axes.set_xlabel(xlabel)
+    for axes in panels[::2]:
+        axes.set_ylabel(ylabel)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=legend_columns, fontsize='small', frameon=False)
+
+
+def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -> Figure:
     """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
 
     Args:
         tasks: the first of them is shown.
         num_updates: inner updates before query images are classified.
         heading: which run it is.
-        shown_query: maximum number of query images per class.
-
-    Returns:
-        A matplotlib Figure.
     """
     batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
     after = np.argmax(probabilities, axis=-1)
     before = np.argmax(model.predict(batch, 0).post[0][0], axis=-1)
-    labels = {'support': np.argmax(batch.support_y[0], axis=-1), 'query': np.argmax(batch.query_y[0], axis=-1)}
-    rows = {part: [np.flatnonzero(labels[part] == label) for label in range(len(names))] for part in labels}
-    shots, queries = (min(len(rows[part][0]), limit) for part, limit in (('support', 5), ('query', shown_query)))
-
+    support_rows, query_rows = ([np.flatnonzero(column) for column in labels[0].T] for labels in (batch.support_y, batch.query_y))
+    shots, queries, total = min(len(support_rows[0]), 5), min(len(query_rows[0]), 4), len(after)
+    right = np.mean(after == np.argmax(batch.query_y[0], axis=-1))
     shown = names[:SHOWN_CLASSES]
     figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(shown) + 1.1), layout='constrained')
-    total, right = len(labels['query']), np.mean(after == labels['query'])
     figure.suptitle(
         f'{_plain(heading)}: its first task{_first_classes(len(names))}\nleft: support images; right: {queries * len(shown)} of {total} '
         f'query images, with the class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and '
         f'its probability;\nof all {total}, {right:.0%} are right', fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
     for label, name in enumerate(shown):
-        for column, axes in enumerate(panels[label]):
-            part, index = ('support', column) if column < shots else ('query', column - shots)
-            row = rows[part][label][index]
-            image = (batch.support_x if part == 'support' else batch.query_x)[0, row]
-            _show(axes, image, tasks.source)
-            if part == 'query':
-                correct = after[row] == label
-                axes.set_title(f'{before[row] + 1} → {after[row] + 1} {"✓" if correct else "✗"} {probabilities[row, after[row]]:.0%}',
-                               fontsize='small')
-                for spine in axes.spines.values():
-                    spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
+        for axes, row in zip(panels[label, :shots], support_rows[label]):
+            _show(axes, batch.support_x[0, row], tasks.source)
+        for axes, row in zip(panels[label, shots:], query_rows[label]):
+            _show(axes, batch.query_x[0, row], tasks.source)
+            correct = after[row] == label
+            mark = '✓' if correct else '✗'
+            axes.set_title(f'{before[row] + 1} → {after[row] + 1} {mark} {probabilities[row, after[row]]:.0%}', fontsize='small')
+            for spine in axes.spines.values():
+                spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
     return figure
 
@@ -276,23 +238,18 @@ def _first_classes(count):
     return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
 
 
-def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndarray, columns: int = 6, shown_support: int = 6,
-                     shown_query: int = 36) -> Figure:
+def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndarray) -> Figure:
     """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
 
     Args:
         probabilities: [query images, classes].
-        shown_support, shown_query: maximum number of images shown, per class and in all.
-
-    Returns:
-        A matplotlib Figure.
     """
-    classes, batch = task.classes, task.batch
+    classes, batch, columns, shown_query = task.classes, task.batch, 6, 36
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
     marks = ['' if label is None else ' ✓' if label == guess else f' ✗ {_clipped(classes[label], 12)}'
              for label, guess in zip(task.labels, predicted)]
     support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
-               for image in batch.support_x[0][support_labels == label][:shown_support]]
+               for image in batch.support_x[0][support_labels == label][:columns]]
     query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(name))
              for image, label, row, mark, name in zip(batch.query_x[0], predicted, probabilities, marks, task.names)][:shown_query]
     rows = [-(-len(tiles) // columns) for tiles in (support, query)]
@@ -300,9 +257,9 @@ def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndar
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(task.names)})' if len(task.names) > shown_query else ''
     titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
-    for part, title, tiles in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query)):
+    for part, title, tiles, count in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query), rows):
         part.suptitle(title, fontsize='medium')
-        panels = part.subplots(-(-len(tiles) // columns), columns, squeeze=False).ravel()
+        panels = part.subplots(count, columns, squeeze=False).ravel()
         for axes, (image, above, below) in zip(panels, tiles):
             _show(axes, image, source)
             axes.set_title(above, fontsize='x-small')
@@ -348,3 +305,12 @@ def save(figure: Figure, path: str) -> None:
             write_atomically(path, content.getvalue())
     except OSError as error:
         raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error
+
+
+def save_new(figure: Figure, stem: str, suffix: str) -> str:
+    """Writes a Figure to a file that does not exist yet, <stem>.<suffix>, or <stem>-2.<suffix> and so on; returns its path."""
+    path, number = f'{stem}.{suffix}', 2
+    while os.path.exists(path):
+        path, number = f'{stem}-{number}.{suffix}', number + 1
+    save(figure, path)
+    return path

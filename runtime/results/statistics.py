@@ -11,20 +11,21 @@ NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the resul
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
 
+@np.errstate(all='ignore')  # adaptation diverged on some tasks
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and half-width of the 95% interval of the mean over tasks.
 
     Args:
-        values: [tasks, columns].
+        values: [tasks, ...].
 
     Returns:
-        Three arrays [columns]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
+        Three arrays [...]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
     """
-    with np.errstate(all='ignore'):  # adaptation diverged on some tasks
-        std = values.std(axis=0)
-        return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
+    std = values.std(axis=0)
+    return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
 
 
+@np.errstate(all='ignore')  # adaptation diverged on some tasks
 def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over seeds and tasks, half-width of a 95% interval that covers other seeds and other tasks, and the p-value of a mean of 0.
 
@@ -33,26 +34,25 @@ def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     interval ends at 0.
 
     Args:
-        values: [seeds, tasks, columns], two seeds or more, all on the same tasks.
+        values: [seeds, tasks, ...], two seeds or more, all on the same tasks.
 
     Returns:
-        Three arrays [columns].
+        Three arrays [...].
     """
-    seeds, tasks, _ = values.shape
-    with np.errstate(all='ignore'):  # adaptation diverged on some tasks
-        mean = values.mean(axis=(0, 1))
-        errors = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(seeds), values.mean(axis=0).std(axis=0, ddof=1) / np.sqrt(tasks)
+    seeds, tasks = values.shape[:2]
+    mean = values.mean(axis=(0, 1))
+    errors = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(seeds), values.mean(axis=0).std(axis=0, ddof=1) / np.sqrt(tasks)
 
-        def half_width(level):
-            return np.hypot(*(stats.t.isf(level / 2, count - 1) * error for count, error in zip((seeds, tasks), errors)))
+    def half_width(level):
+        return np.hypot(*(stats.t.isf(level / 2, count - 1) * error for count, error in zip((seeds, tasks), errors)))
 
-        low, high = np.full(mean.shape, -300.0), np.zeros(mean.shape)  # logarithms of the level; halved until they meet
-        for _ in range(50):
-            middle = (low + high) / 2
-            includes_zero = half_width(10 ** middle) >= np.abs(mean)
-            low, high = np.where(includes_zero, middle, low), np.where(includes_zero, high, middle)
-        p = np.where(low == -300.0, 0.0, 10 ** high)
-        return mean, half_width(0.05), np.where(np.isfinite(mean + errors[0] + errors[1]), p, np.nan)
+    low, high = np.full(mean.shape, -300.0), np.zeros(mean.shape)  # logarithms of the level; halved until they meet
+    for _ in range(50):
+        middle = (low + high) / 2
+        includes_zero = half_width(10 ** middle) >= np.abs(mean)
+        low, high = np.where(includes_zero, middle, low), np.where(includes_zero, high, middle)
+    p = np.where(low == -300.0, 0.0, 10 ** high)
+    return mean, half_width(0.05), np.where(np.isfinite(mean + errors[0] + errors[1]), p, np.nan)
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:
@@ -74,10 +74,10 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return np.stack([interval.low, interval.high], axis=1)
 
 
+@np.errstate(all='ignore')
 def difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
     """values - base; nan or infinite, without a warning, where one of them is not finite."""
-    with np.errstate(all='ignore'):
-        return values - base
+    return values - base
 
 
 def number(value: float, digits: int) -> str:
@@ -85,16 +85,15 @@ def number(value: float, digits: int) -> str:
     return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS else f'{value:.2e}'
 
 
+def plus_minus(mean: float, half: float, digits: int) -> str:
+    """Text: a mean and the half-width of its interval."""
+    return f'{number(mean, digits)} ± {number(half, digits)}'
+
+
 def figure(mean: float, half: float, metric: str) -> str:
     """Text: a mean and the half-width of its interval, both of UNITS[metric] before its factor, as tables show them."""
     _, factor, digits = UNITS[metric]
-    return f'{number(mean * factor, digits)} ± {number(half * factor, digits)}'
-
-
-def interval(values: np.ndarray, digits: int) -> str:
-    """Text: mean and half-width of the 95% interval of values [tasks]."""
-    mean, _, half = statistics(values[:, None])
-    return f'{number(mean[0], digits)} ± {number(half[0], digits)}'
+    return plus_minus(mean * factor, half * factor, digits)
 
 
 def p_value(one: np.ndarray, other: np.ndarray) -> float:

@@ -1,14 +1,10 @@
 """results.json: the store of every evaluation of a run, and the table that an evaluation prints.
 
-One entry for each checkpoint and setting: the same checkpoint evaluated again in the same setting replaces its entry. The evaluations
-that ship with a run are in shipped_results.json, which is only read, so that evaluating a shipped run changes no file that git tracks.
-The dataclasses below are the schema of both files.
+The evaluations that ship with a run are in shipped_results.json, which is only read, so that evaluating a shipped run changes no file
+that git tracks. The dataclasses below are the schema of both files.
 """
 import codecs
-import csv
 import dataclasses
-import errno
-import io
 import json
 import os
 import pickle
@@ -20,7 +16,7 @@ import numpy as np
 
 from runtime.results.statistics import UNITS, bootstrap, number, statistics
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import locked, require_regular_file, write_atomically
+from runtime.system.files import locked, require_regular_file, write_atomically, write_csv
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
@@ -122,8 +118,6 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
     return '\n'.join(lines)
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
-
 def add(directory: str, entry: Entry) -> None:
     """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
 
@@ -131,11 +125,9 @@ def add(directory: str, entry: Entry) -> None:
         OSError: it cannot be written.
         UserError: there is a results.json that cannot be read.
     """
-    if not os.path.isdir(directory):  # the lock would make it
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
     path = os.path.join(directory, FILE)
     with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
-        write(path, list(({one.key: one for one in _read_if_present(path)} | {entry.key: entry}).values()))
+        write(path, _last_of_each_key([*_read_if_present(path), entry]))
 
 
 def write(path: str, entries: list[Entry]) -> None:
@@ -153,15 +145,9 @@ def write_reference_files(stem: str, values: np.ndarray) -> None:
     Args:
         values: [tasks, 1 + updates].
     """
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([f'update{updates}' for updates in range(values.shape[1])])
-    writer.writerows(statistics(values))
-    write_atomically(stem + '.csv', text.getvalue().encode())
+    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *statistics(values)])
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
-
-# Reading ------------------------------------------------------------------------------------------------------------
 
 def entries_of(directory: str) -> list[Entry]:
     """The evaluations of a run, those that shipped with it first, each replaced by one's own of the same key.
@@ -170,7 +156,11 @@ def entries_of(directory: str) -> list[Entry]:
         UserError: as `read`.
     """
     paths = [os.path.join(directory, name) for name in (SHIPPED_FILE, FILE)]
-    return list({entry.key: entry for path in paths for entry in _read_if_present(path)}.values())
+    return _last_of_each_key(entry for path in paths for entry in _read_if_present(path))
+
+
+def _last_of_each_key(entries):
+    return list({entry.key: entry for entry in entries}.values())
 
 
 def _read_if_present(path):
