@@ -82,9 +82,9 @@ group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), at_least=0)
+real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
-real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
+real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
@@ -149,9 +149,9 @@ boolean('plot', False, 'draw the results of an evaluation or a comparison, in pi
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1, only='evaluation')
-strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
+strings('compare', None, 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
-strings('across', 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
+strings('across', None, 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
         'tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
        'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')

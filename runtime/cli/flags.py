@@ -5,11 +5,12 @@ of a run (what it can be resumed with), the name of its directory and the page d
 of request.PURPOSES: given for anything else, it is refused.
 """
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -49,7 +50,7 @@ class CommandLine(NamedTuple):
     rest: list[str]             # arguments that are not flags
 
 
-def _declare(define, name, default, text, learning, only, **bounds):
+def _declare(define, name, default, text, learning=None, only=(), **bounds):
     define(name, default, help=text, **bounds)
     if learning:
         LEARNING[name] = learning
@@ -62,30 +63,13 @@ def number(name: str, default: int, text: str, at_least: int, learning: Learning
     _declare(flags.DEFINE_integer, name, default, text, learning, only, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-def real(name: str, default: float, text: str, learning: Learning | None = None, only: Purposes = (),
-         at_least: float | None = None) -> None:
-    """Declares a flag that takes a number."""
-    _declare(flags.DEFINE_float, name, default, text, learning, only, lower_bound=at_least)
-
-
-def boolean(name: str, default: bool, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
-    """Declares a flag that is True or False."""
-    _declare(flags.DEFINE_bool, name, default, text, learning, only)
-
-
-def string(name: str, default: str | None, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
-    """Declares a flag that takes any text."""
-    _declare(flags.DEFINE_string, name, default, text, learning, only)
-
-
-def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
+def choice(name: str, default: str, values: Iterable[str], text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
     """Declares a flag that takes one of some values."""
     _declare(flags.DEFINE_enum, name, default, text, learning, only, enum_values=list(values))
 
 
-def strings(name: str, text: str) -> None:
-    """Declares a flag that may be given several times."""
-    flags.DEFINE_multi_string(name, None, text)
+real, boolean, string, strings = (functools.partial(_declare, define) for define in (
+    flags.DEFINE_float, flags.DEFINE_bool, flags.DEFINE_string, flags.DEFINE_multi_string))
 
 
 def removed(names: str, instead: str) -> None:
@@ -108,11 +92,6 @@ def default(name: str) -> Any:
     return FLAGS[name].default if name in FLAGS else None
 
 
-def parse_value(name: str, text: str) -> Any:
-    """The value of a flag that a text stands for; raises ValueError, TypeError or absl.flags.Error if it stands for none."""
-    return FLAGS[name].parser.parse(text)
-
-
 def parse(argv: Sequence[str]) -> CommandLine:
     """Parses a command line, whose first argument is the program's name.
 
@@ -121,7 +100,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
     """
     FLAGS.unparse_flags()
     try:
-        _refuse_pipes(_flag_files(argv), set())
+        _refuse_pipes('\n'.join(argv), set())
         rest = FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         if error.flagname not in REMOVED:
@@ -141,24 +120,20 @@ def parse(argv: Sequence[str]) -> CommandLine:
                        frozenset(name for name in names() if FLAGS[name].present), rest)
 
 
-def _refuse_pipes(paths, seen):
-    """Refuses what is not a regular file among files of flags and those that they name; reading it could block."""
-    for path in paths:
+def _refuse_pipes(arguments, seen):
+    """Refuses what is not a regular file among files of flags and those that they name; reading it could block.
+
+    Args:
+        arguments: text, one a line.
+    """
+    for path in map(os.path.expanduser, re.findall(r'^\s*--?flagfile[=\n](.*\S)', arguments, re.M)):
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
         seen.add(path)
         if os.path.exists(path):
             require_regular_file(path)
             with open(path, encoding='utf-8') as file:
-                _refuse_pipes(_flag_files(file.read().splitlines()), seen)
-
-
-def _flag_files(arguments):
-    """The values of --flagfile among arguments."""
-    following = zip(arguments, [*arguments[1:], ''])
-    paths = [match[1] or after for match, after in
-             ((re.fullmatch(r'--?flagfile(?:=(.*))?', argument.strip(), re.S), after) for argument, after in following) if match]
-    return [path for path in map(os.path.expanduser, paths) if path]
+                _refuse_pipes(file.read(), seen)
 
 
 def _plain(message):
@@ -182,20 +157,6 @@ def help_text(usage: str) -> str:
             lines += textwrap.wrap(flag.help, width=max(width, 70), initial_indent=f'    {head:32}  ',
                                    subsequent_indent=' ' * 38, break_on_hyphens=False)
     return '\n'.join(lines)
-
-
-def markdown() -> str:
-    """The page docs/flags.md: by groups, every flag with its default and meaning."""
-    lines = ['# Flags', '', 'Generated by `python benchmarks/flags_page.py`; do not edit. `python main.py --help` prints the same.',
-             'Flags marked † change what is learnt: a run can only be resumed with the same values.']
-    for title, members in ((title, members) for title, members in GROUPS.items() if title != 'Help'):
-        lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
-        for flag in (FLAGS[name] for name in members):
-            default = '' if flag.default is None else str(flag.default)
-            meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
-                             ' '.join(flag.help.split()))
-            lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
-    return '\n'.join(line.rstrip() for line in lines) + '\n'
 
 
 # What follows from the declarations ---------------------------------------------------------------------------------
