@@ -21,6 +21,7 @@ OF_IMAGES = 'image_size', 'image_channels', 'rotations', 'split'  # the same, if
 @dataclasses.dataclass(frozen=True)
 class Request:
     """The flags, with --run and --method resolved, and what follows from them. The values of flags are attributes too."""
+    mode: str                       # 'train' | 'evaluate' | 'predict'
     values: Mapping[str, Any]       # {flag: value} for this training, evaluation or prediction
     trained: Mapping[str, Any]      # {flag: value} in the training of the run; in a training the same
     given: frozenset[str]           # the flags on the command line
@@ -31,11 +32,6 @@ class Request:
             return self.__dict__['values'][name]
         except KeyError as error:
             raise AttributeError(name) from error
-
-    @property
-    def mode(self) -> str:
-        """'train', 'evaluate' or 'predict'."""
-        return mode(self.values)
 
     @property
     def source(self) -> Source:
@@ -113,11 +109,6 @@ class Request:
         suffix = 'pretrain' if self.only_pretrains and self.baseline != 'oracle' else ''
         return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(self.trained)}{suffix}'
 
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The columns that --targets names."""
-        return tuple(name.strip() for name in self.targets.split(',')) if self.targets else ()
-
 
 @dataclasses.dataclass(frozen=True)
 class Purpose:
@@ -143,11 +134,6 @@ PURPOSES = {
 }
 
 
-def mode(values: Mapping[str, Any]) -> str:
-    """What flags ask for: 'train', 'evaluate' or 'predict'."""
-    return 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
-
-
 def resolve(line: CommandLine) -> Request:
     """The request that a command line makes.
 
@@ -158,34 +144,26 @@ def resolve(line: CommandLine) -> Request:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
     """
     values = {**line.values, **methods.settings(line.values['method'], line.given)}
-    if line.values['run'] is None:
-        return Request(values, {**values, **_training_of(values)}, line.given, None)
+    mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
+    stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
+    if values['run'] is None:
+        query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
+        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     values.update({name: value for name, value in stored.items() if name not in line.given})
     if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
         values['data_path'] = None  # the run's is the folder of the training's images
     learnt = {name: stored[name] for name in LEARNING}
-    _refuse_contradictions(values, learnt, directory)
-    return Request(values, {**values, **learnt}, line.given, directory)
+    _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
+    return Request(mode, values, {**values, **learnt}, line.given, directory)
 
 
-def _training_of(values):
-    """{flag: value} of what differed in the training that flags describe without --run."""
-    if mode(values) == 'train':
-        return {}
-    stated = {name: values[f'train_{name}'] for name in STATED}
-    query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
-    return {**{name: value for name, value in stated.items() if value != -1}, **query_norm}
-
-
-def _refuse_contradictions(values, learnt, directory):
-    may_differ = () if mode(values) == 'train' else OF_TASKS
+def _refuse_contradictions(values, learnt, stated, directory, may_differ):
     if 'datasource' in may_differ and values['datasource'] != learnt['datasource']:
         may_differ += OF_IMAGES
     contradictions = [f'--{name}={values[name]} contradicts --{name}={value}' for name, value in learnt.items()
                       if values[name] != value and name not in may_differ]
-    contradictions += [f'--train_{name}={values[f"train_{name}"]} contradicts --{name}={learnt[name]}' for name in STATED
-                       if values[f'train_{name}'] not in (-1, learnt[name])]
+    contradictions += [f'--train_{name}={value} contradicts --{name}={learnt[name]}' for name, value in stated.items() if value != learnt[name]]
     if contradictions:
         raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')

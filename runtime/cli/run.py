@@ -97,33 +97,30 @@ class Prediction(Trained):
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
-    """The Training, Evaluation or Prediction that is asked for, on what `source_and_tasks` returned. Imports TensorFlow."""
+    """The Training, Evaluation or Prediction that is asked for, on what `source_and_tasks` returned. Imports TensorFlow.
+
+    Fields that are not resolved here are the request's, under the same names.
+    """
+    kind = {'train': Training, 'evaluate': Evaluation, 'predict': Prediction}[request.mode]
+    model, usual_updates = _model_config(request, source, tasks), max(request.num_updates, TEST_UPDATES)
     pretrain_iterations, metatrain_iterations = request.iterations
-    model = _model_config(request, source, tasks)
-    common = dict(
-        directory=request.directory, method=tasks.baseline or _method(request), datasource=request.datasource, source=source,
-        tasks=tasks, model=model, pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
-        learning_flags=request.learning_flags, network_flags=request.network_flags,
+    resolved = dict(
+        source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
+        method=tasks.baseline or _method(request),
+        pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
-        load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'), ensemble=request.ensemble,
-        replicas=replicas or Replicas(),
-        worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}))
-    if request.mode == 'train':
-        return Training(
-            **common, meta_batch_size=request.meta_batch_size, resume=request.resume, save_interval=request.save_interval,
-            skip_nonfinite=request.skip_nonfinite, log=request.log, plot=request.plot, strategy=request.strategy,
-            flag_file=stored_run.description(request.values))
-    usual_updates = max(request.num_updates, TEST_UPDATES)
-    common |= dict(
+        load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
+        worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}),
+        flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=usual_updates if request.test_updates == -1 else request.test_updates, query_norms=_query_norms(request),
-        plot_format=request.plot_format)
-    if request.mode == 'evaluate':
-        return Evaluation(
-            **common, split='test' if request.test_set else 'val', num_test_tasks=request.num_test_tasks,
-            log=request.log, plot=request.plot, headline_updates=headline_updates(request), usual_updates=usual_updates)
-    return Prediction(**common)
+        test_updates=usual_updates if request.test_updates == -1 else request.test_updates,
+        query_norms=_query_norms(request),
+        split='test' if request.test_set else 'val',
+        headline_updates=headline_updates(request),
+        usual_updates=usual_updates)
+    fields = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
 
 
 def headline_updates(request: Request) -> int:
@@ -143,12 +140,11 @@ def _query_norms(request):
 
 
 def _model_config(request, source, tasks):
-    """The ModelConfig: fields that have a flag of the same name get its value, the source decides the others."""
+    """The ModelConfig: the source and these lines decide some fields, flags of the same names the others."""
     from maml import ModelConfig
     same = {field.name: request.values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in request.values}
     hidden = request.hidden and tuple(map(int, request.hidden.split(',')))
     return ModelConfig(**{
-        **same, 'query_norm': _query_norms(request)[0], 'task_chunk': request.task_chunk or None,
-        'meta_lr_final': max(request.meta_lr_final, 0.0),
+        **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'image_shape': source.image_shape if request.conv else None})

@@ -1,8 +1,8 @@
 """Several processes or devices: what TF_CONFIG and --strategy ask for, and whether all workers have been started alike."""
 import contextlib
-import glob
 import json
 import os
+import pathlib
 import re
 import signal
 import zlib
@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
+from runtime.system.interruption import TERMINATION_SIGNALS
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
@@ -78,8 +79,7 @@ def _default_signal_handlers():
 
     SIGTERM cannot be restored: TensorFlow handles it itself meanwhile, and continues to wait.
     """
-    hangup = getattr(signal, 'SIGHUP', signal.SIGINT)  # not all systems have it
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, hangup)}
+    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
     for number, handler in before.items():
         if number != signal.SIGTERM and handler != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -99,13 +99,9 @@ def report_waiting(cluster: Cluster) -> None:
 
 def program_checksum() -> int:
     """A checksum of this program's modules."""
-    root = glob.escape(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    paths = sorted(glob.glob(os.path.join(root, '*.py')) + glob.glob(os.path.join(root, 'runtime', '**', '*.py'), recursive=True))
-    checksum = 0
-    for path in paths:
-        with open(path, 'rb') as file:
-            checksum = zlib.crc32(file.read(), checksum)
-    return checksum
+    root = pathlib.Path(__file__).resolve().parents[2]
+    modules = sorted([*root.glob('*.py'), *root.glob('runtime/**/*.py')])
+    return zlib.crc32(b''.join(path.read_bytes() for path in modules))
 
 
 def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> None:
