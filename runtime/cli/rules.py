@@ -27,8 +27,10 @@ def check_paths(values: Mapping[str, Any]) -> None:
     for name in PATHS:
         value = values[name]
         for path in value if isinstance(value, list) else [value or '']:
-            if not _text(path) or '\0' in path:
-                problems.append(f'--{name} {"contains a zero byte" if _text(path) else "is not valid UTF-8"}; rename the folder')
+            if '\0' in path:
+                problems.append(f'--{name} contains a zero byte; rename the folder')
+            elif re.search('[\ud800-\udfff]', path):
+                problems.append(f'--{name} is not valid UTF-8; rename the folder')
             elif re.match(r'[A-Za-z][\w.+-]*://', path):
                 problems.append(f'--{name}={path} is a URL, not a local path; mount it and give that path')
     if problems:
@@ -66,21 +68,9 @@ def check_comparison(line: CommandLine) -> None:
         raise UserError(f'--{others[0]} cannot be combined with --{action}')
 
 
-def _text(value):
-    """Whether a flag's value is text that can be encoded."""
-    try:
-        return value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
 def _all_different(listed):
     names = [name.strip() for name in listed.split(',')]
     return all(names) and len(set(names)) == len(names)
-
-
-def _needs(r: Request, name: str) -> bool:
-    return r.mode == 'predict' and not r.values[name]
 
 
 RULES = [
@@ -167,9 +157,9 @@ RULES = [
       for first, second in (('test_best', 'test_iter'), ('test_best', 'load_from'), ('test_iter', 'load_from'))
       for names in [{first, second}]),
     # Prediction
-    *(Rule(lambda r, name=name: not r.tables and _needs(r, name), f'--predict needs --{name}, a folder of images')
+    *(Rule(lambda r, name=name: r.mode == 'predict' and not r.tables and not r.values[name], f'--predict needs --{name}, a folder of images')
       for name in ('support_dir', 'query_dir')),
-    *(Rule(lambda r, name=name: r.tables and _needs(r, name), f'--predict needs --{name}, a csv file')
+    *(Rule(lambda r, name=name: r.mode == 'predict' and r.tables and not r.values[name], f'--predict needs --{name}, a csv file')
       for name in ('support_csv', 'query_csv')),
     Rule(lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'),
          '--predict runs on one device: leave out --strategy'),

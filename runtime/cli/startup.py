@@ -9,7 +9,7 @@ from runtime.cli.flags import CommandLine
 from runtime.cli.request import resolve
 from runtime.cli.run import Run, make_run
 from runtime.cli.run_data import read_data, source_and_tasks
-from runtime.compute import distribution
+from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
 
 
@@ -38,8 +38,7 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     return make_run(request, source, tasks, replicas), data
 
 
-def import_tensorflow(strategy: str = 'one',
-                      cluster: distribution.Cluster = distribution.ALONE) -> distribution.Replicas:
+def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replicas:
     """Imports TensorFlow set up for one task per core: single-threaded kernels, as many at a time as there are cores.
 
     Its notices (on processor features, missing GPUs, XLA) are hidden. They come while it is imported, while it looks for devices
@@ -59,7 +58,7 @@ def import_tensorflow(strategy: str = 'one',
         with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
-        replicas = distribution.Replicas(workers.make_strategy(strategy, cluster), cluster)
+        replicas = Replicas(workers.make_strategy(strategy, cluster), cluster)
         tf.function(tf.identity, jit_compile=True)(0.0)
     if silent:
         del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read; child processes decide for themselves.

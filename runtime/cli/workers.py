@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
 from runtime.system.interruption import TERMINATION_SIGNALS
@@ -17,7 +19,7 @@ STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
 
 def cluster_from_environment(strategy: str) -> Cluster:
-    """This process's Cluster, from TF_CONFIG; Cluster(1, 0) if not distributed.
+    """This process's Cluster, from TF_CONFIG; ALONE if not distributed.
 
     Raises:
         UserError: TF_CONFIG is missing or malformed.
@@ -134,6 +136,7 @@ def check_in_sync(replicas: Replicas, facts: Any, variables: Iterable = ()) -> N
     checksum = zlib.crc32(repr((facts, program_checksum())).encode(errors='surrogateescape'))
     for variable in variables:
         checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
-    if not replicas.agree(checksum):
+    checksums = replicas.strategy.gather(replicas.distribute(lambda replica: np.array([checksum])), axis=0).numpy()
+    if (checksums != checksum).any():
         raise UserError('the workers differ in their flags, images, checkpoints or versions of this program; give all the '
                         'same, and a --logdir that they share')

@@ -66,22 +66,22 @@ class Engine:
         on_replica = functools.partial(tf.function, jit_compile=config.jit, autograph=False)
         if not single:
             self._map, self._map_and_measure = on_replica(self._map), on_replica(self._map_and_measure)
-            self._local_means = self._of_one_step(on_replica(self._local_means))
+            self._local_means = on_replica(self._local_means)
         self.train, self.means, self.map_on_replicas, self.map_and_measure = map(
             compiled, (self.train, self.means, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
 
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
 
-    def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure, iteration: tf.Tensor,
-              stopping: tf.Tensor) -> dict[str, tf.Tensor]:
+    def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure,
+              first_iteration: tf.Tensor, stopping: tf.Tensor) -> dict[str, tf.Tensor]:
         """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
             task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs, inner optimizer's state).
             signature: the structure of what it returns, with anything for each tensor.
             update: updates the shared parameters, given the gradients averaged over tasks, and the iteration.
-            iteration: int64 scalar, of the first step.
+            first_iteration: int64 scalar, of the first step.
             stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
 
         Returns:
@@ -90,11 +90,13 @@ class Engine:
         """
         def step(index):
             parameters = _values(self._parameters)  # here, for variables of one device cannot be read on another
-            sums = self._strategy.run(self._local_means, (parameters, task_gradient, signature, batches, iteration, stopping, index))
+            batch = self._strategy.run(_element, (batches, index))  # before compiled code begins: XLA compiles again for each index
+            iteration = first_iteration + tf.cast(index, tf.int64)
+            sums = self._strategy.run(self._local_means, (parameters, task_gradient, signature, batch, iteration, stopping))
             gradients, metrics, optimizer_state, stopped = self._all_reduce(sums)
 
             def change():
-                update(gradients, iteration + tf.cast(index, tf.int64))
+                update(gradients, iteration)
                 for name, variable in self._parameters.inner_optimizer_state.items():
                     variable.assign(optimizer_state[name])
 
@@ -103,7 +105,7 @@ class Engine:
             tf.cond(finite, change, lambda: None)
             return {**metrics, 'finite': finite, 'stopping': stopped > 0}
 
-        steps = self._replicas.first_local(batches[0]).shape[0]
+        steps = self._strategy.experimental_local_results(batches[0])[0].shape[0]
         dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._config.dtype)), 'finite': tf.bool, 'stopping': tf.bool}
         return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
 
@@ -127,7 +129,7 @@ class Engine:
             {metric: [tasks of all replicas]}, and each replica's own new states.
         """
         metrics, state = self._strategy.run(self._map_and_measure, (_values(self._parameters), function, signature, batch, state, step))
-        return dict(zip(self._metrics, tf.unstack(self._replicas.gather(metrics, axis=1), len(self._metrics)))), state
+        return dict(zip(self._metrics, tf.unstack(self._strategy.gather(metrics, axis=1), len(self._metrics)))), state
 
     def map(self, function: Callable, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].
@@ -154,14 +156,8 @@ class Engine:
     def _measure(self, batch, outputs):
         return {name: function(batch, outputs) for name, function in self._metrics.items()}
 
-    def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
-        """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.
-
-        Args:
-            index: which of the meta-batches [steps, tasks, rows, dim]; None: batch is one meta-batch.
-        """
-        if index is not None:
-            batch, iteration = _at(index, batch, iteration)
+    def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0.):
+        """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector."""
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = 1 if parameters.inner_optimizer_state else self._config.task_chunk or tasks
 
@@ -183,15 +179,6 @@ class Engine:
             sums, optimizer_state = tf.foldl(add, chunks, (zeros, parameters.inner_optimizer_state), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
         return _pack((*means, optimizer_state, tf.cast(stopping, SUM_DTYPE)))
-
-    @staticmethod
-    def _of_one_step(local_means):
-        """`_local_means` that picks the meta-batch of a step before compiled code begins: XLA compiles again for each index."""
-        def of_step(parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
-            if index is not None:
-                batch, iteration = _at(index, batch, iteration)
-            return local_means(parameters, task_gradient, signature, batch, iteration, stopping)
-        return of_step
 
     def _sums(self, batch, gradients, outputs):
         """Gradients and metrics summed over the tasks of a meta-batch."""
@@ -220,9 +207,8 @@ def _specs(variables):
     return {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in variables.items()}
 
 
-def _at(index, batches, iteration):
-    """The meta-batch of a step, and its iteration."""
-    return tf.nest.map_structure(lambda array: array[index], batches), iteration + tf.cast(index, tf.int64)
+def _element(structure, index):
+    return tf.nest.map_structure(lambda array: array[index], structure)
 
 
 def _values(variables):
