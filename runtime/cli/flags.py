@@ -93,11 +93,7 @@ def default(name: str) -> Any:
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Parses a command line, whose first argument is the program's name.
-
-    Raises:
-        UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
-    """
+    """Parses a command line, whose first argument is the program's name; raises UserError or absl.flags.Error for what is wrong."""
     FLAGS.unparse_flags()
     try:
         _refuse_pipes('\n'.join(argv), set())

@@ -38,11 +38,7 @@ def check_paths(values: Mapping[str, Any]) -> None:
 
 
 def check_flags(request: Request) -> None:
-    """Refuses flags that are not for what is asked, and combinations that make no sense.
-
-    Raises:
-        UserError: says which flags, why, and what to write.
-    """
+    """Refuses flags that are not for what is asked, and combinations that make no sense; raises UserError."""
     facts = {**request.values, 'trained': request.trained}
     broken = [*_misplaced(request), *(rule.message for rule in RULES if rule.refused(request))]
     if broken:

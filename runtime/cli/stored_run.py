@@ -26,11 +26,7 @@ def description(values: Mapping[str, Any]) -> str:
 
 
 def write(directory: str, text: str, columns: Columns | None) -> None:
-    """Writes a `description`, and the columns of tables. If the former fails, reports it and continues.
-
-    Raises:
-        UserError: the columns cannot be written, without which the model cannot be used.
-    """
+    """Writes a `description`, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
     if columns:
         try:
             write_columns(directory, columns)
@@ -44,11 +40,7 @@ def write(directory: str, text: str, columns: Columns | None) -> None:
 
 
 def find(name: str) -> str:
-    """The experiment directory that --run=name means: that folder itself, or the only run in it.
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
+    """The experiment directory that --run=name means: that folder itself, or the only run in it; raises UserError if there is none."""
     directory = os.path.expanduser(name)
     if os.path.isfile(os.path.join(directory, FLAG_FILE)):
         return os.path.normpath(directory)
@@ -63,11 +55,7 @@ def find(name: str) -> str:
 
 
 def read(directory: str) -> dict[str, Any]:
-    """{flag: value} of all flags that describe the run in a directory.
-
-    Raises:
-        UserError: its FLAG_FILE cannot be read.
-    """
+    """{flag: value} of all flags that describe the run in a directory; raises UserError if its FLAG_FILE cannot be read."""
     path = os.path.join(directory, FLAG_FILE)
     try:
         with open(path, encoding='utf-8') as file:

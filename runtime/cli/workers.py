@@ -19,11 +19,7 @@ STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
 
 def cluster_from_environment(strategy: str) -> Cluster:
-    """This process's Cluster, from TF_CONFIG; ALONE if not distributed.
-
-    Raises:
-        UserError: TF_CONFIG is missing or malformed.
-    """
+    """This process's Cluster, from TF_CONFIG; ALONE if not distributed. Raises UserError if TF_CONFIG is missing or malformed."""
     text = os.environ.get('TF_CONFIG', '')
     if strategy not in ('auto', 'multiworker') or strategy == 'auto' and not text:
         return ALONE
@@ -126,11 +122,7 @@ def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
 
 
 def check_in_sync(replicas: Replicas, facts: Any, variables: Iterable = ()) -> None:
-    """Waits for all workers, and checks that they agree on these facts, from which each derives the same decisions.
-
-    Raises:
-        UserError: the workers differ in the facts (by repr) or in the values of variables.
-    """
+    """Waits for all workers; raises UserError if they differ in the facts (by repr) or in the values of variables."""
     if replicas.count == 1:
         return
     checksum = zlib.crc32(repr((facts, program_checksum())).encode(errors='surrogateescape'))

@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.system.errors import UserError
-from runtime.system.files import read_json, remove_stale_parts, require_regular_file, write_atomically
+from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically
 
 RECORD = 'packed.json'
 
@@ -119,7 +119,7 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
             return read_array(path + '.npy', shape, record, verify, lambda: _write_json(path + '.json', record)), record['crc32']
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        remove_stale_parts(path + '.npy')
+        remove_parts(os.path.dirname(path), STALE_SECONDS)
         array, facts = write_array(path + '.npy', shape, make)
         _write_json(path + '.json', {'fingerprint': fingerprint, **facts})
         return array, facts['crc32']

@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import errno
-import glob
 import io
 import json
 import os
@@ -96,20 +95,16 @@ def read_json(path: str | os.PathLike) -> Any:
             raise ValueError('it is malformed: nested too deeply') from error
 
 
-def remove_stale_parts(path: str) -> None:
-    """Removes the part files of `path` that killed processes left: those not written to for STALE_SECONDS."""
-    for part in glob.glob(f'{glob.escape(path)}.*{PART_SUFFIX}'):
+def remove_parts(folder: str, unused_for: float = 0) -> None:
+    """Removes the part files in a folder that killed processes left.
+
+    Args:
+        unused_for: seconds in which nobody has written to them; 0: all of them, under a lock that keeps others from writing there.
+    """
+    for path in (os.path.join(folder, name) for name in os.listdir(folder) if _PART.search(name)):
         with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(part) > STALE_SECONDS:
-                os.unlink(part)
-
-
-def remove_parts(folder: str) -> None:
-    """Removes all part files in a folder, for use under a lock that keeps others from writing there."""
-    for name in os.listdir(folder):
-        if _PART.search(name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
+            if not unused_for or time.time() - os.path.getmtime(path) > unused_for:
+                os.unlink(path)
 
 
 @contextlib.contextmanager
