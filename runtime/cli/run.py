@@ -12,7 +12,7 @@ from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 
-TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
+TEST_UPDATES = 10  # inner updates of an evaluation, or as many as in training if they are more, if no flag asks for others
 FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
@@ -72,7 +72,7 @@ class Training(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained(Run):
-    """The use of a trained model."""
+    """The use of a trained model: a prediction, or an evaluation."""
     trained_on: str             # the datasource of the training
     num_outputs: int            # of the network as it was trained
     test_updates: int           # inner updates
@@ -88,21 +88,15 @@ class Evaluation(Trained):
     log: bool
     plot: bool
     headline_updates: int       # after which the method is reported
-    usual_updates: int          # inner updates if no flag asks for others
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prediction(Trained):
-    """A prediction, which needs no more."""
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
-    """The Training, Evaluation or Prediction that is asked for, on what `source_and_tasks` returned. Imports TensorFlow.
+    """The Training, Evaluation or (for a prediction) Trained that is asked for, on what `source_and_tasks` returned. Imports TensorFlow.
 
     Fields that are not resolved here are the request's, under the same names.
     """
-    kind = {'train': Training, 'evaluate': Evaluation, 'predict': Prediction}[request.mode]
-    model, usual_updates = _model_config(request, source, tasks), max(request.num_updates, TEST_UPDATES)
+    kind = {'train': Training, 'evaluate': Evaluation, 'predict': Trained}[request.mode]
+    model = _model_config(request, source, tasks)
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
@@ -114,11 +108,10 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=usual_updates if request.test_updates == -1 else request.test_updates,
+        test_updates=max(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
         query_norms=_query_norms(request),
         split='test' if request.test_set else 'val',
-        headline_updates=headline_updates(request),
-        usual_updates=usual_updates)
+        headline_updates=headline_updates(request))
     fields = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
 

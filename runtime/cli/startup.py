@@ -14,7 +14,7 @@ from runtime.system.errors import UserError
 
 
 def run_and_data(line: CommandLine) -> tuple[Run, Any]:
-    """The Training, Evaluation or Prediction that a command line asks for, and the data that `read_data` reads for it.
+    """The run that a command line asks for, and the data that `read_data` reads for it.
 
     Raises:
         UserError: the flags or the data are wrong.

@@ -17,7 +17,7 @@ import numpy as np
 from data_generator import TableSource
 from runtime.cli.flags import parse
 from runtime.cli.request import resolve
-from runtime.cli.run import Prediction, make_run
+from runtime.cli.run import Trained, make_run
 from runtime.cli.run_data import source_and_tasks
 from runtime.cli.startup import import_tensorflow
 from runtime.datasets.tables import Columns
@@ -62,7 +62,7 @@ class Learner:
         updates: inner steps of `adapt`.
     """
 
-    def __init__(self, run: Prediction):
+    def __init__(self, run: Trained):
         from runtime.jobs.evaluate import restore
         source, columns = run.source, run.source.files.columns if isinstance(run.source, TableSource) else None
         self._run = run
