@@ -2,8 +2,7 @@
 import os
 import signal
 import sys
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -223,16 +222,11 @@ def main(argv: list[str]) -> None:
         compare(line.values, line.rest)
 
 
-def stop(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of SIGTERM and SIGHUP while no training runs: ends the program and cleans up unfinished files."""
-    sys.exit(128 + number)
-
-
 if __name__ == '__main__':
     console.protect()
     for ending in TERMINATION_SIGNALS:
         if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(ending, stop)
+            signal.signal(ending, lambda number, frame: sys.exit(128 + number))  # so that unfinished files are removed
     try:
         main(sys.argv)
         sys.stdout.flush()

@@ -1,5 +1,4 @@
 """Several processes or devices: what TF_CONFIG and --strategy ask for, and whether all workers have been started alike."""
-import contextlib
 import json
 import os
 import pathlib
@@ -59,33 +58,32 @@ def make_strategy(name: str, cluster: Cluster) -> Any:
     """
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:
-        try:
-            with _default_signal_handlers():
-                return tf.distribute.MultiWorkerMirroredStrategy()
-        except tf.errors.OpError as error:
-            raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
-                            'check that they reach each other at these addresses') from error
+        return _connect()
     gpus = tf.config.list_logical_devices('GPU')
     if name == 'mirrored' or name == 'auto' and len(gpus) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in gpus or tf.config.list_logical_devices('CPU')])
     return tf.distribute.get_strategy()
 
 
-@contextlib.contextmanager
-def _default_signal_handlers():
-    """Lets Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow waits for workers.
+def _connect():
+    """The strategy of several workers, when all of them have been started.
 
-    SIGTERM cannot be restored: TensorFlow handles it itself meanwhile, and continues to wait.
+    Meanwhile Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow does. SIGTERM does not, for
+    TensorFlow has a handler of its own.
     """
+    import tensorflow as tf
     before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
     for number, handler in before.items():
-        if number != signal.SIGTERM and handler != signal.SIG_IGN:
+        if handler != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     try:
-        yield
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except tf.errors.OpError as error:
+        raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
+                        'check that they reach each other at these addresses') from error
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)  # that of SIGTERM was replaced by TensorFlow
+            signal.signal(number, handler)
 
 
 def report_waiting(cluster: Cluster) -> None:
