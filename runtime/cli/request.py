@@ -93,7 +93,7 @@ class Request:
     def network_flags(self) -> dict[str, Any]:
         """{flag: value} of those by which networks for the source of the training differ."""
         applicable = {name: self.trained[name] for name, declared in LEARNING.items()
-                      if declared.network == 'all' or declared.network and PURPOSES[declared.network].holds(self.training)}
+                      if declared.network == 'all' or declared.network and PURPOSES[declared.network][1](self.training)}
         return {name: None if value == 'None' and name != 'norm' else value for name, value in applicable.items()}
 
     @property
@@ -110,27 +110,21 @@ class Request:
         return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(self.trained)}{suffix}'
 
 
-@dataclasses.dataclass(frozen=True)
-class Purpose:
-    """What a flag can be for."""
-    text: str                           # '--x is for <text>'
-    holds: Callable[[Request], bool]    # whether a request is that
-
-
-PURPOSES = {
-    'images': Purpose('images, and --datasource={datasource} has none', lambda r: r.images),
-    'user images': Purpose('--datasource=folder', lambda r: r.user_images),
-    'tables': Purpose('--datasource=table', lambda r: r.tables),
-    'files': Purpose('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
-    'numbers': Purpose('sources without images', lambda r: not r.images),
-    'classes': Purpose('classification', lambda r: r.classes),
-    'convolutions': Purpose('convolutional networks', lambda r: r.images and r.conv),
-    'fully connected': Purpose('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
-                               lambda r: not r.images or not r.conv),
-    'evaluation': Purpose('evaluation: add --train=False', lambda r: r.mode != 'train'),
-    'transfer': Purpose('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
-    'prediction': Purpose('--predict', lambda r: r.mode == 'predict'),
-    'comparison': Purpose('--compare and --across', lambda r: False),
+# {what a flag can be for: (the text of '--x is for <text>', whether a request is that)}
+PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
+    'images': ('images, and --datasource={datasource} has none', lambda r: r.images),
+    'user images': ('--datasource=folder', lambda r: r.user_images),
+    'tables': ('--datasource=table', lambda r: r.tables),
+    'files': ('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
+    'numbers': ('sources without images', lambda r: not r.images),
+    'classes': ('classification', lambda r: r.classes),
+    'convolutions': ('convolutional networks', lambda r: r.images and r.conv),
+    'fully connected': ('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
+                        lambda r: not r.images or not r.conv),
+    'evaluation': ('evaluation: add --train=False', lambda r: r.mode != 'train'),
+    'transfer': ('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
+    'prediction': ('--predict', lambda r: r.mode == 'predict'),
+    'comparison': ('--compare and --across', lambda r: False),
 }
 
 
