@@ -104,8 +104,6 @@ def parse(argv: Sequence[str]) -> CommandLine:
         raise UserError(f'--{error.flagname} is no longer a flag: {REMOVED[error.flagname]}') from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
-    except flags.CantOpenFlagFileError as error:
-        raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
     except OSError as error:
         raise UserError(f'--flagfile={error.filename} cannot be read: {error.strerror}') from error
     except RecursionError as error:  # absl looks for similar names
@@ -126,18 +124,16 @@ def _refuse_pipes(arguments, seen):
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
         seen.add(path)
-        if os.path.exists(path):
-            require_regular_file(path)
-            with open(path, encoding='utf-8') as file:
-                _refuse_pipes(file.read(), seen)
+        require_regular_file(path)
+        with open(path, encoding='utf-8') as file:
+            _refuse_pipes(file.read(), seen)
 
 
 def _plain(message):
     """absl's message on a flag's value, without Python's own message within it."""
     for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
                          ('invalid literal.*', 'it must be a whole number'),
-                         ('could not convert.*', 'it must be a number'),
-                         ('ERROR:: Unable to open flagfile: ', '')):
+                         ('could not convert.*', 'it must be a number')):
         message = re.sub(theirs, ours, message)
     return message
 

@@ -100,7 +100,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
-        method=tasks.baseline or _method(request),
+        method=tasks.baseline or ('pre-training' if request.only_pretrains else methods.title(request.trained)),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
@@ -119,10 +119,6 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
     return request.num_updates if request.test_updates == -1 else request.test_updates
-
-
-def _method(request):
-    return 'pre-training' if request.only_pretrains else methods.title({name: request.trained[name] for name in methods.switches()})
 
 
 def _query_norms(request):
