@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -157,7 +156,7 @@ class Engine:
         return {name: function(batch, outputs) for name, function in self._metrics.items()}
 
     def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0.):
-        """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector."""
+        """One replica's part of what is summed over replicas: means over tasks, the inner optimizer's state, and `stopping`."""
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = 1 if parameters.inner_optimizer_state else self._config.task_chunk or tasks
 
@@ -173,23 +172,25 @@ class Engine:
             sums, optimizer_state = self._sums(batch, gradients, outputs), tf.nest.map_structure(lambda values: values[-1], optimizer_state)
         else:
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-            zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs())
+            zeros = ({name: tf.zeros(value.shape, SUM_DTYPE) for name, value in parameters.trained().items()},
+                     dict.fromkeys(self._metrics, tf.zeros([], SUM_DTYPE)))
             # Where tasks hand on state, the next one's inner steps need not wait for this one's metrics.
             at_once = os.cpu_count() if parameters.inner_optimizer_state else 1
             sums, optimizer_state = tf.foldl(add, chunks, (zeros, parameters.inner_optimizer_state), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
-        return _pack((*means, optimizer_state, tf.cast(stopping, SUM_DTYPE)))
+        stopping = tf.identity(stopping)  # of this graph, as `all_reduce` needs it
+        return tf.nest.map_structure(lambda tensor: tf.cast(tensor, SUM_DTYPE), (*means, optimizer_state, stopping))
 
     def _sums(self, batch, gradients, outputs):
         """Gradients and metrics summed over the tasks of a meta-batch."""
         return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0),
                                      (gradients, self._measure(batch, outputs)))
 
-    def _all_reduce(self, packed):
-        """What `_local_means` packed, summed over replicas: gradients, metrics, inner optimizer's state, and how many are stopping."""
-        specs = (*self._sum_specs(), _specs(self._parameters.inner_optimizer_state), tf.TensorSpec([], SUM_DTYPE))
-        totals = _unpack(self._strategy.reduce('SUM', packed, axis=None), specs)
-        return tf.nest.map_structure(lambda total: tf.cast(total, self._config.dtype), totals)
+    def _all_reduce(self, local_means):
+        """What `_local_means` returned, summed over replicas: gradients, metrics, inner optimizer's state, and how many are stopping."""
+        sums = self._strategy.run(lambda means: tf.distribute.get_replica_context().all_reduce('SUM', means), (local_means,))
+        return tf.nest.map_structure(
+            lambda values: tf.cast(self._strategy.experimental_local_results(values)[0], self._config.dtype), sums)
 
     def _mapping(self, signature):
         """What maps a function over tasks and stacks its results. The caller calls it, which keeps the call stack short."""
@@ -197,14 +198,6 @@ class Engine:
             return tf.vectorized_map
         dtypes = tf.nest.map_structure(lambda _: tf.as_dtype(self._config.dtype), signature)
         return functools.partial(tf.map_fn, fn_output_signature=dtypes, parallel_iterations=os.cpu_count())
-
-    def _sum_specs(self):
-        """Shapes of sums over tasks: gradients have those of the parameters, metrics are scalars."""
-        return _specs(self._parameters.trained()), {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics}
-
-
-def _specs(variables):
-    return {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in variables.items()}
 
 
 def _element(structure, index):
@@ -217,15 +210,3 @@ def _values(variables):
 
 def _all_finite(tensors):
     return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(tensors)])
-
-
-def _pack(tensors):
-    """One vector of all numbers of a structure, so that one all-reduce is enough."""
-    return tf.concat([tf.reshape(tf.cast(tensor, SUM_DTYPE), [-1]) for tensor in tf.nest.flatten(tensors)], axis=0)
-
-
-def _unpack(vector, specs):
-    """The structure that `_pack` packed, given its TensorSpecs."""
-    shapes = [spec.shape for spec in tf.nest.flatten(specs)]
-    parts = tf.split(vector, [math.prod(shape) for shape in shapes])
-    return tf.nest.pack_sequence_as(specs, [tf.reshape(part, shape) for part, shape in zip(parts, shapes)])
