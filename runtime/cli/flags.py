@@ -115,11 +115,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
 
 
 def _refuse_pipes(arguments, seen):
-    """Refuses what is not a regular file among files of flags and those that they name; reading it could block.
-
-    Args:
-        arguments: text, one a line.
-    """
+    """Refuses what is not a regular file among the files of flags in a text of arguments, one a line, and those that they name:
+    reading it could block."""
     for path in map(os.path.expanduser, re.findall(r'^\s*--?flagfile[=\n](.*\S)', arguments, re.M)):
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
@@ -154,11 +151,7 @@ def help_text(usage: str) -> str:
 # What follows from the declarations ---------------------------------------------------------------------------------
 
 def labels(values: Mapping[str, Any]) -> str:
-    """The part of a run directory's name that the labels of flags make: the reference's first, in its order.
-
-    Args:
-        values: {name: value} of the flags in LEARNING.
-    """
+    """The part of a run directory's name that the labels of flags make: the reference's first, in its order."""
     ordered = [*REFERENCE_ORDER, *(name for name in LEARNING if name not in REFERENCE_ORDER)]
     return ''.join(_label(LEARNING[name].label, values[name], FLAGS[name].default) for name in ordered)
 

@@ -16,8 +16,7 @@ from runtime.system.errors import UserError
 def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
     """The source, an entry of SOURCES (changed by flags for the user's own images or tables), and what its tasks look like.
 
-    Raises:
-        UserError: the data cannot be those of the run.
+    Raises UserError if the data cannot be those of the run.
     """
     source = _with_flags(request)
     if request.is_transfer:
@@ -60,11 +59,7 @@ def _with_flags(request):
 
 
 def _known_columns(request):
-    """The columns of tables that the model was trained with; None if a training starts from scratch.
-
-    Raises:
-        UserError: they cannot be read, or are not beside the checkpoint that --load_from names.
-    """
+    """The columns of tables that the model was trained with; None if a training starts from scratch."""
     train, directory = request.mode == 'train', request.directory
     # Not `checkpoints.iterations`: data are read before TensorFlow is imported.
     resumes = request.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
@@ -79,11 +74,7 @@ def _known_columns(request):
 
 
 def _with_network_of_training(source, request):
-    """A source whose tasks are given to a model of another source, with that model's network.
-
-    Raises:
-        UserError: their images differ in shape, and --resize does not ask to change it.
-    """
+    """A source whose tasks are given to a model of another source, with that model's network."""
     trained = _with_flags(request.training)
     source = dataclasses.replace(source, head=trained.head, clip=trained.clip)
     if trained.image_shape == source.image_shape:
