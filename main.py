@@ -8,7 +8,7 @@ from absl import flags as absl_flags
 
 from data_generator import SOURCES
 from runtime.cli import rules, workers
-from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, removed, string, strings
+from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, string, strings
 from runtime.cli.methods import PRESETS
 from runtime.cli.run import Evaluation, Run, Training
 from runtime.cli.startup import run_and_data
@@ -166,16 +166,14 @@ group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
 string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer',
-       only=('images', 'prediction'))
-string('query_dir', None, 'folder of images to classify', only=('images', 'prediction'))
+       only='images, prediction')
+string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, 'rows to adapt to, with the columns of the training, and a column class if it had no --targets',
-       only=('tables', 'prediction'))
-string('query_csv', None, 'rows to predict for', only=('tables', 'prediction'))
+       only='tables, prediction')
+string('query_csv', None, 'rows to predict for', only='tables, prediction')
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
-removed('train_num_classes train_inner_batch train_query_norm train_datasource',
-        'write --run=DIR, which knows what the model was trained with, and the flag without train_ for the evaluation')
 
 
 def compare(values: dict[str, Any], folders: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Declaring, parsing and documenting flags.
 
 main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
-of a run (what it can be resumed with), the name of its directory and the page docs/flags.md. `only` says what a flag is for, a key
-of request.PURPOSES: given for anything else, it is refused.
+of a run (what it can be resumed with), the name of its directory and the page docs/flags.md. `only` says what a flag is for,
+keys of request.PURPOSES: given for anything else, it is refused.
 """
 import dataclasses
 import functools
@@ -19,11 +19,10 @@ from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file
 
 FLAGS = flags.FLAGS
-Purposes = str | tuple[str, ...]
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
 LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
-ONLY: dict[str, tuple[str, ...]] = {}       # {name: purposes} of flags that are not for everything
-REMOVED: dict[str, str] = {}                # {name: what to write instead} of flags of earlier versions
+ONLY: dict[str, list[str]] = {}             # {name: purposes} of flags that are not for everything
+REMOVED = 'train_num_classes', 'train_inner_batch', 'train_query_norm', 'train_datasource'  # flags of earlier versions
 REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
 _ABSL_FLAGS = set(FLAGS)
 flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
@@ -50,31 +49,26 @@ class CommandLine(NamedTuple):
     rest: list[str]             # arguments that are not flags
 
 
-def _declare(define, name, default, text, learning=None, only=(), **bounds):
+def _declare(define, name, default, text, learning=None, only='', **bounds):
     define(name, default, help=text, **bounds)
     if learning:
         LEARNING[name] = learning
     if only:
-        ONLY[name] = (only,) if isinstance(only, str) else only
+        ONLY[name] = only.split(', ')
 
 
-def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None, only: Purposes = ()) -> None:
+def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None, only: str = '') -> None:
     """Declares a flag that takes a whole number."""
     _declare(flags.DEFINE_integer, name, default, text, learning, only, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-def choice(name: str, default: str, values: Iterable[str], text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
+def choice(name: str, default: str, values: Iterable[str], text: str, learning: Learning | None = None, only: str = '') -> None:
     """Declares a flag that takes one of some values."""
     _declare(flags.DEFINE_enum, name, default, text, learning, only, enum_values=list(values))
 
 
 real, boolean, string, strings = (functools.partial(_declare, define) for define in (
     flags.DEFINE_float, flags.DEFINE_bool, flags.DEFINE_string, flags.DEFINE_multi_string))
-
-
-def removed(names: str, instead: str) -> None:
-    """Declares flags of earlier versions, separated by spaces, and what to write instead."""
-    REMOVED.update(dict.fromkeys(names.split(), instead))
 
 
 def group(title: str) -> None:
@@ -101,7 +95,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
     except flags.UnrecognizedFlagError as error:
         if error.flagname not in REMOVED:
             raise
-        raise UserError(f'--{error.flagname} is no longer a flag: {REMOVED[error.flagname]}') from error
+        raise UserError(f'--{error.flagname} is no longer a flag: write --run=DIR, which knows what the model was trained with, and the flag '
+                        'without train_ for the evaluation') from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
     except OSError as error:
