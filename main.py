@@ -2,14 +2,13 @@
 import os
 import signal
 import sys
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags as absl_flags
 
 from data_generator import SOURCES
 from runtime.cli import rules, workers
-from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, removed, string, strings
+from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, string, strings
 from runtime.cli.methods import PRESETS
 from runtime.cli.run import Evaluation, Run, Training
 from runtime.cli.startup import run_and_data
@@ -82,9 +81,9 @@ group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), at_least=0)
+real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
-real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), at_least=0)
+real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
@@ -149,9 +148,9 @@ boolean('plot', False, 'draw the results of an evaluation or a comparison, in pi
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1, only='evaluation')
-strings('compare', 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
+strings('compare', None, 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
-strings('across', 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
+strings('across', None, 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
         'tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
        'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')
@@ -167,16 +166,14 @@ group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
 string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer',
-       only=('images', 'prediction'))
-string('query_dir', None, 'folder of images to classify', only=('images', 'prediction'))
+       only='images, prediction')
+string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, 'rows to adapt to, with the columns of the training, and a column class if it had no --targets',
-       only=('tables', 'prediction'))
-string('query_csv', None, 'rows to predict for', only=('tables', 'prediction'))
+       only='tables, prediction')
+string('query_csv', None, 'rows to predict for', only='tables, prediction')
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
-removed('train_num_classes train_inner_batch train_query_norm train_datasource',
-        'write --run=DIR, which knows what the model was trained with, and the flag without train_ for the evaluation')
 
 
 def compare(values: dict[str, Any], folders: list[str]) -> None:
@@ -223,16 +220,11 @@ def main(argv: list[str]) -> None:
         compare(line.values, line.rest)
 
 
-def stop(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of SIGTERM and SIGHUP while no training runs: ends the program and cleans up unfinished files."""
-    sys.exit(128 + number)
-
-
 if __name__ == '__main__':
     console.protect()
     for ending in TERMINATION_SIGNALS:
         if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(ending, stop)
+            signal.signal(ending, lambda number, frame: sys.exit(128 + number))  # so that unfinished files are removed
     try:
         main(sys.argv)
         sys.stdout.flush()

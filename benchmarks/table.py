@@ -30,7 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 
-from run_files import CONSOLE, TIMES  # noqa: E402
+from run_files import CONSOLE, TIMES, missing_classes  # noqa: E402
 
 import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
@@ -38,7 +38,7 @@ from runtime.cli.startup import import_tensorflow  # noqa: E402
 import_tensorflow()
 from runtime.cli.request import Request, resolve  # noqa: E402
 from runtime.cli.run import headline_updates  # noqa: E402
-from runtime.cli.run_data import missing_classes, source_and_tasks  # noqa: E402
+from runtime.cli.run_data import source_and_tasks  # noqa: E402
 from runtime.datasets.tasks import TaskConfig  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store  # noqa: E402

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 
-from run_files import CONSOLE, TIMES
+from run_files import CONSOLE, TIMES, missing_classes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -32,7 +32,6 @@ from runtime.cli.startup import import_tensorflow  # noqa: E402
 
 import_tensorflow()
 from runtime.cli.request import resolve  # noqa: E402
-from runtime.cli.run_data import missing_classes  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402

@@ -142,7 +142,7 @@ def test_meta_gradient_is_clipped_elementwise():
 def test_adam_against_its_formula():
     """Two steps worked out with the bias corrections of the paper (Kingma & Ba, algorithm 1)."""
     variable, gradients = tf.Variable([1.0]), [0.5, -2.0]
-    adam = Adam({'w': variable}, learning_rate=0.1)
+    adam = Adam({'w': variable}, learning_rate=lambda iteration: 0.1)
     value, mean, square = 1.0, 0.0, 0.0
     for step, g in enumerate(gradients, start=1):
         adam.apply({'w': tf.constant([g])})

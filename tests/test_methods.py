@@ -627,8 +627,7 @@ def preset(*flags):
 
 
 def title(*flags):
-    values = preset(*flags)
-    return methods.title({name: values[name] for name in methods.switches()})
+    return methods.title(preset(*flags))
 
 
 def test_presets_are_the_table_and_flags_override_them():

@@ -94,7 +94,7 @@ def test_files_of_flags(tmp_path):
         path.write_bytes(content)
         process = run_process(f'--flagfile={path}')
         assert process.returncode == 1 and process.stderr.startswith('main.py: ') and process.stderr.count('\n') == 1
-    assert '--flagfile cannot be read' in error_of(f'--flagfile={tmp_path}/nowhere')
+    assert f'--flagfile={tmp_path}/nowhere cannot be read' in error_of(f'--flagfile={tmp_path}/nowhere')
     path.write_text('--n' + '[' * 3000)
     assert 'a name of thousands of characters' in error_of(f'--flagfile={path}')
 

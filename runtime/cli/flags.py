@@ -1,15 +1,16 @@
 """Declaring, parsing and documenting flags.
 
 main.py declares each flag once. A flag that changes what is learnt is declared with a `Learning`, from which follow the identity
-of a run (what it can be resumed with), the name of its directory and the page docs/flags.md. `only` says what a flag is for, a key
-of request.PURPOSES: given for anything else, it is refused.
+of a run (what it can be resumed with), the name of its directory and the page docs/flags.md. `only` says what a flag is for,
+keys of request.PURPOSES: given for anything else, it is refused.
 """
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -18,11 +19,10 @@ from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file
 
 FLAGS = flags.FLAGS
-Purposes = str | tuple[str, ...]
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
 LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
-ONLY: dict[str, tuple[str, ...]] = {}       # {name: purposes} of flags that are not for everything
-REMOVED: dict[str, str] = {}                # {name: what to write instead} of flags of earlier versions
+ONLY: dict[str, list[str]] = {}             # {name: purposes} of flags that are not for everything
+REMOVED = 'train_num_classes', 'train_inner_batch', 'train_query_norm', 'train_datasource'  # flags of earlier versions
 REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
 _ABSL_FLAGS = set(FLAGS)
 flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
@@ -49,48 +49,26 @@ class CommandLine(NamedTuple):
     rest: list[str]             # arguments that are not flags
 
 
-def _declare(define, name, default, text, learning, only, **bounds):
+def _declare(define, name, default, text, learning=None, only='', **bounds):
     define(name, default, help=text, **bounds)
     if learning:
         LEARNING[name] = learning
     if only:
-        ONLY[name] = (only,) if isinstance(only, str) else only
+        ONLY[name] = only.split(', ')
 
 
-def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None, only: Purposes = ()) -> None:
+def number(name: str, default: int, text: str, at_least: int, learning: Learning | None = None, only: str = '') -> None:
     """Declares a flag that takes a whole number."""
     _declare(flags.DEFINE_integer, name, default, text, learning, only, lower_bound=at_least, upper_bound=2 ** 31 - 1)
 
 
-def real(name: str, default: float, text: str, learning: Learning | None = None, only: Purposes = (),
-         at_least: float | None = None) -> None:
-    """Declares a flag that takes a number."""
-    _declare(flags.DEFINE_float, name, default, text, learning, only, lower_bound=at_least)
-
-
-def boolean(name: str, default: bool, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
-    """Declares a flag that is True or False."""
-    _declare(flags.DEFINE_bool, name, default, text, learning, only)
-
-
-def string(name: str, default: str | None, text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
-    """Declares a flag that takes any text."""
-    _declare(flags.DEFINE_string, name, default, text, learning, only)
-
-
-def choice(name: str, default: str, values: Sequence[str], text: str, learning: Learning | None = None, only: Purposes = ()) -> None:
+def choice(name: str, default: str, values: Iterable[str], text: str, learning: Learning | None = None, only: str = '') -> None:
     """Declares a flag that takes one of some values."""
     _declare(flags.DEFINE_enum, name, default, text, learning, only, enum_values=list(values))
 
 
-def strings(name: str, text: str) -> None:
-    """Declares a flag that may be given several times."""
-    flags.DEFINE_multi_string(name, None, text)
-
-
-def removed(names: str, instead: str) -> None:
-    """Declares flags of earlier versions, separated by spaces, and what to write instead."""
-    REMOVED.update(dict.fromkeys(names.split(), instead))
+real, boolean, string, strings = (functools.partial(_declare, define) for define in (
+    flags.DEFINE_float, flags.DEFINE_bool, flags.DEFINE_string, flags.DEFINE_multi_string))
 
 
 def group(title: str) -> None:
@@ -108,29 +86,19 @@ def default(name: str) -> Any:
     return FLAGS[name].default if name in FLAGS else None
 
 
-def parse_value(name: str, text: str) -> Any:
-    """The value of a flag that a text stands for; raises ValueError, TypeError or absl.flags.Error if it stands for none."""
-    return FLAGS[name].parser.parse(text)
-
-
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Parses a command line, whose first argument is the program's name.
-
-    Raises:
-        UserError, absl.flags.Error: a flag is unknown or has a value of the wrong kind.
-    """
+    """Parses a command line, whose first argument is the program's name; raises UserError or absl.flags.Error for what is wrong."""
     FLAGS.unparse_flags()
     try:
-        _refuse_pipes(_flag_files(argv), set())
+        _refuse_pipes('\n'.join(argv), set())
         rest = FLAGS(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         if error.flagname not in REMOVED:
             raise
-        raise UserError(f'--{error.flagname} is no longer a flag: {REMOVED[error.flagname]}') from error
+        raise UserError(f'--{error.flagname} is no longer a flag: write --run=DIR, which knows what the model was trained with, and the flag '
+                        'without train_ for the evaluation') from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
-    except flags.CantOpenFlagFileError as error:
-        raise UserError(f'--flagfile cannot be read: {_plain(str(error))}') from error
     except OSError as error:
         raise UserError(f'--flagfile={error.filename} cannot be read: {error.strerror}') from error
     except RecursionError as error:  # absl looks for similar names
@@ -141,32 +109,23 @@ def parse(argv: Sequence[str]) -> CommandLine:
                        frozenset(name for name in names() if FLAGS[name].present), rest)
 
 
-def _refuse_pipes(paths, seen):
-    """Refuses what is not a regular file among files of flags and those that they name; reading it could block."""
-    for path in paths:
+def _refuse_pipes(arguments, seen):
+    """Refuses what is not a regular file among the files of flags in a text of arguments, one a line, and those that they name:
+    reading it could block."""
+    for path in map(os.path.expanduser, re.findall(r'^\s*--?flagfile[=\n](.*\S)', arguments, re.M)):
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
         seen.add(path)
-        if os.path.exists(path):
-            require_regular_file(path)
-            with open(path, encoding='utf-8') as file:
-                _refuse_pipes(_flag_files(file.read().splitlines()), seen)
-
-
-def _flag_files(arguments):
-    """The values of --flagfile among arguments."""
-    following = zip(arguments, [*arguments[1:], ''])
-    paths = [match[1] or after for match, after in
-             ((re.fullmatch(r'--?flagfile(?:=(.*))?', argument.strip(), re.S), after) for argument, after in following) if match]
-    return [path for path in map(os.path.expanduser, paths) if path]
+        require_regular_file(path)
+        with open(path, encoding='utf-8') as file:
+            _refuse_pipes(file.read(), seen)
 
 
 def _plain(message):
     """absl's message on a flag's value, without Python's own message within it."""
     for theirs, ours in (("\\('Non-boolean argument.*", 'it must be True or False'),
                          ('invalid literal.*', 'it must be a whole number'),
-                         ('could not convert.*', 'it must be a number'),
-                         ('ERROR:: Unable to open flagfile: ', '')):
+                         ('could not convert.*', 'it must be a number')):
         message = re.sub(theirs, ours, message)
     return message
 
@@ -184,28 +143,10 @@ def help_text(usage: str) -> str:
     return '\n'.join(lines)
 
 
-def markdown() -> str:
-    """The page docs/flags.md: by groups, every flag with its default and meaning."""
-    lines = ['# Flags', '', 'Generated by `python benchmarks/flags_page.py`; do not edit. `python main.py --help` prints the same.',
-             'Flags marked † change what is learnt: a run can only be resumed with the same values.']
-    for title, members in ((title, members) for title, members in GROUPS.items() if title != 'Help'):
-        lines += ['', f'## {title}', '', '| flag | default | meaning |', '| --- | --- | --- |']
-        for flag in (FLAGS[name] for name in members):
-            default = '' if flag.default is None else str(flag.default)
-            meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
-                             ' '.join(flag.help.split()))
-            lines.append(f'| `--{flag.name}`{" †" if flag.name in LEARNING else ""} | {default} | {meaning} |')
-    return '\n'.join(line.rstrip() for line in lines) + '\n'
-
-
 # What follows from the declarations ---------------------------------------------------------------------------------
 
 def labels(values: Mapping[str, Any]) -> str:
-    """The part of a run directory's name that the labels of flags make: the reference's first, in its order.
-
-    Args:
-        values: {name: value} of the flags in LEARNING.
-    """
+    """The part of a run directory's name that the labels of flags make: the reference's first, in its order."""
     ordered = [*REFERENCE_ORDER, *(name for name in LEARNING if name not in REFERENCE_ORDER)]
     return ''.join(_label(LEARNING[name].label, values[name], FLAGS[name].default) for name in ordered)
 

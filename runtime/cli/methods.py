@@ -46,13 +46,9 @@ def preset_hint(method: str, given: Collection[str], sentence: str) -> str:
 
 
 def title(values: Mapping[str, Any]) -> str:
-    """The name of the method that the switches describe: that of the nearest preset, with the differences from it.
-
-    Args:
-        values: {name: value} of the flags that `switches` names.
-    """
+    """The name of the method that flags describe: that of the nearest preset, with the switches in which they differ from it."""
     def differing(preset):
-        return {name: value for name, value in values.items() if value != preset.flags.get(name, default(name))}
+        return {name: values[name] for name in switches() if values[name] != preset.flags.get(name, default(name))}
 
     nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
     others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]

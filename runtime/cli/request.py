@@ -21,6 +21,7 @@ OF_IMAGES = 'image_size', 'image_channels', 'rotations', 'split'  # the same, if
 @dataclasses.dataclass(frozen=True)
 class Request:
     """The flags, with --run and --method resolved, and what follows from them. The values of flags are attributes too."""
+    mode: str                       # 'train' | 'evaluate' | 'predict'
     values: Mapping[str, Any]       # {flag: value} for this training, evaluation or prediction
     trained: Mapping[str, Any]      # {flag: value} in the training of the run; in a training the same
     given: frozenset[str]           # the flags on the command line
@@ -31,11 +32,6 @@ class Request:
             return self.__dict__['values'][name]
         except KeyError as error:
             raise AttributeError(name) from error
-
-    @property
-    def mode(self) -> str:
-        """'train', 'evaluate' or 'predict'."""
-        return mode(self.values)
 
     @property
     def source(self) -> Source:
@@ -97,7 +93,7 @@ class Request:
     def network_flags(self) -> dict[str, Any]:
         """{flag: value} of those by which networks for the source of the training differ."""
         applicable = {name: self.trained[name] for name, declared in LEARNING.items()
-                      if declared.network == 'all' or declared.network and PURPOSES[declared.network].holds(self.training)}
+                      if declared.network == 'all' or declared.network and PURPOSES[declared.network][1](self.training)}
         return {name: None if value == 'None' and name != 'norm' else value for name, value in applicable.items()}
 
     @property
@@ -113,39 +109,23 @@ class Request:
         suffix = 'pretrain' if self.only_pretrains and self.baseline != 'oracle' else ''
         return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(self.trained)}{suffix}'
 
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The columns that --targets names."""
-        return tuple(name.strip() for name in self.targets.split(',')) if self.targets else ()
 
-
-@dataclasses.dataclass(frozen=True)
-class Purpose:
-    """What a flag can be for."""
-    text: str                           # '--x is for <text>'
-    holds: Callable[[Request], bool]    # whether a request is that
-
-
-PURPOSES = {
-    'images': Purpose('images, and --datasource={datasource} has none', lambda r: r.images),
-    'user images': Purpose('--datasource=folder', lambda r: r.user_images),
-    'tables': Purpose('--datasource=table', lambda r: r.tables),
-    'files': Purpose('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
-    'numbers': Purpose('sources without images', lambda r: not r.images),
-    'classes': Purpose('classification', lambda r: r.classes),
-    'convolutions': Purpose('convolutional networks', lambda r: r.images and r.conv),
-    'fully connected': Purpose('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
-                               lambda r: not r.images or not r.conv),
-    'evaluation': Purpose('evaluation: add --train=False', lambda r: r.mode != 'train'),
-    'transfer': Purpose('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
-    'prediction': Purpose('--predict', lambda r: r.mode == 'predict'),
-    'comparison': Purpose('--compare and --across', lambda r: False),
+# {what a flag can be for: (the text of '--x is for <text>', whether a request is that)}
+PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
+    'images': ('images, and --datasource={datasource} has none', lambda r: r.images),
+    'user images': ('--datasource=folder', lambda r: r.user_images),
+    'tables': ('--datasource=table', lambda r: r.tables),
+    'files': ('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
+    'numbers': ('sources without images', lambda r: not r.images),
+    'classes': ('classification', lambda r: r.classes),
+    'convolutions': ('convolutional networks', lambda r: r.images and r.conv),
+    'fully connected': ('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
+                        lambda r: not r.images or not r.conv),
+    'evaluation': ('evaluation: add --train=False', lambda r: r.mode != 'train'),
+    'transfer': ('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
+    'prediction': ('--predict', lambda r: r.mode == 'predict'),
+    'comparison': ('--compare and --across', lambda r: False),
 }
-
-
-def mode(values: Mapping[str, Any]) -> str:
-    """What flags ask for: 'train', 'evaluate' or 'predict'."""
-    return 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
 
 
 def resolve(line: CommandLine) -> Request:
@@ -158,34 +138,26 @@ def resolve(line: CommandLine) -> Request:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
     """
     values = {**line.values, **methods.settings(line.values['method'], line.given)}
-    if line.values['run'] is None:
-        return Request(values, {**values, **_training_of(values)}, line.given, None)
+    mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
+    stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
+    if values['run'] is None:
+        query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
+        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     values.update({name: value for name, value in stored.items() if name not in line.given})
     if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
         values['data_path'] = None  # the run's is the folder of the training's images
     learnt = {name: stored[name] for name in LEARNING}
-    _refuse_contradictions(values, learnt, directory)
-    return Request(values, {**values, **learnt}, line.given, directory)
+    _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
+    return Request(mode, values, {**values, **learnt}, line.given, directory)
 
 
-def _training_of(values):
-    """{flag: value} of what differed in the training that flags describe without --run."""
-    if mode(values) == 'train':
-        return {}
-    stated = {name: values[f'train_{name}'] for name in STATED}
-    query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
-    return {**{name: value for name, value in stated.items() if value != -1}, **query_norm}
-
-
-def _refuse_contradictions(values, learnt, directory):
-    may_differ = () if mode(values) == 'train' else OF_TASKS
+def _refuse_contradictions(values, learnt, stated, directory, may_differ):
     if 'datasource' in may_differ and values['datasource'] != learnt['datasource']:
         may_differ += OF_IMAGES
     contradictions = [f'--{name}={values[name]} contradicts --{name}={value}' for name, value in learnt.items()
                       if values[name] != value and name not in may_differ]
-    contradictions += [f'--train_{name}={values[f"train_{name}"]} contradicts --{name}={learnt[name]}' for name in STATED
-                       if values[f'train_{name}'] not in (-1, learnt[name])]
+    contradictions += [f'--train_{name}={value} contradicts --{name}={learnt[name]}' for name, value in stated.items() if value != learnt[name]]
     if contradictions:
         raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')

@@ -1,8 +1,9 @@
 """Flags that make no sense: given for what they are not for, or combinations, a table of conditions and messages."""
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from runtime.cli import methods
 from runtime.cli.flags import LEARNING, ONLY, CommandLine, default
@@ -10,12 +11,6 @@ from runtime.cli.request import PURPOSES, Request
 from runtime.system.errors import UserError
 
 PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
-
-
-class Rule(NamedTuple):
-    """A combination that is refused."""
-    refused: Callable[[Request], bool]
-    message: str    # with {flag} for the values of flags
 
 
 def check_paths(values: Mapping[str, Any]) -> None:
@@ -27,8 +22,10 @@ def check_paths(values: Mapping[str, Any]) -> None:
     for name in PATHS:
         value = values[name]
         for path in value if isinstance(value, list) else [value or '']:
-            if not _text(path) or '\0' in path:
-                problems.append(f'--{name} {"contains a zero byte" if _text(path) else "is not valid UTF-8"}; rename the folder')
+            if '\0' in path:
+                problems.append(f'--{name} contains a zero byte; rename the folder')
+            elif re.search('[\ud800-\udfff]', path):
+                problems.append(f'--{name} is not valid UTF-8; rename the folder')
             elif re.match(r'[A-Za-z][\w.+-]*://', path):
                 problems.append(f'--{name}={path} is a URL, not a local path; mount it and give that path')
     if problems:
@@ -36,13 +33,9 @@ def check_paths(values: Mapping[str, Any]) -> None:
 
 
 def check_flags(request: Request) -> None:
-    """Refuses flags that are not for what is asked, and combinations that make no sense.
-
-    Raises:
-        UserError: says which flags, why, and what to write.
-    """
+    """Refuses flags that are not for what is asked, and combinations that make no sense; raises UserError."""
     facts = {**request.values, 'trained': request.trained}
-    broken = [*_misplaced(request), *(rule.message for rule in RULES if rule.refused(request))]
+    broken = [*_misplaced(request), *(message for refused, message in RULES if refused(request))]
     if broken:
         sentence = '; '.join(dict.fromkeys(message.format(**facts) for message in broken))
         raise UserError(sentence + methods.preset_hint(request.method, request.given, sentence))
@@ -52,10 +45,9 @@ def _misplaced(request):
     """Messages about flags that are not for what is asked, given or set by --method; one at its default asks for nothing."""
     chosen = request.given | methods.settings(request.method, request.given).keys() & LEARNING.keys()
     for name in sorted(name for name in chosen & ONLY.keys() if request.values[name] != default(name)):
-        for purpose in (PURPOSES[purpose] for purpose in ONLY[name]):
-            if not purpose.holds(request):
-                yield f'--{name} is for {purpose.text}'
-                break
+        unmet = [text for text, holds in (PURPOSES[purpose] for purpose in ONLY[name]) if not holds(request)]
+        if unmet:
+            yield f'--{name} is for {unmet[0]}'
 
 
 def check_comparison(line: CommandLine) -> None:
@@ -66,112 +58,99 @@ def check_comparison(line: CommandLine) -> None:
         raise UserError(f'--{others[0]} cannot be combined with --{action}')
 
 
-def _text(value):
-    """Whether a flag's value is text that can be encoded."""
-    try:
-        return value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
 def _all_different(listed):
     names = [name.strip() for name in listed.split(',')]
     return all(names) and len(set(names)) == len(names)
 
 
-def _needs(r: Request, name: str) -> bool:
-    return r.mode == 'predict' and not r.values[name]
-
-
-RULES = [
-    Rule(lambda r: not r.logdir, '--logdir must name a folder'),
-    Rule(lambda r: r.load_from == '', '--load_from must name a checkpoint'),
-    Rule(lambda r: r.run is not None and 'method' in r.given, '--run names a run, whose method is known: leave out --method'),
-    Rule(lambda r: r.run is not None and 'logdir' in r.given, '--run names the directory of a run: leave out --logdir'),
-    Rule(lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
-         '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} does not fit in memory'),
+# (whether a request is refused, the message, with {flag} for the values of flags)
+RULES: list[tuple[Callable[[Request], bool], str]] = [
+    (lambda r: not r.logdir, '--logdir must name a folder'),
+    (lambda r: r.load_from == '', '--load_from must name a checkpoint'),
+    (lambda r: r.run is not None and 'method' in r.given, '--run names a run, whose method is known: leave out --method'),
+    (lambda r: r.run is not None and 'logdir' in r.given, '--run names the directory of a run: leave out --logdir'),
+    (lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
+     '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} does not fit in memory'),
     # Data
-    Rule(lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
-    Rule(lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
-         '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
-    Rule(lambda r: (r.user_images or r.tables) and not r.data_path and r.mode != 'predict',
-         '--datasource={datasource} needs --data_path, the folder of your data'),
-    Rule(lambda r: r.images and r.source.test_only and r.mode == 'train',
-         '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --run=DIR with '
-         '--train=False and --test_set=True'),
-    Rule(lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
-         '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
-    Rule(lambda r: bool(r.targets) and not _all_different(r.targets), '--targets={targets} must name columns, separated by commas, each once'),
-    Rule(lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
-         '--split={split} must be three positive whole numbers like 64/16/20'),
-    Rule(lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
-         '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
-    Rule(lambda r: r.user_images and r.image_size > 1024,
-         '--image_size={image_size}: tasks of images of more than 1024x1024 pixels do not fit in memory'),
-    Rule(lambda r: r.classes and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
-    Rule(lambda r: r.test_query == 0, '--test_query must be at least 1'),
+    (lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
+    (lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
+     '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
+    (lambda r: (r.user_images or r.tables) and not r.data_path and r.mode != 'predict',
+     '--datasource={datasource} needs --data_path, the folder of your data'),
+    (lambda r: r.images and r.source.test_only and r.mode == 'train',
+     '--datasource={datasource} has no classes to train on: evaluate a model of another source on it, by --run=DIR with '
+     '--train=False and --test_set=True'),
+    (lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
+     '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
+    (lambda r: bool(r.targets) and not _all_different(r.targets), '--targets={targets} must name columns, separated by commas, each once'),
+    (lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
+     '--split={split} must be three positive whole numbers like 64/16/20'),
+    (lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
+     '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
+    (lambda r: r.user_images and r.image_size > 1024,
+     '--image_size={image_size}: tasks of images of more than 1024x1024 pixels do not fit in memory'),
+    (lambda r: r.classes and r.num_classes < 2, '--num_classes={num_classes}: a task needs at least 2 classes'),
+    (lambda r: r.test_query == 0, '--test_query must be at least 1'),
     # Network
-    Rule(lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
-         '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
+    (lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
+     '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
     # Method
-    Rule(lambda r: r.norm_scale and r.norm != 'batch_norm', '--norm_scale is for batch norm: with --norm={norm} leave it out'),
-    *(Rule(lambda r, name=name: r.values[name] and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
+    (lambda r: r.norm_scale and r.norm != 'batch_norm', '--norm_scale is for batch norm: with --norm={norm} leave it out'),
+    *((lambda r, name=name: r.values[name] and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
       for name in ('adapt_norm', 'norm_per_step')),
-    Rule(lambda r: 'schedule_interval' in r.given and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
-         '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
-    Rule(lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
-    Rule(lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
-    *(Rule(lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
-           f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
+    (lambda r: 'schedule_interval' in r.given and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
+     '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
+    (lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
+    (lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
+    *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
+       f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
-    Rule(lambda r: r.stop_grad and r.first_order_iterations > 0,
-         '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
-    Rule(lambda r: r.recompute and r.engine in ('vmap', 'wide'), '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
-    *(Rule(lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
-           f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
+    (lambda r: r.stop_grad and r.first_order_iterations > 0,
+     '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
+    (lambda r: r.recompute and r.engine in ('vmap', 'wide'), '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
+    *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
+       f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
-    Rule(lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
-         '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),
-    Rule(lambda r: r.inner_optimizer == 'adam' and r.outer == 'gradient',
-         '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
+    (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
+     '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),
+    (lambda r: r.inner_optimizer == 'adam' and r.outer == 'gradient',
+     '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
     # Training
-    *(Rule(lambda r, name=name: not math.isfinite(r.values[name]), f'--{name} must be a finite number')
+    *((lambda r, name=name: not math.isfinite(r.values[name]), f'--{name} must be a finite number')
       for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr')),
-    Rule(lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
-         'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
-    Rule(lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
-         '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
-    Rule(lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
-         '--resume=False starts from scratch, and --test_iter continues from a checkpoint: give one'),
+    (lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
+     'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
+    (lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
+     '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
+    (lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
+     '--resume=False starts from scratch, and --test_iter continues from a checkpoint: give one'),
     # Evaluation
-    Rule(lambda r: r.is_transfer and r.mode == 'predict',
-         '--datasource={datasource} contradicts --datasource={trained[datasource]}, which a prediction needs; leave it out'),
-    Rule(lambda r: r.is_transfer and not (r.images and r.training.images),
-         '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
-    Rule(lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
-    Rule(lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
-    Rule(lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
-    Rule(lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],
-         '--update_lr={update_lr}: the step sizes of this model are learned, and an evaluation cannot change them'),
-    Rule(lambda r: r.classes and r.num_classes > r.trained['num_classes'],
-         '--num_classes={num_classes}: the network was trained with --num_classes={trained[num_classes]} and has no more outputs than '
-         'that; evaluate on tasks of at most that many classes'),
-    Rule(lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
-    Rule(lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
-         '--query_norm={query_norm} applies only to batch norm; with --norm={norm} each example is normalised separately'),
-    Rule(lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
-         '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
-    *(Rule(lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and name in r.given,
-           f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1') for name in ('test_iter', 'test_best')),
-    *(Rule(lambda r, names=names: names <= r.given, f'--{first} and --{second} name different checkpoints: give one')
-      for first, second in (('test_best', 'test_iter'), ('test_best', 'load_from'), ('test_iter', 'load_from'))
-      for names in [{first, second}]),
+    (lambda r: r.is_transfer and r.mode == 'predict',
+     '--datasource={datasource} contradicts --datasource={trained[datasource]}, which a prediction needs; leave it out'),
+    (lambda r: r.is_transfer and not (r.images and r.training.images),
+     '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
+    (lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
+    (lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
+    (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
+    (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],
+     '--update_lr={update_lr}: the step sizes of this model are learned, and an evaluation cannot change them'),
+    (lambda r: r.classes and r.num_classes > r.trained['num_classes'],
+     '--num_classes={num_classes}: the network was trained with --num_classes={trained[num_classes]} and has no more outputs than '
+     'that; evaluate on tasks of at most that many classes'),
+    (lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
+    (lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
+     '--query_norm={query_norm} applies only to batch norm; with --norm={norm} each example is normalised separately'),
+    (lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
+     '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
+    *((lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and name in r.given,
+       f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1') for name in ('test_iter', 'test_best')),
+    *((lambda r, pair=pair: r.given.issuperset(pair), '--{} and --{} name different checkpoints: give one'.format(*pair))
+      for pair in itertools.combinations(('test_best', 'test_iter', 'load_from'), 2)),
     # Prediction
-    *(Rule(lambda r, name=name: not r.tables and _needs(r, name), f'--predict needs --{name}, a folder of images')
+    *((lambda r, name=name: r.mode == 'predict' and not r.tables and not r.values[name], f'--predict needs --{name}, a folder of images')
       for name in ('support_dir', 'query_dir')),
-    *(Rule(lambda r, name=name: r.tables and _needs(r, name), f'--predict needs --{name}, a csv file')
+    *((lambda r, name=name: r.mode == 'predict' and r.tables and not r.values[name], f'--predict needs --{name}, a csv file')
       for name in ('support_csv', 'query_csv')),
-    Rule(lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'),
-         '--predict runs on one device: leave out --strategy'),
-    Rule(lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch, support or each'),
+    (lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'), '--predict runs on one device: leave out --strategy'),
+    (lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch, support or each'),
 ]

@@ -12,7 +12,7 @@ from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 
-TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others
+TEST_UPDATES = 10  # inner updates of an evaluation, or as many as in training if they are more, if no flag asks for others
 FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
@@ -72,7 +72,7 @@ class Training(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained(Run):
-    """The use of a trained model."""
+    """The use of a trained model: a prediction, or an evaluation."""
     trained_on: str             # the datasource of the training
     num_outputs: int            # of the network as it was trained
     test_updates: int           # inner updates
@@ -88,51 +88,37 @@ class Evaluation(Trained):
     log: bool
     plot: bool
     headline_updates: int       # after which the method is reported
-    usual_updates: int          # inner updates if no flag asks for others
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prediction(Trained):
-    """A prediction, which needs no more."""
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
-    """The Training, Evaluation or Prediction that is asked for, on what `source_and_tasks` returned. Imports TensorFlow."""
-    pretrain_iterations, metatrain_iterations = request.iterations
+    """The Training, Evaluation or (for a prediction) Trained that is asked for, on what `source_and_tasks` returned. Imports TensorFlow.
+
+    Fields that are not resolved here are the request's, under the same names.
+    """
+    kind = {'train': Training, 'evaluate': Evaluation, 'predict': Trained}[request.mode]
     model = _model_config(request, source, tasks)
-    common = dict(
-        directory=request.directory, method=tasks.baseline or _method(request), datasource=request.datasource, source=source,
-        tasks=tasks, model=model, pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
-        learning_flags=request.learning_flags, network_flags=request.network_flags,
+    pretrain_iterations, metatrain_iterations = request.iterations
+    resolved = dict(
+        source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
+        method=tasks.baseline or ('pre-training' if request.only_pretrains else methods.title(request.trained)),
+        pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
-        load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'), ensemble=request.ensemble,
-        replicas=replicas or Replicas(),
-        worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}))
-    if request.mode == 'train':
-        return Training(
-            **common, meta_batch_size=request.meta_batch_size, resume=request.resume, save_interval=request.save_interval,
-            skip_nonfinite=request.skip_nonfinite, log=request.log, plot=request.plot, strategy=request.strategy,
-            flag_file=stored_run.description(request.values))
-    usual_updates = max(request.num_updates, TEST_UPDATES)
-    common |= dict(
+        load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
+        worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}),
+        flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=usual_updates if request.test_updates == -1 else request.test_updates, query_norms=_query_norms(request),
-        plot_format=request.plot_format)
-    if request.mode == 'evaluate':
-        return Evaluation(
-            **common, split='test' if request.test_set else 'val', num_test_tasks=request.num_test_tasks,
-            log=request.log, plot=request.plot, headline_updates=headline_updates(request), usual_updates=usual_updates)
-    return Prediction(**common)
+        test_updates=max(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
+        query_norms=_query_norms(request),
+        split='test' if request.test_set else 'val',
+        headline_updates=headline_updates(request))
+    fields = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
 
 
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
     return request.num_updates if request.test_updates == -1 else request.test_updates
-
-
-def _method(request):
-    return 'pre-training' if request.only_pretrains else methods.title({name: request.trained[name] for name in methods.switches()})
 
 
 def _query_norms(request):
@@ -143,12 +129,11 @@ def _query_norms(request):
 
 
 def _model_config(request, source, tasks):
-    """The ModelConfig: fields that have a flag of the same name get its value, the source decides the others."""
+    """The ModelConfig: the source and these lines decide some fields, flags of the same names the others."""
     from maml import ModelConfig
     same = {field.name: request.values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in request.values}
     hidden = request.hidden and tuple(map(int, request.hidden.split(',')))
     return ModelConfig(**{
-        **same, 'query_norm': _query_norms(request)[0], 'task_chunk': request.task_chunk or None,
-        'meta_lr_final': max(request.meta_lr_final, 0.0),
+        **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'image_shape': source.image_shape if request.conv else None})

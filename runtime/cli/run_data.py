@@ -3,26 +3,27 @@ import dataclasses
 import glob
 import os
 
-from data_generator import SOURCES, TableSource
+from data_generator import TableSource
 from runtime.cli.request import Request
 from runtime.datasets.images import BadImages
 from runtime.datasets.tables import COLUMNS_FILE, Columns, Tables, read_columns
-from runtime.datasets.tasks import Source, TaskConfig, Tasks
+from runtime.datasets.tasks import SPLITS, Source, TaskConfig, Tasks, UserTask
+from runtime.datasets.user_images import read_user_images
+from runtime.datasets.user_tables import read_user_tables
 from runtime.system.errors import UserError
 
 
 def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
     """The source, an entry of SOURCES (changed by flags for the user's own images or tables), and what its tasks look like.
 
-    Raises:
-        UserError: the data cannot be those of the run.
+    Raises UserError if the data cannot be those of the run.
     """
     source = _with_flags(request)
     if request.is_transfer:
         source = _with_network_of_training(source, request)
-    if source.image_shape:
+    if request.images:
         source = dataclasses.replace(source, skip_bad_images=request.skip_bad_images, verify=request.verify)
-    if source.image_shape and source.user_images and request.mode != 'predict':
+    if request.user_images and request.mode != 'predict':
         _refuse_runs_among_classes(request, source)
     train = request.mode == 'train'
     usual_query_shots = source.query_shots(request.update_batch_size, train)
@@ -44,36 +45,21 @@ def _refuse_runs_among_classes(request, source):
                         'give another --logdir')
 
 
-def missing_classes(request: Request, split: str) -> str:
-    """'', or why a split's classes of images cannot be listed, as where the data are not prepared; reads no image."""
-    try:
-        source, tasks = source_and_tasks(request)
-        if source.image_shape:
-            source.folders(tasks.data_path).names(split)
-    except UserError as error:
-        return str(error)
-    return ''
-
-
 def _with_flags(request):
     """The source of a request as its flags change it, if the data are the user's own."""
-    source = SOURCES[request.datasource]
-    if isinstance(source, TableSource):
+    if request.tables:
+        targets = tuple(name.strip() for name in request.targets.split(',')) if request.targets else ()
         root = os.path.expanduser(request.data_path or '')
-        return dataclasses.replace(source, files=Tables(root, request.target_names, _known_columns(request)))
-    if not source.image_shape or not source.user_images:
-        return source
-    return dataclasses.replace(
-        source, image_shape=(request.image_size, request.image_size, int(request.image_channels)), rotations=request.rotations,
-        split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given)
+        return dataclasses.replace(request.source, files=Tables(root, targets, _known_columns(request)))
+    if request.user_images:
+        return dataclasses.replace(
+            request.source, image_shape=(request.image_size, request.image_size, int(request.image_channels)), rotations=request.rotations,
+            split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given)
+    return request.source
 
 
 def _known_columns(request):
-    """The columns of tables that the model was trained with; None if a training starts from scratch.
-
-    Raises:
-        UserError: they cannot be read, or are not beside the checkpoint that --load_from names.
-    """
+    """The columns of tables that the model was trained with; None if a training starts from scratch."""
     train, directory = request.mode == 'train', request.directory
     # Not `checkpoints.iterations`: data are read before TensorFlow is imported.
     resumes = request.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
@@ -88,11 +74,7 @@ def _known_columns(request):
 
 
 def _with_network_of_training(source, request):
-    """A source whose tasks are given to a model of another source, with that model's network.
-
-    Raises:
-        UserError: their images differ in shape, and --resize does not ask to change it.
-    """
+    """A source whose tasks are given to a model of another source, with that model's network."""
     trained = _with_flags(request.training)
     source = dataclasses.replace(source, head=trained.head, clip=trained.clip)
     if trained.image_shape == source.image_shape:
@@ -104,28 +86,32 @@ def _with_network_of_training(source, request):
                     f'their images differ in shape; --resize makes those of {request.datasource} fit')
 
 
-def read_data(source: Source, tasks: TaskConfig, mode: str, split: str) -> dict[str, Tasks]:
-    """{split: tasks}: for training those of train and val, else those of `split`.
-
-    Before a training the images of the test split are read as well, if there are any: a bad one should not be found after it.
+def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, Tasks] | UserTask:
+    """{split: tasks}: for a training those of train and val, for an evaluation those of its split; for a prediction the user's task.
 
     Raises:
         BadImages: images of any of these splits cannot be used.
         UserError: the data are not there or do not suffice.
     """
-    needed = ['train', 'val'] if mode == 'train' else [split]
+    if request.mode == 'predict':
+        if source.image_shape:
+            return read_user_images(source, os.path.expanduser(request.support_dir), os.path.expanduser(request.query_dir))
+        return read_user_tables(source, os.path.expanduser(request.support_csv), os.path.expanduser(request.query_csv))
+    if request.mode == 'evaluate':
+        split = 'test' if request.test_set else 'val'
+        return {split: source.tasks(tasks, split)}
     data, bad, hint = {}, [], ''
-    for name in [*needed, 'test'] if mode == 'train' and source.image_shape else needed:
+    for split in SPLITS if source.image_shape else ('train', 'val'):
         try:
-            data[name] = source.tasks(_validation_config(source, tasks) if (mode, name) == ('train', 'val') else tasks, name)
+            data[split] = source.tasks(_validation_config(source, tasks) if split == 'val' else tasks, split)
         except BadImages as error:
             bad, hint = bad + error.images, error.hint
         except UserError:
-            if name in needed:  # a training needs no test split, and not one that suffices
+            if split != 'test':  # a training needs none; its images are read so that a bad one is not found after the training
                 raise
     if bad:
         raise BadImages(bad, hint)
-    return {name: data[name] for name in needed}
+    return {split: data[split] for split in ('train', 'val')}
 
 
 def _validation_config(source, tasks):

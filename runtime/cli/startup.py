@@ -2,21 +2,19 @@
 import contextlib
 import os
 import sys
-import tempfile
 from typing import Any
 
 from runtime.cli import rules, workers
 from runtime.cli.flags import CommandLine
-from runtime.cli.request import Request, resolve
+from runtime.cli.request import resolve
 from runtime.cli.run import Run, make_run
 from runtime.cli.run_data import read_data, source_and_tasks
-from runtime.compute import distribution
-from runtime.datasets.tasks import Source
+from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
 
 
 def run_and_data(line: CommandLine) -> tuple[Run, Any]:
-    """The Training, Evaluation or Prediction that a command line asks for, and its data: {split: tasks}, or a UserTask.
+    """The run that a command line asks for, and the data that `read_data` reads for it.
 
     Raises:
         UserError: the flags or the data are wrong.
@@ -25,12 +23,11 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
         raise UserError(f'{line.rest[0]!r} is not a flag; write --name=value')
     request = resolve(line)
     rules.check_flags(request)
-    predict = request.mode == 'predict'
-    strategy = 'one' if predict else request.strategy
+    strategy = 'one' if request.mode == 'predict' else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.
     source, tasks = source_and_tasks(request)
-    data = _user_data(request, source) if predict else read_data(source, tasks, request.mode, 'test' if request.test_set else 'val')
+    data = read_data(request, source, tasks)
     workers.report_waiting(cluster)
     replicas = import_tensorflow(strategy, cluster)
     if request.mode == 'train':
@@ -41,19 +38,7 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     return make_run(request, source, tasks, replicas), data
 
 
-def _user_data(request: Request, source: Source):
-    """The user's own task, of images or of tables."""
-    if source.image_shape:
-        from runtime.datasets.user_images import read_user_images as read
-        paths = request.support_dir, request.query_dir
-    else:
-        from runtime.datasets.user_tables import read_user_tables as read
-        paths = request.support_csv, request.query_csv
-    return read(source, *map(os.path.expanduser, paths))
-
-
-def import_tensorflow(strategy: str = 'one',
-                      cluster: distribution.Cluster = distribution.ALONE) -> distribution.Replicas:
+def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replicas:
     """Imports TensorFlow set up for one task per core: single-threaded kernels, as many at a time as there are cores.
 
     Its notices (on processor features, missing GPUs, XLA) are hidden. They come while it is imported, while it looks for devices
@@ -73,7 +58,7 @@ def import_tensorflow(strategy: str = 'one',
         with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
-        replicas = distribution.Replicas(workers.make_strategy(strategy, cluster), cluster)
+        replicas = Replicas(workers.make_strategy(strategy, cluster), cluster)
         tf.function(tf.identity, jit_compile=True)(0.0)
     if silent:
         del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read; child processes decide for themselves.
@@ -82,27 +67,13 @@ def import_tensorflow(strategy: str = 'one',
 
 @contextlib.contextmanager
 def _hidden_stderr():
-    """Hides what C++ code writes to the standard error, unless the block fails."""
+    """Hides what C++ code writes to the standard error."""
     sys.stderr.flush()
-    console = os.dup(2)
-    with _scratch() as hidden:
-        os.dup2(hidden.fileno(), 2)
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception:
-            hidden.seek(0)
-            os.write(console, hidden.read())
-            raise
-        finally:
-            os.dup2(console, 2)
-            os.close(console)
-
-
-def _scratch():
-    """A temporary file; if none can be created, the null device, from which nothing can be read."""
+    console, hidden = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(hidden, 2)
     try:
-        return tempfile.TemporaryFile()
-    except OSError:
-        return open(os.devnull, 'r+b')
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+        os.close(hidden)

@@ -1,13 +1,12 @@
 """What a training writes into its directory for --run=DIR: the flags that describe it, and the columns of its tables."""
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
-from runtime.cli.flags import GROUPS, default, parse_value
+from runtime.cli.flags import GROUPS, default, parse
 from runtime.datasets.tables import Columns, write_columns
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import write_atomically
@@ -27,11 +26,7 @@ def description(values: Mapping[str, Any]) -> str:
 
 
 def write(directory: str, text: str, columns: Columns | None) -> None:
-    """Writes a `description`, and the columns of tables. If the former fails, reports it and continues.
-
-    Raises:
-        UserError: the columns cannot be written, without which the model cannot be used.
-    """
+    """Writes a `description`, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
     if columns:
         try:
             write_columns(directory, columns)
@@ -45,11 +40,7 @@ def write(directory: str, text: str, columns: Columns | None) -> None:
 
 
 def find(name: str) -> str:
-    """The experiment directory that --run=name means: that folder itself, or the only run in it.
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
+    """The experiment directory that --run=name means: that folder itself, or the only run in it; raises UserError if there is none."""
     directory = os.path.expanduser(name)
     if os.path.isfile(os.path.join(directory, FLAG_FILE)):
         return os.path.normpath(directory)
@@ -64,26 +55,15 @@ def find(name: str) -> str:
 
 
 def read(directory: str) -> dict[str, Any]:
-    """{flag: value} of all flags that describe the run in a directory.
-
-    Raises:
-        UserError: its FLAG_FILE cannot be read.
-    """
+    """{flag: value} of all flags that describe the run in a directory; raises UserError if its FLAG_FILE cannot be read."""
     path = os.path.join(directory, FLAG_FILE)
     try:
         with open(path, encoding='utf-8') as file:
-            pairs = [re.fullmatch(r'--(\w+)=(.*)', line) for line in file.read().splitlines() if line.strip()]
-        stored = {pair[1]: _parsed(pair[1], pair[2]) for pair in pairs}
-    except (OSError, ValueError, TypeError, KeyError, flags.Error) as error:
+            line = parse([path, *filter(str.strip, file.read().splitlines())])
+        values = {name: line.values[name] for name in describing_flags()}
+        if line.rest or line.given - values.keys() or any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
+            raise ValueError('it has something else than flags that describe a run')
+        return values
+    except (OSError, ValueError, UserError, flags.Error) as error:
         raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); give the flags of the training '
                         'instead of --run') from error
-    return {name: stored.get(name, default(name)) for name in describing_flags()}
-
-
-def _parsed(name, text):
-    if name not in describing_flags():
-        raise ValueError(f'--{name} does not describe a run')
-    value = parse_value(name, text)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f'--{name}={text}')
-    return value

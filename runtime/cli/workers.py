@@ -1,26 +1,24 @@
 """Several processes or devices: what TF_CONFIG and --strategy ask for, and whether all workers have been started alike."""
-import contextlib
-import glob
 import json
 import os
+import pathlib
 import re
 import signal
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
+from runtime.system.interruption import TERMINATION_SIGNALS
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
 
 def cluster_from_environment(strategy: str) -> Cluster:
-    """This process's Cluster, from TF_CONFIG; Cluster(1, 0) if not distributed.
-
-    Raises:
-        UserError: TF_CONFIG is missing or malformed.
-    """
+    """This process's Cluster, from TF_CONFIG; ALONE if not distributed. Raises UserError if TF_CONFIG is missing or malformed."""
     text = os.environ.get('TF_CONFIG', '')
     if strategy not in ('auto', 'multiworker') or strategy == 'auto' and not text:
         return ALONE
@@ -60,34 +58,32 @@ def make_strategy(name: str, cluster: Cluster) -> Any:
     """
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:
-        try:
-            with _default_signal_handlers():
-                return tf.distribute.MultiWorkerMirroredStrategy()
-        except tf.errors.OpError as error:
-            raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
-                            'check that they reach each other at these addresses') from error
+        return _connect()
     gpus = tf.config.list_logical_devices('GPU')
     if name == 'mirrored' or name == 'auto' and len(gpus) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in gpus or tf.config.list_logical_devices('CPU')])
     return tf.distribute.get_strategy()
 
 
-@contextlib.contextmanager
-def _default_signal_handlers():
-    """Lets Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow waits for workers.
+def _connect():
+    """The strategy of several workers, when all of them have been started.
 
-    SIGTERM cannot be restored: TensorFlow handles it itself meanwhile, and continues to wait.
+    Meanwhile Ctrl-C and SIGHUP end the process at once: Python's handlers would wait as long as TensorFlow does. SIGTERM does not, for
+    TensorFlow has a handler of its own.
     """
-    hangup = getattr(signal, 'SIGHUP', signal.SIGINT)  # not all systems have it
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, hangup)}
+    import tensorflow as tf
+    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
     for number, handler in before.items():
-        if number != signal.SIGTERM and handler != signal.SIG_IGN:
+        if handler != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     try:
-        yield
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except tf.errors.OpError as error:
+        raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
+                        'check that they reach each other at these addresses') from error
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)  # that of SIGTERM was replaced by TensorFlow
+            signal.signal(number, handler)
 
 
 def report_waiting(cluster: Cluster) -> None:
@@ -99,13 +95,9 @@ def report_waiting(cluster: Cluster) -> None:
 
 def program_checksum() -> int:
     """A checksum of this program's modules."""
-    root = glob.escape(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-    paths = sorted(glob.glob(os.path.join(root, '*.py')) + glob.glob(os.path.join(root, 'runtime', '**', '*.py'), recursive=True))
-    checksum = 0
-    for path in paths:
-        with open(path, 'rb') as file:
-            checksum = zlib.crc32(file.read(), checksum)
-    return checksum
+    root = pathlib.Path(__file__).resolve().parents[2]
+    modules = sorted([*root.glob('*.py'), *root.glob('runtime/**/*.py')])
+    return zlib.crc32(b''.join(path.read_bytes() for path in modules))
 
 
 def check_meta_batch(meta_batch_size: int, task_chunk: int, replicas: int) -> None:
@@ -128,16 +120,13 @@ def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
 
 
 def check_in_sync(replicas: Replicas, facts: Any, variables: Iterable = ()) -> None:
-    """Waits for all workers, and checks that they agree on these facts, from which each derives the same decisions.
-
-    Raises:
-        UserError: the workers differ in the facts (by repr) or in the values of variables.
-    """
+    """Waits for all workers; raises UserError if they differ in the facts (by repr) or in the values of variables."""
     if replicas.count == 1:
         return
     checksum = zlib.crc32(repr((facts, program_checksum())).encode(errors='surrogateescape'))
     for variable in variables:
         checksum = zlib.crc32(variable.numpy().tobytes(), checksum)
-    if not replicas.agree(checksum):
+    checksums = replicas.strategy.gather(replicas.distribute(lambda replica: np.array([checksum])), axis=0).numpy()
+    if (checksums != checksum).any():
         raise UserError('the workers differ in their flags, images, checkpoints or versions of this program; give all the '
                         'same, and a --logdir that they share')

@@ -43,19 +43,3 @@ class Replicas:
     def add_leading_axis(self, arrays: Any) -> Any:
         """Adds a leading axis of length 1 to a structure that `distribute` returned."""
         return self.strategy.run(lambda arrays: self._tf.nest.map_structure(lambda array: array[None], arrays), (arrays,))
-
-    def first_local(self, values: Any) -> Any:
-        """A tensor's value on the first replica of this process."""
-        return self.strategy.experimental_local_results(values)[0]
-
-    def gather(self, values: Any, axis: int) -> Any:
-        """The tensors of all replicas concatenated along an axis."""
-        return self.strategy.gather(values, axis)
-
-    def agree(self, checksum: int) -> bool:
-        """Whether all processes call this with the same number; it waits for all of them."""
-        if self.count == 1:
-            return True
-        own = self.distribute(lambda replica: self._tf.constant([checksum], self._tf.int64))
-        numbers = self.gather(own, axis=0).numpy()
-        return bool((numbers == numbers[0]).all())

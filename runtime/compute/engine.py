@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -66,22 +65,22 @@ class Engine:
         on_replica = functools.partial(tf.function, jit_compile=config.jit, autograph=False)
         if not single:
             self._map, self._map_and_measure = on_replica(self._map), on_replica(self._map_and_measure)
-            self._local_means = self._of_one_step(on_replica(self._local_means))
+            self._local_means = on_replica(self._local_means)
         self.train, self.means, self.map_on_replicas, self.map_and_measure = map(
             compiled, (self.train, self.means, self.map_on_replicas, self.map_and_measure))
         self.map = on_replica(self.map)
 
     # The methods below run compiled. A Python number as an argument would be compiled into them, so numbers come as tensors.
 
-    def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure, iteration: tf.Tensor,
-              stopping: tf.Tensor) -> dict[str, tf.Tensor]:
+    def train(self, task_gradient: Callable, signature: Structure, update: Callable, batches: Structure,
+              first_iteration: tf.Tensor, stopping: tf.Tensor) -> dict[str, tf.Tensor]:
         """Training steps with meta-batches [steps, tasks, rows, dim], one after the other.
 
         Args:
             task_gradient: function of one task, called with the iteration; returns ({name: gradient}, outputs, inner optimizer's state).
             signature: the structure of what it returns, with anything for each tensor.
             update: updates the shared parameters, given the gradients averaged over tasks, and the iteration.
-            iteration: int64 scalar, of the first step.
+            first_iteration: int64 scalar, of the first step.
             stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
 
         Returns:
@@ -90,11 +89,13 @@ class Engine:
         """
         def step(index):
             parameters = _values(self._parameters)  # here, for variables of one device cannot be read on another
-            sums = self._strategy.run(self._local_means, (parameters, task_gradient, signature, batches, iteration, stopping, index))
+            batch = self._strategy.run(_element, (batches, index))  # before compiled code begins: XLA compiles again for each index
+            iteration = first_iteration + tf.cast(index, tf.int64)
+            sums = self._strategy.run(self._local_means, (parameters, task_gradient, signature, batch, iteration, stopping))
             gradients, metrics, optimizer_state, stopped = self._all_reduce(sums)
 
             def change():
-                update(gradients, iteration + tf.cast(index, tf.int64))
+                update(gradients, iteration)
                 for name, variable in self._parameters.inner_optimizer_state.items():
                     variable.assign(optimizer_state[name])
 
@@ -103,7 +104,7 @@ class Engine:
             tf.cond(finite, change, lambda: None)
             return {**metrics, 'finite': finite, 'stopping': stopped > 0}
 
-        steps = self._replicas.first_local(batches[0]).shape[0]
+        steps = self._strategy.experimental_local_results(batches[0])[0].shape[0]
         dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._config.dtype)), 'finite': tf.bool, 'stopping': tf.bool}
         return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
 
@@ -127,7 +128,7 @@ class Engine:
             {metric: [tasks of all replicas]}, and each replica's own new states.
         """
         metrics, state = self._strategy.run(self._map_and_measure, (_values(self._parameters), function, signature, batch, state, step))
-        return dict(zip(self._metrics, tf.unstack(self._replicas.gather(metrics, axis=1), len(self._metrics)))), state
+        return dict(zip(self._metrics, tf.unstack(self._strategy.gather(metrics, axis=1), len(self._metrics)))), state
 
     def map(self, function: Callable, tasks: Structure, step: tf.Tensor) -> Structure:
         """What a function of one task returns for each task of this process, [tasks, ...].
@@ -154,14 +155,8 @@ class Engine:
     def _measure(self, batch, outputs):
         return {name: function(batch, outputs) for name, function in self._metrics.items()}
 
-    def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
-        """One replica's part of what is summed over replicas: means over tasks, and `stopping`, packed in one vector.
-
-        Args:
-            index: which of the meta-batches [steps, tasks, rows, dim]; None: batch is one meta-batch.
-        """
-        if index is not None:
-            batch, iteration = _at(index, batch, iteration)
+    def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0.):
+        """One replica's part of what is summed over replicas: means over tasks, the inner optimizer's state, and `stopping`."""
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
         chunk = 1 if parameters.inner_optimizer_state else self._config.task_chunk or tasks
 
@@ -177,32 +172,25 @@ class Engine:
             sums, optimizer_state = self._sums(batch, gradients, outputs), tf.nest.map_structure(lambda values: values[-1], optimizer_state)
         else:
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
-            zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), self._sum_specs())
+            zeros = ({name: tf.zeros(value.shape, SUM_DTYPE) for name, value in parameters.trained().items()},
+                     dict.fromkeys(self._metrics, tf.zeros([], SUM_DTYPE)))
             # Where tasks hand on state, the next one's inner steps need not wait for this one's metrics.
             at_once = os.cpu_count() if parameters.inner_optimizer_state else 1
             sums, optimizer_state = tf.foldl(add, chunks, (zeros, parameters.inner_optimizer_state), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
-        return _pack((*means, optimizer_state, tf.cast(stopping, SUM_DTYPE)))
-
-    @staticmethod
-    def _of_one_step(local_means):
-        """`_local_means` that picks the meta-batch of a step before compiled code begins: XLA compiles again for each index."""
-        def of_step(parameters, task_gradient, signature, batch, iteration, stopping=0., index=None):
-            if index is not None:
-                batch, iteration = _at(index, batch, iteration)
-            return local_means(parameters, task_gradient, signature, batch, iteration, stopping)
-        return of_step
+        stopping = tf.identity(stopping)  # of this graph, as `all_reduce` needs it
+        return tf.nest.map_structure(lambda tensor: tf.cast(tensor, SUM_DTYPE), (*means, optimizer_state, stopping))
 
     def _sums(self, batch, gradients, outputs):
         """Gradients and metrics summed over the tasks of a meta-batch."""
         return tf.nest.map_structure(lambda values: tf.reduce_sum(tf.cast(values, SUM_DTYPE), axis=0),
                                      (gradients, self._measure(batch, outputs)))
 
-    def _all_reduce(self, packed):
-        """What `_local_means` packed, summed over replicas: gradients, metrics, inner optimizer's state, and how many are stopping."""
-        specs = (*self._sum_specs(), _specs(self._parameters.inner_optimizer_state), tf.TensorSpec([], SUM_DTYPE))
-        totals = _unpack(self._strategy.reduce('SUM', packed, axis=None), specs)
-        return tf.nest.map_structure(lambda total: tf.cast(total, self._config.dtype), totals)
+    def _all_reduce(self, local_means):
+        """What `_local_means` returned, summed over replicas: gradients, metrics, inner optimizer's state, and how many are stopping."""
+        sums = self._strategy.run(lambda means: tf.distribute.get_replica_context().all_reduce('SUM', means), (local_means,))
+        return tf.nest.map_structure(
+            lambda values: tf.cast(self._strategy.experimental_local_results(values)[0], self._config.dtype), sums)
 
     def _mapping(self, signature):
         """What maps a function over tasks and stacks its results. The caller calls it, which keeps the call stack short."""
@@ -211,18 +199,9 @@ class Engine:
         dtypes = tf.nest.map_structure(lambda _: tf.as_dtype(self._config.dtype), signature)
         return functools.partial(tf.map_fn, fn_output_signature=dtypes, parallel_iterations=os.cpu_count())
 
-    def _sum_specs(self):
-        """Shapes of sums over tasks: gradients have those of the parameters, metrics are scalars."""
-        return _specs(self._parameters.trained()), {name: tf.TensorSpec([], SUM_DTYPE) for name in self._metrics}
 
-
-def _specs(variables):
-    return {name: tf.TensorSpec(variable.shape, SUM_DTYPE) for name, variable in variables.items()}
-
-
-def _at(index, batches, iteration):
-    """The meta-batch of a step, and its iteration."""
-    return tf.nest.map_structure(lambda array: array[index], batches), iteration + tf.cast(index, tf.int64)
+def _element(structure, index):
+    return tf.nest.map_structure(lambda array: array[index], structure)
 
 
 def _values(variables):
@@ -231,15 +210,3 @@ def _values(variables):
 
 def _all_finite(tensors):
     return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tf.nest.flatten(tensors)])
-
-
-def _pack(tensors):
-    """One vector of all numbers of a structure, so that one all-reduce is enough."""
-    return tf.concat([tf.reshape(tf.cast(tensor, SUM_DTYPE), [-1]) for tensor in tf.nest.flatten(tensors)], axis=0)
-
-
-def _unpack(vector, specs):
-    """The structure that `_pack` packed, given its TensorSpecs."""
-    shapes = [spec.shape for spec in tf.nest.flatten(specs)]
-    parts = tf.split(vector, [math.prod(shape) for shape in shapes])
-    return tf.nest.pack_sequence_as(specs, [tf.reshape(part, shape) for part, shape in zip(parts, shapes)])

@@ -18,11 +18,11 @@ ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 class Adam:
     """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: float | Callable, clip: float | None = None):
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, clip: float | None = None):
         """
         Args:
             variables: {name: tf.Variable}, updated in place.
-            learning_rate: a number, or a function of the iteration.
+            learning_rate: a function of the iteration.
             clip: elementwise bound of the gradients of weights, not of learned step sizes; None: none.
         """
         def zeros():
@@ -34,7 +34,7 @@ class Adam:
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
         step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
-        rate = _rate(self.learning_rate, iteration) * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
+        rate = self.learning_rate(iteration) * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
             gradient, mean, square = _clipped(name, gradients[name], self.clip), self.means[name], self.squares[name]
             mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
@@ -51,26 +51,21 @@ class Adam:
 class SGD:
     """Plain gradient descent. Arguments and methods as of Adam."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: float | Callable, clip: float | None = None):
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, clip: float | None = None):
         self.variables, self.learning_rate, self.clip = variables, learning_rate, clip
 
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
         for name, variable in self.variables.items():
-            variable.assign_sub(_rate(self.learning_rate, iteration) * _clipped(name, gradients[name], self.clip))
+            variable.assign_sub(self.learning_rate(iteration) * _clipped(name, gradients[name], self.clip))
 
     def state(self, prefix: str = '') -> dict[str, tf.Variable]:
         """{}: there is no state to continue from."""
         return {}
 
 
-def _rate(learning_rate, iteration):
-    return learning_rate(iteration) if callable(learning_rate) else learning_rate
-
-
 def _clipped(name, gradient, clip):
     return gradient if clip is None or name.startswith('lr/') else tf.clip_by_value(gradient, -clip, clip)
-
 
 
 def outer_optimizers(config: ModelConfig, variables: dict[str, tf.Variable]) -> dict[str, Adam | SGD]:
@@ -78,4 +73,4 @@ def outer_optimizers(config: ModelConfig, variables: dict[str, tf.Variable]) -> 
     optimizer = {'adam': Adam, 'sgd': SGD}[config.meta_optimizer]
     clip = config.clip if config.outer == 'gradient' else None  # Reptile's update is not a gradient
     return {'metatrain': optimizer(variables, functools.partial(meta_lr, config), clip),
-            'pretrain': optimizer(variables, config.meta_lr)}
+            'pretrain': optimizer(variables, lambda iteration: config.meta_lr)}

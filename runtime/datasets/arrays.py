@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
-from runtime.system.files import read_json, remove_stale_parts, require_regular_file, write_atomically
+from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically
 
 RECORD = 'packed.json'
 
@@ -118,7 +118,7 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
             return read_array(path + '.npy', shape, record, verify, lambda: write_json(path + '.json', record)), record['crc32']
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        remove_stale_parts(path + '.npy')
+        remove_parts(os.path.dirname(path), STALE_SECONDS)
         array, facts = write_array(path + '.npy', shape, make)
         write_json(path + '.json', {'fingerprint': fingerprint, **facts})
         return array, facts['crc32']

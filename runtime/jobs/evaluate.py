@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
-from runtime.cli.run import Evaluation, Trained
+from runtime.cli.run import TEST_UPDATES, Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
@@ -148,7 +148,7 @@ def reference_name(run: Evaluation, restored: Restored, query_norm: str) -> str 
     is_standard = (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
-                   and run.test_updates == run.usual_updates and run.model.inner_batch == run.learning_flags['inner_batch'])
+                   and run.test_updates == max(run.model.num_updates, TEST_UPDATES) and run.model.inner_batch == run.learning_flags['inner_batch'])
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 

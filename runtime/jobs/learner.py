@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.cli.flags import parse
 from runtime.cli.request import resolve
-from runtime.cli.run import Prediction, make_run
+from runtime.cli.run import Trained, make_run
 from runtime.cli.run_data import columns_of, source_and_tasks
 from runtime.cli.startup import import_tensorflow
 from runtime.datasets.tables import Columns
@@ -65,7 +65,7 @@ class Learner:
         updates: inner steps of `adapt`.
     """
 
-    def __init__(self, run: Prediction):
+    def __init__(self, run: Trained):
         from runtime.jobs.evaluate import restore
         source, self._run = run.source, run
         invert = bool(source.image_shape and source.invert)

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import softmax
 
 from maml import MAML
-from runtime.cli.run import Prediction
+from runtime.cli.run import Trained
 from runtime.datasets.tables import Columns
 from runtime.datasets.tasks import TaskBatch, UserTask
 from runtime.jobs.ensemble import Ensemble
@@ -28,7 +28,7 @@ class Predictions(NamedTuple):
     summary: str            # how good they are; '' if no answer is known
 
 
-def predict(run: Prediction, task: UserTask) -> None:
+def predict(run: Trained, task: UserTask) -> None:
     """Adapts a trained model to a task's support examples, predicts for its queries, and writes the predictions.
 
     predict_<support>_<query>.csv in the experiment directory has for each query what the user gave, followed by the predicted
@@ -64,7 +64,7 @@ def predict(run: Prediction, task: UserTask) -> None:
     print(f'\n{predictions.summary}Written: {written}')
 
 
-def _model(run: Prediction, task: UserTask) -> tuple[MAML | Ensemble, str]:
+def _model(run: Trained, task: UserTask) -> tuple[MAML | Ensemble, str]:
     """The trained network, with outputs for as many classes as a task has, and its checkpoint's prefix."""
     way, support_rows = len(task.classes), task.batch.support_x.shape[1]
     if way > run.num_outputs:

@@ -5,7 +5,7 @@ import sys
 import unicodedata
 from typing import Any, TextIO
 
-ASCII = {'±': '+-', '→': '->'}  # what to print where an encoding lacks these
+ASCII = str.maketrans({'±': '+-', '→': '->'})  # what to print where an encoding lacks these
 
 
 def printable(text: str) -> str:
@@ -54,10 +54,9 @@ class Console:
         encoding = self._stream.encoding or 'utf-8'
         try:
             text.encode(encoding)
-            return text
         except UnicodeEncodeError:
-            text = ''.join(ASCII.get(character, character) for character in text)
-            return text.encode(encoding, 'backslashreplace').decode(encoding)
+            return text.translate(ASCII).encode(encoding, 'backslashreplace').decode(encoding)
+        return text
 
 
 def protect() -> None:

@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import errno
-import glob
 import io
 import json
 import os
@@ -27,11 +26,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
     Each write has a random temporary name, so that no two threads, processes or hosts write to the same file.
 
     Args:
-        path: where the file should be.
-        content: the bytes, or a function that writes them to a file open for writing.
-
-    Returns:
-        What `content` returns, if it is a function.
+        content: the bytes, or a function that writes them to a file open for writing; what it returns is returned.
 
     Raises:
         OSError: the file cannot be written; the old one, if any, is still there and no part is left.
@@ -49,14 +44,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[str]], errors: str = 'strict') -> None:
-    """Writes rows to a csv file in UTF-8, atomically.
-
-    Args:
-        errors: what to do about names that are no text, as of str.encode.
-
-    Raises:
-        OSError, UnicodeEncodeError: it cannot be written.
-    """
+    """Writes rows to a csv file in UTF-8, atomically; `errors` as of str.encode. Raises OSError or UnicodeEncodeError."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_atomically(path, text.getvalue().encode(errors=errors))
@@ -69,11 +57,7 @@ def require_regular_file(path: str | os.PathLike) -> None:
 
 
 def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
-    """The names of the columns of a csv file in UTF-8, and its rows.
-
-    Raises:
-        OSError, UnicodeDecodeError, csv.Error: it cannot be read.
-    """
+    """The names of the columns of a csv file in UTF-8, and its rows; raises OSError, UnicodeDecodeError or csv.Error."""
     require_regular_file(path)
     with open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file)
@@ -82,12 +66,7 @@ def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value in a json file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no json file, or nested too deeply.
-    """
+    """The value in a json file; raises OSError if it cannot be read, ValueError if it is no json file, or nested too deeply."""
     require_regular_file(path)
     with open(path, encoding='utf-8') as file:
         try:
@@ -96,29 +75,21 @@ def read_json(path: str | os.PathLike) -> Any:
             raise ValueError('it is malformed: nested too deeply') from error
 
 
-def remove_stale_parts(path: str) -> None:
-    """Removes the part files of `path` that killed processes left: those not written to for STALE_SECONDS."""
-    for part in glob.glob(f'{glob.escape(path)}.*{PART_SUFFIX}'):
+def remove_parts(folder: str, unused_for: float = 0) -> None:
+    """Removes the part files in a folder that killed processes left.
+
+    Args:
+        unused_for: seconds in which nobody has written to them; 0: all of them, under a lock that keeps others from writing there.
+    """
+    for path in (os.path.join(folder, name) for name in os.listdir(folder) if _PART.search(name)):
         with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(part) > STALE_SECONDS:
-                os.unlink(part)
-
-
-def remove_parts(folder: str) -> None:
-    """Removes all part files in a folder, for use under a lock that keeps others from writing there."""
-    for name in os.listdir(folder):
-        if _PART.search(name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, name))
+            if not unused_for or time.time() - os.path.getmtime(path) > unused_for:
+                os.unlink(path)
 
 
 @contextlib.contextmanager
 def locked(path: str, wait: bool = True) -> Iterator[None]:
     """While entered, holds the lock of a file against other processes. The lock ends with the process, however that ends.
-
-    Args:
-        path: the lock file, an empty one, which is created if it is missing.
-        wait: whether to wait for the lock.
 
     Raises:
         filelock.Timeout: another process has the lock, and `wait` is False.

@@ -8,14 +8,9 @@ from tqdm import tqdm
 
 
 class Progress(tqdm):
-    """Iterations per second and remaining time: a bar on a terminal, a line every half minute elsewhere."""
+    """Iterations per second and remaining time, from `start` to `total`: a bar on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, start: int, total: int, shown: bool = True, unit: str = 'it', **others: Any):
-        """
-        Args:
-            start, total: the first and the last count.
-            others: further arguments of tqdm.
-        """
         interval = 0.5 if sys.stderr.isatty() else 30
         super().__init__(initial=start, total=total, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True,
                          disable=not shown, **others)
