@@ -131,11 +131,9 @@ class Images(Target):
     FORMATS = ['PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'ICO', 'PCX', 'JPEG2000']
 
     def valid(self, rng: random.Random) -> bytes:
-        content = io.BytesIO()
-        mode = rng.choice(['RGB', 'L', 'P'])
+        image, content = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)), io.BytesIO()
         try:
-            Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)).convert(mode).save(
-                content, rng.choice(self.FORMATS))
+            image.convert(rng.choice(['RGB', 'L', 'P'])).save(content, rng.choice(self.FORMATS))
         except OSError:  # a format that lacks the mode
             return self.valid(rng)
         return content.getvalue()
@@ -177,11 +175,8 @@ class RunFlags(Target):
         return b'--norm=None\n--update_batch_size=10\n--meta_lr=0.01\n--max_pool=True\n--split=64/16/20\n--data_path=x\n'
 
     def read(self, content: bytes) -> None:
-        import main
-        from runtime.cli.request import resolve
-        from runtime.cli.rules import check_flags
         self.path('run.flags', content)
-        check_flags(resolve(main.parse(['main.py', f'--run={self.folder}', '--train=False'])))
+        check_command_line(f'--run={self.folder}', '--train=False')
 
 
 class FlagFiles(Target):
@@ -189,20 +184,24 @@ class FlagFiles(Target):
         return b'# a comment\n--datasource=sinusoid\n--norm=None\n--metatrain_iterations=10\n--test_query=3\n--plot\n'
 
     def read(self, content: bytes) -> None:
-        from absl import flags
+        if not any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
+            check_command_line(f'--flagfile={self.path("x.flags", content)}')
 
-        import main
-        from runtime.cli.request import resolve
-        from runtime.cli.rules import check_flags
-        from runtime.cli.run_data import source_and_tasks
-        if any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
-            return
-        try:
-            request = resolve(main.parse(['main.py', f'--flagfile={self.path("x.flags", content)}']))
-            check_flags(request)
-            source_and_tasks(request)
-        except flags.Error as error:
-            raise SystemExit(str(error)) from error
+
+def check_command_line(*arguments: str) -> None:
+    """What main.py does with flags before it reads data."""
+    from absl import flags
+
+    import main
+    from runtime.cli.request import resolve
+    from runtime.cli.rules import check_flags
+    from runtime.cli.run_data import source_and_tasks
+    try:
+        request = resolve(main.parse(['main.py', *arguments]))
+        check_flags(request)
+        source_and_tasks(request)
+    except flags.Error as error:
+        raise SystemExit(str(error)) from error
 
 
 class Clusters(Target):
@@ -211,15 +210,14 @@ class Clusters(Target):
 
     def read(self, content: bytes) -> None:
         from runtime.cli.workers import cluster_from_environment
-        try:
-            os.environ['TF_CONFIG'] = content.decode('utf-8', 'surrogateescape')
-        except ValueError:  # a NUL: no environment can hold it
+        if b'\0' in content:  # no environment can hold it
             return
+        os.environb[b'TF_CONFIG'] = content
         try:
             cluster = cluster_from_environment('multiworker')
             assert 0 <= cluster.worker < cluster.workers
         finally:
-            os.environ.pop('TF_CONFIG', None)
+            del os.environ['TF_CONFIG']
 
 
 class Checkpoints(Target):
@@ -241,9 +239,9 @@ class Checkpoints(Target):
     def read(self, content: bytes) -> None:
         from runtime.jobs import checkpoints
         self.path('model5' + self.suffix, content)
-        found = checkpoints.load(self.prefix)
-        assert found.record['iteration'] == 5 and all(np.array_equal(found.arrays[name], value)
-                                                      for name, value in self.variables.items())
+        checkpoint = checkpoints.load(self.prefix)
+        assert checkpoint.record['iteration'] == 5
+        assert all(np.array_equal(checkpoint.arrays[name], value) for name, value in self.variables.items())
 
 
 TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,

@@ -1,11 +1,12 @@
-"""Kills every part of the program at random moments, and looks for a state that is corrupt but marked complete.
+"""Kills every part of the program at random moments, and compares what is left with that of undisturbed processes.
 
-    python benchmarks/kills.py --kills 200
+    python benchmarks/kills.py --kills 250
 
-The parts are a preparation, the cache of decoded images, a training, an evaluation with pictures, and a comparison. Each kill is
-SIGKILL, at a moment drawn between the start of a process and somewhat after its usual end. After each, the files of the part are
-compared with those of an undisturbed process; then the part is started again where the last one left off. Prints how many kills
-hit a running process, and ends with status 1 if anything was corrupt but marked complete.
+The parts are a preparation, the cache of decoded images, trainings of a sinusoid and on images, an evaluation with pictures, and a
+comparison. Trainings get SIGKILL or SIGTERM, the others SIGKILL, at a moment drawn between the start of a process and somewhat after
+its usual end. After each kill the files of the part are checked, and it is started again where the last one left off. A training that
+came to its end is compared with the undisturbed one, bit for bit: variables, record, console lines, summaries, evaluation. Prints how
+many kills hit a running process, and ends with status 1 if anything was corrupt but marked complete, or differed.
 """
 import argparse
 import csv
@@ -15,24 +16,41 @@ import json
 import os
 import pathlib
 import random
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from interruptions import ROOT, differences, write_images
-
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data.preparation import read_classes  # noqa: E402
 from runtime.datasets.class_folders import PREPARATION_RECORD, ClassFolders  # noqa: E402
 
-SHARES = {'preparation': 0.3, 'cache': 0.2, 'training': 0.15, 'evaluation': 0.2, 'comparison': 0.15}
+SHARES = {'preparation': 0.24, 'cache': 0.16, 'sinusoid': 0.16, 'images': 0.16, 'evaluation': 0.16, 'comparison': 0.12}
+MAIN = os.path.join(ROOT, 'main.py')
+SINUSOID = ['--datasource=sinusoid', '--norm=None', '--update_batch_size=10', '--save_interval=500']
+IMAGES = ['--datasource=folder', '--image_size=28', '--image_channels=1', '--num_filters=8', '--num_classes=3', '--update_batch_size=1',
+          '--meta_batch_size=4', '--update_lr=0.4', '--save_interval=30']
 IMAGE_SHAPE = (28, 28, 1)
+
+
+def write_images(folder: str, classes: int, images: int) -> None:
+    """Class folders of noisy random patterns."""
+    rng = np.random.default_rng(0)
+    for number in range(classes):
+        os.makedirs(os.path.join(folder, f'class{number:02d}'))
+        pattern = rng.random(IMAGE_SHAPE[:2]) < 0.5
+        for image in range(images):
+            pixels = 255 * (pattern ^ (rng.random(pattern.shape) < 0.05)).astype(np.uint8)
+            Image.fromarray(pixels).save(os.path.join(folder, f'class{number:02d}', f'{image}.png'))
 
 
 def contents(folder: str, pattern: str) -> dict[str, bytes]:
@@ -40,7 +58,25 @@ def contents(folder: str, pattern: str) -> dict[str, bytes]:
     return {os.path.relpath(path, folder): path.read_bytes() for path in pathlib.Path(folder).glob(pattern) if path.is_file()}
 
 
-class Preparation:
+class Outcome(NamedTuple):
+    """The end of a process."""
+    number: signal.Signals | None   # that it was sent; None: it ended before
+    status: int
+    output: str
+
+
+class Part:
+    """A part of the program: `command` is the next process's, `check` asserts that what is left after it is as it should be."""
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def check(self, outcome: Outcome) -> None:
+        raise NotImplementedError
+
+
+class Preparation(Part):
     """MiniImagenet's script on a small archive. Every other process recreates everything, by --force."""
 
     def __init__(self, folder: str):
@@ -57,15 +93,15 @@ class Preparation:
         for split, listed in rows.items():
             with open(os.path.join(self.source, split + '.csv'), 'w', newline='') as file:
                 csv.writer(file).writerows([('filename', 'label'), *listed])
-        run(self.command(self.destination))
+        run(self.command())
         self.expected = contents(self.destination, '*/*/*.png')
 
-    def command(self, destination: str | None = None) -> list[str]:
+    def command(self) -> list[str]:
         self.runs += 1
         return [os.path.join(ROOT, 'data', 'miniImagenet', 'proc_images.py'), f'--source={self.source}',
-                f'--destination={destination or self.destination}', *(['--force'] if self.runs % 2 else [])]
+                f'--destination={self.destination}', *([] if self.runs % 2 else ['--force'])]
 
-    def check(self) -> None:
+    def check(self, outcome: Outcome) -> None:
         with open(os.path.join(self.destination, PREPARATION_RECORD), encoding='utf-8') as file:
             complete = json.load(file)['complete']
         images = contents(self.destination, '*/*/*.png')
@@ -74,11 +110,11 @@ class Preparation:
         assert len(images) == len(self.expected) or not complete, f'{len(images)} of {len(self.expected)} images, marked complete'
 
 
-class Cache:
+class Cache(Part):
     """The cache of decoded images. A new image is added before each process, so that the cache is rebuilt."""
 
     def __init__(self, folder: str):
-        self.root, self.runs = os.path.join(folder, 'images'), 0
+        self.root, self.runs = os.path.join(folder, 'cached'), 0
         write_images(self.root, classes=60, images=30)
 
     def command(self) -> list[str]:
@@ -88,7 +124,7 @@ class Cache:
         return ['-c', f'import sys; sys.path.insert(0, {ROOT!r})\nfrom runtime.datasets.class_folders import ClassFolders\n'
                       f'ClassFolders({self.root!r}, split_ratios=(64, 16, 20)).load("train", {IMAGE_SHAPE})']
 
-    def check(self) -> None:
+    def check(self, outcome: Outcome) -> None:
         source = ClassFolders(self.root, split_ratios=(64, 16, 20))
         for _ in range(2):  # from the files of the killed process, and from those of this check
             images = source.load('train', IMAGE_SHAPE)
@@ -98,45 +134,74 @@ class Cache:
                     assert np.array_equal(np.asarray(image), images.values[images.starts[number]][..., 0]), f'{path} differs from the cache'
 
 
-class Training:
-    """A short training of a sinusoid, continued until it ends; then the next begins."""
-    ITERATIONS = 3000
+class Training(Part):
+    """A short training, continued until it ends; then the next begins."""
+    signals = signal.SIGKILL, signal.SIGTERM
 
-    def __init__(self, folder: str):
-        self.logdir, self.number = os.path.join(folder, 'training'), 0
-        run(self.command(self.logdir + '_undisturbed'))
-        self.expected = self.checkpoints(self.logdir + '_undisturbed')
+    def __init__(self, folder: str, flags: Sequence[str], iterations: int):
+        self.flags, self.iterations, self.runs, self.output = [*flags, f'--metatrain_iterations={iterations}'], iterations, 0, ''
+        self.undisturbed = os.path.join(folder, 'undisturbed')
+        self.logdir = self.undisturbed
+        self.expected = self.results(run(self.command()))
+        self.expected_checkpoints = self.checkpoints()
+        self.logdir = os.path.join(folder, 'killed0')
 
-    def command(self, logdir: str | None = None) -> list[str]:
-        return [os.path.join(ROOT, 'main.py'), '--norm=None', '--update_batch_size=10', f'--metatrain_iterations={self.ITERATIONS}',
-                '--save_interval=500', f'--logdir={logdir or self.logdir + str(self.number)}']
+    def command(self) -> list[str]:
+        return [MAIN, *self.flags, f'--logdir={self.logdir}']
 
-    def checkpoints(self, logdir: str) -> dict[int, dict[str, np.ndarray]]:
-        """{iteration of a checkpoint: its variables}, of those that can be found."""
+    def checkpoints(self) -> dict[int, dict[str, np.ndarray]]:
+        """{iteration of a checkpoint: its variables and its record}."""
         from runtime.jobs import checkpoints
-        return {iteration: checkpoints.load(checkpoints.path(directory, iteration)).arrays
-                for directory in glob.glob(os.path.join(glob.escape(logdir), 'cls_*')) for iteration in checkpoints.iterations(directory)}
+        directories = glob.glob(os.path.join(glob.escape(self.logdir), 'cls_*'))
+        saved = [checkpoints.load(checkpoints.path(directory, iteration))
+                 for directory in directories for iteration in checkpoints.iterations(directory)]
+        return {checkpoint.record['iteration']: {**checkpoint.arrays, 'record': str(checkpoint.record)} for checkpoint in saved}
 
-    def check(self) -> None:
-        saved = self.checkpoints(self.logdir + str(self.number))
-        for iteration, arrays in saved.items():
-            assert not differences(arrays, self.expected[iteration]), f'checkpoint {iteration} is not that of an undisturbed run'
-        self.number += self.ITERATIONS in saved
+    def results(self, output: str) -> dict[str, Any]:
+        """What a training that came to its end has printed, and its summaries and its evaluation."""
+        import tensorflow as tf
+        run([*self.command(), '--train=False'])
+        directory, = glob.glob(os.path.join(glob.escape(self.logdir), 'cls_*'))
+        with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
+            entry, = json.load(file)['evaluations']
+        values = {'console': dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M)), 'summaries': {}, 'evaluation': entry['scores']}
+        for path in sorted(glob.glob(os.path.join(glob.escape(directory), 'events*'))):
+            try:
+                for event in tf.compat.v1.train.summary_iterator(path):
+                    for value in event.summary.value:
+                        values['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
+            except tf.errors.DataLossError:
+                pass  # a partial record of a killed process
+        return values
+
+    def check(self, outcome: Outcome) -> None:
+        number, status, output = outcome
+        # SIGTERM makes a training save and stop; before it begins and after its end there is nothing to save.
+        begun, ended = 'Training ' in output and 'iterations/s' in output, 'The last checkpoint is' in output
+        assert number != signal.SIGTERM or not begun or ended or (status == 143 and 'Stopped by SIGTERM' in output), 'SIGTERM was ignored'
+        self.output += output
+        saved = self.checkpoints()
+        for iteration in saved.keys() & self.expected_checkpoints:  # others are of SIGTERM
+            assert not differences(saved[iteration], self.expected_checkpoints[iteration]), f'checkpoint {iteration} is another'
+        if self.iterations in saved:
+            differing = differences(self.results(self.output), self.expected)
+            assert not differing, f'differs from the undisturbed training: {", ".join(differing)}'
+            self.runs, self.output = self.runs + 1, ''
+            self.logdir = os.path.join(os.path.dirname(self.logdir), f'killed{self.runs}')
 
 
-class Evaluation:
+class Evaluation(Part):
     """An evaluation with pictures, of a trained sinusoid. Each starts without results, or with those of the one before."""
-    FLAGS = ['--train=False', '--plot']
 
-    def __init__(self, folder: str, training: Training):
-        self.training, self.logdir, self.runs = training, training.logdir + '_undisturbed', 0
+    def __init__(self, training: Training):
+        self.logdir, self.flags, self.runs = training.undisturbed, [*training.flags, '--train=False', '--plot'], 0
         run(self.command())
         self.directory, = glob.glob(os.path.join(glob.escape(self.logdir), 'cls_*'))
         self.expected, self.scores = self.files(), self.results()
 
     def command(self) -> list[str]:
         self.runs += 1
-        return [*self.training.command(self.logdir), *self.FLAGS, f'--test_seed={self.runs % 3}']
+        return [MAIN, *self.flags, f'--logdir={self.logdir}', f'--test_seed={self.runs % 3}']
 
     def files(self) -> dict[str, bytes]:
         """{name: content} of the files of evaluations."""
@@ -149,7 +214,7 @@ class Evaluation:
         with open(path, encoding='utf-8') as file:
             return {str([entry['checkpoint'], entry['tasks']]): entry['scores'] for entry in json.load(file)['evaluations']}
 
-    def check(self) -> None:
+    def check(self, outcome: Outcome) -> None:
         for name, scores in self.results().items():
             assert self.scores.setdefault(name, scores) == scores and len(scores) == 600, f'{name} in results.json has changed'
         for name, content in self.files().items():
@@ -159,65 +224,89 @@ class Evaluation:
                 assert self.expected.setdefault(name, content) == content, f'{name} has changed'
 
 
-class Comparison:
+class Comparison(Part):
     """A comparison with its picture."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation = evaluation
+        self.evaluation, self.other = evaluation, evaluation.logdir + '2'
+        training = [*evaluation.flags, f'--logdir={self.other}', '--seed=1']
+        run([MAIN, *training, '--train=True'])
+        run([MAIN, *training])
 
     def command(self) -> list[str]:
-        return [os.path.join(ROOT, 'main.py'), '--compare', self.evaluation.logdir, self.evaluation.logdir + '2', '--plot']
+        return [MAIN, '--compare', self.evaluation.logdir, self.other, '--plot']
 
-    def check(self) -> None:
-        self.evaluation.check()
+    def check(self, outcome: Outcome) -> None:
+        self.evaluation.check(outcome)
         for picture in contents(self.evaluation.logdir, 'comparison*.png').values():
             Image.open(io.BytesIO(picture)).load()
 
 
-def run(command: Sequence[str]) -> float:
-    """A Python process that must succeed; returns its seconds."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, capture_output=True)
-    return time.monotonic() - started
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of entries that are not the same, bit for bit."""
+    return [name for name in one.keys() | other.keys()
+            if name not in one or name not in other or not np.array_equal(one[name], other[name])]
 
 
-def kill_at(command: Sequence[str], seconds: float) -> bool:
-    """Starts a process and kills it after some seconds; returns whether it was still running."""
-    try:
-        subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=seconds)
-        return False
-    except subprocess.TimeoutExpired:  # run has killed it
-        return True
+def run(command: Sequence[str]) -> str:
+    """The output of a Python process that must succeed."""
+    outcome = run_and_kill(command, 600, signal.SIGKILL)
+    if outcome.status:
+        raise SystemExit(f'{" ".join(command)} failed: {outcome.output}')
+    return outcome.output
+
+
+def run_and_kill(command: Sequence[str], seconds: float, number: signal.Signals) -> Outcome:
+    """A Python process that gets a signal after some seconds."""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            return Outcome(None, process.returncode, output)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            output, _ = process.communicate(timeout=600)
+            return Outcome(number, process.returncode, output)
+
+
+def torture(part: Part, kills: int, rng: random.Random) -> tuple[int, list[str]]:
+    """Kills processes of a part: how many were running, and what was wrong afterwards. Then it is run to its end, which must succeed."""
+    def run_to_end():
+        started = time.monotonic()
+        part.check(Outcome(None, 0, run(part.command())))
+        return time.monotonic() - started
+
+    usual, met, failures = run_to_end(), 0, []
+    for _ in range(kills):
+        outcome = run_and_kill(part.command(), rng.uniform(0, 1.1 * usual), rng.choice(part.signals))
+        met += outcome.number is not None
+        try:
+            assert outcome.number or not outcome.status, outcome.output
+            part.check(outcome)
+        except Exception as error:  # an unreadable file is as wrong as a changed one
+            failures.append(f'{type(error).__name__}: {error}')
+    run_to_end()
+    return met, failures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--kills', type=int, default=200)
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--kills', type=int, default=250)
+    parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
     options = parser.parse_args()
     rng, wrong = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(folder)
-        evaluation = Evaluation(folder, training)
-        other = evaluation.logdir + '2'  # something to compare with
-        run([*training.command(other), '--seed=1'])
-        run([*training.command(other), '--seed=1', *Evaluation.FLAGS])
-        parts = {'preparation': Preparation(folder), 'cache': Cache(folder), 'training': training, 'evaluation': evaluation,
-                 'comparison': Comparison(evaluation)}
+        write_images(os.path.join(folder, 'data'), classes=20, images=4)
+        sinusoid = Training(os.path.join(folder, 'sinusoid'), SINUSOID, 12_000)
+        evaluation = Evaluation(sinusoid)
+        parts = {'preparation': Preparation(folder), 'cache': Cache(folder), 'sinusoid': sinusoid,
+                 'images': Training(os.path.join(folder, 'images'), [*IMAGES, f'--data_path={folder}/data'], 700),
+                 'evaluation': evaluation, 'comparison': Comparison(evaluation)}
         for name, part in parts.items():
-            usual, met = max(run(part.command()) for _ in range(2)), 0  # two, because every other one does more
             kills = round(options.kills * SHARES[name])
-            for _ in range(kills):
-                met += kill_at(part.command(), rng.uniform(0, 1.1 * usual))
-                try:
-                    part.check()
-                except Exception as error:  # an unreadable file is as wrong as a changed one
-                    wrong += 1
-                    print(f'{name}: {type(error).__name__}: {error}', flush=True)
-            run(part.command())  # whatever was left, the next one must succeed
-            part.check()
-            print(f'{name}: {kills} kills, {met} of a running process (which usually takes {usual:.1f} s)', flush=True)
-    print(f'{wrong} states were corrupt but marked complete')
+            met, failures = torture(part, kills, rng)
+            wrong += len(failures)
+            print(f'{name}: {kills} kills, {met} of a running process', *failures, sep='\n  ', flush=True)
+    print(f'{wrong} states were wrong')
     sys.exit(bool(wrong))
 
 

@@ -1,31 +1,37 @@
-"""Times whole runs of main.py, and the share of the input pipeline in the steps.
+"""Times whole runs of main.py, their input pipeline and their memory. Nothing else should run meanwhile.
 
     python benchmarks/run.py
     python benchmarks/run.py --only start evaluation --rounds 5
 
-Images must be prepared under data/; missing sources are skipped. Nothing else should run meanwhile.
+Images must be prepared under data/; missing sources are skipped.
 
   pipeline    a source's training steps on fresh meta-batches, against as many on one fixed meta-batch: seconds per step of
               both, taken in turn, and the share of the time in which a step waited for its meta-batch
-  bar         20,000 iterations of the 10-shot sinusoid on a terminal: the share of the time that the progress bar takes
   start       from the start of the process to the end of one iteration, validation and saving included
   sinusoid    70,000 iterations of the 10-shot sinusoid, the whole process
   evaluation  600 tasks of 1-shot MiniImagenet, 10 updates, the whole process, from weights of one iteration
+  growth      memory and open files of 100,000 iterations of the sinusoid (Linux only)
+  packed      start-up and memory on 200,000 generated images in packed arrays, as usual and with --verify (Linux only)
+
+Memory is the process's own: not that of files, whose unused pages the system reclaims.
 """
 import argparse
+import dataclasses
 import json
 import os
-import pty
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import numpy as np
 
+from workloads import anonymous_megabytes, in_process
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MAIN = os.path.join(ROOT, 'main.py')
 OMNIGLOT = '--datasource=omniglot --update_batch_size=1'
 CONV = '--meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_filters=32 --max_pool=True'
 TRAINING = {
@@ -36,6 +42,8 @@ TRAINING = {
     'cifarfs1': f'--datasource=cifarfs {CONV}',
 }
 WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluation': ('mini1', 1)}
+GROWTH_ITERATIONS, GROWTH_REPORTS = 105_000, {5_000, *range(20_000, 100_001, 20_000)}  # the process still runs at the last one
+PACKED_SHAPE, PACKED_CLASSES, PER_CLASS = (84, 84, 3), 200, 1000
 
 
 def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
@@ -66,72 +74,100 @@ def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
     return dict(zip(('fresh', 'kept'), medians), waiting=waiting)
 
 
-def measure_bar() -> float:
-    """The share of training time spent in the progress bar when it is drawn on a terminal."""
-    import main
-    from runtime.system import progress
-    calls = []  # (when, how long)
-
-    def timed(method):
-        def call(*arguments):
-            start = time.perf_counter()
-            method(*arguments)
-            calls.append((start, time.perf_counter() - start))
-        return call
-
-    progress.Progress.advance, progress.Progress.log = timed(progress.Progress.advance), timed(progress.Progress.log)
-    terminal, end = pty.openpty()
-    os.dup2(end, sys.stderr.fileno())
-    threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(terminal, 4096), b'')], daemon=True).start()
-    with tempfile.TemporaryDirectory() as logdir:
-        run, data = main.run_and_data(main.parse(
-            ['main.py', *TRAINING['sinusoid'].split(), '--metatrain_iterations=20000', f'--logdir={logdir}']))
-        from runtime.jobs.train import train
-        train(run, data)
-        return sum(seconds for _, seconds in calls) / (calls[-1][0] - calls[0][0])  # without tracing and compilation
+def report_pipeline() -> None:
+    """Prints a row for each source."""
+    print(f'{"pipeline":12}{"fresh":>10}{"kept":>10}{"waiting":>10}   median seconds per step, share of the time')
+    for name in TRAINING:
+        try:
+            row = '{fresh:10.5f}{kept:10.5f}{waiting:10.1%}'.format(**in_process(__file__, '--measure', name))
+        except subprocess.CalledProcessError:
+            row = '   no data'
+        print(f'{name:12}{row}', flush=True)
 
 
-def in_process(*arguments: str) -> str | None:
-    """The last line that a Python process prints, or None if it failed."""
-    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
-    return process.stdout.splitlines()[-1] if process.returncode == 0 else None
-
-
-def measure_whole(name: str) -> float | None:
-    """Seconds of the process, or None if it failed."""
+def measure_whole(name: str) -> float:
+    """Seconds of the process; raises subprocess.CalledProcessError if it failed."""
     training, iterations = WHOLE[name]
     with tempfile.TemporaryDirectory() as logdir:
-        arguments = ['main.py', *TRAINING[training].split(), f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
+        command = [sys.executable, MAIN, *TRAINING[training].split(), f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
         if name == 'evaluation':
-            if in_process(*arguments) is None:
-                return None
-            arguments += ['--train=False', '--test_set=True']
+            subprocess.run(command, check=True, capture_output=True)
+            command += ['--train=False', '--test_set=True']
         start = time.perf_counter()
-        return None if in_process(*arguments) is None else time.perf_counter() - start
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+
+def report_whole(name: str, rounds: int) -> None:
+    """Prints the median time of a process."""
+    try:
+        seconds = [measure_whole(name) for _ in range(rounds)]
+        print(f'{name:12}{statistics.median(seconds):10.1f} s, median of {sorted(round(s, 1) for s in seconds)}', flush=True)
+    except subprocess.CalledProcessError:
+        print(f'{name:12}   no data', flush=True)
+
+
+def report_growth() -> None:
+    """Prints memory and open files of a long training, after some numbers of iterations."""
+    with tempfile.TemporaryDirectory() as logdir:
+        process = subprocess.Popen([sys.executable, MAIN, *TRAINING['sinusoid'].split(), f'--metatrain_iterations={GROWTH_ITERATIONS}',
+                                    f'--logdir={logdir}'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            match = re.match(r'Iteration (\d+):', line)
+            if match and int(match[1]) in GROWTH_REPORTS:
+                print(f'growth      {int(match[1]):7} iterations: {anonymous_megabytes(process.pid):6.1f} MB, '
+                      f'{len(os.listdir(f"/proc/{process.pid}/fd"))} open files', flush=True)
+        process.wait()
+
+
+def write_packed(folder: str) -> None:
+    """Packs images of noise, each of one of 256 patterns, as tieredImageNet's."""
+    from data import packing, preparation
+    patterns = np.random.default_rng(0).integers(0, 256, (256, *PACKED_SHAPE), np.uint8)
+    names = [f'train/class{number:04d}' for number in range(PACKED_CLASSES)]
+    args = preparation.arguments('', '', folder).parse_args([])
+    packing.pack({name: packing.ImageList(PER_CLASS, lambda number: patterns[number % 256]) for name in names},
+                 {name: preparation.Class('train', PER_CLASS) for name in names}, PACKED_SHAPE, args)
+
+
+def measure_packed(folder: str, verify: bool) -> list[float]:
+    """[seconds until tasks can be drawn, seconds for a meta-batch of 4 tasks, MB more memory]."""
+    from data_generator import SOURCES, TaskConfig
+    source = dataclasses.replace(SOURCES['tieredimagenet'], verify=verify)
+    before, start = anonymous_megabytes(), time.perf_counter()
+    tasks = source.tasks(TaskConfig(num_classes=5, update_batch_size=1, query_shots=15, seed=0, data_path=folder), 'train')
+    loaded = time.perf_counter()
+    for batch in range(100):
+        tasks.draw(4 * batch, 4)
+    return [loaded - start, (time.perf_counter() - loaded) / 100, anonymous_megabytes() - before]
+
+
+def report_packed() -> None:
+    """Prints a line for each way to load packed arrays, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_packed(folder)
+        for how in 'as usual', 'verify':
+            loaded, drawing, megabytes = in_process(__file__, '--measure', how, '--folder', folder)
+            print(f'packed      {how}: {loaded:.3f} s until tasks can be drawn, {drawing * 1000:.1f} ms for a meta-batch of 4 tasks, '
+                  f'{megabytes:.0f} MB more memory', flush=True)
 
 
 def main() -> None:
+    reports = {'pipeline': report_pipeline, 'growth': report_growth, 'packed': report_packed}
+    names = ['pipeline', *WHOLE, 'growth', 'packed']
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=['pipeline', 'bar', *WHOLE], default=['pipeline', 'bar', *WHOLE])
+    parser.add_argument('--only', nargs='+', choices=names, default=names)
     parser.add_argument('--rounds', type=int, default=3, help='of the whole processes')
-    parser.add_argument('--measure', choices=['bar', *TRAINING], help=argparse.SUPPRESS)
+    parser.add_argument('--measure', help=argparse.SUPPRESS)
+    parser.add_argument('--folder', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure_bar() if args.measure == 'bar' else measure_pipeline(args.measure)))
-        return
-
-    if 'pipeline' in args.only:
-        print(f'{"pipeline":12}{"fresh":>10}{"kept":>10}{"waiting":>10}   median seconds per step, share of the time')
-        for name in TRAINING:
-            line = in_process(__file__, '--measure', name)
-            print(f'{name:12}' + ('{fresh:10.5f}{kept:10.5f}{waiting:10.1%}'.format(**json.loads(line)) if line else '   no data'), flush=True)
-    if 'bar' in args.only:
-        shares = [json.loads(in_process(__file__, '--measure', 'bar')) for _ in range(args.rounds)]
-        print(f'{"bar":12}{statistics.median(shares):10.2%}, median of {sorted(round(share, 4) for share in shares)}', flush=True)
-    for name in [name for name in WHOLE if name in args.only]:
-        seconds = [measure_whole(name) for _ in range(args.rounds)]
-        print(f'{name:12}' + ('   no data' if None in seconds else
-                              f'{statistics.median(seconds):10.1f} s, median of {sorted(round(s, 1) for s in seconds)}'), flush=True)
+    if args.folder:
+        print(json.dumps(measure_packed(args.folder, args.measure == 'verify')))
+    elif args.measure:
+        print(json.dumps(measure_pipeline(args.measure)))
+    else:
+        for name in args.only:
+            report_whole(name, args.rounds) if name in WHOLE else reports[name]()
 
 
 if __name__ == '__main__':

@@ -4,9 +4,8 @@
     python benchmarks/scaling.py --only omniglot5
 
 A meta-training step of a whole meta-batch and of half of it in one process on one core; and of two processes, a core each, that share the
-meta-batch over the loopback interface. The bytes that a step has to send are computed, 8 for each weight and score; beside them stand
-those that the two processes really send, by the interface's own count. Linux only, on a machine with two cores or more; nothing else
-should run meanwhile.
+meta-batch. The bytes that a step has to send are computed, 8 for each weight and score. Linux only, on a machine with two cores or more;
+nothing else should run meanwhile.
 """
 import argparse
 import contextlib
@@ -24,16 +23,14 @@ from workloads import WORKLOADS
 ROUNDS, STEPS = 3, 8
 
 
-def measure(name: str, tasks: int) -> tuple[float, int, float]:
-    """Median seconds of a step on this process's tasks, the bytes that it has to send, and those on the loopback interface."""
+def measure(name: str, tasks: int) -> tuple[float, int]:
+    """Median seconds of a step on this process's tasks, and the bytes that it has to send."""
     from runtime.cli import workers
     from runtime.cli.startup import import_tensorflow
     replicas = import_tensorflow('auto', workers.cluster_from_environment('auto'))
-    from maml import MAML
     from runtime.compute.engine import SUM_DTYPE
     workload = dataclasses.replace(WORKLOADS[name], meta_batch_size=tasks)
-    model = MAML(workload.model_config(), replicas=replicas)
-    batch = workload.batch()
+    model, batch = workload.model(replicas), workload.batch()
     batches = replicas.distribute(lambda replica: type(batch)(*(array[None] for array in batch)))
 
     def step():
@@ -43,15 +40,7 @@ def measure(name: str, tasks: int) -> tuple[float, int, float]:
 
     step()
     numbers = sum(int(variable.shape.num_elements()) for variable in (*model.weights.values(), *model.norm_params.values()))
-    before = loopback_bytes()
-    seconds = statistics.median(step() for _ in range(STEPS))
-    return seconds, SUM_DTYPE.size * (numbers + 5), (loopback_bytes() - before) / STEPS
-
-
-def loopback_bytes() -> int:
-    """Bytes that the loopback interface has received."""
-    with open('/proc/net/dev') as file:
-        return next(int(line.split()[1]) for line in file if line.split()[0] == 'lo:')
+    return statistics.median(step() for _ in range(STEPS)), SUM_DTYPE.size * (numbers + 5)
 
 
 def processes(count: int, name: str, tasks: int) -> list[float]:
@@ -78,10 +67,10 @@ def report(name: str) -> None:
     tasks, times = WORKLOADS[name].meta_batch_size, []
     for _ in range(ROUNDS):
         whole, half = processes(1, name, tasks)[0], processes(1, name, tasks // 2)[0]
-        two, size, sent = processes(2, name, tasks // 2)
+        two, size = processes(2, name, tasks // 2)
         times.append((whole, half, two))
     whole, half, two = map(statistics.median, zip(*times))
-    print(f'{name}: {size / 1024:.0f} KiB to send per step; two processes send {sent / 1024:.0f} KiB in all\n'
+    print(f'{name}: {size / 1024:.0f} KiB to send per step\n'
           f'  {tasks} tasks: {whole:.3f} s in one process; {two:.3f} s in two, {tasks // 2} tasks and a core each: '
           f'{half / two:.0%} efficient (one process with {tasks // 2} tasks takes {half:.3f} s)', flush=True)
 

@@ -1,23 +1,89 @@
-"""Times a meta-training step of standard workloads against the arithmetic floor of this machine, and against peers.
+"""Times a meta-training step of standard workloads. Nothing else should run meanwhile.
 
-    python benchmarks/step.py
-    python benchmarks/step.py --workloads omniglot5 mini1 --rounds 7 --peer 'torch=/venv/bin/python torch_peer.py {} loop'
+    python benchmarks/step.py                               against the arithmetic floor of this machine
+    python benchmarks/step.py --peer 'torch=/venv/bin/python torch_peer.py {} loop'     and against other programs
+    python benchmarks/step.py --vary methods --workloads cifarfs1 omniglot20            each method against MAML
+    python benchmarks/step.py --vary sizes --workloads cifarfs1 --plot sweep.png        other meta-batches, shots, updates and filters
+    python benchmarks/step.py --updates 5 20 50 200         many inner updates, with and without --recompute
 
-In each round every contender runs every workload once, in separate processes, one after the other; the GEMM rate that sets
-the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands for the
-workload, whose last output line ends in '<number> s a step'. Nothing else should run meanwhile.
+Against the floor, in each round every contender runs every workload once, in separate processes, one after the other; the GEMM
+rate that sets the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands
+for the workload, whose last output line ends in '<number> s a step'.
+
+With --vary, all variants of a workload are compiled in one process; then each takes a few steps per round. Printed are the
+medians, and the median over rounds of the ratio to the first variant's steps of the same round.
+
+With --updates, every case runs in a separate process; one that takes longer than --limit seconds is stopped and reported.
 """
 import argparse
+import dataclasses
 import json
 import re
+import resource
 import shlex
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from workloads import WORKLOADS, in_process, measure
+from workloads import SINUSOID, WORKLOADS, Workload, in_process
+
+STARTED = time.perf_counter()
+MULTI_STEP = {'learn_lr': 'step', 'norm_scale': True, 'norm_per_step': True, 'mean_loss': True, 'multi_step_loss': 1000}
+METHODS: dict[str, dict[str, Any]] = {  # {title: changes of a workload}
+    'MAML': {},
+    'first-order MAML': {'changes': {'stop_grad': True}},
+    'ANIL': {'changes': {'inner_weights': 'head'}},
+    'BOIL': {'changes': {'inner_weights': 'body', 'adapt_norm': True, 'norm_scale': True}},
+    'Meta-SGD': {'changes': {'learn_lr': 'weight'}},
+    'a rate per layer': {'changes': {'learn_lr': 'layer'}},
+    'MAML++, multi-step loss': {'changes': MULTI_STEP},
+    'MAML++, afterwards': {'changes': MULTI_STEP, 'iteration': 1000},
+    'MAML, one update': {'num_updates': 1},
+    'Meta-SGD, one update': {'changes': {'learn_lr': 'weight'}, 'num_updates': 1},
+    'Reptile, inner SGD': {'changes': {'outer': 'reptile', 'adapt_norm': True, 'norm_scale': True}},
+    'Reptile': {'changes': {'outer': 'reptile', 'inner_optimizer': 'adam', 'adapt_norm': True, 'norm_scale': True}}}
+SIZES = {
+    'meta_batch_size': (2, 4, 8, 16, 32),
+    'update_batch_size': (1, 2, 5, 10),
+    'num_updates': (1, 2, 3, 5, 10),
+    'num_filters': (8, 16, 32, 64, 128)}
+
+
+def seconds_of_step(model: Any, batch: Any, iteration: int) -> float:
+    """Seconds of one meta-training step, its metrics fetched."""
+    start = time.perf_counter()
+    {key: float(value) for key, value in model.metatrain_step(batch, iteration).items()}
+    return time.perf_counter() - start
+
+
+def measure(workload: Workload, steps: int) -> dict[str, float]:
+    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
+    model, batch = workload.model(), workload.batch()
+    seconds_of_step(model, batch, workload.iteration)
+    first = time.perf_counter() - STARTED
+    seconds = statistics.median(seconds_of_step(model, batch, workload.iteration) for _ in range(steps))
+    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure_alone(workload: Workload, steps: int, limit: float | None = None) -> dict[str, float]:
+    """`measure` in a process of its own; raises subprocess.TimeoutExpired if it takes longer."""
+    return in_process(__file__, '--measure', json.dumps(dataclasses.asdict(workload)), '--steps', steps, timeout=limit)
+
+
+def measure_in_turn(workloads: Sequence[Workload], rounds: int) -> np.ndarray:
+    """Median seconds of a step, [rounds, workloads]. The first step of each turn, which finds another's data in the caches, does not count."""
+    contenders = [(workload.model(), workload.batch(), workload.iteration) for workload in workloads]
+
+    def turn(contender):
+        return statistics.median([seconds_of_step(*contender) for _ in range(4)][1:])
+
+    for contender in contenders:
+        turn(contender)
+    return np.array([[turn(contender) for contender in contenders] for _ in range(rounds)])
 
 
 def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
@@ -34,44 +100,25 @@ def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
 def measure_peer(command: str, name: str) -> float | None:
     """Seconds of a step, or None if the peer fails."""
     process = subprocess.run(shlex.split(command.replace('{}', name)), capture_output=True, text=True)
-    found = re.search(r'([\d.]+) s a step\s*$', process.stdout)
-    return float(found[1]) if found else None
+    match = re.search(r'([\d.]+) s a step\s*$', process.stdout)
+    return float(match[1]) if match else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--steps', type=int, default=10, help='steps timed in each process')
-    parser.add_argument('--peer', action='append', default=[], metavar='NAME=COMMAND')
-    parser.add_argument('--measure', choices=list(WORKLOADS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        from runtime.cli.startup import import_tensorflow
-        import_tensorflow()
-        print(json.dumps(measure(WORKLOADS[args.measure].model_config(), WORKLOADS[args.measure].batch(), args.steps)))
-        return
-
-    peers = dict(peer.split('=', 1) for peer in args.peer)
-    rates, ours = [], {name: [] for name in args.workloads}
-    theirs = {(peer, name): [] for peer in peers for name in args.workloads}
-    for _ in range(args.rounds):
-        for name in args.workloads:
+def against_the_floor(names: Sequence[str], peers: Mapping[str, str], rounds: int, steps: int) -> None:
+    """Prints a row for each workload; `peers` is {name: command}."""
+    rates, ours = [], {name: [] for name in names}
+    theirs = {(peer, name): [] for peer in peers for name in names}
+    for _ in range(rounds):
+        for name in names:
             rates.append(gemm_rate())
-            ours[name].append(in_process(__file__, '--measure', name, '--steps', args.steps))
+            ours[name].append(measure_alone(WORKLOADS[name], steps))
             for peer, command in peers.items():
                 theirs[peer, name].append(measure_peer(command, name))
-
-    report(args, statistics.median(rates), ours, theirs, peers)
-
-
-def report(args: argparse.Namespace, rate: float, ours: dict[str, list], theirs: dict[tuple[str, str], list],
-           peers: dict[str, str]) -> None:
-    """Prints the medians: a row for each workload."""
-    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {args.rounds} rounds, seconds per step')
+    rate = statistics.median(rates)
+    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {rounds} rounds, seconds per step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
           + ''.join(f'{peer:>15}' for peer in peers))
-    for name in args.workloads:
+    for name in names:
         median = {key: statistics.median(run[key] for run in ours[name]) for key in ours[name][0]}
         floor = WORKLOADS[name].flops() / rate
         row = (f'{name:12}{floor:8.3f}{median["seconds"]:8.3f}{floor / median["seconds"]:10.0%}'
@@ -81,6 +128,77 @@ def report(args: argparse.Namespace, rate: float, ours: dict[str, list], theirs:
             peer_median = statistics.median(times) if times else None
             row += f'{peer_median:9.3f} {peer_median / median["seconds"]:4.1f}x' if times else f'{"-":>15}'
         print(row, flush=True)
+
+
+def vary(workload: Workload, variants: Mapping[str, dict[str, Any]], rounds: int) -> np.ndarray:
+    """Prints the variants of a workload, {title: changes}; returns seconds a step of each."""
+    times = measure_in_turn([dataclasses.replace(workload, **changes) for changes in variants.values()], rounds)
+    medians = np.median(times, axis=0)
+    for title, seconds, ratio in zip(variants, medians, np.median(times / times[:, :1], axis=0)):
+        print(f'  {title:26}{seconds:8.3f} s{ratio:8.2f} of {next(iter(variants))}', flush=True)
+    return medians
+
+
+def draw(seconds: Mapping[str, np.ndarray], workload: Workload, path: str) -> None:
+    """Writes a picture of {quantity: seconds a step of its values in SIZES}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(3.2 * len(seconds), 3.2), layout='constrained')
+    panels = figure.subplots(1, len(seconds))
+    for axes, quantity in zip(panels, seconds):
+        axes.plot(SIZES[quantity], seconds[quantity], marker='o', color='black')
+        axes.set(xlabel=quantity, ylim=(0, None), xlim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.axvline(getattr(workload, quantity), color='grey', linestyle=':')
+    panels[0].set_ylabel('seconds per step')
+    figure.savefig(path, dpi=120)
+
+
+def many_updates(updates: Sequence[int], steps: int, limit: float) -> None:
+    """Prints first step, a step and memory of the sinusoid and of CIFAR-FS with these numbers of inner updates."""
+    print(f'{"shape":10}{"updates":>8}{"recompute":>11}{"first step":>12}{"a step":>10}{"memory":>10}')
+    for name, workload in {'sinusoid': SINUSOID, 'cifarfs': WORKLOADS['cifarfs1']}.items():
+        for number in updates:
+            for recompute in False, True:
+                head = f'{name:10}{number:8}{"yes" if recompute else "no":>11}'
+                case = dataclasses.replace(workload, num_updates=number, changes={**workload.changes, 'recompute': recompute})
+                try:
+                    result = measure_alone(case, steps, limit)
+                    print(f'{head}{result["first"]:10.1f} s{result["seconds"]:8.3f} s{result["megabytes"]:7.0f} MB', flush=True)
+                except subprocess.TimeoutExpired:
+                    print(f'{head}  not within {limit:g} s', flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--steps', type=int, default=10, help='steps timed in each process')
+    parser.add_argument('--peer', action='append', default=[], metavar='NAME=COMMAND')
+    parser.add_argument('--vary', choices=['methods', 'sizes'])
+    parser.add_argument('--plot', metavar='FILE', help='draw the curves of --vary sizes')
+    parser.add_argument('--updates', nargs='+', type=int, help='numbers of inner updates')
+    parser.add_argument('--limit', type=float, default=300, help='seconds for a case of --updates')
+    parser.add_argument('--measure', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure or args.vary:
+        from runtime.cli.startup import import_tensorflow
+        import_tensorflow()
+    if args.measure:
+        print(json.dumps(measure(Workload(**json.loads(args.measure)), args.steps)))
+    elif args.updates:
+        many_updates(args.updates, args.steps, args.limit)
+    elif args.vary:
+        for name in args.workloads:
+            print(f'{name}, {args.rounds} rounds')
+            if args.vary == 'methods':
+                vary(WORKLOADS[name], METHODS, args.rounds)
+                continue
+            seconds = {quantity: vary(WORKLOADS[name], {f'{quantity}={value}': {quantity: value} for value in values}, args.rounds)
+                       for quantity, values in SIZES.items()}
+            if args.plot:
+                draw(seconds, WORKLOADS[name], args.plot)
+    else:
+        against_the_floor(args.workloads, dict(peer.split('=', 1) for peer in args.peer), args.rounds, args.steps)
 
 
 if __name__ == '__main__':

@@ -1,26 +1,21 @@
-"""Standard meta-training steps, their arithmetic cost, this program's model on a fixed random batch of each, and how they are timed."""
+"""Standard meta-training steps: their arithmetic cost, and this program's model and a fixed random batch of each."""
 import json
 import os
 import re
-import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-STARTED = time.perf_counter()
-
-import numpy as np  # noqa: E402
+import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Second order, batch normalisation, Adam; the flags' names where they have one."""
+    """Second order, batch normalisation, Adam, if `changes` do not say otherwise; the flags' names where they have one."""
     num_classes: int
     update_batch_size: int
     query_shots: int
@@ -30,15 +25,18 @@ class Workload:
     num_filters: int
     max_pool: bool
     meta_batch_size: int
+    iteration: int = 0      # of the steps
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of other fields of the ModelConfig
 
-    def model_config(self) -> Any:
-        """The maml.ModelConfig."""
-        from maml import ModelConfig
-        return ModelConfig(
+    def model(self, replicas: Any = None) -> Any:
+        """The maml.MAML."""
+        from maml import MAML, ModelConfig
+        config = ModelConfig(
             dim_input=int(np.prod(self.image_shape)), dim_output=self.num_classes, loss='xent',
             update_batch_size=self.update_batch_size, update_lr=self.update_lr, num_updates=self.num_updates,
-            image_shape=self.image_shape, num_filters=self.num_filters, max_pool=self.max_pool,
+            image_shape=tuple(self.image_shape), num_filters=self.num_filters, max_pool=self.max_pool,
             head='flatten' if self.max_pool else 'mean', clip=10.0 if self.max_pool else None)
+        return MAML(replace(config, **self.changes), replicas=replicas)
 
     def batch(self) -> Any:
         """A TaskBatch of noise; classes in turn."""
@@ -75,6 +73,7 @@ WORKLOADS = {
     'omniglot20': Workload(20, 1, 1, 5, 0.1, (28, 28, 1), 64, False, 16),
     'cifarfs1': Workload(5, 1, 15, 5, 0.01, (32, 32, 3), 32, True, 4),
 }
+SINUSOID = Workload(1, 10, 10, 1, 1e-3, (1, 1, 1), 0, False, 25, changes={'image_shape': None, 'loss': 'mse', 'norm': 'None'})
 
 
 def in_process(script: str, *arguments: Any, timeout: float | None = None) -> Any:
@@ -87,34 +86,3 @@ def anonymous_megabytes(process: int | str = 'self') -> float:
     """Resident memory of a process that is not of files."""
     with open(f'/proc/{process}/status', encoding='ascii') as file:
         return int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1]) / 1024
-
-
-def seconds_of_step(model: Any, batch: Any, iteration: int = 0) -> float:
-    """Seconds of one meta-training step, its metrics fetched."""
-    start = time.perf_counter()
-    {key: float(value) for key, value in model.metatrain_step(batch, iteration).items()}
-    return time.perf_counter() - start
-
-
-def measure(config: Any, batch: Any, steps: int) -> dict[str, float]:
-    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
-    from maml import MAML
-    model = MAML(config)
-    seconds_of_step(model, batch)
-    first = time.perf_counter() - STARTED
-    seconds = statistics.median(seconds_of_step(model, batch) for _ in range(steps))
-    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def measure_in_turn(contenders: Sequence[tuple[Any, Any, int]], rounds: int) -> np.ndarray:
-    """Median seconds of a step, [rounds, contenders]. The first step of each turn, which finds another's data in the caches, does not count.
-
-    Args:
-        contenders: models, their batches and the iterations at which they are.
-    """
-    def turn(contender):
-        return statistics.median([seconds_of_step(*contender) for _ in range(4)][1:])
-
-    for contender in contenders:
-        turn(contender)
-    return np.array([[turn(contender) for contender in contenders] for _ in range(rounds)])
