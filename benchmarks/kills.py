@@ -293,6 +293,8 @@ def main() -> None:
     parser.add_argument('--kills', type=int, default=250)
     parser.add_argument('--seed', type=int, default=0, help='of the moments and signals')
     options = parser.parse_args()
+    from runtime.cli.startup import import_tensorflow
+    import_tensorflow()
     rng, wrong = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         write_images(os.path.join(folder, 'data'), classes=20, images=4)
