@@ -114,20 +114,23 @@ def against_the_floor(names: Sequence[str], peers: Mapping[str, str], rounds: in
             ours[name].append(measure_alone(WORKLOADS[name], steps))
             for peer, command in peers.items():
                 theirs[peer, name].append(measure_peer(command, name))
-    rate = statistics.median(rates)
-    print(f'GEMM {rate / 1e9:.0f} GFLOP/s; medians of {rounds} rounds, seconds per step')
+    print(f'GEMM {statistics.median(rates) / 1e9:.0f} GFLOP/s; medians of {rounds} rounds, seconds per step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
           + ''.join(f'{peer:>15}' for peer in peers))
     for name in names:
-        median = {key: statistics.median(run[key] for run in ours[name]) for key in ours[name][0]}
-        floor = WORKLOADS[name].flops() / rate
-        row = (f'{name:12}{floor:8.3f}{median["seconds"]:8.3f}{floor / median["seconds"]:10.0%}'
-               f'{WORKLOADS[name].meta_batch_size / median["seconds"]:9.0f}{median["megabytes"]:7.0f}{median["first"]:12.1f}')
-        for peer in peers:
-            times = [seconds for seconds in theirs[peer, name] if seconds is not None]
-            peer_median = statistics.median(times) if times else None
-            row += f'{peer_median:9.3f} {peer_median / median["seconds"]:4.1f}x' if times else f'{"-":>15}'
-        print(row, flush=True)
+        print(row(name, statistics.median(rates), ours[name], [theirs[peer, name] for peer in peers]), flush=True)
+
+
+def row(name: str, rate: float, ours: Sequence[Mapping[str, float]], theirs: Sequence[Sequence[float | None]]) -> str:
+    """Text: the medians of a workload, of this program and of each peer."""
+    median = {key: statistics.median(run[key] for run in ours) for key in ours[0]}
+    floor = WORKLOADS[name].flops() / rate
+    text = (f'{name:12}{floor:8.3f}{median["seconds"]:8.3f}{floor / median["seconds"]:10.0%}'
+            f'{WORKLOADS[name].meta_batch_size / median["seconds"]:9.0f}{median["megabytes"]:7.0f}{median["first"]:12.1f}')
+    for times in theirs:
+        peer = statistics.median(times) if None not in times else None
+        text += f'{peer:9.3f} {peer / median["seconds"]:4.1f}x' if peer else f'{"-":>15}'
+    return text
 
 
 def vary(workload: Workload, variants: Mapping[str, dict[str, Any]], rounds: int) -> np.ndarray:
