@@ -10,13 +10,10 @@ Images must be prepared under data/; missing sources are skipped.
   start       from the start of the process to the end of one iteration, validation and saving included
   sinusoid    70,000 iterations of the 10-shot sinusoid, the whole process
   evaluation  600 tasks of 1-shot MiniImagenet, 10 updates, the whole process, from weights of one iteration
-  growth      memory and open files of 100,000 iterations of the sinusoid (Linux only)
-  packed      start-up and memory on 200,000 generated images in packed arrays, as usual and with --verify (Linux only)
-
-Memory is the process's own: not that of files, whose unused pages the system reclaims.
+  growth      memory (but for files, whose unused pages the system reclaims) and open files of 100,000 iterations of the
+              sinusoid; Linux only
 """
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -26,9 +23,7 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
-from workloads import anonymous_megabytes, in_process
+from workloads import in_process
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MAIN = os.path.join(ROOT, 'main.py')
@@ -43,7 +38,6 @@ TRAINING = {
 }
 WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluation': ('mini1', 1)}
 GROWTH_ITERATIONS, GROWTH_REPORTS = 105_000, {5_000, *range(20_000, 100_001, 20_000)}  # the process still runs at the last one
-PACKED_SHAPE, PACKED_CLASSES, PER_CLASS = (84, 84, 3), 200, 1000
 
 
 def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
@@ -115,55 +109,22 @@ def report_growth() -> None:
         for line in process.stdout:
             match = re.match(r'Iteration (\d+):', line)
             if match and int(match[1]) in GROWTH_REPORTS:
-                print(f'growth      {int(match[1]):7} iterations: {anonymous_megabytes(process.pid):6.1f} MB, '
+                with open(f'/proc/{process.pid}/status', encoding='ascii') as file:
+                    kilobytes = int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1])
+                print(f'growth      {int(match[1]):7} iterations: {kilobytes / 1024:6.1f} MB, '
                       f'{len(os.listdir(f"/proc/{process.pid}/fd"))} open files', flush=True)
         process.wait()
 
 
-def write_packed(folder: str) -> None:
-    """Packs images of noise, each of one of 256 patterns, as tieredImageNet's."""
-    from data import packing, preparation
-    patterns = np.random.default_rng(0).integers(0, 256, (256, *PACKED_SHAPE), np.uint8)
-    names = [f'train/class{number:04d}' for number in range(PACKED_CLASSES)]
-    args = preparation.arguments('', '', folder).parse_args([])
-    packing.pack({name: packing.ImageList(PER_CLASS, lambda number: patterns[number % 256]) for name in names},
-                 {name: preparation.Class('train', PER_CLASS) for name in names}, PACKED_SHAPE, args)
-
-
-def measure_packed(folder: str, verify: bool) -> list[float]:
-    """[seconds until tasks can be drawn, seconds for a meta-batch of 4 tasks, MB more memory]."""
-    from data_generator import SOURCES, TaskConfig
-    source = dataclasses.replace(SOURCES['tieredimagenet'], verify=verify)
-    before, start = anonymous_megabytes(), time.perf_counter()
-    tasks = source.tasks(TaskConfig(num_classes=5, update_batch_size=1, query_shots=15, seed=0, data_path=folder), 'train')
-    loaded = time.perf_counter()
-    for batch in range(100):
-        tasks.draw(4 * batch, 4)
-    return [loaded - start, (time.perf_counter() - loaded) / 100, anonymous_megabytes() - before]
-
-
-def report_packed() -> None:
-    """Prints a line for each way to load packed arrays, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_packed(folder)
-        for how in 'as usual', 'verify':
-            loaded, drawing, megabytes = in_process(__file__, '--measure', how, '--folder', folder)
-            print(f'packed      {how}: {loaded:.3f} s until tasks can be drawn, {drawing * 1000:.1f} ms for a meta-batch of 4 tasks, '
-                  f'{megabytes:.0f} MB more memory', flush=True)
-
-
 def main() -> None:
-    reports = {'pipeline': report_pipeline, 'growth': report_growth, 'packed': report_packed}
-    names = ['pipeline', *WHOLE, 'growth', 'packed']
+    reports = {'pipeline': report_pipeline, 'growth': report_growth}
+    names = ['pipeline', *WHOLE, 'growth']
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', choices=names, default=names)
     parser.add_argument('--rounds', type=int, default=3, help='of the whole processes')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
-    parser.add_argument('--folder', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.folder:
-        print(json.dumps(measure_packed(args.folder, args.measure == 'verify')))
-    elif args.measure:
+    if args.measure:
         print(json.dumps(measure_pipeline(args.measure)))
     else:
         for name in args.only:

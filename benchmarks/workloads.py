@@ -1,7 +1,6 @@
 """Standard meta-training steps: their arithmetic cost, and this program's model and a fixed random batch of each."""
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -80,9 +79,3 @@ def in_process(script: str, *arguments: Any, timeout: float | None = None) -> An
     """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes longer."""
     process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout)
     return json.loads(process.stdout.splitlines()[-1])
-
-
-def anonymous_megabytes(process: int | str = 'self') -> float:
-    """Resident memory of a process that is not of files."""
-    with open(f'/proc/{process}/status', encoding='ascii') as file:
-        return int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1]) / 1024
