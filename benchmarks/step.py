@@ -5,6 +5,7 @@
     python benchmarks/step.py --vary methods --workloads cifarfs1 omniglot20            each method against MAML
     python benchmarks/step.py --vary sizes --workloads cifarfs1 --plot sweep.png        other meta-batches, shots, updates and filters
     python benchmarks/step.py --updates 5 20 50 200         many inner updates, with and without --recompute
+    python benchmarks/step.py --processes --workloads omniglot5 mini1       two processes on two cores
 
 Against the floor, in each round every contender runs every workload once, in separate processes, one after the other; the GEMM
 rate that sets the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands
@@ -14,15 +15,22 @@ With --vary, all variants of a workload are compiled in one process; then each t
 medians, and the median over rounds of the ratio to the first variant's steps of the same round.
 
 With --updates, every case runs in a separate process; one that takes longer than --limit seconds is stopped and reported.
+
+With --processes, a whole meta-batch and half of it are computed by one process on one core, and the whole by two processes, a core
+each. The bytes that a step has to send are computed, 8 for each weight and score. Linux only.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import resource
 import shlex
+import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,17 +69,43 @@ def seconds_of_step(model: Any, batch: Any, iteration: int) -> float:
 
 
 def measure(workload: Workload, steps: int) -> dict[str, float]:
-    """Seconds of a step (median), seconds from process start to the end of the first one, and peak memory in MB."""
-    model, batch = workload.model(), workload.batch()
+    """Seconds of a step (median), seconds from process start to the end of the first one, peak memory in MB, and KiB to send a step.
+
+    If TF_CONFIG says so, it is a step of several processes, of which each has such a workload.
+    """
+    from runtime.cli.startup import import_tensorflow
+    from runtime.cli.workers import cluster_from_environment
+    replicas = import_tensorflow('auto', cluster_from_environment('auto'))
+    model, batch = workload.model(replicas), replicas.distribute(lambda replica: workload.batch())
     seconds_of_step(model, batch, workload.iteration)
     first = time.perf_counter() - STARTED
     seconds = statistics.median(seconds_of_step(model, batch, workload.iteration) for _ in range(steps))
-    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    weights = sum(int(variable.shape.num_elements()) for variable in (*model.weights.values(), *model.norm_params.values()))
+    return {'seconds': seconds, 'first': first, 'megabytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            'sent': 8 * (weights + 5) / 1024}
 
 
 def measure_alone(workload: Workload, steps: int, limit: float | None = None) -> dict[str, float]:
     """`measure` in a process of its own; raises subprocess.TimeoutExpired if it takes longer."""
     return in_process(__file__, '--measure', json.dumps(dataclasses.asdict(workload)), '--steps', steps, timeout=limit)
+
+
+def measure_on_cores(workload: Workload, steps: int, processes: int) -> dict[str, float]:
+    """`measure` in the first of some processes that share a step, each with such a workload and a core."""
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.socket()) for _ in range(processes)]
+        for port in ports:
+            port.bind(('localhost', 0))
+        hosts = [f'localhost:{port.getsockname()[1]}' for port in ports]
+    arguments, running = ['--measure', json.dumps(dataclasses.asdict(workload)), '--steps', str(steps)], []
+    for index, core in zip(range(processes), sorted(os.sched_getaffinity(0))):
+        cluster = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
+        running.append(subprocess.Popen(['taskset', '-c', str(core), sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | {'TF_CONFIG': cluster} if processes > 1 else None))
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        sys.exit('step.py: a measurement failed')
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def measure_in_turn(workloads: Sequence[Workload], rounds: int) -> np.ndarray:
@@ -171,6 +205,18 @@ def many_updates(updates: Sequence[int], steps: int, limit: float) -> None:
                     print(f'{head}  not within {limit:g} s', flush=True)
 
 
+def scaling(name: str, rounds: int, steps: int) -> None:
+    """Prints the gain of a second process."""
+    workload, tasks = WORKLOADS[name], WORKLOADS[name].meta_batch_size
+    part = dataclasses.replace(workload, meta_batch_size=tasks // 2)
+    results = [[measure_on_cores(workload, steps, 1), measure_on_cores(part, steps, 1), measure_on_cores(part, steps, 2)]
+               for _ in range(rounds)]
+    whole, half, two = (statistics.median(result['seconds'] for result in column) for column in zip(*results))
+    print(f'{name}: {results[0][0]["sent"]:.0f} KiB to send per step\n'
+          f'  {tasks} tasks: {whole:.3f} s in one process; {two:.3f} s in two, {tasks // 2} tasks and a core each: '
+          f'{half / two:.0%} efficient (one process with {tasks // 2} tasks takes {half:.3f} s)', flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workloads', nargs='+', choices=list(WORKLOADS), default=list(WORKLOADS))
@@ -181,16 +227,19 @@ def main() -> None:
     parser.add_argument('--plot', metavar='FILE', help='draw the curves of --vary sizes')
     parser.add_argument('--updates', nargs='+', type=int, help='numbers of inner updates')
     parser.add_argument('--limit', type=float, default=300, help='seconds for a case of --updates')
+    parser.add_argument('--processes', action='store_true', help='compare one process with two')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure or args.vary:
-        from runtime.cli.startup import import_tensorflow
-        import_tensorflow()
     if args.measure:
         print(json.dumps(measure(Workload(**json.loads(args.measure)), args.steps)))
     elif args.updates:
         many_updates(args.updates, args.steps, args.limit)
+    elif args.processes:
+        for name in args.workloads:
+            scaling(name, args.rounds, args.steps)
     elif args.vary:
+        from runtime.cli.startup import import_tensorflow
+        import_tensorflow()
         for name in args.workloads:
             print(f'{name}, {args.rounds} rounds')
             if args.vary == 'methods':
