@@ -272,8 +272,10 @@ def torture(part: Part, kills: int, rng: random.Random) -> tuple[int, list[str]]
     """Kills processes of a part: how many were running, and what was wrong afterwards. Then it is run to its end, which must succeed."""
     def run_to_end():
         started = time.monotonic()
-        part.check(Outcome(None, 0, run(part.command())))
-        return time.monotonic() - started
+        output = run(part.command())
+        seconds = time.monotonic() - started
+        part.check(Outcome(None, 0, output))
+        return seconds
 
     usual, met, failures = run_to_end(), 0, []
     for _ in range(kills):
