@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from conftest import error_of, run_ok, write_image_tree
-from data_generator import TaskBatch
 
 FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
 
@@ -106,9 +105,9 @@ def test_names_that_are_hard_to_draw(trained, folders):
 
 
 def test_many_images_at_a_time(trained, folders, monkeypatch):
-    from runtime.jobs import predict as prediction
+    from runtime.jobs import learner
     _, once = predict(trained, *folders)
-    monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 4)
+    monkeypatch.setattr(learner, 'ROWS_AT_A_TIME', 4)
     _, parts = predict(trained, *folders)
     np.testing.assert_allclose(np.array([row[3:] for row in parts[1:]], float), np.array([row[3:] for row in once[1:]], float),
                                atol=2e-4)
@@ -116,17 +115,17 @@ def test_many_images_at_a_time(trained, folders, monkeypatch):
 
 @pytest.mark.parametrize('query_norm, sizes', [('batch', [7]), ('support', [3, 2, 2]), ('each', [3, 2, 2])])
 def test_independent_images_take_bounded_memory(query_norm, sizes, monkeypatch):
-    from runtime.jobs import predict as prediction
-    monkeypatch.setattr(prediction, 'QUERIES_AT_A_TIME', 3)
+    from runtime.jobs import learner
+    monkeypatch.setattr(learner, 'ROWS_AT_A_TIME', 3)
     seen = []
 
-    def predict(batch, num_updates):
-        seen.append(batch.query_x.shape[1])
-        return types.SimpleNamespace(post=batch.query_y[None])
+    def outputs(predictor, rows, tensors):
+        seen.append(len(rows))
+        return rows
 
-    model = types.SimpleNamespace(config=types.SimpleNamespace(query_norm=query_norm), predict=predict)
-    batch = TaskBatch(*(np.arange(7.0).reshape(1, 7, 1) for _ in range(4)))
-    assert prediction.outputs(model, batch, 1)[:, 0].tolist() == list(range(7)) and seen == sizes
+    monkeypatch.setattr(learner.Predictor, '_outputs', outputs)
+    predictor = learner.Predictor(types.SimpleNamespace(query_norm=query_norm), [{}], None, None, learner.Inputs(1, None, False, None))
+    assert predictor(np.arange(7.0).reshape(7, 1))[:, 0].tolist() == list(range(7)) and seen == sizes
 
 
 def test_refusals(trained, folders, tmp_path):

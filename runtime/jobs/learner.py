@@ -86,22 +86,24 @@ class Learner:
         Raises:
             UserError: arrays have another shape than the source's, or there are more classes than outputs.
         """
-        from runtime.jobs.ensemble import Ensemble
         x, labels = self._inputs.rows(support_x), np.asarray(support_y)
         if len(x) != len(labels) or not len(x):
             raise UserError(f'support_x has {len(x)} rows and support_y {len(labels)}; they must have the same number, '
                             'at least 1')
-        classes, changes = None, {}
-        if self._run.model.loss == 'xent':
-            names, indices = np.unique(labels, return_inverse=True)
-            if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
-                raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape '
-                                f'{list(labels.shape)} and {len(names)} different values')
-            classes, y = names.tolist(), np.eye(len(names), dtype=np.float32)[indices]
-            changes = {'dim_output': len(names), 'update_batch_size': len(x) / len(names)}
-        else:
-            y = self._inputs.targets(labels, self.num_outputs)
-        model = self.model.variant(query_norm=self._run.query_norms[0], **changes)
+        if self._run.model.loss == 'mse':
+            return self.adapt_rows(x, self._inputs.targets(labels, self.num_outputs), None, updates)
+        names, indices = np.unique(labels, return_inverse=True)
+        if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
+            raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape '
+                            f'{list(labels.shape)} and {len(names)} different values')
+        return self.adapt_rows(x, np.eye(len(names), dtype=np.float32)[indices], names.tolist(), updates)
+
+    def adapt_rows(self, x: np.ndarray, y: np.ndarray, classes: list | None, updates: int | None = None) -> Predictor:
+        """`adapt` to rows as the network has them, x [rows, dim_input] and y [rows, dim_output]; `classes` are named in its order."""
+        from runtime.jobs.ensemble import Ensemble
+        # If classes have different numbers of shots, the loss is divided by the mean.
+        shape = {'dim_output': len(classes), 'update_batch_size': len(x) / len(classes)} if classes else {}
+        model = self.model.variant(query_norm=self._run.query_norms[0], **shape)
         members = model.members() if isinstance(model, Ensemble) else [model]
         updates = self.updates if updates is None else updates
         return Predictor(model.config, [adapted_tensors(member, x, y, updates) for member in members], x, classes, self._inputs)
@@ -137,8 +139,11 @@ class Predictor:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; errors as of `adapt`."""
+        return self.of_rows(self.inputs.rows(x))
+
+    def of_rows(self, rows: np.ndarray) -> np.ndarray:
+        """As by a call, of rows as the network has them, [rows, dim_input]."""
         from scipy.special import softmax
-        rows = self.inputs.rows(x)
         parts = 1 if self.config.query_norm == 'batch' else -(-len(rows) // ROWS_AT_A_TIME) or 1
         outputs = np.concatenate([np.mean([self._outputs(part, tensors) for tensors in self.members], axis=0)
                                   for part in np.array_split(rows, parts)])

@@ -1,22 +1,17 @@
 """Predictions for the user's own images or rows, by a trained model that is adapted to some of them."""
-import math
 import os
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import softmax
 
-from maml import MAML
 from runtime.cli.run import Trained
 from runtime.datasets.tables import Columns
-from runtime.datasets.tasks import TaskBatch, UserTask
-from runtime.jobs.ensemble import Ensemble
-from runtime.jobs.evaluate import restore
+from runtime.datasets.tasks import UserTask
+from runtime.jobs.learner import Learner
 from runtime.results import plots
 from runtime.system.errors import UserError
 from runtime.system.files import write_csv
 
-QUERIES_AT_A_TIME = 200  # if they do not depend on each other
 SHOWN, WIDEST = 10, 60  # predictions on the console, characters of a name there
 
 
@@ -36,13 +31,14 @@ def predict(run: Trained, task: UserTask) -> None:
 
     Raises UserError as `evaluate`, or if there are more classes than the network has outputs.
     """
-    model, prefix = _model(run, task)
-    values = outputs(model, task.batch, run.test_updates)
-    if task.classes:
-        values = softmax(values, axis=-1)
-        predictions = of_classes(task, values)
-    else:
-        predictions = of_targets(task, values.astype(float), run.source.files.columns)
+    way = len(task.classes)
+    if way > run.num_outputs:
+        raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or '
+                        f'train with --num_classes={way}')
+    learner = Learner(run)
+    predictor = learner.adapt_rows(task.batch.support_x[0], task.batch.support_y[0], task.classes or None)
+    values = predictor.of_rows(task.batch.query_x[0])
+    predictions = of_classes(task, values) if task.classes else of_targets(task, values, run.source.files.columns)
     path = os.path.join(run.directory, f'predict_{task.name}' + ('_querynormbatch' if run.query_norms[0] == 'batch' else ''))
     rows = [[*task.columns, *predictions.columns], *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))]
     written = path + '.csv'
@@ -54,26 +50,14 @@ def predict(run: Trained, task: UserTask) -> None:
     if run.source.image_shape:
         plots.save(plots.prediction_sheet(task, run.source, values), f'{path}.{run.plot_format}')
         written += f' and .{run.plot_format}'
-    way = f' of {len(task.classes)} classes' if task.classes else ''
-    print(f'{prefix}, adapted to {task.batch.support_x.shape[1]} {task.unit}s{way} by {run.test_updates} updates\n')
+    of_classes_text = f' of {way} classes' if way else ''
+    print(f'{learner.checkpoint}, adapted to {task.batch.support_x.shape[1]} {task.unit}s{of_classes_text} by {run.test_updates} updates\n')
     width = max(map(len, task.names[:SHOWN]))
     for name, line in list(zip(task.names, predictions.lines))[:SHOWN]:
         print(f'  {name:{width}}  {line}')
     if len(task.names) > SHOWN:
         print(f'  and {len(task.names) - SHOWN} more, all in the csv file')
     print(f'\n{predictions.summary}Written: {written}')
-
-
-def _model(run: Trained, task: UserTask) -> tuple[MAML | Ensemble, str]:
-    """The trained network, with outputs for as many classes as a task has, and its checkpoint's prefix."""
-    way, support_rows = len(task.classes), task.batch.support_x.shape[1]
-    if way > run.num_outputs:
-        raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or '
-                        f'train with --num_classes={way}')
-    model, prefix, *_ = restore(run)
-    # The loss is divided by the shots; if classes have different numbers of them, by the mean.
-    shape = {'dim_output': way, 'update_batch_size': support_rows / way} if way else {}
-    return model.variant(query_norm=run.query_norms[0], **shape), prefix
 
 
 def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
@@ -89,9 +73,9 @@ def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
         f'{sum(hits)} of {len(hits)} labelled {task.unit}s classified correctly ({sum(hits) / len(hits):.1%})\n' if hits else '')
 
 
-def of_targets(task: UserTask, standardised: np.ndarray, columns: Columns) -> Predictions:
-    """Predictions of targets, in their own units, from the network's outputs, [queries, targets]."""
-    values, summary = columns.restore_targets(standardised), ''
+def of_targets(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
+    """Predictions of targets, in their own units, [queries, targets]."""
+    summary = ''
     if task.known.all():
         errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
         texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
@@ -99,12 +83,3 @@ def of_targets(task: UserTask, standardised: np.ndarray, columns: Columns) -> Pr
     cells = [[f'{value:.6g}' for value in row] for row in values]
     lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]
     return Predictions([f'predicted {name}' for name in columns.targets], cells, lines, summary)
-
-
-def outputs(model: MAML, batch: TaskBatch, num_updates: int) -> np.ndarray:
-    """The network's outputs for the query rows of one task, a TaskBatch, after inner updates: [rows, dim_output]."""
-    rows = batch.query_x.shape[1]
-    count = math.ceil(rows / QUERIES_AT_A_TIME) if model.config.query_norm != 'batch' else 1  # else rows are independent
-    parts = [TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, part], batch.query_y[:, part])
-             for part in np.array_split(np.arange(rows), count)]
-    return np.concatenate([model.predict(part, num_updates).post[-1][0] for part in parts])
