@@ -154,6 +154,7 @@ strings('across', None, 'instead of training or evaluating: run folders, or fold
         'tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
        'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')
+string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
        "for each run and number of updates, or evaluation; 'latex': a tabular environment", only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
@@ -179,9 +180,9 @@ group('Help')
 def compare(values: dict[str, Any], folders: list[str]) -> None:
     """Prints a comparison of the folders after --compare or --across, and of those that follow."""
     from runtime.results import across, compare
-    action = compare.compare if values['across'] is None else across.across
     folders = [*(values['compare'] or values['across']), *folders]
-    print(action(folders, values['plot'], values['format'], values['plot_format'], values['checkpoints']))
+    options = values['plot'], values['format'], values['plot_format'], values['checkpoints']
+    print(across.across(folders, *options) if values['compare'] is None else compare.compare(folders, *options, values['against']))
 
 
 def execute(run: Run, data: Any) -> None:

@@ -56,6 +56,11 @@ def check_comparison(line: CommandLine) -> None:
     others = sorted(name for name in line.given - {action, 'plot', 'plot_format'} if 'comparison' not in ONLY.get(name, ()))
     if others:
         raise UserError(f'--{others[0]} cannot be combined with --{action}')
+    against = line.values['against']
+    if against and (action == 'across' or not line.values['plot']):
+        raise UserError(f'--against={against} is for --compare with --plot')
+    if against and against not in {*LEARNING, 'pretrain_iterations', 'metatrain_iterations', 'test_updates'}:
+        raise UserError(f'--against={against} is no flag of a training; one that is: --against=update_lr')
 
 
 def _all_different(listed):
