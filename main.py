@@ -87,13 +87,14 @@ real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learnin
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
+number('validation_tasks', 100, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
-boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
-boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
-boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
+boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
+boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
+boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'))
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')

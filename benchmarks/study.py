@@ -97,7 +97,8 @@ def call(arguments: Sequence[str]) -> int:
         received.append(number)
         process.send_signal(number)
 
-    handlers = {number: signal.signal(number, pass_on) for number in TERMINATION_SIGNALS}
+    handlers = {number: signal.signal(number, pass_on) for number in TERMINATION_SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
     try:
         status = process.wait()
     finally:
