@@ -87,7 +87,7 @@ real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learnin
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
-number('validation_tasks', 100, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
+number('validation_tasks', 300, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "

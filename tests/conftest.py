@@ -24,6 +24,7 @@ import compiled_models  # noqa: E402
 
 from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
+from runtime.jobs import train as training  # noqa: E402
 from runtime.results import store  # noqa: E402
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
@@ -145,6 +146,7 @@ def eager():
 @pytest.fixture
 def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
+    monkeypatch.setattr(training, 'REPORTED_TASKS', 10)
     monkeypatch.setattr(program_flags.FLAGS['validation_tasks'], 'default', 10)
     monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
     monkeypatch.setattr(program_flags.FLAGS['num_test_tasks'], 'default', 40)

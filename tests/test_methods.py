@@ -623,7 +623,7 @@ def test_parts_of_the_support_rows_in_evaluation(tmp_path):
 
 
 def preset(*flags):
-    return resolve(main.parse(['main.py', *flags])).values
+    return resolve(main.parse(['main.py', '--datasource=omniglot', *flags])).values
 
 
 def title(*flags):
@@ -671,7 +671,7 @@ def test_a_flag_that_a_preset_sets_is_named(flags, hint):
 
 @pytest.mark.parametrize('given, dropped', [
     (['--method=maml++'], ['num_filters', 'mean_loss']), (['--method=boil', '--norm=None'], ['mean_loss', 'adapt_norm', 'norm_scale']),
-    (['--method=maml++', '--datasource=omniglot'], []), (['--method=maml++', '--datasource=omniglot', '--conv=False'], ['num_filters']),
+    (['--method=maml++', '--datasource=omniglot'], []),
     (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale'])])
 def test_a_preset_drops_what_has_no_meaning(given, dropped):
     """For the source, or the network; the same flag is refused where the user gives it."""

@@ -190,6 +190,14 @@ def test_starting_anew_puts_the_summaries_aside(tmp_path):
     assert len(list(directory_of(tmp_path).glob('events*'))) == len(list(directory_of(tmp_path).glob('earlier1/events*'))) == 1
 
 
+def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch):
+    counts, evaluate_tasks = [], training.evaluate_tasks
+    monkeypatch.setattr(training, 'evaluate_tasks', lambda model, tasks, count, *more: counts.append(count) or evaluate_tasks(model, tasks, count, *more))
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=4', '--save_interval=2', '--validation_tasks=7')
+    assert counts == [7, 7] and re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
+    assert '--validation_tasks=7' in (directory_of(tmp_path) / 'run.flags').read_text()
+
+
 def test_a_score_that_is_no_number_is_not_the_best():
     def ranked(count, *scores, metric='loss'):
         ranking, run = [], types.SimpleNamespace(metric=metric, ensemble=count)

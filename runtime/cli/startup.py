@@ -14,7 +14,7 @@ from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError, first_line
 from runtime.system.interruption import TERMINATION_SIGNALS
 
-SHOWN_BYTES = 4000  # of what libraries print before they abort
+SHOWN_BYTES = 20000  # of what libraries print before they abort
 _STARTED = b'\0started\0'
 
 

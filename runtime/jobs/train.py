@@ -32,6 +32,7 @@ from runtime.system.progress import Progress
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
+REPORTED_TASKS = 100  # of a validation that only reports; those of checkpoints, which choose, are on --validation_tasks
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
 
@@ -199,6 +200,7 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
             progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
             score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
+            progress.announce('')
             if saving:
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
 
@@ -237,10 +239,11 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.unprinted += metrics[finite].tolist()
 
 
+@np.errstate(all='ignore')  # adaptation diverged on some tasks
 def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
     """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
-    metrics = evaluate_tasks(model, tasks, run.validation_tasks, max(run.model.num_updates, run.source.validation_updates))
+    metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
