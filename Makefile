@@ -2,6 +2,7 @@
 # make check:  lint, types and the tests that need no compilation, for every edit (under a minute).
 # make test:   all tests but the slow ones (under 6 minutes); make test TESTS= : the slow ones too.
 # make omniglot: fetches and prepares Omniglot, and evaluates the shipped 5-way 1-shot model on it.
+# make study RUNS="FILE ..." VARY="NAME=VALUE,... ...": trains and evaluates files of flags times values of flags (docs/study.md).
 # make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
 # make zoo:    evaluates the models in logs/ again and compares the figures with those recorded.
 # All work on a fresh machine with Python 3.10 or newer: they make a virtual environment in .venv first.
@@ -14,7 +15,7 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 # Tests of one file run in one process: they share compiled models and runs.
 TESTS ?= -m "not slow" --dist loadfile
 
-.PHONY: demo omniglot check test table zoo clean
+.PHONY: demo omniglot check test study table zoo clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
@@ -31,6 +32,9 @@ check: $(VENV)/tested
 
 test: $(VENV)/tested
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(TESTS) tests
+
+study: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/study.py $(RUNS) $(VARY:%=--vary %) $(FLAGS)
 
 table: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/table.py

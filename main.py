@@ -87,13 +87,14 @@ real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learnin
 number('num_updates', 1, 'inner updates during training', 1, Learning())
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
+number('validation_tasks', 300, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
-boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
-boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
-boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
+boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
+boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
+boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
        "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'))
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
@@ -154,6 +155,7 @@ strings('across', None, 'instead of training or evaluating: run folders, or fold
         'tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
        'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')
+string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
 choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
        "for each run and number of updates, or evaluation; 'latex': a tabular environment", only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
@@ -179,9 +181,9 @@ group('Help')
 def compare(values: dict[str, Any], folders: list[str]) -> None:
     """Prints a comparison of the folders after --compare or --across, and of those that follow."""
     from runtime.results import across, compare
-    action = compare.compare if values['across'] is None else across.across
     folders = [*(values['compare'] or values['across']), *folders]
-    print(action(folders, values['plot'], values['format'], values['plot_format'], values['checkpoints']))
+    options = values['plot'], values['format'], values['plot_format'], values['checkpoints']
+    print(across.across(folders, *options) if values['compare'] is None else compare.compare(folders, *options, values['against']))
 
 
 def execute(run: Run, data: Any) -> None:

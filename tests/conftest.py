@@ -146,7 +146,8 @@ def eager():
 @pytest.fixture
 def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
-    monkeypatch.setattr(training, 'VALIDATION_TASKS', 10)
+    monkeypatch.setattr(training, 'REPORTED_TASKS', 10)
+    monkeypatch.setattr(program_flags.FLAGS['validation_tasks'], 'default', 10)
     monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
     monkeypatch.setattr(program_flags.FLAGS['num_test_tasks'], 'default', 40)
 

@@ -154,6 +154,22 @@ def test_printing_where_nothing_can_be_printed(trained, tmp_path):
     assert re.search(r' 1  [ \d.]+ \+- [\d.]+', outputs['ascii'][0])
 
 
+@pytest.mark.parametrize('ending, status, words', [
+    ('ctypes.CDLL(None).abort()', -signal.SIGABRT, 'fatal: no such flag\nmain.py: the program was ended while TensorFlow started, see above\n'),
+    ('sys.exit(3)', 3, ''), ('None', 0, '')])
+def test_what_a_library_says_before_it_aborts_is_shown(ending, status, words):
+    """While TensorFlow starts, its notices are hidden; not the last, if it ends the program."""
+    program = f"""
+import ctypes, os, sys
+from runtime.cli import startup
+with startup._hidden_stderr():
+    os.write(2, b'fatal: no such flag\\n')
+    {ending}
+"""
+    process = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (process.returncode, process.stderr) == (status, words)
+
+
 # Pipes in the place of files
 
 @pytest.fixture

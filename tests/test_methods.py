@@ -20,7 +20,7 @@ from conftest import ROOT, error_of, results_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, loop_of, objective, weights_at
 from networks import network_of
-from runtime.cli import methods, workers
+from runtime.cli import flags, methods, rules, startup, workers
 from runtime.cli.request import resolve
 from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
@@ -564,7 +564,7 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     together, best = results_of(directory)
     assert len(together.ensemble) == 2 and together.ensemble[0] == best.iterations and best.ensemble == []
     assert together.is_best and best.is_best and together.setting.headline_updates == 5 and together.training.method.startswith('MAML++ with')
-    assert '--ensemble=3 needs as many checkpoints' in error_of(*evaluation, '--ensemble=3')
+    assert '--ensemble=3: all 2 checkpoints that were validated and kept' in run_ok(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
 
@@ -623,7 +623,7 @@ def test_parts_of_the_support_rows_in_evaluation(tmp_path):
 
 
 def preset(*flags):
-    return resolve(main.parse(['main.py', *flags])).values
+    return resolve(main.parse(['main.py', '--datasource=omniglot', *flags])).values
 
 
 def title(*flags):
@@ -642,8 +642,8 @@ def test_presets_are_the_table_and_flags_override_them():
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm needs'),
-    (['--norm=None', '--norm_per_step'], '--norm_per_step needs'), (['--mean_loss'], '--mean_loss is for classification'),
+    (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm is for networks with a normalisation'),
+    (['--norm=None', '--norm_per_step'], '--norm_per_step is for networks with'), (['--mean_loss'], '--mean_loss is for classification'),
     (['--schedule_interval=5'], '--schedule_interval needs a schedule'), (['--meta_lr_final=0.1'], 'needs --meta_lr_schedule'),
     (['--meta_lr_schedule=linear', '--meta_lr_final=-2'], 'must not be negative'),
     (['--stop_grad', '--first_order_iterations=5'], 'leave out --first_order_iterations'), (['--test_updates=5'], 'add --train=False'),
@@ -663,10 +663,40 @@ def test_what_means_nothing_is_refused(flags, words):
 @pytest.mark.parametrize('flags, hint', [
     (['--method=maml++', '--datasource=omniglot', '--stop_grad'], ' (--method=maml++ sets --first_order_iterations=5500; a flag on'),
     (['--method=reptile', '--meta_lr_schedule=constant'], ' (--method=reptile sets --meta_lr_final=0.0; '),
-    (['--method=boil'], ' (--method=boil sets --mean_loss=True; '), (['--method=fomaml', '--stop_grad', '--first_order_iterations=5'], '')])
+    (['--method=fomaml', '--stop_grad', '--first_order_iterations=5'], '')])
 def test_a_flag_that_a_preset_sets_is_named(flags, hint):
     sentence = error_of(*flags)
     assert hint in sentence and ('--method' in sentence) == bool(hint)
+
+
+@pytest.mark.parametrize('given, dropped', [
+    (['--method=maml++'], ['num_filters', 'mean_loss']), (['--method=boil', '--norm=None'], ['mean_loss', 'adapt_norm', 'norm_scale']),
+    (['--method=maml++', '--datasource=omniglot'], []),
+    (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale'])])
+def test_a_preset_drops_what_has_no_meaning(given, dropped):
+    """For the source, or the network; the same flag is refused where the user gives it."""
+    request = resolve(main.parse(['main.py', *given]))
+    assert set(request.dropped) == set(dropped) and all(request.values[name] == flags.default(name) for name in dropped)
+    rules.check_flags(request)
+    for name in dropped:
+        assert f'--{name} is for ' in error_of(*given, f'--{name}={request.dropped[name]}')
+
+
+def test_what_a_preset_drops_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(startup, 'import_tensorflow', lambda *_: startup.Replicas())
+    startup.run_and_data(main.parse(['main.py', '--method=boil', '--norm=None']))
+    assert capsys.readouterr().out == ('--method=boil without --adapt_norm=True, --norm_scale=True, --mean_loss=True: the source or the network '
+                                       'has no use for them\n')
+
+
+@pytest.mark.parametrize('declared', [{'network': 'image'}, {'only': 'image'}])
+def test_a_declaration_for_what_there_is_not(declared, monkeypatch):
+    field, value = next(iter(declared.items()))
+    if field == 'network':
+        monkeypatch.setitem(flags.LEARNING, 'mean_loss', flags.Learning(network=value))
+    else:
+        monkeypatch.setitem(flags.ONLY, 'mean_loss', [value])
+    assert f"--mean_loss is declared with {field}='image': there are images," in error_of('--norm=None')
 
 
 def test_moments_that_tasks_hand_on_need_one_device():

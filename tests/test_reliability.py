@@ -181,8 +181,21 @@ def test_other_images_are_refused(tmp_path, few_tasks):
 
 def test_starting_anew_puts_the_summaries_aside(tmp_path):
     for _ in range(2):
-        run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--resume=False')
+        output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--resume=False')
+    assert f'Later checkpoints were moved to {directory_of(tmp_path)}/earlier1' in output
+    for path in directory_of(tmp_path).glob('model*'):
+        path.unlink()
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--resume=False')
+    assert 'Summaries and results of an earlier training, which saved no checkpoint, were moved to' in output
     assert len(list(directory_of(tmp_path).glob('events*'))) == len(list(directory_of(tmp_path).glob('earlier1/events*'))) == 1
+
+
+def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch):
+    counts, evaluate_tasks = [], training.evaluate_tasks
+    monkeypatch.setattr(training, 'evaluate_tasks', lambda model, tasks, count, *more: counts.append(count) or evaluate_tasks(model, tasks, count, *more))
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=4', '--save_interval=2', '--validation_tasks=7')
+    assert counts == [7, 7] and re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
+    assert '--validation_tasks=7' in (directory_of(tmp_path) / 'run.flags').read_text()
 
 
 def test_a_score_that_is_no_number_is_not_the_best():
@@ -217,9 +230,12 @@ def test_divergence_stops_the_run(tmp_path):
     assert saved(tmp_path) == []
 
 
-def test_skipping(tmp_path):
-    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=1000', '--skip_nonfinite')
+def test_skipping(tmp_path, capsys):
+    """Where no iteration counted, nothing was learnt, and the training fails."""
+    error = error_of(*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=1000', '--skip_nonfinite')
+    output = capsys.readouterr().out
     assert 'Iteration 1000: nan, nan\nSkipped 1000 iterations so far (non-finite loss or gradient)' in output
+    assert '1000 of 1000 iterations were skipped' in output and 'nothing was learnt: no iteration had a finite loss' in error
     checkpoint = checkpoints.newest(str(directory_of(tmp_path)))
     assert checkpoint.record['skipped'] == 1000 and checkpoint.arrays['metatrain/adam/step'] == 0
 

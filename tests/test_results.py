@@ -91,6 +91,7 @@ def test_comparison(two_runs, tmp_path, capsys):
 
 
 def test_what_cannot_be_compared(two_runs, tmp_path):
+    assert f'there is no folder {tmp_path}/nowhere' in error_of(f'--compare={two_runs[0]}', f'{tmp_path}/nowhere')
     assert f'there is no results.json in {tmp_path}' in error_of(f'--compare={tmp_path}')
     assert 'there is only one evaluation' in error_of(f'--compare={two_runs[0]}')
     assert 'B - A' in run_ok(*(f'--compare={directory}' for directory in two_runs))
@@ -148,6 +149,8 @@ def test_labels_say_what_differs():
         'MAML++, ensemble of 5', 'MAML++'], 'neither the name nor the ensemble is said twice'
     assert labels(evaluation('a', num_filters=32), evaluation('b', 'ANIL', num_filters=32), evaluation('c', 'BOIL', num_filters=64)) == [
         'MAML', 'ANIL', 'BOIL, num_filters=64'], 'what is usual is not stated'
+    assert labels(evaluation('a', num_updates=5), evaluation('b', num_updates=5, update_lr=0.2), evaluation('c', 'BOIL', update_lr=0.5)) == [
+        'MAML', 'MAML, update_lr=0.2', 'BOIL'], 'nor what the name of the method says'
     assert labels(evaluation('a', setting={'update_lr': 0.5}), evaluation('a')) == ['evaluation update_lr=0.5', 'MAML']
 
 
@@ -388,6 +391,29 @@ def test_a_difference_that_is_none():
     assert statistics.bootstrap(np.ones([1, 2])).tolist() == [[1, 1], [1, 1]]
 
 
+def test_differences_by_rounding_alone_are_none():
+    """Nor is there a test without a spread, or an interval of one task."""
+    scores = np.random.default_rng(0).uniform(1, 2, 20)
+    rounded = scores.astype(np.float32) * (1 + np.float32(1.2e-7))
+    assert statistics.p_value(rounded, scores) == 1 and not statistics.difference(rounded, scores).any()
+    assert np.isnan(statistics.p_value(scores + 0.5, scores)) and statistics.p_value(scores * 1.01, scores) < 1e-9
+    mean, _, half = statistics.statistics(np.array([[0.25, 0.5]]))
+    assert mean.tolist() == [0.25, 0.5] and np.isnan(half).all() and statistics.figure(0.25, half[0], 'accuracy') == '25.00'
+    assert statistics.figure(np.nan, np.nan, 'loss') == 'nan ± nan'
+    assert re.findall(r'\d\.\d+', store.table({'x': np.array([[0.25, 0.5]])}, 'loss')) == ['0.2500', '0.5000']
+
+
+def test_statistics_do_not_depend_on_the_order_in_memory():
+    values = np.random.default_rng(0).uniform(size=(601, 11)).astype(np.float32)
+    for one, other in zip(statistics.statistics(values), statistics.statistics(np.asfortranarray(values))):
+        assert one.dtype == np.float64 and one.tolist() == other.tolist()
+
+
+def test_csv_has_no_noise():
+    table = render.Table('', ['a', 'b'], [['x', 100 * float(np.mean(np.float32([0.6, 0.8, 0.4, 0.87])))]])
+    assert render.as_csv(table).splitlines()[1] == 'x,66.75'
+
+
 def test_bootstrap_covers():
     """Of 200 intervals about 190 hold the true mean."""
     rng, covered = np.random.default_rng(3), 0
@@ -425,6 +451,44 @@ def test_pictures_of_images(source, small_data, tmp_path):
     run_ok(*flags, '--train=False', '--num_test_tasks=5', '--plot')
     sheet, = directory_of(tmp_path).glob('evaluation_val_*_tasks.png')
     assert min(size_of(sheet)) > 300
+
+
+def sweep(tmp_path, *runs):
+    """Writes the results of runs, (method, seed, update_lr, further flags)."""
+    rng = np.random.default_rng(0)
+    for number, (method, seed, update_lr, flags) in enumerate(runs):
+        (tmp_path / str(number)).mkdir()
+        store.write(str(tmp_path / str(number) / 'results.json'), [
+            an_entry(rng.uniform(size=(9, 3)), metric='accuracy', training={'method': method}, seed=seed, update_lr=update_lr, **flags)])
+    return tmp_path
+
+
+def test_a_sweep_is_drawn_against_its_flag(tmp_path, monkeypatch):
+    """A line for each method; several seeds are one point."""
+    runs = [('MAML', seed, rate, {}) for seed in (0, 1) for rate in (0.001, 0.01, 0.1)]
+    folder = sweep(tmp_path, *runs, ('ANIL', 0, 0.01, {'inner_weights': 'head'}), ('ANIL', 0, 0.1, {'inner_weights': 'head'}))
+    drawn = []
+    draw = plots.sweep
+    monkeypatch.setattr(plots, 'sweep', lambda *arguments: drawn.append((draw(*arguments), *arguments)) or drawn[-1][0])
+    assert 'Drawn: ' in run_ok('--compare', str(folder), '--plot', '--against=update_lr')
+    (figure, lines, flag, metric, _), = drawn
+    assert {label: {value: values.shape for value, values in line.items()} for label, line in lines.items()} == {
+        'MAML': dict.fromkeys((0.001, 0.01, 0.1), (2, 9)), 'ANIL': dict.fromkeys((0.01, 0.1), (1, 9))}
+    axes, = figure.axes
+    assert (flag, metric, axes.get_xlabel(), axes.get_xscale()) == ('update_lr', 'accuracy', '--update_lr', 'log')
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['MAML, 2 seeds', 'ANIL']
+    for flags, words in ((['--plot', '--against=num_updates'], 'do not differ in it'), (['--against=update_lr'], 'is for --compare with --plot'),
+                         (['--plot', '--against=logdir'], 'is no flag of a training')):
+        assert words in error_of('--compare', str(folder), *flags)
+    twice = [evaluation('run', update_lr=rate, checkpoint=checkpoint) for rate, checkpoint in ((0.1, 'model5'), (0.1, 'model6'), (0.2, 'model6'))]
+    with pytest.raises(UserError, match='add --checkpoints=newest'):
+        compare.sweep_of(compare.Comparison(twice), 'update_lr')
+
+
+def test_a_sweep_of_a_switch_keeps_the_name_of_the_method():
+    runs = [evaluation(f'run{number}', 'MAML' + f' with inner_batch={number}' * bool(number), inner_batch=number) for number in (0, 2, 4)]
+    assert list(compare.sweep_of(compare.Comparison(runs), 'inner_batch')) == ['MAML']
+    assert list(compare.sweep_of(compare.Comparison(runs), 'inner_batch')['MAML']) == [0, 2, 4]
 
 
 def test_curves_can_be_told_apart():

@@ -280,7 +280,7 @@ def test_a_table_across_sources_keeps_ways_to_adapt_apart():
     settings = [{'update_lr': 0.01}, {'update_lr': 0.1}, {'load_from': '/a/model1'}, {'load_from': '/b/model1'}]
     matrix = matrix_of([('run', None, entry(value, setting=setting)) for value, setting in enumerate(settings)])
     assert len(set(matrix.labels)) == 4 and [matrix.text(row, 0)[:1] for row in range(4)] == ['0', '1', '2', '3']
-    assert [bool('--update_lr=0.1' in label) for label in matrix.labels] == [False, True, False, False]
+    assert [('update_lr=0.1' in label) for label in matrix.labels] == [False, True, False, False]
     matrix = matrix_of([('runs/a', 'mine', entry(0)), ('runs/b', 'mine', entry(1)), ('other', 'other', entry(2))])
     assert matrix.labels == ['mine, a', 'mine, b', 'other']
     assert matrix_of([('runs/a', None, entry(0)), ('runs/b', None, entry(1))]).labels == ['MAML, a', 'MAML, b']

@@ -1,6 +1,7 @@
 """Users' own images: bad ones are listed at once, folders are taken for what they are, nothing is written that is not wanted."""
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -8,6 +9,7 @@ from conftest import class_names, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.images import BadImages
+from runtime.results import plots
 from runtime.system.errors import UserError
 
 SMALL = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
@@ -131,13 +133,14 @@ def test_the_sinusoid_has_no_convolutions(flag):
     assert 'is for images' in error_of('--datasource=sinusoid', flag)
 
 
-def test_a_picture_of_a_run_that_diverged_is_logarithmic():
-    import numpy as np
-
-    from runtime.results import plots
+def test_pictures_of_runs_that_diverged():
+    """Alone on a logarithmic axis; beside others they leave the axes, which are those of the others."""
     good, bad = np.ones([3, 4]), np.array([[1, 1e3, 1e9, np.inf]] * 3)
-    assert plots.curves({'good': good}, 'loss', 'x').axes[0].get_yscale() == 'linear'
-    assert plots.curves({'good': good, 'bad': bad}, 'loss', 'x').axes[0].get_yscale() == 'log'
+    assert plots.curves({'bad': bad}, 'loss', 'x').axes[0].get_yscale() == 'log'
+    together = plots.curves({'good': good, 'bad': bad, 'better': good / 3}, 'loss', 'x')
+    axes, = together.axes
+    assert axes.get_yscale() == 'linear' and 1 < axes.get_ylim()[1] < 1.1
+    assert ['leaves the axes' in text.get_text() for text in together.legends[0].get_texts()] == [False, True, False]
     accuracy = np.full([50, 4], 0.99) + np.random.default_rng(0).normal(0, 0.02, [50, 4]) * [0, 1, 1, 1]
     accuracy[:, 0] = 0.2
     low, high = plots.curves({'run': accuracy}, 'accuracy', 'x').axes[0].get_ylim()

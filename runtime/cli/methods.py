@@ -53,3 +53,8 @@ def title(values: Mapping[str, Any]) -> str:
     nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
     others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]
     return nearest.title + (f' with {", ".join(others)}' if others else '')
+
+
+def preset_flags(method_title: str) -> dict[str, Any]:
+    """{flag: value} that the name of a method stands for; {} for other names."""
+    return {preset.title: preset.flags for preset in PRESETS.values()}.get(method_title, {})

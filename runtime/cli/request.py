@@ -7,7 +7,7 @@ from typing import Any
 
 from data_generator import SOURCES, TableSource
 from runtime.cli import methods, stored_run
-from runtime.cli.flags import LEARNING, CommandLine, labels
+from runtime.cli.flags import LEARNING, ONLY, CommandLine, labels
 from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
 
@@ -26,6 +26,7 @@ class Request:
     trained: Mapping[str, Any]      # {flag: value} in the training of the run; in a training the same
     given: frozenset[str]           # the flags on the command line
     run_directory: str | None       # that --run names
+    dropped: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {flag: value} of --method that have no meaning for the source or network
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,6 +119,8 @@ PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
     'files': ('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
     'numbers': ('sources without images', lambda r: not r.images),
     'classes': ('classification', lambda r: r.classes),
+    'batch norm': ('batch norm: with --norm={norm} leave it out', lambda r: r.norm == 'batch_norm'),
+    'normalisation': ('networks with a normalisation, and --norm=None has none', lambda r: r.norm != 'None'),
     'convolutions': ('convolutional networks', lambda r: r.images and r.conv),
     'fully connected': ('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
                         lambda r: not r.images or not r.conv),
@@ -137,12 +140,15 @@ def resolve(line: CommandLine) -> Request:
     Raises:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
     """
-    values = {**line.values, **methods.settings(line.values['method'], line.given)}
+    _check_declarations()
+    preset = methods.settings(line.values['method'], line.given)
+    dropped = _without_meaning(preset, line)
+    values = {**line.values, **{name: value for name, value in preset.items() if name not in dropped}}
     mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
     if values['run'] is None:
         query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
-        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None)
+        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     values.update({name: value for name, value in stored.items() if name not in line.given})
@@ -151,6 +157,22 @@ def resolve(line: CommandLine) -> Request:
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
     return Request(mode, values, {**values, **learnt}, line.given, directory)
+
+
+def _check_declarations():
+    """Refuses a flag of a method of one's own that is declared for something that there is not."""
+    declared = [*((name, 'network', learning.network) for name, learning in LEARNING.items() if learning.network not in (None, 'all')),
+                *((name, 'only', purpose) for name, purposes in ONLY.items() for purpose in purposes)]
+    problems = [f'--{name} is declared with {field}={value!r}' for name, field, value in declared if value not in PURPOSES]
+    if problems:
+        raise UserError(f'{"; ".join(problems)}: there are {", ".join(PURPOSES)}, and for network also all')
+
+
+def _without_meaning(preset, line):
+    """{flag: value} of those flags of a --method that the source or the network of a command line has no use for."""
+    request = Request('train', line.values, line.values, line.given, None)
+    return {name: value for name, value in preset.items() if name in LEARNING
+            and not all(PURPOSES[purpose][1](request) for purpose in ONLY.get(name, ()))}
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

@@ -42,9 +42,8 @@ def check_flags(request: Request) -> None:
 
 
 def _misplaced(request):
-    """Messages about flags that are not for what is asked, given or set by --method; one at its default asks for nothing."""
-    chosen = request.given | methods.settings(request.method, request.given).keys() & LEARNING.keys()
-    for name in sorted(name for name in chosen & ONLY.keys() if request.values[name] != default(name)):
+    """Messages about flags that were given and are not for what is asked; one at its default asks for nothing."""
+    for name in sorted(name for name in request.given & ONLY.keys() if request.values[name] != default(name)):
         unmet = [text for text, holds in (PURPOSES[purpose] for purpose in ONLY[name]) if not holds(request)]
         if unmet:
             yield f'--{name} is for {unmet[0]}'
@@ -56,6 +55,11 @@ def check_comparison(line: CommandLine) -> None:
     others = sorted(name for name in line.given - {action, 'plot', 'plot_format'} if 'comparison' not in ONLY.get(name, ()))
     if others:
         raise UserError(f'--{others[0]} cannot be combined with --{action}')
+    against = line.values['against']
+    if against and (action == 'across' or not line.values['plot']):
+        raise UserError(f'--against={against} is for --compare with --plot')
+    if against and against not in {*LEARNING, 'pretrain_iterations', 'metatrain_iterations', 'test_updates'}:
+        raise UserError(f'--against={against} is no flag of a training; one that is: --against=update_lr')
 
 
 def _all_different(listed):
@@ -95,9 +99,6 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
      '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
     # Method
-    (lambda r: r.norm_scale and r.norm != 'batch_norm', '--norm_scale is for batch norm: with --norm={norm} leave it out'),
-    *((lambda r, name=name: r.values[name] and r.norm == 'None', f'--{name} needs a normalisation, and --norm=None has none')
-      for name in ('adapt_norm', 'norm_per_step')),
     (lambda r: 'schedule_interval' in r.given and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
      '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
     (lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),

@@ -64,6 +64,7 @@ class Training(Run):
     resume: bool
     save_interval: int
     skip_nonfinite: bool
+    validation_tasks: int       # of meta-validation, by which checkpoints are ranked
     log: bool
     plot: bool
     strategy: str

@@ -1,6 +1,7 @@
 """From parsed flags to a Run and its data; importing TensorFlow, set up for this program and without its notices."""
 import contextlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -10,7 +11,11 @@ from runtime.cli.request import resolve
 from runtime.cli.run import Run, make_run
 from runtime.cli.run_data import read_data, source_and_tasks
 from runtime.compute.distribution import ALONE, Cluster, Replicas
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, first_line
+from runtime.system.interruption import TERMINATION_SIGNALS
+
+SHOWN_BYTES = 20000  # of what libraries print before they abort
+_STARTED = b'\0started\0'
 
 
 def run_and_data(line: CommandLine) -> tuple[Run, Any]:
@@ -23,6 +28,9 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
         raise UserError(f'{line.rest[0]!r} is not a flag; write --name=value')
     request = resolve(line)
     rules.check_flags(request)
+    if request.dropped:
+        dropped = ', '.join(f'--{name}={value}' for name, value in request.dropped.items())
+        print(f'--method={request.method} without {dropped}: the source or the network has no use for {"them" if len(request.dropped) > 1 else "it"}')
     strategy = 'one' if request.mode == 'predict' else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.
@@ -51,8 +59,8 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
     silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
     # With several workers, TensorFlow reports a lost worker at length; this program reports it in one line.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3' if cluster.workers > 1 else '2')
-    with _hidden_stderr() if silent else contextlib.nullcontext():
-        import tensorflow as tf
+    with _hidden_stderr() if silent and hasattr(os, 'fork') else contextlib.nullcontext():
+        tf = _tensorflow()
         if silent:
             tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is intended here.
         with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
@@ -65,15 +73,47 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
     return replicas
 
 
+def _tensorflow():
+    """The module; raises UserError if it cannot be imported."""
+    try:
+        import tensorflow
+        return tensorflow
+    except (ImportError, MemoryError, OSError) as error:
+        raise UserError(f'TensorFlow cannot be imported ({first_line(error)}); is there enough memory (ulimit -v), and is it installed?') from error
+
+
 @contextlib.contextmanager
 def _hidden_stderr():
-    """Hides what C++ code writes to the standard error."""
+    """Hides what C++ code writes to the standard error; shows it if the process ends meanwhile, as by an abort in a library."""
     sys.stderr.flush()
-    console, hidden = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(hidden, 2)
+    reading, writing = os.pipe()
+    console = os.dup(2)
+    child = os.fork()
+    if not child:
+        _show_if_it_ends(reading, writing, console)
+    os.dup2(writing, 2)
     try:
         yield
     finally:
+        os.write(writing, _STARTED)
         os.dup2(console, 2)
-        os.close(console)
-        os.close(hidden)
+        for descriptor in reading, writing, console:
+            os.close(descriptor)
+        with contextlib.suppress(ChildProcessError):  # where children are reaped by the system
+            os.waitpid(child, 0)
+
+
+def _show_if_it_ends(reading, writing, console):
+    """The child process: prints what comes through a pipe, unless it ends in _STARTED."""
+    try:
+        for number in TERMINATION_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        os.close(writing)
+        text = b''
+        while not text.endswith(_STARTED) and (more := os.read(reading, 4096)):
+            text += more
+        if not text.endswith(_STARTED):
+            os.write(console, text[-SHOWN_BYTES:] + b'main.py: the program was ended while TensorFlow started'
+                     + (b', see above' if text else b'; is there enough memory?') + b'\n')
+    finally:
+        os._exit(0)

@@ -1,4 +1,5 @@
 """What a training writes into its directory for --run=DIR: the flags that describe it, and the columns of its tables."""
+import glob
 import math
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from runtime.system.errors import UserError, first_line
 from runtime.system.files import write_atomically
 
 FLAG_FILE = 'run.flags'
+SHOWN_RUNS = 12  # of a folder that holds several
 _GROUPS = 'Data', 'Training', 'Method', 'Network'  # the groups of flags that FLAG_FILE holds
 
 
@@ -49,7 +51,10 @@ def find(name: str) -> str:
     runs = sorted(entry.path for entry in os.scandir(directory) if os.path.isfile(os.path.join(entry.path, FLAG_FILE)))
     if len(runs) == 1:
         return os.path.normpath(runs[0])
-    problem = f'holds {len(runs)} runs ({", ".join(map(os.path.basename, runs))}): name one' if runs else (
+    runs = [os.path.basename(run) for run in runs] or sorted(
+        os.path.dirname(path) for path in glob.glob(os.path.join('*', '*', FLAG_FILE), root_dir=directory))
+    shown = ', '.join(runs[:SHOWN_RUNS]) + (', ...' if len(runs) > SHOWN_RUNS else '')
+    problem = f'holds {len(runs)} run{"s" if len(runs) > 1 else ""} ({shown}): name one' if runs else (
         f'holds no {FLAG_FILE}, which trainings write: give the flags of the training instead')
     raise UserError(f'--run={name} {problem}')
 

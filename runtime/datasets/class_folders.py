@@ -100,6 +100,8 @@ class ClassFolders:
             where = f'the manifest {manifest}' if manifest else self.root
             raise UserError(f'the {split} split in {where} has no classes; {self.missing_hint}')
         missing = [name for name in names if not os.path.isdir(os.path.join(self.root, name))]
+        if self.script and missing == names:
+            raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
         if missing:
             raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
                             f'first {missing[0]}; {self.missing_hint}')

@@ -198,13 +198,13 @@ def ranking_of(record: dict) -> list[dict]:
 
 
 def find_best(directory: str, count: int) -> list[Checkpoint]:
-    """The `count` checkpoints that did best on meta-validation, the best first; raises UserError if there are fewer."""
+    """The `count` checkpoints that did best on meta-validation, the best first, or as many as there are; raises UserError for none."""
     checkpoint = find(directory, None)
     ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record)][:count]
+    if not ranking:
+        raise UserError(f'--ensemble={count} needs checkpoints that were validated, and {directory} has none; evaluate with --ensemble=1')
     if len(ranking) < count:
-        raise UserError(f'--ensemble={count} needs as many checkpoints that were validated and kept, and {directory} has '
-                        f'{len(ranking) or "none"}; train on with --ensemble={count}, or evaluate with '
-                        f'--ensemble={max(len(ranking), 1)}')
+        print(f'--ensemble={count}: all {len(ranking)} checkpoints that were validated and kept, for there are no more')
     return [find(directory, iteration) for iteration in ranking]
 
 

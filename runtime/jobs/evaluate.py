@@ -21,6 +21,7 @@ from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
+from runtime.results.statistics import statistics
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
 
@@ -172,7 +173,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
         is_first = norm == run.query_norms[0]
         with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
-            summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration)
+            summaries.write_means(run.split, run.metric, statistics(values)[0], iteration)
             summaries.write_figures(run.split, figures if is_first else {}, iteration)
     return paths
 

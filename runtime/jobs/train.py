@@ -32,7 +32,7 @@ from runtime.system.progress import Progress
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
-VALIDATION_TASKS = 100
+REPORTED_TASKS = 100  # of a validation that only reports; those of checkpoints, which choose, are on --validation_tasks
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
 
@@ -59,7 +59,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
             prepare_directory(run, state, model)
             record_split(run.source, run.tasks, data)
         print(description(run, data, model), flush=True)
-        with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief) as progress, \
+        with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief, desc='compiling') as progress, \
                 Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
             if state.iteration == 0:
                 summaries.write_flags(run.learning_flags)
@@ -95,9 +95,10 @@ def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
 
 def prepare_directory(run: Training, state: TrainState, model: MAML) -> None:
     """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
+    later = any(iteration > state.iteration for iteration in checkpoints.iterations(run.directory))
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
-        print(f'Later checkpoints were moved to {moved}')
+        print(f'{"Later checkpoints" if later else "Summaries and results of an earlier training, which saved no checkpoint,"} were moved to {moved}')
     stored_run.write(run.directory, run.flag_file, columns_of(run.source))
     try:
         checkpoints.try_saving(run.directory, model.state())
@@ -107,11 +108,16 @@ def prepare_directory(run: Training, state: TrainState, model: MAML) -> None:
 
 
 def report_end(run: Training, state: TrainState, interruption: Interruption, saver: Saver) -> None:
-    """Prints where the run ended; raises SystemExit if it was interrupted."""
+    """Prints where the run ended; raises SystemExit if it was interrupted, UserError if no iteration changed anything."""
     newest = checkpoints.path(run.directory, saver.iteration)
+    if state.skipped:
+        print(f'{state.skipped} of {state.iteration} iterations were skipped (non-finite loss or gradient)')
+    if state.skipped == state.iteration and not interruption.signal:
+        raise UserError(f'nothing was learnt: no iteration had a finite loss and gradient, so all were skipped; {newest} has the weights of '
+                        'the start. Lower --update_lr or --meta_lr')
     if not interruption.signal or saver.iteration == run.iterations:
         best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
-                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g}')
+                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g} on {run.validation_tasks} tasks')
         print(f'The last checkpoint is {newest}{best or ""}')
         return
     without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
@@ -136,7 +142,7 @@ def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
              *data_description(run, data),
              f'  network  {network_of(config).description}, norm {config.norm}; {parameters:,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
-             f'  metric   {run.metric}, before / after adaptation', *notes(config)]
+             f'  metric   {run.metric}{" (a fraction)" if run.metric == "accuracy" else ""}, before / after adaptation', *notes(config)]
     if replicas.count > 1:
         where = f' in {replicas.workers} processes' if replicas.workers > 1 else ''
         lines.append(f'  strategy {run.meta_batch_size // replicas.count} tasks on each of {replicas.count} replicas{where}')
@@ -191,8 +197,10 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
         ranking = state.ranking
         if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
+            progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
             score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
+            progress.announce('')
             if saving:
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
 
@@ -231,10 +239,11 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.unprinted += metrics[finite].tolist()
 
 
+@np.errstate(all='ignore')  # adaptation diverged on some tasks
 def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
     """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
-    metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
+    metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.cli.flags import default
 from runtime.results import render
 from runtime.results.collect import Evaluation, differing_parts, read_evaluations, split_name, task_parts
 from runtime.results.statistics import UNITS, plus_minus, statistics
@@ -42,7 +43,7 @@ class Model(NamedTuple):
     name: str           # what the user calls it, or else its method
     directory: str
     checkpoint: str     # its whole path, if it was given by --load_from
-    query_norm: str
+    query_norm: str     # '': the usual one
     update_lr: str
     inner_batch: str
     updates: int
@@ -52,8 +53,9 @@ def model_of(evaluation: Evaluation) -> Model:
     setting = evaluation.entry.setting
     members = '+'.join(map(str, evaluation.entry.ensemble))
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
-    return Model(evaluation.user_label or evaluation.method, evaluation.directory, checkpoint, f'--query_norm={setting.query_norm}',
-                 f'--update_lr={setting.update_lr}', f'--inner_batch={setting.inner_batch}', evaluation.headline_updates)
+    query_norm = '' if setting.query_norm == default('query_norm') else f'query_norm={setting.query_norm}'
+    return Model(evaluation.user_label or evaluation.method, evaluation.directory, checkpoint, query_norm,
+                 f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}', evaluation.headline_updates)
 
 
 class Matrix:
@@ -119,14 +121,14 @@ def matrices_of(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 def _labels(models):
     """For each model its name, what tells its directory from those of the same name, and in what else it differs from others.
 
-    How models are adapted is stated only where those of one directory differ in it.
+    Checkpoints, and how they are adapted, are stated only where those of one directory and method differ in it.
     """
     def label(model):
         alike = [other.directory for other in models if other.name == model.name]
         place = dict(zip(alike, differing_parts(alike)))[model.directory] if len(set(alike)) > 1 else ''
-        same_run = [other for other in models if other.directory == model.directory]
-        differing = [*(field for field in ('checkpoint', 'query_norm') if len({getattr(other, field) for other in models}) > 1),
-                     *(field for field in ('update_lr', 'inner_batch') if len({getattr(other, field) for other in same_run}) > 1)]
+        same_run = [other for other in models if other.directory == model.directory and other.name == model.name]
+        differing = [field for field in ('checkpoint', 'query_norm', 'update_lr', 'inner_batch')
+                     if len({getattr(other, field) for other in same_run}) > 1]
         return ', '.join(filter(None, [model.name, place, *(getattr(model, field) for field in differing)]))
 
     return list(map(label, models))

@@ -77,9 +77,12 @@ def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[E
         checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
 
     Raises:
-        UserError: no folder has any.
+        UserError: one of the folders does not exist, or no folder has any.
     """
     evaluations, without = {}, []
+    absent = [folder for _, folder in map(split_name, folders) if not os.path.isdir(folder)]
+    if absent:
+        raise UserError(f'there is no folder {", ".join(absent)}')
     for user_label, folder in map(split_name, folders):
         directories = result_directories(folder)
         without += [] if directories else [folder]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.cli.methods import switches
+from runtime.cli.flags import default
+from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
 from runtime.results.statistics import UNITS, difference, number, over_tasks_and_seeds, p_text, p_value, plus_minus, statistics
@@ -19,7 +20,8 @@ from runtime.system.errors import UserError
 COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p']
 
 
-def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all') -> str:
+def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all',
+            against: str | None = None) -> str:
     """The evaluations of several runs side by side, as far as they were made on the same tasks.
 
     The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired t-test,
@@ -30,12 +32,13 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         plot: also draw the values against updates, into a new file comparison*.png in the first folder.
         style: 'text', 'csv' or 'latex'.
         checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
+        against: a flag; the picture shows the values at each method's own number of updates against it.
 
     Returns:
         The tables. What was left out and what was drawn is added as text, or in the other styles printed to stderr.
 
     Raises:
-        UserError: there are no results, or no two evaluations were made on the same tasks.
+        UserError: there are no results, no two evaluations were made on the same tasks, or they do not differ in `against`.
     """
     groups = {}
     for evaluation in read_evaluations(folders, checkpoints):
@@ -50,8 +53,11 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     if plot:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
         stem = os.path.join(split_name(folders[0])[1], 'comparison')
-        remarks += [f'Drawn: {plots.save_new(plots.curves(curves_of(comparison), comparison.metric, comparison.tasks), stem, plot_format)}'
-                    for comparison in comparisons]
+        if against:
+            figures = [plots.sweep(lines, against, metric, tasks) for lines, metric, tasks in sweeps(comparisons, against)]
+        else:
+            figures = [plots.curves(curves_of(comparison), comparison.metric, comparison.tasks) for comparison in comparisons]
+        remarks += [f'Drawn: {plots.save_new(figure, stem, plot_format)}' for figure in figures]
     tables = []
     for comparison in comparisons:
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
@@ -168,6 +174,54 @@ def curves_of(comparison: Comparison) -> dict[str, np.ndarray]:
     return curves | {f'{line.letters}: {line.label}': scores[index] for index, line in enumerate(comparison.lines) if index not in grouped}
 
 
+# The picture of a sweep ---------------------------------------------------------------------------------------------
+
+Sweep = dict[str, dict[Any, np.ndarray]]  # {line: {value of a flag: values [seeds, tasks] at the line's own number of updates}}
+
+
+def sweeps(comparisons: Sequence[Comparison], flag: str) -> list[tuple[Sweep, str, str]]:
+    """(lines, metric, tasks) of each comparison whose evaluations differ in a flag; raises UserError if there is none."""
+    varied = [comparison for comparison in comparisons if len({str(swept_value(evaluation, flag)) for evaluation in comparison.evaluations}) > 1]
+    if not varied:
+        raise UserError(f'--against={flag}: these runs do not differ in it')
+    return [(sweep_of(comparison, flag), comparison.metric, comparison.tasks) for comparison in varied]
+
+
+def swept_value(evaluation: Evaluation, flag: str) -> Any:
+    """What a flag was in an evaluation, or else in its training."""
+    for part in evaluation.entry.setting, evaluation.entry.training:
+        if hasattr(part, flag):
+            return getattr(part, flag)
+    return evaluation.flag(flag)
+
+
+def sweep_of(comparison: Comparison, flag: str) -> Sweep:
+    """A line for each method, or for whatever else evaluations differ in beside a flag and their training's seed.
+
+    Raises:
+        UserError: several evaluations are of one line, value and seed.
+    """
+    evaluations = comparison.evaluations
+    described = [{name: value for name, value in setting.items() if name not in (flag, f'evaluation {flag}', 'seed', 'checkpoint')}
+                 | {'': method_without(evaluation, flag)} for evaluation, setting in zip(evaluations, settings(evaluations))]
+    labels = [', '.join(parts) for parts in _label_parts([evaluation.user_label for evaluation in evaluations], described)]
+    seeds: dict[str, dict[Any, dict[Any, np.ndarray]]] = {}
+    for evaluation, label, setting, values in zip(evaluations, labels, described, comparison.headline):
+        of_line = seeds.setdefault(label or setting[''], {}).setdefault(swept_value(evaluation, flag), {})
+        if evaluation.flag('seed') in of_line:
+            raise UserError(f'--against={flag}: {evaluation.directory} has several evaluations, or another run differs from it in nothing '
+                            f'but its name; add --checkpoints=newest or best, or name fewer runs')
+        of_line[evaluation.flag('seed')] = values
+    return {label: {value: np.stack([*of_seed.values()]) for value, of_seed in of_line.items()} for label, of_line in seeds.items()}
+
+
+def method_without(evaluation: Evaluation, flag: str) -> str:
+    """The name of an evaluation's method without what a flag adds to it, such as 'with inner_batch=5'."""
+    if flag not in switches():
+        return evaluation.method
+    return title({name: evaluation.flag(name) for name in switches()} | {flag: default(flag)})
+
+
 # Labels -------------------------------------------------------------------------------------------------------------
 
 def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -201,26 +255,30 @@ def _beyond_the_flags(evaluation):
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     """For each evaluation its label: as `_label_parts`, and where these do not tell evaluations apart, the parts of their paths that do."""
-    parts_of_each = _label_parts(evaluations)
+    parts_of_each = _label_parts([evaluation.user_label for evaluation in evaluations], settings(evaluations))
     if len({tuple(parts) for parts in parts_of_each}) < len(parts_of_each):
         for parts, path in zip(parts_of_each, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
     return [', '.join(parts) or evaluation.method for parts, evaluation in zip(parts_of_each, evaluations)]
 
 
-def _label_parts(evaluations):
+def _label_parts(user_labels, settings_of_each):
     """For each evaluation the name that the user gave it, and the settings in which it differs from others of that name.
 
-    Where these have different methods, the usual value of another setting is not stated.
+    Where these have different methods, the usual value of another setting is not stated, and not what the name of its method says.
     """
-    named = list(zip([evaluation.user_label for evaluation in evaluations], settings(evaluations)))
+    named = list(zip(user_labels, settings_of_each))
     parts_of_each = []
     for user_label, setting in named:
         alike = [other for label, other in named if label == user_label]
         counts = {name: collections.Counter(str(other.get(name)) for other in alike) for name in setting}
-        usual = {name: count.most_common(1)[0][0] for name, count in counts.items() if name not in ('', 'checkpoint', 'seed')}
+        of_method = [other for other in alike if other[''] == setting['']]
+        implied = preset_flags(setting[''])
+        usual = {name: {count.most_common(1)[0][0]} for name, count in counts.items() if name not in ('', 'checkpoint', 'seed')}
+        for name in usual.keys() & implied.keys():
+            usual[name] |= {str(implied[name])} if len({str(other.get(name)) for other in of_method}) == 1 else set()
         differing = [name for name in setting if len(counts[name]) > 1
-                     and not (len(counts['']) > 1 and usual.get(name) == str(setting[name]))]
+                     and not (len(counts['']) > 1 and str(setting[name]) in usual.get(name, ()))]
         parts_of_each.append([*filter(None, [user_label, *(_setting_text(user_label, name, setting[name]) for name in differing)])])
     return parts_of_each
 
@@ -234,7 +292,8 @@ def _setting_text(user_label, name, value):
 
 def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
     """The name of a group of evaluations, and what else their labels have in common."""
-    parts_of_each, first = _label_parts(evaluations), evaluations[group[0]]
+    parts_of_each = _label_parts([evaluation.user_label for evaluation in evaluations], settings(evaluations))
+    first = evaluations[group[0]]
     common = [part for part in parts_of_each[group[0]] if all(part in parts_of_each[index] for index in group)]
     best = ['best checkpoint of each seed'] if len({evaluations[index].entry.checkpoint for index in group}) > 1 else []
     return ', '.join(dict.fromkeys([first.user_label or first.method, *common, *best]))

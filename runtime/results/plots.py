@@ -5,8 +5,9 @@ import io
 import itertools
 import os
 import re
+import textwrap
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +33,8 @@ STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, mark
     itertools.cycle(_COLORS), itertools.cycle(['-', '--', '-.', ':']), itertools.cycle('os^DvP'), range(7 * 4 * 3))]  # all of them differ
 SHOWN_UPDATES, PANELS = 10, 4  # inner updates after which some tasks are shown, and how many tasks
 LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
-DIVERGED = 1000  # losses above this many times the median count as diverged
+DIVERGED = 20   # the axes leave out losses above this many times the largest loss of the middle curve
+WIDE = 1000     # the axis of losses is logarithmic if the largest is this many times the median of a curve
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
@@ -67,18 +69,17 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     """
     title, factor, digits = UNITS[metric]
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
-    axes, bounds, marks = figure.subplots(), [], []
+    axes, drawn, bounds, marks = figure.subplots(), [], [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
-        mean, half = statistics(values)[::2] if values.ndim == 2 else over_tasks_and_seeds(values)[:2]
-        mean, half = _drawable(mean * factor), _drawable(half * factor)
+        mean, half = _mean_and_half(values * factor, values.ndim == 3)
         updates, low, high = np.arange(len(mean)), mean - half, mean + half
-        axes.plot(updates[1:], mean[1:], markersize=4, clip_on=False,  # markers on the axis are not cut off
-                  label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
+        drawn += axes.plot(updates[1:], mean[1:], markersize=4, zorder=3,
+                           label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
         axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
         axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
-        bounds.append(np.array([low, high]))
+        bounds.append(np.array([low, high])[:, 1:])
         marks.append(mean[0])
-    _limit(axes, metric, bounds)
+    _limit(axes, metric, drawn, bounds)
     longest = max(values.shape[-1] for values in runs.values()) - 1
     bottom, top = axes.get_ylim()
     has_mark = any(bottom <= mark <= top for mark in marks)
@@ -91,9 +92,46 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
     return figure
 
 
-def _drawable(values):
-    """Values within what axes can hold; those that are not finite stay, and are not drawn."""
-    return np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
+def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, heading: str) -> Figure:
+    """A metric of query rows, with its 95% interval, against a flag.
+
+    Args:
+        lines: {label: {value of the flag: values [seeds, tasks] in the unit that is shown}}; intervals of several seeds cover seeds too.
+        metric, heading: as for `curves`.
+    """
+    swept = {value for of_line in lines.values() for value in of_line}
+    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in swept)
+    ordered = sorted(swept) if numeric else sorted(swept, key=str)
+    positions = {value: value if numeric else place for place, value in enumerate(ordered)}
+    figure = Figure(figsize=(6, 3.8 + 0.22 * len(lines)), layout='constrained')
+    axes, drawn, bounds = figure.subplots(), [], []
+    for (label, of_line), style in zip(lines.items(), itertools.cycle(STYLES)):
+        points = [(value, of_line[value]) for value in ordered if value in of_line]
+        mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for _, values in points]).T
+        counts = sorted({len(values) for _, values in points})
+        seeds = f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
+        drawn.append(axes.errorbar([positions[value] for value, _ in points], mean, half, markersize=4, capsize=2, label=_plain(label) + seeds, **style))
+        bounds.append(np.array([mean - half, mean + half]))
+    _limit(axes, metric, drawn, bounds)
+    if numeric and ordered[0] > 0 and ordered[-1] >= 10 * ordered[0]:
+        axes.set_xscale('log')
+    axes.set_xticks([positions[value] for value in ordered], [f'{value:g}' if numeric else _plain(str(value)) for value in ordered], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric][0]}\n(bars: 95% interval)')
+    axes.set_title(_plain(heading), fontsize='small')
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', fontsize='small' if max(map(len, lines)) < 60 else 'x-small', frameon=False)
+    return figure
+
+
+def _mean_and_half(values, of_seeds):
+    """Mean, and half-width of its interval, of values [tasks, ...], or [seeds, tasks, ...]; as axes can hold them.
+
+    What is not finite stays, and is not drawn. The interval of one task, which has none, is 0.
+    """
+    mean, half = over_tasks_and_seeds(values)[:2] if of_seeds else statistics(values)[::2]
+    half = np.where(np.isfinite(mean) & np.isnan(half), 0.0, half)
+    return [np.where(np.isfinite(numbers), np.clip(numbers, -LARGEST, LARGEST), numbers) for numbers in (mean, half)]
 
 
 def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
@@ -123,23 +161,32 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
     return figure
 
 
-def _limit(axes, metric, bounds):
-    """Sets the range of y so that the bands can be seen.
+def _limit(axes, metric, drawn, bounds):
+    """Sets the range of y so that the intervals can be seen, and says in the legend which curves leave the axes.
 
     Args:
-        bounds: for each run the ends of its intervals, [2, 1 + updates].
+        drawn: the curves.
+        bounds: for each of them the ends of its intervals, [2, points].
     """
-    query = np.concatenate([ends[:, 1:].ravel() for ends in bounds])
-    finite = query[np.isfinite(query)]
-    if metric == 'loss':
-        if not all(np.isfinite(ends).all() for ends in bounds) or finite.max(initial=0) > DIVERGED * max(np.median(finite), 1e-9):
-            axes.set_yscale('log', nonpositive='clip')  # a run that diverged leaves nothing to see on a linear axis
-        else:
-            axes.set_ylim(bottom=0)
-    elif finite.size:
-        low, high = finite.min(), finite.max()
+    finite = [ends[np.isfinite(ends)] for ends in bounds]
+    highest = [values.max(initial=-np.inf) for values in finite]
+    positive = sorted(high for high in highest if high > 0)
+    top = DIVERGED * positive[(len(positive) - 1) // 2] if positive else np.inf  # curves that diverged must not squash the others
+    for line, high, ends in zip(drawn, highest, bounds):
+        if metric == 'loss' and (high > top or not np.isfinite(ends).all()):
+            line.set_label(line.get_label() + ', leaves the axes')
+    shown = [values for values, high in zip(finite, highest) if high <= top and values.size]
+    if not shown:
+        return
+    low, high = min(values.min() for values in shown), max(values.max() for values in shown)
+    if metric == 'accuracy':
         margin = 0.15 * max(high - low, 1.0)
         axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
+    elif high > WIDE * max(min(np.percentile(values, 50, method='lower') for values in shown), 1e-9):
+        axes.set_yscale('log', nonpositive='clip')  # nothing would be seen of the smaller values on a linear axis
+        axes.set_ylim(top=2 * high)
+    else:
+        axes.set_ylim(0, 1.05 * high if high > 0 else None)
 
 
 def functions(model: MAML, tasks: FunctionTasks, heading: str) -> Figure:
@@ -170,6 +217,7 @@ def predicted_targets(model: MAML, tasks: TableTasks, heading: str) -> Figure:
             predicted = columns.restore_targets(outputs[task].astype(float))[:, 0]
             axes.plot(true, predicted, label=label, markersize=4, **{**style, 'linestyle': 'none'})
         axes.axline((true[0], true[0]), slope=1, color='#999999', linewidth=1, label='no error')
+        axes.set_aspect('equal', adjustable='datalim')
         axes.set_title(_clipped(tasks.class_names(task)[0]), fontsize='small')
     name = _clipped(next(iter(columns.targets)))
     _label_panels(figure, panels, name, f'predicted {name}', 3)
@@ -211,13 +259,13 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
     before = np.argmax(model.predict(batch, 0).post[0][0], axis=-1)
     support_rows, query_rows = ([np.flatnonzero(column) for column in labels[0].T] for labels in (batch.support_y, batch.query_y))
     shots, queries, total = min(len(support_rows[0]), 5), min(len(query_rows[0]), 4), len(after)
-    right = np.mean(after == np.argmax(batch.query_y[0], axis=-1))
+    right = np.sum(after == np.argmax(batch.query_y[0], axis=-1))
     shown = names[:SHOWN_CLASSES]
-    figure = Figure(figsize=(max(1.25 * (shots + queries) + 1.2, 4.8), 1.5 * len(shown) + 1.1), layout='constrained')
-    figure.suptitle(
-        f'{_plain(heading)}: its first task{_first_classes(len(names))}\nleft: support images; right: {queries * len(shown)} of {total} '
-        f'query images, with the class\npredicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and '
-        f'its probability;\nof all {total}, {right:.0%} are right', fontsize='small')
+    figure = Figure(figsize=(1.25 * (shots + queries) + 0.8, 1.5 * len(shown) + 1.3), layout='constrained')
+    text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query images, '
+            f'with the class predicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and its probability; '
+            f'{right} of {total} are right')
+    figure.suptitle(_plain('\n'.join(textwrap.wrap(text, int(16 * figure.get_figwidth())))), fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
     for label, name in enumerate(shown):
         for axes, row in zip(panels[label, :shots], support_rows[label]):
@@ -235,7 +283,7 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
 
 def _first_classes(count):
     """The part of a title that says that not all classes are shown."""
-    return f'\nthe first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
+    return f', the first {SHOWN_CLASSES} of {count} classes' if count > SHOWN_CLASSES else ''
 
 
 def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndarray) -> Figure:

@@ -46,11 +46,11 @@ def as_text(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Header and rows; floating-point numbers with seven digits, as single precision has."""
+    """Header and rows; floating-point numbers with six digits: single precision has no more that are not noise."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(table.columns)
-    writer.writerows([f'{cell:.7g}' if isinstance(cell, float) else cell for cell in row] for row in table.rows)
+    writer.writerows([f'{cell:.6g}' if isinstance(cell, float) else cell for cell in row] for row in table.rows)
     return text.getvalue().rstrip('\n')
 
 

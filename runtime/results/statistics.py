@@ -7,6 +7,7 @@ from scipy import stats
 
 RESAMPLES = 2000
 LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
+ROUNDING = 1e-6       # values of single precision that differ by no more than this part of them differ by rounding alone
 NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the results
 UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
 
@@ -19,10 +20,12 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values: [tasks, ...].
 
     Returns:
-        Three arrays [...]; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks).
+        Three arrays [...] in double precision; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks),
+        and nan of one task, which says nothing about others.
     """
+    values = np.ascontiguousarray(values, np.float64)  # sums depend on the order in memory
     std = values.std(axis=0)
-    return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values))
+    return values.mean(axis=0), std, 1.96 * std / np.sqrt(len(values)) if len(values) > 1 else np.full_like(std, np.nan)
 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
@@ -76,8 +79,8 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
 
 @np.errstate(all='ignore')
 def difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """values - base; nan or infinite, without a warning, where one of them is not finite."""
-    return values - base
+    """values - base, 0 where they are equal but for ROUNDING; nan or infinite, without a warning, where one of them is not finite."""
+    return np.where(np.abs(values - base) < ROUNDING * np.maximum(np.abs(values), np.abs(base)), 0.0, values - base)
 
 
 def number(value: float, digits: int) -> str:
@@ -86,8 +89,8 @@ def number(value: float, digits: int) -> str:
 
 
 def plus_minus(mean: float, half: float, digits: int) -> str:
-    """Text: a mean and the half-width of its interval."""
-    return f'{number(mean, digits)} ± {number(half, digits)}'
+    """Text: a mean and the half-width of its interval, if it has one."""
+    return number(mean, digits) + (f' ± {number(half, digits)}' if math.isfinite(half) or not math.isfinite(mean) else '')
 
 
 def figure(mean: float, half: float, metric: str) -> str:
@@ -97,12 +100,18 @@ def figure(mean: float, half: float, metric: str) -> str:
 
 
 def p_value(one: np.ndarray, other: np.ndarray) -> float:
-    """The p-value of a two-sided paired t-test on values [tasks]; 1 if they are equal, nan if one is not finite."""
+    """The p-value of a two-sided paired t-test on values [tasks].
+
+    It is 1 if they are equal but for ROUNDING; nan if one is not finite, or if the difference is the same for all tasks.
+    """
     if np.array_equal(one, other, equal_nan=True):
         return 1.0
+    differences = difference(one, other)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
-        return float(stats.ttest_rel(one, other).pvalue)
+        if not np.ptp(differences) > ROUNDING * np.abs(differences).max():
+            return math.nan if differences.any() else 1.0
+        return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
 def p_text(p: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.results.statistics import UNITS, bootstrap, number, statistics
+from runtime.results.statistics import UNITS, bootstrap, figure, statistics
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file, write_atomically, write_csv
 
@@ -101,12 +101,10 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
         evaluations: {label: values [tasks, 1 + updates]}, one column each; the label of a single one is not shown.
         metric: one of UNITS.
     """
-    title, factor, digits = UNITS[metric]
-    lines = [f'  updates  {title}, with its 95% interval']
+    lines = [f'  updates  {UNITS[metric][0]}, with its 95% interval']
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
-    columns = [[f'{number(mean * factor, digits):>8} ± {number(half * factor, digits)}' for mean, _, half in zip(*statistics(values))]
-               for values in evaluations.values()]
+    columns = [[figure(mean, half, metric).rjust(16) for mean, _, half in zip(*statistics(values))] for values in evaluations.values()]
     for updates, cells in enumerate(zip(*columns)):
         lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
     lines.append('  (0: support examples, before adaptation)')
@@ -137,6 +135,7 @@ def write(path: str, entries: list[Entry]) -> None:
     write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=vars))
 
 
+@np.errstate(over='ignore')  # adaptation diverged on some tasks
 def write_reference_files(stem: str, values: np.ndarray) -> None:
     """Writes <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot.
 
@@ -145,7 +144,7 @@ def write_reference_files(stem: str, values: np.ndarray) -> None:
     Args:
         values: [tasks, 1 + updates].
     """
-    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *statistics(values)])
+    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *np.float32(statistics(values))])  # float32 is written with the digits it has
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
 

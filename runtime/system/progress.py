@@ -26,10 +26,15 @@ class Progress(tqdm):
         with contextlib.suppress(OSError):
             super().close()
 
+    def announce(self, what: str) -> None:
+        """Says on a terminal what the next iteration waits for."""
+        self.set_description(what, refresh=not self.disable and self.fp.isatty())
+
     def advance(self, iterations: int, tasks_per_iteration: int, metrics: Sequence[Sequence[float]]) -> None:
         """Counts finished iterations; shows tasks per second and the last of metrics, [before, after adaptation]."""
         if self.disable:
             return
+        self.set_description(refresh=False)
         state = self.format_dict
         rate = state['rate'] or (state['n'] + iterations - state['initial']) / max(state['elapsed'], 1e-9)
         tasks = rate * tasks_per_iteration

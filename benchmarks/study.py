@@ -1,0 +1,143 @@
+"""Trains and evaluates a list of runs, one after the other: files of flags, times the values of the flags that vary.
+
+    python benchmarks/study.py configs/cifarfs_5way1shot.flags --vary method=maml,anil --vary seed=0,1 --logdir=logs/study/
+
+trains four runs. All further flags are main.py's, for every run. Each run is trained to its end, and its newest checkpoint (with an
+--ensemble its best ones) is evaluated on meta-test. It can be interrupted (Ctrl-C, SIGTERM) and started again by the same command:
+trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run are reported before the first starts; a
+run that fails later is reported, and the next one starts.
+"""
+import argparse
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from absl import flags as absl_flags  # noqa: E402
+
+import main  # noqa: E402
+from runtime.cli.request import Request, resolve  # noqa: E402
+from runtime.cli.rules import check_flags  # noqa: E402
+from runtime.results.store import entries_of  # noqa: E402
+from runtime.system.errors import UserError  # noqa: E402
+from runtime.system.interruption import TERMINATION_SIGNALS  # noqa: E402
+
+EVALUATION = '--train=False', '--test_set=True'
+
+
+class StudyRun(NamedTuple):
+    """A run of a study."""
+    arguments: list[str]    # of its training
+    training: Request
+    evaluation: Request
+
+    @property
+    def name(self) -> str:
+        return ' '.join(self.arguments)
+
+    @property
+    def is_trained(self) -> bool:
+        return os.path.exists(os.path.join(self.training.directory, f'model{sum(self.training.iterations)}.index'))
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether results.json has the evaluation that the study makes."""
+        asked = self.evaluation
+        tasks = asked.datasource, 'test', asked.update_batch_size, asked.test_seed, asked.num_test_tasks
+        return any((entry.tasks.datasource, entry.tasks.split, entry.tasks.update_batch_size, entry.tasks.seed, entry.tasks.count) == tasks
+                   and entry.setting.query_norm == asked.query_norm and not entry.setting.load_from
+                   and (bool(entry.ensemble) if asked.ensemble > 1 else entry.iterations == sum(asked.iterations))
+                   for entry in entries_of(asked.directory))
+
+
+def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:
+    """The runs of a study: each file with each combination of values.
+
+    Args:
+        varied: 'name=value,value' for each flag that varies.
+        others: flags of all runs.
+
+    Raises:
+        UserError: flags are wrong, or two runs would have one directory; all of these.
+    """
+    choices = [[f'--{name}={value}' for value in values.split(',')] for name, _, values in (text.partition('=') for text in varied)]
+    runs, problems = [], []
+    for file, *values in itertools.product(files, *choices):
+        arguments = [f'--flagfile={file}', *others, *values]
+        try:
+            requests = [resolve(main.parse(['main.py', *arguments, *more])) for more in ((), EVALUATION)]
+            for request in requests:
+                check_flags(request)
+            runs.append(StudyRun(arguments, *requests))
+        except (UserError, absl_flags.Error) as error:
+            problems.append(f'{" ".join(arguments)}: {error}')
+    names = {}
+    for run in runs:
+        names.setdefault(run.training.directory, []).append(run.name)
+    problems += [f'{" and ".join(alike)} have one directory, {directory}: give a --logdir to each'
+                 for directory, alike in names.items() if len(alike) > 1]
+    if problems:
+        raise UserError('; '.join(problems))
+    return runs
+
+
+def call(arguments: Sequence[str]) -> int:
+    """main.py, to which signals are passed on, so that it saves; returns its status. Ends the program if it was interrupted."""
+    # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], start_new_session=True)
+    received = []
+
+    def pass_on(number, _):
+        received.append(number)
+        process.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in TERMINATION_SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        print('Interrupted; the same command continues.', flush=True)
+        sys.exit(128 + received[0])
+    return status
+
+
+def make(runs: Sequence[StudyRun]) -> list[str]:
+    """Trains and evaluates what is not yet; returns the names of the runs that failed."""
+    failed = []
+    for number, run in enumerate(runs, start=1):
+        print(f'\n{number} of {len(runs)}: {run.name}', flush=True)
+        if run.is_trained and run.is_evaluated:
+            print('done', flush=True)
+        elif not run.is_trained and call(run.arguments) or call([*run.arguments, *EVALUATION]):
+            failed.append(run.name)
+    return failed
+
+
+def command_line(arguments: Sequence[str] | None = None) -> None:
+    """Makes the study that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('files', nargs='+', metavar='FILE', help='files of flags, such as those in configs/')
+    parser.add_argument('--vary', action='append', default=[], metavar='NAME=VALUE,...', help='a flag, and the values that it takes')
+    options, others = parser.parse_known_args(arguments)
+    try:
+        runs = runs_of(options.files, options.vary, others)
+        failed = make(runs)
+    except (UserError, OSError) as error:
+        sys.exit(f'study.py: {error}')
+    if failed:
+        sys.exit(f'study.py: {len(failed)} of {len(runs)} runs failed; see above: {"; ".join(failed)}')
+    folders = ' '.join(dict.fromkeys(os.path.normpath(os.path.dirname(run.training.directory)) for run in runs))
+    print(f'\nAll {len(runs)} runs are trained and evaluated: python main.py --compare {folders} --checkpoints=newest --plot')
+
+
+if __name__ == '__main__':
+    command_line()

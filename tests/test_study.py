@@ -1,0 +1,81 @@
+"""benchmarks/study.py: a list of runs, trained and evaluated one after the other; and the script for SLURM in docs/study.md."""
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import study
+from conftest import ROOT, an_entry
+from runtime.results import store
+from runtime.system.errors import UserError
+
+SINUSOID = os.path.join(ROOT, 'configs', 'sinusoid_10shot.flags')
+
+
+def runs_of(tmp_path, *varied):
+    return study.runs_of([SINUSOID], varied, [f'--logdir={tmp_path}', '--metatrain_iterations=5'])
+
+
+def test_runs_are_the_combinations_of_values(tmp_path):
+    runs = runs_of(tmp_path, 'method=maml,anil', 'seed=0,1')
+    assert [run.arguments[-2:] for run in runs] == [[f'--method={method}', f'--seed={seed}'] for method in ('maml', 'anil') for seed in (0, 1)]
+    assert len({run.training.directory for run in runs}) == 4 and all(run.evaluation.test_set and not run.evaluation.train for run in runs)
+
+
+def test_all_mistakes_are_reported_before_the_first_run(tmp_path):
+    with pytest.raises(UserError) as error:
+        runs_of(tmp_path, 'max_pool=True,False', 'update_lr=1,x', 'test_seed=1,2')
+    sentence = str(error.value)
+    assert 'is for images' in sentence and '--update_lr=x' in sentence and 'have one directory' in sentence
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study, 'call', lambda arguments: calls.append(arguments) or '--seed=1' in arguments)
+    first, second, third = runs = runs_of(tmp_path, 'seed=0,1,2')
+    for run in first, third:
+        os.makedirs(run.training.directory)
+        pathlib.Path(run.training.directory, 'model5.index').touch()
+    tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
+    for entry in an_entry(np.ones([600, 2]), tasks={**tasks, 'seed': 1}), an_entry(np.ones([600, 2]), iterations=4, tasks=tasks):
+        store.add(third.training.directory, entry)
+    store.add(first.training.directory, an_entry(np.ones([600, 2]), tasks=tasks))
+    assert study.make(runs) == [second.name]
+    assert calls == [second.arguments, [*third.arguments, *study.EVALUATION]]
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_continues_after_a_signal(tmp_path):
+    """With stand-ins for srun and scontrol."""
+    script, = re.findall(r'```bash\n(.*?)```', pathlib.Path(ROOT, 'docs', 'study.md').read_text(encoding='utf-8'), re.S)
+    command, = re.findall(r'srun --ntasks=1 (.*) &', script)
+    mine = (f'{sys.executable} {ROOT}/benchmarks/study.py {SINUSOID} --vary seed=0 --metatrain_iterations=30000 --save_interval=1000 '
+            f'--num_test_tasks=5 --logdir=logs/')
+    (tmp_path / 'job').write_text(script.replace(command, mine))
+    (tmp_path / 'srun').write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    (tmp_path / 'scontrol').write_text('#!/bin/sh\necho "$@" >> asked\n')
+    for name in 'srun', 'scontrol':
+        (tmp_path / name).chmod(0o755)
+
+    def start():
+        environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '42'}
+        return subprocess.Popen(['bash', 'job'], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    job, deadline = start(), time.monotonic() + 100
+    while not list(tmp_path.glob('logs/*/model*.index')):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    output = job.communicate(timeout=100)[0]
+    assert 'Stopped by SIGTERM after iteration' in output and (tmp_path / 'asked').read_text() == 'requeue 42\n', output
+    assert not list(tmp_path.glob('logs/*/model30000.index'))
+    job = start()
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0 and 'Resuming from' in output and 'All 1 runs are trained and evaluated' in output, output
+    assert (tmp_path / 'asked').read_text() == 'requeue 42\n'
