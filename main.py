@@ -84,13 +84,18 @@ number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
-number('num_updates', 1, 'inner updates during training', 1, Learning())
+number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
+real('ridge_lambda', 50.0, 'of --head_init=ridge: the penalty, from which it is learned', Learning('.lambda{}'))
+real('ridge_scale', 10.0, 'of --head_init=ridge: what outputs are multiplied by, from which it is learned', Learning('.scale{}'))
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
+choice('head_init', 'learned', ['learned', 'shared', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned'; "
+       "'shared': one learned column for each class; 'prototypes' of the support examples' classes; 'ridge': their ridge regression. But for "
+       "'learned', an evaluation may have any number of classes", Learning('.{}'))
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
@@ -147,7 +152,7 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1, only='evaluation')
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
 strings('compare', None, 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
 strings('across', None, 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '

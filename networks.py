@@ -1,14 +1,15 @@
-"""What a network is, and the reference's two.
+"""What a network is, the reference's two, and where the last layer of a task comes from.
 
 A network is pure: it owns no variables, its tensors are an argument. So the inner loop can run it with a task's fast weights.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import tensorflow as tf
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from maml import ModelConfig
 
 CONV_LAYERS = (1, 2, 3, 4)
+SCALARS = 'head/'  # before the names of numbers by which a task's last layer is computed, which are shared weights
 Tensors = dict[str, tf.Tensor]
 
 
@@ -25,7 +27,7 @@ class Network(Protocol):
     """Rows [rows, dim_input] -> features [rows, features] -> outputs [rows, dim_output], given its tensors {name: tensor}.
 
     Attributes:
-        head_names: names of the last layer's tensors.
+        head_names: names of the last layer's matrix, [features, dim_output], and bias, [dim_output].
         convolutional: whether it has convolutions: such networks are not compiled by XLA on a CPU (runtime/compute/engine.py).
         description: text for the console.
     """
@@ -151,3 +153,82 @@ def _initial_norm_params(config: ModelConfig, scopes: Iterable[tuple[str, int]])
         if scaled:
             params[f'{scope}/gamma'] = tf.ones([channels])
     return params
+
+
+# Where the last layer of a task comes from --------------------------------------------------------------------------
+
+def shared_weights(config: ModelConfig, seed: int) -> Tensors:
+    """The weights that tasks share, initially: all, or with the last layers of `HEADS` the others and what these learn; float32."""
+    network = network_of(config)
+    weights = network.initial_weights(seed)
+    if config.head_init == 'learned':
+        return weights
+    body = {name: value for name, value in weights.items() if name not in network.head_names}
+    return {**body, **HEADS[config.head_init].learned(config, seed)}
+
+
+def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, support_y: tf.Tensor) -> Tensors:
+    """A task's last layer before its first inner step, computed as `head_init` says, one of `HEADS`; differentiable.
+
+    Args:
+        weights: the shared ones.
+        features: of the support rows, [rows, features].
+        support_y: [rows, dim_output].
+
+    Returns:
+        {name of the matrix: [features, dim_output], name of the bias: [dim_output]}.
+    """
+    return dict(zip(network_of(config).head_names, HEADS[config.head_init].compute(config, weights, features, support_y)))
+
+
+def head_column(config: ModelConfig, seed: int) -> Tensors:
+    """The last layer of a network with one output, initially: [features, 1] and [1]."""
+    network = network_of(dataclasses.replace(config, dim_output=1))
+    weights = network.initial_weights(seed)
+    return {name: weights[name] for name in network.head_names}
+
+
+def repeated_column(config, weights, features, support_y):
+    """The shared column for each class (UNICORN-MAML: Ye & Chao, 2022, section 5)."""
+    return [tf.repeat(weights[name], support_y.shape[-1], axis=-1) for name in network_of(config).head_names]
+
+
+def prototypes(config, weights, features, support_y):
+    """2 c_k and -|c_k|^2, where c_k is the mean of the features f of class k: the outputs are minus the squared distances |f - c_k|^2,
+    but for |f|^2, which is the same for all classes (ProtoNet: Snell et al., 2017, equation 8; ProtoMAML: Triantafillou et al.,
+    2020, section 3)."""
+    means = tf.matmul(features, support_y / tf.reduce_sum(support_y, axis=0), transpose_a=True)
+    return 2 * means, -tf.reduce_sum(tf.square(means), axis=0)
+
+
+def ridge_scalars(config: ModelConfig, seed: int) -> Tensors:
+    """What `ridge_regression` learns, initially: scalars."""
+    return {f'{SCALARS}lambda': tf.constant(config.ridge_lambda), f'{SCALARS}scale': tf.constant(config.ridge_scale),
+            f'{SCALARS}bias': tf.constant(0.0)}
+
+
+def ridge_regression(config, weights, features, support_y):
+    """The ridge regression of y on the features and a column of ones, in closed form, scaled (R2-D2: Bertinetto et al., 2019, equations
+    4 to 6). With X and Y divided by the root of the number of rows it is X'(XX' + lambda)^-1 Y, or where there are more rows than
+    columns (X'X + lambda)^-1 X'Y."""
+    rows = features.shape[0]
+    x, y = (values / math.sqrt(rows) for values in (tf.concat([features, tf.ones_like(features[:, :1])], axis=1), support_y))
+    by_rows = rows <= x.shape[1]
+    gram = tf.matmul(x, x, transpose_a=not by_rows, transpose_b=by_rows)
+    gram += weights[f'{SCALARS}lambda'] * tf.eye(gram.shape[0], dtype=gram.dtype)
+    # TensorFlow ends the program if it cannot solve; where training diverged, the result shall be nan, as elsewhere.
+    gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.eye(gram.shape[0], dtype=gram.dtype))
+    solution = tf.matmul(x, tf.linalg.solve(gram, y), transpose_a=True) if by_rows else (
+        tf.linalg.solve(gram, tf.matmul(x, y, transpose_a=True)))
+    solution *= weights[f'{SCALARS}scale']
+    return solution[:-1], solution[-1] + weights[f'{SCALARS}bias']
+
+
+class Head(NamedTuple):
+    """A way to compute the last layer of a task."""
+    learned: Callable[[ModelConfig, int], Tensors]  # function of config and seed: the shared weights that it needs, initially
+    compute: Callable[..., Iterable[tf.Tensor]]     # function of the arguments of `initial_head`: matrix and bias
+
+
+HEADS = {'shared': Head(head_column, repeated_column), 'prototypes': Head(lambda config, seed: {}, prototypes),
+         'ridge': Head(ridge_scalars, ridge_regression)}

@@ -3,6 +3,7 @@
 They are made once, at start-up. Fields are named like the flags.
 """
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 
-TEST_UPDATES = 10  # inner updates of an evaluation, or as many as in training if they are more, if no flag asks for others
+TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
 FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
@@ -79,6 +80,11 @@ class Trained(Run):
     query_norms: tuple[str, ...]  # of 'batch', 'support', 'each'
     plot_format: str            # 'png' | 'pdf' | 'svg'
 
+    @property
+    def most_outputs(self) -> float:
+        """The largest number of outputs that the network can have: any, if the last layer is computed for each task."""
+        return self.num_outputs if self.model.head_init == 'learned' else math.inf
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Trained):
@@ -108,12 +114,17 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=max(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
+        test_updates=usual_updates(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
         query_norms=_query_norms(request),
         split='test' if request.test_set else 'val',
         headline_updates=headline_updates(request))
     fields = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
+
+
+def usual_updates(num_updates: int, at_least: int) -> int:
+    """The inner updates of an evaluation: `at_least` so many or the training's, but none where the training has none."""
+    return num_updates and max(num_updates, at_least)
 
 
 def headline_updates(request: Request) -> int:

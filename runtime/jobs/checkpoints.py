@@ -20,6 +20,7 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
+from networks import SCALARS
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file
 
@@ -275,15 +276,18 @@ def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if _OPTIMIZER not in name}
 
 
-def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
+def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str] = (),
+                 starts: bool = False) -> dict:
     """Assigns the values of a checkpoint, of this program or of the reference under TensorFlow 1, to a model's parameters.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
     of batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
+    The model may lack the last layer. In a training that `starts`, the checkpoint may: that layer then stays as it is.
 
     Args:
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
+        last_layer: the names of the network's last layer.
 
     Returns the record of a checkpoint of this program, else {}. Raises UserError if there is no such checkpoint, it cannot be
     read, or names, shapes or flags differ; lists the differences.
@@ -294,10 +298,13 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         arrays = {name: array for name, array in without_optimizer(arrays).items()
                   if name in variables or not name.startswith('inner/')}
     else:
-        arrays = _reference_weights(arrays, variables)
+        arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
+    arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(SCALARS))}
+    if starts:
+        arrays = {**{name: variables[name].numpy() for name in last_layer if name in variables}, **arrays}
     scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
     for name, variable in variables.items():
-        if name not in arrays and (name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
+        if name not in arrays and (name.startswith(('lr/', 'inner/', SCALARS)) or scaled and name.endswith('/gamma')):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
+from networks import network_of
 from runtime.cli.run import TEST_UPDATES, Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
@@ -66,7 +67,7 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
             save(run.directory, entry, values_of[query_norm], name)
             written += [f'{name}.csv and .pkl'] if name else []
 
-    print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric))
+    print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric, run.test_updates))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
@@ -91,7 +92,7 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
 
 def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,
              seconds: float) -> store.Entry:
-    """The entry of results.json for an evaluation with values [tasks, 1 + updates], which took some seconds."""
+    """The entry of results.json for an evaluation with values [tasks, columns], which took some seconds."""
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     facts = {**run.source.task_facts}
     if preparation:  # such as which of several published splits
@@ -164,7 +165,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
     stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
     titles = {norm: f', --query_norm={norm}' if len(values_of) > 1 else '' for norm in values_of}
     curves = {checkpoint + titles[norm]: values for norm, values in values_of.items()}
-    figures = plots.evaluation_figures(run, model, tasks, run.split, curves)
+    figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)
     paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
     for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
@@ -172,7 +173,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
         is_first = norm == run.query_norms[0]
         with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
-            summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration)
+            summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration, run.test_updates)
             summaries.write_figures(run.split, figures if is_first else {}, iteration)
     return paths
 
@@ -181,7 +182,7 @@ def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
+        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags, network_of(model.config).head_names)
         learnt = record.get('flags', {})
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
             raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
@@ -227,7 +228,8 @@ def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
 
 
 def task_metrics(metrics: Metrics) -> np.ndarray:
-    """Accuracies, or losses in regression, [tasks, 1 + updates]: support rows before adaptation, query rows after each update."""
+    """Accuracies, or losses in regression, [tasks, columns]: support rows before adaptation, query rows after each update; without updates
+    query rows too."""
     pre, post = ((metrics.pre_loss, metrics.post_losses) if metrics.pre_accuracy is None else
                  (metrics.pre_accuracy, metrics.post_accuracies))
     return np.concatenate([pre[None], post]).T

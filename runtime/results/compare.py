@@ -14,6 +14,7 @@ from runtime.cli.methods import switches
 from runtime.results import render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
 from runtime.results.statistics import UNITS, difference, number, over_tasks_and_seeds, p_text, p_value, plus_minus, statistics
+from runtime.results.store import column_titles
 from runtime.system.errors import UserError
 
 COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p']
@@ -50,8 +51,8 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     if plot:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
         stem = os.path.join(split_name(folders[0])[1], 'comparison')
-        remarks += [f'Drawn: {plots.save_new(plots.curves(curves_of(comparison), comparison.metric, comparison.tasks), stem, plot_format)}'
-                    for comparison in comparisons]
+        pictures = [plots.curves(curves_of(each), each.metric, each.tasks, without_updates(each)) for each in comparisons]
+        remarks += [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
     tables = []
     for comparison in comparisons:
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
@@ -106,9 +107,9 @@ class Comparison:
                       for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
         self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
         self.headline = [evaluation.headline_values for evaluation in evaluations]
-        values_of_each = [evaluation.values for evaluation in evaluations]
-        self.rows = {str(updates): [values[:, updates] for values in values_of_each]
-                     for updates in range(min(values.shape[1] for values in values_of_each))}
+        columns_of_each = [dict(zip(column_titles(evaluation.entry.setting.test_updates), evaluation.values.T)) for evaluation in evaluations]
+        common = [title for title in columns_of_each[0] if all(title in columns for columns in columns_of_each)]
+        self.rows = {title: [columns[title] for columns in columns_of_each] for title in common}
         if len({evaluation.headline_updates for evaluation in evaluations}) > 1:
             self.rows['own'] = self.headline
 
@@ -158,14 +159,23 @@ def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
     return list(groups)
 
 
+def _curves(comparison):
+    """{label: entries} of what a picture shows: methods with several seeds, and the other evaluations."""
+    grouped = set().union(*(group.indices for group in comparison.groups))
+    indices = {f'{group.letters}: {group.label}, {len(group.indices)} seeds': group.indices for group in comparison.groups} | {
+        f'{line.letters}: {line.label}': line.indices for line in comparison.lines if line.indices[0] not in grouped}
+    return {label: [comparison.evaluations[index].entry for index in numbers] for label, numbers in indices.items()}
+
+
 def curves_of(comparison: Comparison) -> dict[str, np.ndarray]:
-    """{label: scores} of what a picture shows: [seeds, tasks, 1 + updates] of methods with several seeds, [tasks, 1 + updates] of others."""
-    scores, grouped = [np.array(evaluation.entry.scores) for evaluation in comparison.evaluations], set()
-    curves = {}
-    for group in comparison.groups:
-        curves[f'{group.letters}: {group.label}, {len(group.indices)} seeds'] = np.stack([scores[index] for index in group.indices])
-        grouped.update(group.indices)
-    return curves | {f'{line.letters}: {line.label}': scores[index] for index, line in enumerate(comparison.lines) if index not in grouped}
+    """{label: scores} of what a picture shows: [seeds, tasks, columns] of methods with several seeds, [tasks, columns] of others."""
+    return {label: np.array([entry.scores for entry in entries] if len(entries) > 1 else entries[0].scores)
+            for label, entries in _curves(comparison).items()}
+
+
+def without_updates(comparison: Comparison) -> list[str]:
+    """The labels of `curves_of` of evaluations without inner updates."""
+    return [label for label, entries in _curves(comparison).items() if not entries[0].setting.test_updates]
 
 
 # Labels -------------------------------------------------------------------------------------------------------------

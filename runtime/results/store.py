@@ -20,6 +20,7 @@ from runtime.system.files import locked, require_regular_file, write_atomically,
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
+QUERY_WITHOUT_UPDATES = '0 query'  # the title of a column
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
 
 
@@ -80,8 +81,13 @@ class Entry:
     metric: str                 # 'accuracy' (a fraction) | 'loss'
     seconds: float
     versions: dict[str, str]    # of Python and libraries
-    figures: list[Figures]      # after 0, 1, ... updates
-    scores: list[list[float]]   # [tasks, 1 + updates]: support rows before adaptation, query rows after each update
+    figures: list[Figures]      # of each column of `scores`
+    scores: list[list[float]]   # [tasks, columns], see `column_titles`
+
+    @property
+    def headline_column(self) -> int:
+        """The column of `scores` at which the method is reported."""
+        return self.setting.headline_updates if self.setting.test_updates else 1
 
     @property
     def key(self) -> str:
@@ -89,17 +95,24 @@ class Entry:
         return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=vars)
 
 
+def column_titles(test_updates: int) -> list[str]:
+    """Of the scores of an evaluation: of support rows before adaptation, and of query rows after each inner update; without updates of
+    support rows and of query rows."""
+    return [str(updates) for updates in range(test_updates + 1)] if test_updates else ['0', QUERY_WITHOUT_UPDATES]
+
+
 def figures_of(values: np.ndarray) -> list[Figures]:
     """The figures of an Entry, given its scores [tasks, 1 + updates]."""
     return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())]
 
 
-def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
+def table(evaluations: dict[str, np.ndarray], metric: str, test_updates: int) -> str:
     """Text: for each number of updates the mean and its 95% interval.
 
     Args:
-        evaluations: {label: values [tasks, 1 + updates]}, one column each; the label of a single one is not shown.
+        evaluations: {label: values [tasks, columns]}, one column each; the label of a single one is not shown.
         metric: one of UNITS.
+        test_updates: inner updates of the evaluations.
     """
     title, factor, digits = UNITS[metric]
     lines = [f'  updates  {title}, with its 95% interval']
@@ -107,8 +120,8 @@ def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
     columns = [[f'{number(mean * factor, digits):>8} ± {number(half * factor, digits)}' for mean, _, half in zip(*statistics(values))]
                for values in evaluations.values()]
-    for updates, cells in enumerate(zip(*columns)):
-        lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
+    for updates, cells in zip(column_titles(test_updates), zip(*columns)):
+        lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
     lines.append('  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
@@ -219,6 +232,6 @@ def _check_consistency(entry, field):
     for name, holds in {
             'metric': entry.metric in UNITS, 'tasks.split': entry.tasks.split in SPLIT_TITLES,
             'scores': len(entry.scores) > 0 and columns > 0 and all(len(row) == columns for row in entry.scores),
-            'setting.headline_updates': 0 <= entry.setting.headline_updates < columns}.items():
+            'setting.headline_updates': entry.setting.headline_updates >= 0 and entry.headline_column < columns}.items():
         if not holds:
             raise ValueError(f'{field}.{name} is not that of an evaluation')

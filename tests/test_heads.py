@@ -1,0 +1,195 @@
+"""Last layers that are computed for each task: their fixtures, closed forms, any number of classes, and the program with them."""
+import dataclasses
+import glob
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_methods import Fixture, relative
+
+from conftest import error_of, results_of, run_ok, write_image_tree
+from data_generator import TaskBatch
+from maml import MAML, ModelConfig
+from networks import initial_head, network_of
+from runtime.jobs.learner import load
+
+FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_heads'), os.environ.get('MAML_GOLDEN_HEADS', '')]
+FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+
+
+def assert_agrees(name, dtype, tolerance, **changes):
+    fixture = Fixture(FIXTURES[name])
+    model, batch = fixture.model(dtype, **changes), fixture.batch(np.dtype(dtype))
+    assert relative(model.meta_gradients(batch), fixture.group('metagrad')) < tolerance
+    numbers = 0, fixture.updates
+    losses = np.concatenate([model.evaluate(batch, updates).post_losses for updates in numbers])
+    outputs = np.concatenate([model.predict(batch, updates).post for updates in numbers])
+    np.testing.assert_allclose(losses, fixture.arrays['losses'], rtol=tolerance)
+    np.testing.assert_allclose(outputs, fixture.arrays['outputs'], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('name', FIXTURES)
+def test_fixtures_in_double_precision(name):
+    assert_agrees(name, 'float64', 1e-8)
+
+
+@pytest.mark.parametrize('name, engine', [('ridge_conv_1shot', 'map'), ('unicorn_fc', 'vmap'), pytest.param(
+    'ridge_conv_5shot', 'vmap', marks=pytest.mark.slow), pytest.param('protomaml_conv', 'map', marks=pytest.mark.slow)])
+def test_fixtures_in_single_precision(name, engine):
+    assert_agrees(name, 'float32', 1e-4, engine=engine)
+
+
+# Closed forms ---------------------------------------------------------------------------------------------------------
+
+DENSE = ModelConfig(dim_input=5, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=0, dim_hidden=(4,), norm='None',
+                    dtype='float64', ridge_lambda=0.7, ridge_scale=3.0)
+
+
+def random_batch(way=3, shots=2, inputs=5):
+    rng = np.random.default_rng(0)
+    y = np.tile(np.eye(way), (shots, 1))[None]
+    return TaskBatch(rng.normal(size=(1, way * shots, inputs)), y, rng.normal(size=(1, way * shots, inputs)), y)
+
+
+def random_model(config):
+    """A model with random weights, but for the scalars of the ridge regression."""
+    model, rng = MAML(config), np.random.default_rng(1)
+    for name, variable in model.weights.items():
+        if not name.startswith('head/'):
+            variable.assign(rng.normal(size=variable.shape))
+    return model
+
+
+def features_of(model, x):
+    return network_of(model.config).features(model.shared.weights | model.shared.norm_params, tf.constant(x)).numpy()
+
+
+@pytest.mark.usefixtures('eager')
+def test_prototypes_are_minus_squared_distances():
+    """Up to a constant of the row: ProtoNet."""
+    model, batch = random_model(dataclasses.replace(DENSE, head_init='prototypes')), random_batch()
+    support, query = (features_of(model, x[0]) for x in (batch.support_x, batch.query_x))
+    means = np.stack([support[label::3].mean(axis=0) for label in range(3)])
+    distances = np.square(query[:, None] - means).sum(axis=-1)
+    found = model.predict(batch, 0).post[0, 0].numpy() + distances
+    np.testing.assert_allclose(found, np.broadcast_to(found[:, :1], found.shape), rtol=1e-12)
+    assert model.weights.keys() == {'w1', 'b1'}
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('shots', [1, 5])
+def test_ridge_regression_minimises_its_objective(shots):
+    """At the solution the gradient of |Xw - Y|^2 / rows + lambda |w|^2 is 0, with fewer rows than columns and with more."""
+    model, batch = random_model(dataclasses.replace(DENSE, head_init='ridge')), random_batch(shots=shots)
+    x, y = np.pad(features_of(model, batch.support_x[0]), ((0, 0), (0, 1)), constant_values=1), batch.support_y[0]
+    assert (len(x) <= x.shape[1]) == (shots == 1)
+    model.weights['head/bias'].assign(0.2)
+    head = initial_head(model.config, model.weights, tf.constant(x[:, :-1]), tf.constant(y))
+    w = np.concatenate([head['w2'], head['b2'][None] - 0.2]) / 3
+    np.testing.assert_allclose(x.T @ (x @ w - y) / len(x) + np.float32(0.7) * w, 0, atol=1e-12)
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_ridge_regression_of_what_is_not_finite_is_not_finite():
+    """TensorFlow would end the program: a training that diverges shall say so itself."""
+    config, batch = dataclasses.replace(DENSE, head_init='ridge'), random_batch()
+    model = random_model(config)
+    model.weights['w1'].assign(np.full([5, 4], np.nan))
+    assert np.isnan(model.evaluate(batch, 0).post_losses).all() and np.isnan(model.meta_gradients(batch)['head/scale'])
+
+
+@pytest.mark.parametrize('head_init', ['prototypes', 'ridge'])
+def test_one_graph_compiled_by_xla_is_one_task_at_a_time(head_init):
+    batch = random_batch()
+    found, alone = (random_model(dataclasses.replace(DENSE, head_init=head_init, engine=engine)).meta_gradients(batch) for engine in ('vmap', 'map'))
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, alone[name], rtol=1e-9, atol=1e-12)
+
+
+HEADS = {'shared': dict(num_updates=2, learn_lr='weight'), 'prototypes': dict(num_updates=1, inner_weights='head', learn_lr='step'),
+         'ridge': dict(num_updates=1, inner_weights='body')}
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('head_init', HEADS)
+def test_any_number_of_classes(head_init):
+    """More than trained with or fewer; and the order of the classes does not matter."""
+    model = random_model(dataclasses.replace(DENSE, head_init=head_init, **HEADS[head_init]))
+    for way in 2, 5:
+        batch, order = random_batch(way), np.random.default_rng(0).permutation(way)
+        permuted = batch._replace(support_y=batch.support_y[..., order], query_y=batch.query_y[..., order])
+        found, other = (model.variant(dim_output=way).predict(each, 2).post for each in (batch, permuted))
+        assert found.shape == (2, 1, 2 * way, way)
+        np.testing.assert_allclose(other, found.numpy()[..., order], rtol=1e-9, atol=1e-12)
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def trained(small_data, tmp_path_factory):
+    """The directories of a ProtoNet, trained with 8 classes of 6 in meta-validation, and of a MAML."""
+    root = tmp_path_factory.mktemp('heads')
+    flags = ['--datasource=cifarfs', f'--data_path={small_data["cifarfs"]}', '--update_batch_size=1', '--num_filters=4', '--max_pool',
+             '--meta_batch_size=2', '--metatrain_iterations=2', '--update_lr=0.1']
+    output = run_ok(*flags, '--method=protonet', '--num_classes=6', f'--logdir={root / "protonet"}', '--plot')
+    assert 'so that validation is 5-way' in output
+    run_ok(*flags, f'--logdir={root / "maml"}', '--log=False')
+    return [next(path for path in (root / name).iterdir() if path.is_dir()) for name in ('protonet', 'maml')]
+
+
+def test_protonet_of_the_program(trained, tmp_path):
+    """Trained with more classes than it is tested with; evaluated without inner updates and with some; compared with MAML."""
+    protonet, maml = trained
+    assert '.numstep0.' in protonet.name and protonet.name.endswith('batchnorm.prototypes.meanloss')
+    evaluation = ['--train=False', '--num_test_tasks=3', '--num_classes=3', '--test_set=True']
+    output = run_ok(f'--run={protonet}', *evaluation, '--plot')
+    assert '\n  0 query  ' in output and '\n        1  ' not in output
+    run_ok(f'--run={protonet}', *evaluation, '--test_updates=2')
+    without, with_updates = results_of(protonet)
+    assert without.training.method == 'ProtoNet' and (without.setting.test_updates, without.setting.headline_updates) == (0, 0)
+    assert np.shape(without.scores) == (3, 2) and without.headline_column == 1 and np.shape(with_updates.scores) == (3, 3)
+    run_ok(f'--run={maml}', *evaluation)
+    run_ok(f'--run={maml}', *evaluation, '--test_updates=0')
+    table = run_ok('--compare', str(protonet), str(maml), '--plot')
+    assert 'own: each at its own number of updates, A 0, B 2, C 1, D 0' in table
+    without_maml = run_ok('--compare', str(protonet), '--checkpoints=all')
+    assert '0 query' not in without_maml  # of only one of them
+
+
+def test_a_prediction_of_more_classes_than_trained(trained, tmp_path):
+    names = [f'class {number}' for number in range(8)]
+    for seed, name in enumerate(('support', 'query')):
+        write_image_tree(tmp_path / name, names, images=2, size=(32, 32, 3), seed=seed)
+    predict = ['--predict', f'--support_dir={tmp_path / "support"}', f'--query_dir={tmp_path / "query"}']
+    assert 'of 8 classes by 0 updates' in run_ok(f'--run={trained[0]}', *predict)
+    assert 'holds 8 classes, and the network has 5 outputs' in error_of(f'--run={trained[1]}', *predict)
+    predictor = load(trained[0]).adapt(np.zeros([9, 32, 32, 3], np.uint8), [*range(9)])
+    assert predictor(np.zeros([2, 32, 32, 3], np.uint8)).shape == (2, 9)
+
+
+def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_data):
+    """A body is evaluated with another last layer, and a training starts from it; but not with a last layer that nobody has trained."""
+    protonet, maml = trained
+    flags = ['--datasource=cifarfs', f'--data_path={small_data["cifarfs"]}', '--update_batch_size=1', '--num_filters=4', '--max_pool',
+             '--meta_batch_size=2', f'--logdir={tmp_path}', '--num_test_tasks=3', '--log=False']
+    evaluation = ['--train=False', '--head_init=ridge', '--num_updates=0', f'--load_from={maml}/model2']
+    assert '0 query' in run_ok(*flags, *evaluation)
+    assert 'w5 is missing there' in error_of(*flags, '--train=False', f'--load_from={protonet}/model2')
+    run_ok(*flags, '--metatrain_iterations=1', '--meta_lr=0', f'--load_from={protonet}/model2')
+    found, = tmp_path.glob('*/model1.index')
+    assert np.array_equal(tf.train.load_variable(str(found)[:-6], 'conv2'), tf.train.load_variable(f'{protonet}/model2', 'conv2'))
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--head_init=shared', '--inner_weights=body'], '--inner_weights=body keeps them equal'),
+    (['--num_updates=0'], '--num_updates=0 needs a last layer'), (['--num_updates=0', '--head_init=shared'], '--num_updates=0 needs'),
+    (['--method=protonet', '--stop_grad'], '--stop_grad is about the inner updates of the training'),
+    (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),
+    (['--method=r2d2', '--outer=reptile'], 'is not shared: leave out one'),
+    (['--method=r2d2', '--pretrain_iterations=1'], 'needs a last layer that tasks share'),
+    (['--ridge_scale=2'], '--ridge_scale is for --head_init=ridge'), (['--method=r2d2', '--ridge_lambda=0'], '--ridge_lambda must be positive'),
+    (['--datasource=sinusoid', '--head_init=prototypes'], '--head_init=prototypes is for classification')])
+def test_what_means_nothing_is_refused(flags, words):
+    assert words in error_of('--datasource=omniglot', *flags)
