@@ -299,6 +299,8 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
                   if name in variables or not name.startswith('inner/')}
     else:
         arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
+    if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
+        network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
     arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(SCALARS))}
     if starts:
         arrays = {**{name: variables[name].numpy() for name in last_layer if name in variables}, **arrays}
