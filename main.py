@@ -164,6 +164,8 @@ choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --acro
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
+choice('head', 'own', ['own', 'nearest'], "last layer of an evaluation: the model's 'own'; 'nearest': in its place the nearest class mean and "
+       'the nearest neighbour, on the features of the model without inner updates', only='evaluation')
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
 boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on',
         only='transfer')

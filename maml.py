@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import SCALARS, head_column, initial_head, network_of, shared_weights
+from networks import HEAD_PREFIX, head_column, initial_head, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -217,7 +217,7 @@ def adapted(config: ModelConfig, parameters: Parameters) -> Tensors:
     with `adapt_norm` offsets and scales of normalisation too."""
     head = network_of(config).head_names
     is_adapted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}[config.inner_weights]
-    weights = {name: value for name, value in parameters.weights.items() if is_adapted(name) and not name.startswith(SCALARS)}
+    weights = {name: value for name, value in parameters.weights.items() if is_adapted(name) and not name.startswith(HEAD_PREFIX)}
     return {**weights, **parameters.norm_params} if config.adapt_norm else weights
 
 
@@ -250,13 +250,13 @@ def weights_at(config: ModelConfig, parameters: Parameters, own: Tensors, step: 
 def support_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's support rows at an inner step, [N*K, dim_output]."""
     network, tensors = network_of(config), weights_at(config, parameters, {**state.head, **state.fast}, step)
-    return network.head(tensors, state.features['support'] if state.features else network.features(tensors, task.support_x))
+    return outputs_of(config, tensors, state.features['support'] if state.features else network.features(tensors, task.support_x))
 
 
 def query_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's query rows at an inner step, [N*Q, dim_output]."""
-    network, tensors = network_of(config), weights_at(config, parameters, {**state.head, **state.fast}, step)
-    return network.head(tensors, state.features['query'] if state.features else query_features(config, task, tensors))
+    tensors = weights_at(config, parameters, {**state.head, **state.fast}, step)
+    return outputs_of(config, tensors, state.features['query'] if state.features else query_features(config, task, tensors))
 
 
 def query_features(config: ModelConfig, task: TaskBatch, tensors: Tensors) -> tf.Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from maml import ModelConfig
 
 CONV_LAYERS = (1, 2, 3, 4)
-SCALARS = 'head/'  # before the names of numbers by which a task's last layer is computed, which are shared weights
+HEAD_PREFIX = 'head/'  # of the names of what computed last layers have besides the network's tensors
 Tensors = dict[str, tf.Tensor]
 
 
@@ -176,9 +176,21 @@ def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, sup
         support_y: [rows, dim_output].
 
     Returns:
-        {name of the matrix: [features, dim_output], name of the bias: [dim_output]}.
+        {name of the matrix: [features, dim_output], name of the bias: [dim_output]}; for 'neighbours' the arguments.
     """
+    if config.head_init == 'neighbours':
+        return {f'{HEAD_PREFIX}features': features, f'{HEAD_PREFIX}labels': support_y}
     return dict(zip(network_of(config).head_names, HEADS[config.head_init].compute(config, weights, features, support_y)))
+
+
+def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
+    """The outputs for rows with features [rows, features]: of the last layer, or for 'neighbours' for each class minus the squared distance
+    to its nearest support row, but for a constant of the row; [rows, dim_output]."""
+    if config.head_init != 'neighbours':
+        return network_of(config).head(tensors, features)
+    support, labels = tensors[f'{HEAD_PREFIX}features'], tensors[f'{HEAD_PREFIX}labels']
+    closeness = 2 * tf.matmul(features, support, transpose_b=True) - tf.reduce_sum(tf.square(support), axis=1)
+    return tf.reduce_max(tf.where(labels[None] > 0, closeness[:, :, None], closeness.dtype.min), axis=1)
 
 
 def head_column(config: ModelConfig, seed: int) -> Tensors:
@@ -203,8 +215,8 @@ def prototypes(config, weights, features, support_y):
 
 def ridge_scalars(config: ModelConfig, seed: int) -> Tensors:
     """What `ridge_regression` learns, initially: scalars."""
-    return {f'{SCALARS}lambda': tf.constant(config.ridge_lambda), f'{SCALARS}scale': tf.constant(config.ridge_scale),
-            f'{SCALARS}bias': tf.constant(0.0)}
+    return {f'{HEAD_PREFIX}lambda': tf.constant(config.ridge_lambda), f'{HEAD_PREFIX}scale': tf.constant(config.ridge_scale),
+            f'{HEAD_PREFIX}bias': tf.constant(0.0)}
 
 
 def ridge_regression(config, weights, features, support_y):
@@ -215,13 +227,13 @@ def ridge_regression(config, weights, features, support_y):
     x, y = (values / math.sqrt(rows) for values in (tf.concat([features, tf.ones_like(features[:, :1])], axis=1), support_y))
     by_rows = rows <= x.shape[1]
     gram = tf.matmul(x, x, transpose_a=not by_rows, transpose_b=by_rows)
-    gram += weights[f'{SCALARS}lambda'] * tf.eye(gram.shape[0], dtype=gram.dtype)
+    gram += weights[f'{HEAD_PREFIX}lambda'] * tf.eye(gram.shape[0], dtype=gram.dtype)
     # TensorFlow ends the program if it cannot solve; where training diverged, the result shall be nan, as elsewhere.
     gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.eye(gram.shape[0], dtype=gram.dtype))
     solution = tf.matmul(x, tf.linalg.solve(gram, y), transpose_a=True) if by_rows else (
         tf.linalg.solve(gram, tf.matmul(x, y, transpose_a=True)))
-    solution *= weights[f'{SCALARS}scale']
-    return solution[:-1], solution[-1] + weights[f'{SCALARS}bias']
+    solution *= weights[f'{HEAD_PREFIX}scale']
+    return solution[:-1], solution[-1] + weights[f'{HEAD_PREFIX}bias']
 
 
 class Head(NamedTuple):
@@ -231,4 +243,4 @@ class Head(NamedTuple):
 
 
 HEADS = {'shared': Head(head_column, repeated_column), 'prototypes': Head(lambda config, seed: {}, prototypes),
-         'ridge': Head(ridge_scalars, ridge_regression)}
+         'ridge': Head(ridge_scalars, ridge_regression), 'neighbours': Head(lambda config, seed: {}, lambda *_: ())}

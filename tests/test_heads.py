@@ -108,6 +108,18 @@ def test_one_graph_compiled_by_xla_is_one_task_at_a_time(head_init):
         np.testing.assert_allclose(gradient, alone[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures('eager')
+def test_the_nearest_neighbour_is_that_of_a_search():
+    """Of a model with another last layer, which it does not need; as ProtoNet's logits, of the nearest row instead of the mean."""
+    trained, batch = random_model(DENSE), random_batch(way=4, shots=3)
+    model = trained.variant(dim_output=4, head_init='neighbours')
+    support, query = (features_of(trained, x[0]) for x in (batch.support_x, batch.query_x))
+    distances = np.square(query[:, None] - support).sum(axis=-1)
+    nearest = np.stack([distances[:, label::4].min(axis=1) for label in range(4)], axis=1)
+    found = model.predict(batch, 0).post[0, 0].numpy() + nearest
+    np.testing.assert_allclose(found, np.broadcast_to(found[:, :1], found.shape), rtol=1e-12)
+
+
 HEADS = {'shared': dict(num_updates=2, learn_lr='weight'), 'prototypes': dict(num_updates=1, inner_weights='head', learn_lr='step'),
          'ridge': dict(num_updates=1, inner_weights='body')}
 
@@ -155,6 +167,22 @@ def test_protonet_of_the_program(trained, tmp_path):
     table = run_ok('--compare', str(protonet), str(maml), '--plot')
     assert 'own: each at its own number of updates' in table, table
     print(table)
+
+
+def test_the_nearest_of_the_program(trained):
+    """Nearest class mean and nearest neighbour on the features of a MAML, of more classes than it has outputs too; beside its own results."""
+    maml = trained[1]
+    evaluation = [f'--run={maml}', '--train=False', '--num_test_tasks=5']
+    output = run_ok(*evaluation, '--head=nearest', '--plot', '--num_classes=4')
+    assert '--query_norm=batch, nearest class mean' in output and '--query_norm=batch, nearest neighbour' in output and '0 query' in output
+    run_ok(*evaluation, '--num_classes=4')
+    entries = {entry.setting.head: entry for entry in results_of(maml) if entry.tasks.num_classes == 4}
+    assert set(entries) == {'own', 'nearest class mean', 'nearest neighbour'} and not list(maml.glob('*.csv'))
+    one_shot = [entries[name].scores for name in ('nearest class mean', 'nearest neighbour')]
+    assert one_shot[0] == one_shot[1] and np.shape(one_shot[0]) == (5, 2)  # of a single support example a class
+    assert 'head=nearest neighbour' in run_ok('--compare', str(maml))
+    assert '--head=nearest is without inner updates' in error_of(*evaluation, '--head=nearest', '--test_updates=3')
+    assert '--head=nearest is for evaluation' in error_of(f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
 
 
 def test_a_prediction_of_more_classes_than_trained(trained, tmp_path):

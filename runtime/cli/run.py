@@ -14,6 +14,7 @@ from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
+EVALUATED_HEADS = {'own': ('own',), 'nearest': ('nearest class mean', 'nearest neighbour')}  # of an evaluation, for values of --head
 FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
@@ -94,6 +95,7 @@ class Evaluation(Trained):
     log: bool
     plot: bool
     headline_updates: int       # after which the method is reported
+    heads: tuple[str, ...]      # last layers: 'own', or 'nearest class mean' and 'nearest neighbour'
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
@@ -114,7 +116,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=usual_updates(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
+        test_updates=_test_updates(request), heads=EVALUATED_HEADS[request.head],
         query_norms=_query_norms(request),
         split='test' if request.test_set else 'val',
         headline_updates=headline_updates(request))
@@ -127,9 +129,15 @@ def usual_updates(num_updates: int, at_least: int) -> int:
     return num_updates and max(num_updates, at_least)
 
 
+def _test_updates(request):
+    if request.head == 'nearest':
+        return 0
+    return usual_updates(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates
+
+
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
-    return request.num_updates if request.test_updates == -1 else request.test_updates
+    return _test_updates(request) if request.head == 'nearest' or request.test_updates != -1 else request.num_updates
 
 
 def _query_norms(request):

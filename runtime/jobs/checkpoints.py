@@ -20,7 +20,7 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
-from networks import SCALARS
+from networks import HEAD_PREFIX
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file
 
@@ -301,12 +301,12 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
     if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
         network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
-    arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(SCALARS))}
+    arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
     if starts:
         arrays = {**{name: variables[name].numpy() for name in last_layer if name in variables}, **arrays}
     scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
     for name, variable in variables.items():
-        if name not in arrays and (name.startswith(('lr/', 'inner/', SCALARS)) or scaled and name.endswith('/gamma')):
+        if name not in arrays and (name.startswith(('lr/', 'inner/', HEAD_PREFIX)) or scaled and name.endswith('/gamma')):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)

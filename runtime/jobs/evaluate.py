@@ -40,6 +40,17 @@ class Restored(NamedTuple):
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
 
 
+class Variant(NamedTuple):
+    """One of the ways in which an evaluation uses a model."""
+    query_norm: str
+    head: str                   # 'own' | 'nearest class mean' | 'nearest neighbour'
+
+    @property
+    def label(self) -> str:
+        """Text, for tables and pictures."""
+        return f'--query_norm={self.query_norm}' + (f', {self.head}' if self.head != 'own' else '')
+
+
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
 
@@ -54,27 +65,33 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     known = known_classes(run, restored.trained_on, tasks)
     print(heading(run, tasks, restored, known), flush=True)
     values_of, seconds, written = {}, {}, [store.FILE]
-    models = {norm: restored.model.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
-    for query_norm, model in models.items():
-        started = time.perf_counter()
-        label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
+    models = models_of(run, restored)
+    for variant, model in models.items():
+        started, label = time.perf_counter(), variant.label if len(models) > 1 else None
         with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
-            values_of[query_norm] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
-        seconds[query_norm] = time.perf_counter() - started
+            values_of[variant] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
+        seconds[variant] = time.perf_counter() - started
         if run.replicas.chief:
-            entry = entry_of(run, tasks, restored, known, query_norm, values_of[query_norm], seconds[query_norm])
-            name = reference_name(run, restored, query_norm)
-            save(run.directory, entry, values_of[query_norm], name)
+            entry = entry_of(run, tasks, restored, known, variant, values_of[variant], seconds[variant])
+            name = reference_name(run, restored, variant)
+            save(run.directory, entry, values_of[variant], name)
             written += [f'{name}.csv and .pkl'] if name else []
 
-    print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric, run.test_updates))
+    print(store.table({variant.label: values for variant, values in values_of.items()}, run.metric, run.test_updates))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
     print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
     if run.plot and run.replicas.chief:
-        for path in draw(run, models[run.query_norms[0]], tasks, values_of, restored):
+        for path in draw(run, next(iter(models.values())), tasks, values_of, restored):
             print(f'Drawn: {path}')
+
+
+def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensemble]:
+    """The ways in which an evaluation uses the restored model."""
+    heads = {'own': {}, 'nearest class mean': {'head_init': 'prototypes'}, 'nearest neighbour': {'head_init': 'neighbours'}}
+    return {Variant(norm, head): restored.model.variant(dim_output=run.model.dim_output, query_norm=norm, **heads[head])
+            for norm in run.query_norms for head in run.heads}
 
 
 def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
@@ -90,7 +107,7 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     return '\n'.join([*lines, ''])
 
 
-def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,
+def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], variant: Variant, values: np.ndarray,
              seconds: float) -> store.Entry:
     """The entry of results.json for an evaluation with values [tasks, columns], which took some seconds."""
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
@@ -107,7 +124,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
+            query_norm=variant.query_norm, head=variant.head, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
             test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=seconds,
@@ -140,22 +157,22 @@ def known_classes(run: Evaluation, trained_on: str, tasks: Tasks) -> list[str]:
     return [name for name in names if name in trained and not name.isdigit()]
 
 
-def reference_name(run: Evaluation, restored: Restored, query_norm: str) -> str | None:
+def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
     """The name of the .csv and .pkl files of the evaluation that the reference makes; None for any other.
 
     The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
     updates. The files are named after the number of shots and the step size, which may be any.
     """
-    is_standard = (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
+    is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
                    and run.test_updates == max(run.model.num_updates, TEST_UPDATES) and run.model.inner_batch == run.learning_flags['inner_batch'])
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
-def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[str, np.ndarray],
+def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[Variant, np.ndarray],
          restored: Restored) -> list[str]:
-    """Writes the figures of an evaluation with {query_norm: values}, named after split and checkpoint; returns their paths.
+    """Writes the figures of an evaluation with {variant: values}, the first of which is the model's, named after split and checkpoint; returns their paths.
 
     They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
@@ -163,15 +180,16 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
 
     checkpoint, iteration = os.path.basename(restored.prefix), restored.iterations or 0
     stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
-    titles = {norm: f', --query_norm={norm}' if len(values_of) > 1 else '' for norm in values_of}
-    curves = {checkpoint + titles[norm]: values for norm, values in values_of.items()}
+    titles = {variant: f', {variant.label}' if len(values_of) > 1 else '' for variant in values_of}
+    curves = {checkpoint + titles[variant]: values for variant, values in values_of.items()}
     figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)
     paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
     for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
-    for norm, values in values_of.items():
-        is_first = norm == run.query_norms[0]
-        with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
+    for index, (variant, values) in enumerate(values_of.items()):
+        is_first = index == 0
+        name = '_'.join([stem, variant.query_norm, *([variant.head.replace(' ', '')] if variant.head != 'own' else [])])
+        with Summaries(stem if is_first else name, run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
             summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration, run.test_updates)
             summaries.write_figures(run.split, figures if is_first else {}, iteration)

@@ -153,9 +153,9 @@ class Predictor:
         import tensorflow as tf
 
         from maml import query_features
-        from networks import network_of
+        from networks import outputs_of
         task = TaskBatch(tf.constant(self.support_x), None, tf.constant(rows), None)
-        return network_of(self.config).head(tensors, query_features(self.config, task, tensors)).numpy()
+        return outputs_of(self.config, tensors, query_features(self.config, task, tensors)).numpy()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the predictor to an .npz file, which `load_predictor` reads; raises OSError if that cannot be done."""

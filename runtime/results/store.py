@@ -56,6 +56,7 @@ class Setting:
     test_updates: int           # inner updates
     headline_updates: int       # the number of updates at which the method is reported
     load_from: str | None       # absolute prefix of the checkpoint, if it is not one of the run's own
+    head: str = 'own'           # the model's 'own' last layer, or in its place the 'nearest class mean' or the 'nearest neighbour'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,12 +219,13 @@ def _checked(kind, value, field):
 
 
 def _checked_fields(kind, values, field):
-    """A dataclass of the schema from its fields, {name: value}; others are ignored."""
+    """A dataclass of the schema from its fields, {name: value}; others are ignored, and one with a default may be missing: earlier
+    versions did not write it."""
     hints = typing.get_type_hints(kind)
-    missing = [name for name in hints if name not in values]
+    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f'{field}.{missing[0]} is missing')
-    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items()})
+    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items() if name in values})
 
 
 def _check_consistency(entry, field):
