@@ -93,9 +93,8 @@ group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
-choice('head_init', 'learned', ['learned', 'shared', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned'; "
-       "'shared': one learned column for each class; 'prototypes' of the support examples' classes; 'ridge': their ridge regression. But for "
-       "'learned', an evaluation may have any number of classes", Learning('.{}'))
+choice('head_init', 'learned', ['learned', 'shared', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
+       "a 'shared' learned column for each class, or from the support examples their 'prototypes' or 'ridge' regression", Learning('.{}'))
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
@@ -166,6 +165,7 @@ boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
 choice('head', 'own', ['own', 'nearest'], "last layer of an evaluation: the model's 'own'; 'nearest': in its place the nearest class mean and "
        'the nearest neighbour, on the features of the model without inner updates', only='evaluation')
+number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='evaluation, classes')
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
 boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on',
         only='transfer')

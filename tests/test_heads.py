@@ -1,6 +1,7 @@
 """Last layers that are computed for each task: their fixtures, closed forms, any number of classes, and the program with them."""
 import dataclasses
 import glob
+import itertools
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import error_of, results_of, run_ok, write_image_tree
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig
 from networks import initial_head, network_of
+from runtime.jobs.ensemble import Permuted
 from runtime.jobs.learner import load
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_heads'), os.environ.get('MAML_GOLDEN_HEADS', '')]
@@ -137,6 +139,22 @@ def test_any_number_of_classes(head_init):
         np.testing.assert_allclose(other, found.numpy()[..., order], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures('eager')
+def test_orders_of_labels():
+    """All orders of three labels, one after the other; a shared column makes no difference between them."""
+    batch, accuracies, logits = random_batch(shots=4), [], []
+    model = random_model(dataclasses.replace(DENSE, num_updates=1))
+    for order in map(list, itertools.permutations(range(3))):
+        permuted = batch._replace(support_y=batch.support_y[..., order], query_y=batch.query_y[..., order])
+        accuracies.append(model.evaluate(permuted, 2).post_accuracies[-1, 0])
+        logits.append(model.predict(permuted, 2).post[-1, 0].numpy()[:, np.argsort(order)])
+    found = Permuted(model, 6).evaluate(batch, 2)
+    np.testing.assert_allclose([found.mean[-1, 0], found.spread[-1, 0]], [np.mean(accuracies), np.std(accuracies)], rtol=1e-12)
+    assert found.averaged[-1, 0] == np.mean(np.argmax(np.mean(logits, axis=0), axis=1) == np.argmax(batch.query_y[0], axis=1))
+    shared = Permuted(random_model(dataclasses.replace(DENSE, num_updates=1, head_init='shared')), 6).evaluate(batch, 2)
+    assert found.spread[-1, 0] > 0 and not shared.spread[1:].any()
+
+
 # The program ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
@@ -181,6 +199,11 @@ def test_the_nearest_of_the_program(trained):
     one_shot = [entries[name].scores for name in ('nearest class mean', 'nearest neighbour')]
     assert one_shot[0] == one_shot[1] and np.shape(one_shot[0]) == (5, 2)  # of a single support example a class
     assert 'head=nearest neighbour' in run_ok('--compare', str(maml))
+    assert 'averaged over orders' in run_ok(*evaluation, '--permutations=3', '--num_classes=3')
+    mean, averaged = (entry for entry in results_of(maml) if entry.setting.permutations == 3)
+    assert (mean.setting.orders, averaged.setting.orders) == ('mean', 'averaged') and len(mean.spread) == 11 and averaged.spread == []
+    assert 'labels=averaged over 3 orders' in run_ok('--compare', str(maml))
+    assert '--permutations=7: the labels of --num_classes=3' in error_of(*evaluation, '--permutations=7', '--num_classes=3')
     assert '--head=nearest is without inner updates' in error_of(*evaluation, '--head=nearest', '--test_updates=3')
     assert '--head=nearest is for evaluation' in error_of(f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
 

@@ -95,6 +95,7 @@ class Evaluation(Trained):
     log: bool
     plot: bool
     headline_updates: int       # after which the method is reported
+    permutations: int           # orders of a task's labels
     heads: tuple[str, ...]      # last layers: 'own', or 'nearest class mean' and 'nearest neighbour'
 
 

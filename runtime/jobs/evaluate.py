@@ -19,7 +19,7 @@ from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
 from runtime.jobs import checkpoints
-from runtime.jobs.ensemble import Ensemble
+from runtime.jobs.ensemble import Ensemble, Permuted
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
 from runtime.system.errors import UserError
@@ -44,11 +44,21 @@ class Variant(NamedTuple):
     """One of the ways in which an evaluation uses a model."""
     query_norm: str
     head: str                   # 'own' | 'nearest class mean' | 'nearest neighbour'
+    orders: str = ''            # under several orders of the labels: the 'mean' accuracy, or that of the 'averaged' outputs
 
     @property
     def label(self) -> str:
         """Text, for tables and pictures."""
-        return f'--query_norm={self.query_norm}' + (f', {self.head}' if self.head != 'own' else '')
+        orders = [f'{self.orders} over orders'] if self.orders else []
+        return ', '.join([f'--query_norm={self.query_norm}', *([self.head] if self.head != 'own' else []), *orders])
+
+
+class Result(NamedTuple):
+    """What came out of one of them."""
+    variant: Variant
+    seconds: float
+    values: np.ndarray                  # [tasks, columns], see `store.column_titles`
+    spread: np.ndarray | None = None    # of a mean over orders of the labels: the standard deviation, [tasks, columns]
 
 
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
@@ -60,30 +70,27 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     restored = restore(run)
     if run.replicas.chief:
         record_split(run.source, run.tasks, data)
-    tasks, updates = data[run.split], run.test_updates
+    tasks = data[run.split]
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
     known = known_classes(run, restored.trained_on, tasks)
     print(heading(run, tasks, restored, known), flush=True)
-    values_of, seconds, written = {}, {}, [store.FILE]
-    models = models_of(run, restored)
+    results, written, models = [], [store.FILE], models_of(run, restored)
     for variant, model in models.items():
-        started, label = time.perf_counter(), variant.label if len(models) > 1 else None
-        with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
-            values_of[variant] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
-        seconds[variant] = time.perf_counter() - started
-        if run.replicas.chief:
-            entry = entry_of(run, tasks, restored, known, variant, values_of[variant], seconds[variant])
-            name = reference_name(run, restored, variant)
-            save(run.directory, entry, values_of[variant], name)
+        of_model = results_of(run, tasks, variant, model, variant.label if len(models) > 1 else None)
+        results += of_model
+        for result in of_model if run.replicas.chief else ():
+            name = reference_name(run, restored, result.variant)
+            save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name)
             written += [f'{name}.csv and .pkl'] if name else []
 
-    print(store.table({variant.label: values for variant, values in values_of.items()}, run.metric, run.test_updates))
+    spreads = {f'{result.variant.label}, spread': result.spread for result in results if result.spread is not None}
+    print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
-    print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
+    print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
     if run.plot and run.replicas.chief:
-        for path in draw(run, next(iter(models.values())), tasks, values_of, restored):
+        for path in draw(run, next(iter(models.values())), tasks, {result.variant: result.values for result in results}, restored):
             print(f'Drawn: {path}')
 
 
@@ -92,6 +99,18 @@ def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensem
     heads = {'own': {}, 'nearest class mean': {'head_init': 'prototypes'}, 'nearest neighbour': {'head_init': 'neighbours'}}
     return {Variant(norm, head): restored.model.variant(dim_output=run.model.dim_output, query_norm=norm, **heads[head])
             for norm in run.query_norms for head in run.heads}
+
+
+def results_of(run: Evaluation, tasks: Tasks, variant: Variant, model: MAML | Ensemble, title: str | None) -> list[Result]:
+    """Evaluates a model; with --permutations the mean over orders of the labels, and the averaged outputs. `title` is of the progress."""
+    started, evaluated = time.perf_counter(), Permuted(model, run.permutations) if run.permutations > 1 else model
+    with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=title, delay=PROGRESS_DELAY) as progress:
+        metrics = evaluate_tasks(evaluated, tasks, run.num_test_tasks, run.test_updates, progress.update)
+    seconds = time.perf_counter() - started
+    if evaluated is model:
+        return [Result(variant, seconds, task_metrics(metrics))]
+    return [Result(variant._replace(orders='mean'), seconds, metrics.mean.T, metrics.spread.T),
+            Result(variant._replace(orders='averaged'), seconds, metrics.averaged.T)]
 
 
 def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
@@ -107,9 +126,9 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     return '\n'.join([*lines, ''])
 
 
-def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], variant: Variant, values: np.ndarray,
-             seconds: float) -> store.Entry:
-    """The entry of results.json for an evaluation with values [tasks, columns], which took some seconds."""
+def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], result: Result) -> store.Entry:
+    """The entry of results.json for a result of an evaluation."""
+    variant, values = result.variant, result.values
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     facts = {**run.source.task_facts}
     if preparation:  # such as which of several published splits
@@ -124,12 +143,13 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=variant.query_norm, head=variant.head, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
+            query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
             test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
-        known_classes=list(known), metric=run.metric, seconds=seconds,
+        known_classes=list(known), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
-        figures=store.figures_of(values), scores=values.tolist())
+        figures=store.figures_of(values), scores=values.tolist(),
+        spread=[] if result.spread is None else result.spread.mean(axis=0).tolist())
 
 
 def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:
@@ -163,7 +183,7 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
     updates. The files are named after the number of shots and the step size, which may be any.
     """
-    is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own') and run.datasource == run.trained_on
+    is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own', '') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
                    and run.test_updates == max(run.model.num_updates, TEST_UPDATES) and run.model.inner_batch == run.learning_flags['inner_batch'])
@@ -188,7 +208,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
         plots.save(figure, path)
     for index, (variant, values) in enumerate(values_of.items()):
         is_first = index == 0
-        name = '_'.join([stem, variant.query_norm, *([variant.head.replace(' ', '')] if variant.head != 'own' else [])])
+        name = '_'.join([stem, variant.query_norm, *(part.replace(' ', '') for part in variant[1:] if part not in ('own', ''))])
         with Summaries(stem if is_first else name, run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
             summaries.write_means(run.split, run.metric, values.mean(axis=0), iteration, run.test_updates)

@@ -57,6 +57,8 @@ class Setting:
     headline_updates: int       # the number of updates at which the method is reported
     load_from: str | None       # absolute prefix of the checkpoint, if it is not one of the run's own
     head: str = 'own'           # the model's 'own' last layer, or in its place the 'nearest class mean' or the 'nearest neighbour'
+    permutations: int = 1       # orders of a task's labels
+    orders: str = ''            # if there are several: the 'mean' of their accuracies, or that of their 'averaged' outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Entry:
     versions: dict[str, str]    # of Python and libraries
     figures: list[Figures]      # of each column of `scores`
     scores: list[list[float]]   # [tasks, columns], see `column_titles`
+    spread: list[float] = dataclasses.field(default_factory=list)  # standard deviation over the orders of labels, mean over tasks, [columns]
 
     @property
     def headline_column(self) -> int:
@@ -222,7 +225,7 @@ def _checked_fields(kind, values, field):
     """A dataclass of the schema from its fields, {name: value}; others are ignored, and one with a default may be missing: earlier
     versions did not write it."""
     hints = typing.get_type_hints(kind)
-    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is dataclasses.MISSING]
+    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is each.default_factory]
     if missing:
         raise ValueError(f'{field}.{missing[0]} is missing')
     return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items() if name in values})
