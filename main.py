@@ -79,6 +79,8 @@ number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0,
 number('test_seed', 0, "seed of an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
+choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
+       'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
@@ -93,8 +95,9 @@ group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
-choice('head_init', 'learned', ['learned', 'shared', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
-       "a 'shared' learned column for each class, or from the support examples their 'prototypes' or 'ridge' regression", Learning('.{}'))
+choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
+       "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'))
+choice('logits', 'linear', ['linear', 'cosine'], "last layers: 'linear', or 'cosine' of features and weights", Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'))
@@ -163,12 +166,10 @@ choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --acro
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
-choice('head', 'own', ['own', 'nearest'], "last layer of an evaluation: the model's 'own'; 'nearest': in its place the nearest class mean and "
-       'the nearest neighbour, on the features of the model without inner updates', only='evaluation')
+choice('head', 'own', ['own', 'nearest'], "the model's 'own' last layer; or the 'nearest' class mean, and neighbour", only='evaluation')
 number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='evaluation, classes')
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
-boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on',
-        only='transfer')
+boolean('resize', False, 'resize the images of --datasource to the size and channels of those of the training', only='transfer')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')

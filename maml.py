@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import HEAD_PREFIX, head_column, initial_head, network_of, outputs_of, shared_weights
+from networks import HEAD_PREFIX, classifier_outputs, head_column, initial_head, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -48,6 +48,8 @@ class ModelConfig:
     stop_grad: bool = False                 # first-order approximation
     inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
     head_init: str = 'learned'              # a task's last layer before it: 'learned' | 'shared' | 'prototypes' | 'ridge', see networks.py
+    logits: str = 'linear'                  # what it computes: 'linear' | 'cosine'
+    pretrain_classes: int = 0               # classes that pre-training tells apart by a last layer of their own; 0: those of tasks
     ridge_lambda: float = 50.0              # of 'ridge': its penalty, from which it is learned
     ridge_scale: float = 10.0               # the same of what its outputs are multiplied by
     adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
@@ -154,23 +156,18 @@ def loop_of(config: ModelConfig) -> Callable[..., Trajectory]:
 def objective(config: ModelConfig, parameters: Parameters, task: TaskBatch, states: Sequence[TaskState],
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner step (line 8 of algorithm 1); with `multi_step_loss` a
-    weighted mean of those after each.
+    weighted mean of those after each (MAML++).
 
     Returns:
         The loss, a scalar divided as by `utils.loss_of`, and the query outputs after the last step, [N*Q, dim_output].
     """
     outputs = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
     loss = loss_of(config, outputs, task.query_y)
-    return multi_step_objective(config, parameters, task, states, loss, iteration) if config.multi_step_loss else loss, outputs
-
-
-def multi_step_objective(config: ModelConfig, parameters: Parameters, task: TaskBatch, states: Sequence[TaskState],
-                         last_loss: tf.Tensor, iteration: Step) -> tf.Tensor:
-    """MAML++'s weighted mean of the query losses after each inner step; that after the last is given."""
-    *weights, last_weight = multi_step_weights(config, iteration)
-    return last_weight * last_loss + sum(
-        weight * loss_of(config, query_outputs(config, parameters, task, states[step], step), task.query_y)
-        for step, weight in enumerate(weights))
+    if config.multi_step_loss:
+        *weights, last_weight = multi_step_weights(config, iteration)
+        others = (query_outputs(config, parameters, task, states[step], step) for step in range(len(weights)))
+        loss = last_weight * loss + sum(weight * loss_of(config, outputs, task.query_y) for weight, outputs in zip(weights, others))
+    return loss, outputs
 
 
 def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
@@ -184,13 +181,18 @@ def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, 
 
 
 def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
-    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly."""
+    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly; or that of a classifier of all classes,
+    for a 'task' of examples of all of them."""
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        pre, states = loop_of(config)(config, parameters, task, iteration)
+        if config.pretrain_classes:
+            pre = post = classifier_outputs(config, weights_at(config, parameters, {}, 0), task.support_x)
+        else:
+            pre, states = loop_of(config)(config, parameters, task, iteration)
         loss = loss_of(config, pre, task.support_y)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
-    post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
+    if not config.pretrain_classes:
+        post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
     return gradients, Outputs(pre, post), parameters.inner_optimizer_state
 
 

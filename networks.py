@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from maml import ModelConfig
 
 CONV_LAYERS = (1, 2, 3, 4)
-HEAD_PREFIX = 'head/'  # of the names of what computed last layers have besides the network's tensors
+HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
+CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
+COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
 Tensors = dict[str, tf.Tensor]
 
 
@@ -158,13 +160,22 @@ def _initial_norm_params(config: ModelConfig, scopes: Iterable[tuple[str, int]])
 # Where the last layer of a task comes from --------------------------------------------------------------------------
 
 def shared_weights(config: ModelConfig, seed: int) -> Tensors:
-    """The weights that tasks share, initially: all, or with the last layers of `HEADS` the others and what these learn; float32."""
+    """The weights that tasks share, initially: all, or with the last layers of `HEADS` the others and what these learn; and those of a
+    classifier of pre-training; float32."""
     network = network_of(config)
     weights = network.initial_weights(seed)
-    if config.head_init == 'learned':
-        return weights
-    body = {name: value for name, value in weights.items() if name not in network.head_names}
-    return {**body, **HEADS[config.head_init].learned(config, seed)}
+    if config.head_init != 'learned':
+        body = {name: value for name, value in weights.items() if name not in network.head_names}
+        weights = {**body, **HEADS[config.head_init].learned(config, seed)}
+    classifier = last_layer(config, seed, config.pretrain_classes) if config.pretrain_classes else {}
+    return {**weights, **{CLASSIFIER + name: value for name, value in classifier.items()}}
+
+
+def classifier_outputs(config: ModelConfig, tensors: Tensors, x: tf.Tensor) -> tf.Tensor:
+    """The outputs of the classifier of pre-training (Baseline and Baseline++: Chen et al., 2019), [rows, pretrain_classes]."""
+    network = network_of(config)
+    own = {name: tensors[CLASSIFIER + name] for name in network.head_names}
+    return outputs_of(config, {**tensors, **own}, network.features(tensors, x))
 
 
 def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, support_y: tf.Tensor) -> Tensors:
@@ -184,25 +195,41 @@ def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, sup
 
 
 def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
-    """The outputs for rows with features [rows, features]: of the last layer, or for 'neighbours' for each class minus the squared distance
-    to its nearest support row, but for a constant of the row; [rows, dim_output]."""
-    if config.head_init != 'neighbours':
+    """The outputs for rows with features [rows, features]: of the last layer, or with 'cosine' logits of its matrix without the bias, or
+    for 'neighbours' for each class minus the squared distance to its nearest support row, but for a constant of the row;
+    [rows, outputs]."""
+    if config.head_init != 'neighbours' and config.logits == 'linear':
         return network_of(config).head(tensors, features)
+    if config.head_init != 'neighbours':
+        matrix = tensors[network_of(config).head_names[0]]
+        return COSINE_SCALE * tf.matmul(tf.math.l2_normalize(features, axis=1), tf.math.l2_normalize(matrix, axis=0))
     support, labels = tensors[f'{HEAD_PREFIX}features'], tensors[f'{HEAD_PREFIX}labels']
     closeness = 2 * tf.matmul(features, support, transpose_b=True) - tf.reduce_sum(tf.square(support), axis=1)
     return tf.reduce_max(tf.where(labels[None] > 0, closeness[:, :, None], closeness.dtype.min), axis=1)
 
 
-def head_column(config: ModelConfig, seed: int) -> Tensors:
-    """The last layer of a network with one output, initially: [features, 1] and [1]."""
-    network = network_of(dataclasses.replace(config, dim_output=1))
+def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:
+    """The last layer of a network with so many outputs, initially: [features, outputs] and [outputs]."""
+    network = network_of(dataclasses.replace(config, dim_output=outputs))
     weights = network.initial_weights(seed)
     return {name: weights[name] for name in network.head_names}
+
+
+def head_column(config: ModelConfig, seed: int) -> Tensors:
+    """The last layer for one class, initially."""
+    return last_layer(config, seed, 1)
 
 
 def repeated_column(config, weights, features, support_y):
     """The shared column for each class (UNICORN-MAML: Ye & Chao, 2022, section 5)."""
     return [tf.repeat(weights[name], support_y.shape[-1], axis=-1) for name in network_of(config).head_names]
+
+
+def new_layer(config, weights, features, support_y):
+    """A layer that has learned nothing: zeros, or for cosines, which zeros do not have, random numbers."""
+    shape = [features.shape[-1], support_y.shape[-1]]
+    matrix = tf.zeros(shape, features.dtype) if config.logits == 'linear' else tf.random.stateless_normal(shape, [0, 0], dtype=features.dtype)
+    return matrix, tf.zeros(shape[1:], features.dtype)
 
 
 def prototypes(config, weights, features, support_y):
@@ -243,4 +270,4 @@ class Head(NamedTuple):
 
 
 HEADS = {'shared': Head(head_column, repeated_column), 'prototypes': Head(lambda config, seed: {}, prototypes),
-         'ridge': Head(ridge_scalars, ridge_regression), 'neighbours': Head(lambda config, seed: {}, lambda *_: ())}
+         'new': Head(lambda config, seed: {}, new_layer), 'ridge': Head(ridge_scalars, ridge_regression), 'neighbours': Head(lambda config, seed: {}, lambda *_: ())}

@@ -6,13 +6,15 @@ import os
 
 import numpy as np
 import pytest
+import scipy.special
 import tensorflow as tf
 from test_methods import Fixture, relative
 
 from conftest import error_of, results_of, run_ok, write_image_tree
-from data_generator import TaskBatch
+from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from networks import initial_head, network_of
+from runtime.datasets.tasks import TaskConfig
 from runtime.jobs.ensemble import Permuted
 from runtime.jobs.learner import load
 
@@ -155,6 +157,24 @@ def test_orders_of_labels():
     assert found.spread[-1, 0] > 0 and not shared.spread[1:].any()
 
 
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('logits', ['linear', 'cosine'])
+def test_the_classifier_of_pre_training(logits):
+    """Its loss is the mean cross-entropy over all classes, in which the last layer of tasks has no part."""
+    config = dataclasses.replace(DENSE, num_updates=1, head_init='new', inner_weights='head', pretrain_classes=4, logits=logits, mean_loss=True)
+    model, x, labels = random_model(config), np.random.default_rng(0).normal(size=(1, 7, 5)), np.eye(4)[[0, 1, 2, 3, 3, 1, 0]]
+    assert model.weights.keys() == {'w1', 'b1', 'head/classifier/w2', 'head/classifier/b2'}
+    features, matrix, bias = features_of(model, x[0]), *(model.weights[f'head/classifier/{name}'].numpy() for name in ('w2', 'b2'))
+    outputs = features @ matrix + bias if logits == 'linear' else 2 * (features / np.linalg.norm(features, axis=1, keepdims=True)) @ (
+        matrix / np.linalg.norm(matrix, axis=0))
+    towards = (scipy.special.softmax(outputs, axis=1) - labels) / 7
+    found = model.pretrain_gradients(TaskBatch(x, labels[None], x, labels[None]))
+    np.testing.assert_allclose(found['head/classifier/b2'], towards.sum(axis=0) * (logits == 'linear'), atol=1e-12)
+    if logits == 'linear':
+        np.testing.assert_allclose(found['head/classifier/w2'], features.T @ towards, rtol=1e-10)
+    assert np.any(found['w1']) and model.evaluate(random_batch(way=5), 2).post_losses.shape == (2, 1)
+
+
 # The program ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
@@ -217,6 +237,39 @@ def test_a_prediction_of_more_classes_than_trained(trained, tmp_path):
     assert 'holds 8 classes, and the network has 5 outputs' in error_of(f'--run={trained[1]}', *predict)
     predictor = load(trained[0]).adapt(np.zeros([9, 32, 32, 3], np.uint8), [*range(9)])
     assert predictor(np.zeros([2, 32, 32, 3], np.uint8)).shape == (2, 9)
+
+
+def test_a_pre_trained_classifier_of_the_program(tmp_path, small_data):
+    """Trained on all classes, resumed to the bit, adapted by a new last layer; a meta-training starts from its body."""
+    flags = ['--datasource=cifarfs', f'--data_path={small_data["cifarfs"]}', '--update_batch_size=1', '--num_filters=4', '--max_pool',
+             '--meta_batch_size=8', '--metatrain_iterations=0']
+    for name, steps in ('whole', [4]), ('parts', [2, 4]):
+        for last in steps:
+            run_ok(*flags, '--method=baseline', f'--pretrain_iterations={last}', f'--logdir={tmp_path / name}')
+    whole, parts = (next((tmp_path / name).glob('*/model4.index')).with_suffix('') for name in ('whole', 'parts'))
+    names = [name for name, _ in tf.train.list_variables(str(whole)) if name != 'record']
+    assert 'head/classifier/w5' in names and 'w5' not in names
+    assert all(np.array_equal(tf.train.load_variable(str(whole), name), tf.train.load_variable(str(parts), name)) for name in names)
+    run_ok(f'--run={whole.parent}', '--train=False', '--num_test_tasks=3', '--test_updates=4', '--num_classes=4')
+    entry, = results_of(whole.parent)
+    assert entry.training.method == 'Baseline' and np.shape(entry.scores) == (3, 5)
+    start = [*flags[:-1], '--metatrain_iterations=1', '--meta_lr=0', f'--logdir={tmp_path / "maml"}', f'--load_from={whole}']
+    assert 'Starting from the weights' in run_ok(*start)
+    found = next((tmp_path / 'maml').glob('*/model1.index')).with_suffix('')
+    assert np.array_equal(tf.train.load_variable(str(found), 'conv3'), tf.train.load_variable(str(whole), 'conv3'))
+    assert 'add --pretrain_iterations' in error_of(*flags[:-1], '--method=baseline++')
+
+
+def test_examples_of_all_classes(small_data):
+    """Labelled by their class among all; the same whatever the size of the draws."""
+    source = SOURCES['cifarfs']
+    tasks = source.tasks(TaskConfig(5, 1, 1, seed=3, data_path=str(small_data['cifarfs'])), 'train')
+    batch, again = tasks.draw_examples(10, 30), tasks.draw_examples(20, 20)
+    assert np.array_equal(batch.support_x[:, 10:], again.support_x) and len(set(np.argmax(batch.support_y[0], axis=1))) == 6
+    for row, label in zip(batch.support_x[0], np.argmax(batch.support_y[0], axis=1)):
+        first = tasks.classes.starts[label]
+        images = source.preprocess(tasks.classes.values[first:first + tasks.classes.counts[label]][None])[0]
+        assert (images == row).all(axis=1).any()
 
 
 def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_data):

@@ -111,10 +111,13 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--head_init=shared starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
     (lambda r: r.head_init != 'learned' and r.outer == 'reptile',
      '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),
-    (lambda r: r.head_init != 'learned' and r.mode == 'train' and r.iterations[0] > 0,
+    (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
+     '--pretrain_labels=classes is about pre-training: add --pretrain_iterations'),
+    (lambda r: r.pretrain_labels == 'classes' and r.task_chunk > 0, '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
+    (lambda r: r.head_init != 'learned' and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
-    (lambda r: r.num_updates == 0 and r.head_init in ('learned', 'shared'),
+    (lambda r: r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
      '--num_updates=0 needs a last layer that knows the classes without an inner update: add --head_init=prototypes or ridge'),
     *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')

@@ -109,7 +109,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
-        method=tasks.baseline or ('pre-training' if request.only_pretrains else methods.title(request.trained)),
+        method=tasks.baseline or ('pre-training' if request.only_pretrains and request.pretrain_labels == 'tasks' else methods.title(request.trained)),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
@@ -152,8 +152,10 @@ def _model_config(request, source, tasks):
     """The ModelConfig: the source and these lines decide some fields, flags of the same names the others."""
     from maml import ModelConfig
     same = {field.name: request.values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in request.values}
+    by_classes = request.mode == 'train' and request.pretrain_labels == 'classes'
     hidden = request.hidden and tuple(map(int, request.hidden.split(',')))
     return ModelConfig(**{
         **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
+        'pretrain_classes': len(source.class_folders('train', tasks.data_path)) if by_classes else 0,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'image_shape': source.image_shape if request.conv else None})

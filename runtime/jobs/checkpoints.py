@@ -20,7 +20,7 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
-from networks import HEAD_PREFIX
+from networks import CLASSIFIER, HEAD_PREFIX
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file
 
@@ -264,7 +264,7 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
     """
     arrays = without_optimizer(checkpoint.arrays)
     if any(_OPTIMIZER in name for name in variables):
-        if arrays.keys() == checkpoint.arrays.keys():
+        if not any(_OPTIMIZER in name for name in checkpoint.arrays):
             raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
                             'cannot continue from it; start another run from its weights by --load_from')
         arrays = checkpoint.arrays
@@ -272,8 +272,8 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
 
 
 def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint that an evaluation needs."""
-    return {name: array for name, array in arrays.items() if _OPTIMIZER not in name}
+    """The arrays of a checkpoint that an evaluation needs: neither the optimizer's, nor those of a classifier of pre-training."""
+    return {name: array for name, array in arrays.items() if _OPTIMIZER not in name and not name.startswith(CLASSIFIER)}
 
 
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str] = (),

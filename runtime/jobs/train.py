@@ -176,7 +176,7 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     validation_model = model_for(data['val'], model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
-        if run.log and first % SUMMARY_INTERVAL == 0:
+        if run.log and first % SUMMARY_INTERVAL == 0 and not classifies(run, first):
             batch = run.replicas.distribute(functools.partial(draw, data['train'], run, first))
             summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first, run.model.num_updates)  # before learning from it
 
@@ -294,6 +294,11 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
 
 
 def draw(tasks: Tasks, run: Training, iteration: int, replica: int) -> TaskBatch:
-    """A replica's tasks of an iteration's meta-batch."""
+    """A replica's tasks of an iteration's meta-batch; or its examples, in the pre-training of a classifier."""
     count = run.meta_batch_size // run.replicas.count
-    return tasks.draw(iteration * run.meta_batch_size + replica * count, count)
+    return (tasks.draw_examples if classifies(run, iteration) else tasks.draw)(iteration * run.meta_batch_size + replica * count, count)
+
+
+def classifies(run: Training, iteration: int) -> bool:
+    """Whether an iteration trains a classifier of all classes."""
+    return run.model.pretrain_classes > 0 and iteration < run.pretrain_iterations
