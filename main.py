@@ -79,8 +79,6 @@ number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0,
 number('test_seed', 0, "seed of an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
 group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
-choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
-       'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
@@ -97,6 +95,8 @@ choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop ada
        "'body': all other layers", Learning('.inner{}'))
 choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
        "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'))
+choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
+       'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 choice('logits', 'linear', ['linear', 'cosine'], "last layers: 'linear', or 'cosine' of features and weights", Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'))
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'))
