@@ -301,18 +301,27 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
     if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
         network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
+    arrays = _with_last_layer(arrays, variables, last_layer, starts)
+    _add_what_plain_maml_lacks(arrays, variables, network_flags.get('norm') == 'batch_norm')
+    _assign(prefix, arrays, variables)
+    check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
+    return record
+
+
+def _with_last_layer(arrays, variables, last_layer, starts):
+    """Arrays without a last layer that the model lacks, and with one that only the model has, if a training starts."""
     arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
-    if starts:
-        arrays = {**{name: variables[name].numpy() for name in last_layer if name in variables}, **arrays}
-    scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
+    fresh = [name for name in last_layer if starts and name in variables]
+    return {**{name: variables[name].numpy() for name in fresh}, **arrays}
+
+
+def _add_what_plain_maml_lacks(arrays, variables, scaled):
+    """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too."""
     for name, variable in variables.items():
         if name not in arrays and (name.startswith(('lr/', 'inner/', HEAD_PREFIX)) or scaled and name.endswith('/gamma')):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)
-    _assign(prefix, arrays, variables)
-    check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
-    return record
 
 
 def _check_there(prefix):

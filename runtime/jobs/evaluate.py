@@ -82,16 +82,20 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
             name = reference_name(run, restored, result.variant)
             save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name)
             written += [f'{name}.csv and .pkl'] if name else []
+    report(run, results, written)
+    if run.plot and run.replicas.chief:
+        for path in draw(run, next(iter(models.values())), tasks, {result.variant: result.values for result in results}, restored):
+            print(f'Drawn: {path}')
 
+
+def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -> None:
+    """Prints the table of an evaluation, and the names of the files that it wrote."""
     spreads = {f'{result.variant.label}, spread': result.spread for result in results if result.spread is not None}
     print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
     print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
-    if run.plot and run.replicas.chief:
-        for path in draw(run, next(iter(models.values())), tasks, {result.variant: result.values for result in results}, restored):
-            print(f'Drawn: {path}')
 
 
 def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensemble]:
@@ -148,8 +152,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
-        figures=store.figures_of(values), scores=values.tolist(),
-        spread=[] if result.spread is None else result.spread.mean(axis=0).tolist())
+        figures=store.figures_of(values, result.spread), scores=values.tolist())
 
 
 def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:

@@ -176,9 +176,8 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     validation_model = model_for(data['val'], model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
-        if run.log and first % SUMMARY_INTERVAL == 0 and not classifies(run, first):
-            batch = run.replicas.distribute(functools.partial(draw, data['train'], run, first))
-            summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first, run.model.num_updates)  # before learning from it
+        if run.log and first % SUMMARY_INTERVAL == 0:
+            summarise(run, data['train'], model, first, summaries)  # before learning from it
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
         iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
@@ -205,6 +204,13 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         if stopping:
             return
     saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
+
+
+def summarise(run: Training, tasks: Tasks, model: MAML, iteration: int, summaries: Summaries) -> None:
+    """Writes summaries of an iteration's meta-batch; there is none where a classifier is trained."""
+    if not classifies(run, iteration):
+        batch, updates = run.replicas.distribute(functools.partial(draw, tasks, run, iteration)), run.model.num_updates
+        summaries.write('metatrain', model.evaluate(batch, updates), iteration, updates)
 
 
 def model_for(tasks: Tasks, model: MAML) -> MAML:

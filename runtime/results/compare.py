@@ -61,15 +61,19 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
                         f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on several sources')
     remarks = [f'Left out, because nothing else was evaluated on the same tasks: {left_out}'] if single else []
     if plot:
-        from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        stem = os.path.join(split_name(folders[0])[1], 'comparison')
-        pictures = [plots.curves(curves_of(each), each.metric, each.tasks, without_updates(each)) for each in comparisons]
-        remarks += [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
+        remarks += draw(comparisons, os.path.join(split_name(folders[0])[1], 'comparison'), plot_format)
     tables = []
     for comparison in comparisons:
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
         tables += [method_table(comparison)] if comparison.groups else []
     return render.output(style, tables, records(comparisons), remarks)
+
+
+def draw(comparisons: Sequence['Comparison'], stem: str, plot_format: str) -> list[str]:
+    """Draws each into a new file, and returns lines that say so."""
+    from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+    pictures = [plots.curves(curves_of(each), each.metric, each.tasks, without_updates(each)) for each in comparisons]
+    return [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
 
 
 # What is compared ---------------------------------------------------------------------------------------------------

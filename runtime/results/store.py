@@ -68,6 +68,7 @@ class Figures:
     std: float
     ci95: float                 # half-width of the 95% interval of the mean
     bootstrap95: list[float]    # ends of the percentile bootstrap interval
+    spread: float | None = None  # of a mean over orders of the labels: their standard deviation, averaged over tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,6 @@ class Entry:
     versions: dict[str, str]    # of Python and libraries
     figures: list[Figures]      # of each column of `scores`
     scores: list[list[float]]   # [tasks, columns], see `column_titles`
-    spread: list[float] = dataclasses.field(default_factory=list)  # standard deviation over the orders of labels, mean over tasks, [columns]
 
     @property
     def headline_column(self) -> int:
@@ -96,7 +96,12 @@ class Entry:
     @property
     def key(self) -> str:
         """Equal for evaluations of the same checkpoint in the same setting, of which the later replaces the earlier."""
-        return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=vars)
+        return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=_written)
+
+
+def _written(part: Any) -> dict[str, Any]:
+    """The fields of a part of an entry as files have them: those that were added to the schema later only if they say something."""
+    return {field.name: value for field in dataclasses.fields(part) if (value := getattr(part, field.name)) != field.default}
 
 
 def column_titles(test_updates: int) -> list[str]:
@@ -105,9 +110,10 @@ def column_titles(test_updates: int) -> list[str]:
     return [str(updates) for updates in range(test_updates + 1)] if test_updates else ['0', QUERY_WITHOUT_UPDATES]
 
 
-def figures_of(values: np.ndarray) -> list[Figures]:
-    """The figures of an Entry, given its scores [tasks, 1 + updates]."""
-    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())]
+def figures_of(values: np.ndarray, spread: np.ndarray | None = None) -> list[Figures]:
+    """The figures of an Entry, given its scores [tasks, columns], and their spread over orders of the labels, if there are several."""
+    spreads = [None] * values.shape[1] if spread is None else spread.mean(axis=0).tolist()
+    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist(), spreads)]
 
 
 def table(evaluations: dict[str, np.ndarray], metric: str, test_updates: int) -> str:
@@ -151,7 +157,7 @@ def write(path: str, entries: list[Entry]) -> None:
     """Writes a results.json; raises OSError if it cannot."""
     content = {'version': VERSION, 'evaluations': entries}
     # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
-    write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=vars))
+    write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=_written))
 
 
 def write_reference_files(stem: str, values: np.ndarray) -> None:
@@ -225,7 +231,7 @@ def _checked_fields(kind, values, field):
     """A dataclass of the schema from its fields, {name: value}; others are ignored, and one with a default may be missing: earlier
     versions did not write it."""
     hints = typing.get_type_hints(kind)
-    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is each.default_factory]
+    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f'{field}.{missing[0]} is missing')
     return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items() if name in values})
