@@ -269,5 +269,6 @@ class Head(NamedTuple):
     compute: Callable[..., Iterable[tf.Tensor]]     # function of the arguments of `initial_head`: matrix and bias
 
 
-HEADS = {'shared': Head(head_column, repeated_column), 'prototypes': Head(lambda config, seed: {}, prototypes),
-         'new': Head(lambda config, seed: {}, new_layer), 'ridge': Head(ridge_scalars, ridge_regression), 'neighbours': Head(lambda config, seed: {}, lambda *_: ())}
+HEADS = {'shared': Head(head_column, repeated_column), 'new': Head(lambda config, seed: {}, new_layer),
+         'prototypes': Head(lambda config, seed: {}, prototypes), 'ridge': Head(ridge_scalars, ridge_regression),
+         'neighbours': Head(lambda config, seed: {}, lambda *_: ())}

@@ -147,8 +147,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
-            test_updates=run.test_updates, headline_updates=run.headline_updates,
+            query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders,
+            update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
@@ -195,7 +195,8 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
 
 def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[Variant, np.ndarray],
          restored: Restored) -> list[str]:
-    """Writes the figures of an evaluation with {variant: values}, the first of which is the model's, named after split and checkpoint; returns their paths.
+    """Writes the figures of an evaluation with {variant: values}, named after split and checkpoint; returns their paths. The model is of
+    the first variant.
 
     They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
@@ -269,8 +270,7 @@ def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
 
 
 def task_metrics(metrics: Metrics) -> np.ndarray:
-    """Accuracies, or losses in regression, [tasks, columns]: support rows before adaptation, query rows after each update; without updates
-    query rows too."""
+    """Accuracies, or losses in regression, [tasks, columns], see `store.column_titles`."""
     pre, post = ((metrics.pre_loss, metrics.post_losses) if metrics.pre_accuracy is None else
                  (metrics.pre_accuracy, metrics.post_accuracies))
     return np.concatenate([pre[None], post]).T
