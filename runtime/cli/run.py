@@ -83,8 +83,8 @@ class Trained(Run):
 
     @property
     def most_outputs(self) -> float:
-        """The largest number of outputs that the network can have: any, if the last layer is computed for each task."""
-        return self.num_outputs if self.model.head_init == 'learned' else math.inf
+        """The largest number of outputs that the network can have: any number of classes, if the last layer is computed for each task."""
+        return math.inf if self.model.loss == 'xent' and self.model.head_init != 'learned' else self.num_outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
