@@ -61,6 +61,16 @@ class ClassTasks:
         x, labels = self._examples(start, count)
         return split_rows(x, np.eye(self.way, dtype=np.float32)[labels], self.way * self.config.update_batch_size)
 
+    def draw_examples(self, start: int, count: int) -> TaskBatch:
+        """Examples start to start + count - 1 of a random sequence of all of the split, labelled by their class among all: as one task,
+        [1, count, ...], whose query rows are its support rows."""
+        examples, names, starts, _, _ = self.classes
+        chosen = [np.random.default_rng([self.config.seed, self._split_index, number, 1]).integers(len(examples))
+                  for number in range(start, start + count)]
+        x = self.source.preprocess(examples[chosen][None])
+        y = np.eye(len(names), dtype=np.float32)[np.searchsorted(starts, chosen, side='right') - 1][None]
+        return TaskBatch(x, y, x, y)
+
     def class_names(self, task: int) -> list[str]:
         """The classes of a task, in the order of its labels."""
         return [self.classes.names[index] for index in self._choose(task)[2]]

@@ -84,7 +84,9 @@ number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
-number('num_updates', 1, 'inner updates during training', 1, Learning())
+number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
+real('ridge_lambda', 50.0, 'of --head_init=ridge: the penalty, from which it is learned', Learning('.lambda{}'))
+real('ridge_scale', 10.0, 'of --head_init=ridge: what outputs are multiplied by, from which it is learned', Learning('.scale{}'))
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
 number('validation_tasks', 300, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
@@ -92,6 +94,11 @@ group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
        "'body': all other layers", Learning('.inner{}'))
+choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
+       "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'))
+choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
+       'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
+choice('logits', 'linear', ['linear', 'cosine'], "last layers: 'linear', or 'cosine' of features and weights", Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
@@ -148,7 +155,7 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more', -1, only='evaluation')
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
 strings('compare', None, 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
         'several were evaluated; name=DIR gives the runs in DIR a name')
 strings('across', None, 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
@@ -161,17 +168,16 @@ choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --acro
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
+choice('head', 'own', ['own', 'nearest'], "the model's 'own' last layer; or the 'nearest' class mean, and neighbour", only='evaluation')
+number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='evaluation, classes')
 real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
-boolean('resize', False, 'resize the images of --datasource to the size and the channels of those that the model was trained on',
-        only='transfer')
+boolean('resize', False, 'resize the images of --datasource to the size and channels of those of the training', only='transfer')
 group('Evaluation')
 boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
         'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
-string('support_dir', None, 'folder with one folder of images for each class, as many classes as --num_classes or fewer',
-       only='images, prediction')
+string('support_dir', None, 'folder with a folder of images for each class, at most --num_classes', only='images, prediction')
 string('query_dir', None, 'folder of images to classify', only='images, prediction')
-string('support_csv', None, 'rows to adapt to, with the columns of the training, and a column class if it had no --targets',
-       only='tables, prediction')
+string('support_csv', None, "rows to adapt to: the training's columns, and class if it had no --targets", only='tables, prediction')
 string('query_csv', None, 'rows to predict for', only='tables, prediction')
 group('Prediction')
 absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import network_of
+from networks import HEAD_PREFIX, classifier_outputs, head_column, initial_head, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -47,6 +47,11 @@ class ModelConfig:
     head: str | None = 'mean'               # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
+    head_init: str = 'learned'              # a task's last layer before it: 'learned', or one of networks.HEADS
+    logits: str = 'linear'                  # what it computes: 'linear' | 'cosine'
+    pretrain_classes: int = 0               # classes that pre-training tells apart by a last layer of their own; 0: those of tasks
+    ridge_lambda: float = 50.0              # of 'ridge': its penalty, from which it is learned
+    ridge_scale: float = 10.0               # the same of what its outputs are multiplied by
     adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
     norm_scale: bool = False                # batch norm has a scale
     norm_per_step: bool = False             # offsets and scales of each inner step
@@ -88,6 +93,7 @@ class TaskState(NamedTuple):
     fast: Tensors            # fast weights: the task's own values of the tensors that the inner loop adapts
     optimizer: Tensors = {}  # the state of the inner optimizer, if it has one
     features: Tensors = {}   # {'support': [N*K, features], 'query': [N*Q, features]} if no inner step changes them (ANIL)
+    head: Tensors = {}       # the last layer, if it is computed for the task
 
 
 class Outputs(NamedTuple):
@@ -96,7 +102,7 @@ class Outputs(NamedTuple):
     post: tf.Tensor  # [N*Q, dim_output]  query rows, after it
 
 
-Trajectory = tuple[tf.Tensor, list[TaskState]]  # support outputs before the first inner step, [N*K, dim_output]; states after each
+Trajectory = tuple[tf.Tensor, list[TaskState]]  # support outputs before adaptation, [N*K, dim_output]; states after each inner step
 TaskGradient = tuple[Tensors, Outputs, Tensors]  # {name: gradient} of what is trained; outputs; the inner optimizer's next state
 
 
@@ -120,13 +126,13 @@ def inner_step(config: ModelConfig, parameters: Parameters, task: TaskBatch, sta
 
 
 def inner_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step = 0) -> Trajectory:
-    """Adapts to a task by `num_updates` inner steps."""
+    """Adapts to a task by `num_updates` inner steps; without any, the state is the initial one."""
     state, states, outputs = initial_state(config, parameters, task), [], []
     for step in range(config.num_updates):
         state, before = inner_step(config, parameters, task, state, step, iteration)
         states.append(state)
         outputs.append(before)
-    return outputs[0], states
+    return (outputs[0], states) if states else (support_outputs(config, parameters, task, state, 0), [state])
 
 
 def recomputed_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step = 0) -> Trajectory:
@@ -142,7 +148,7 @@ def recomputed_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch
 
 def loop_of(config: ModelConfig) -> Callable[..., Trajectory]:
     """The inner loop of a training step."""
-    return recomputed_loop if config.recompute else inner_loop
+    return recomputed_loop if config.recompute and config.num_updates else inner_loop
 
 
 # Learning to learn: the outer loop ----------------------------------------------------------------------------------
@@ -150,23 +156,18 @@ def loop_of(config: ModelConfig) -> Callable[..., Trajectory]:
 def objective(config: ModelConfig, parameters: Parameters, task: TaskBatch, states: Sequence[TaskState],
               iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
     """What meta-training minimises: the query loss after the last inner step (line 8 of algorithm 1); with `multi_step_loss` a
-    weighted mean of those after each.
+    weighted mean of those after each (MAML++).
 
     Returns:
         The loss, a scalar divided as by `utils.loss_of`, and the query outputs after the last step, [N*Q, dim_output].
     """
     outputs = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
     loss = loss_of(config, outputs, task.query_y)
-    return multi_step_objective(config, parameters, task, states, loss, iteration) if config.multi_step_loss else loss, outputs
-
-
-def multi_step_objective(config: ModelConfig, parameters: Parameters, task: TaskBatch, states: Sequence[TaskState],
-                         last_loss: tf.Tensor, iteration: Step) -> tf.Tensor:
-    """MAML++'s weighted mean of the query losses after each inner step; that after the last is given."""
-    *weights, last_weight = multi_step_weights(config, iteration)
-    return last_weight * last_loss + sum(
-        weight * loss_of(config, query_outputs(config, parameters, task, states[step], step), task.query_y)
-        for step, weight in enumerate(weights))
+    if config.multi_step_loss:
+        *weights, last_weight = multi_step_weights(config, iteration)
+        others = (query_outputs(config, parameters, task, states[step], step) for step in range(len(weights)))
+        loss = last_weight * loss + sum(weight * loss_of(config, outputs, task.query_y) for weight, outputs in zip(weights, others))
+    return loss, outputs
 
 
 def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
@@ -180,13 +181,18 @@ def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, 
 
 
 def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
-    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly."""
+    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly; or that of a classifier of all classes,
+    for a 'task' of examples of all of them."""
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        pre, states = loop_of(config)(config, parameters, task, iteration)
+        if config.pretrain_classes:
+            pre = post = classifier_outputs(config, weights_at(config, parameters, {}, 0), task.support_x)
+        else:
+            pre, states = loop_of(config)(config, parameters, task, iteration)
         loss = loss_of(config, pre, task.support_y)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
-    post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
+    if not config.pretrain_classes:
+        post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
     return gradients, Outputs(pre, post), parameters.inner_optimizer_state
 
 
@@ -209,22 +215,25 @@ def task_gradient(config: ModelConfig, phase: str) -> Callable:
 # Where the methods differ -------------------------------------------------------------------------------------------
 
 def adapted(config: ModelConfig, parameters: Parameters) -> Tensors:
-    """The shared tensors that the inner loop adapts: all weights (MAML), the last layer (ANIL) or the other layers (BOIL);
+    """The tensors that the inner loop adapts: all of the network (MAML), the last layer (ANIL) or the other layers (BOIL);
     with `adapt_norm` offsets and scales of normalisation too."""
     head = network_of(config).head_names
-    is_adapted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}
-    weights = {name: value for name, value in parameters.weights.items() if is_adapted[config.inner_weights](name)}
+    is_adapted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}[config.inner_weights]
+    weights = {name: value for name, value in parameters.weights.items() if is_adapted(name) and not name.startswith(HEAD_PREFIX)}
     return {**weights, **parameters.norm_params} if config.adapt_norm else weights
 
 
 def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> TaskState:
-    """A task before its first inner step: at the shared parameters."""
-    state = TaskState(adapted(config, parameters), parameters.inner_optimizer_state)
-    if not has_fixed_features(config):
-        return state
-    tensors = weights_at(config, parameters, {}, 0)
-    return state._replace(features={'support': network_of(config).features(tensors, task.support_x),
-                                    'query': query_features(config, task, tensors)})
+    """A task before its first inner step: at the shared parameters, but for a last layer that is computed for it."""
+    head, features, tensors = {}, {}, weights_at(config, parameters, {}, 0)
+    if has_fixed_features(config) or config.head_init != 'learned':
+        support = network_of(config).features(tensors, task.support_x)
+    if config.head_init != 'learned':
+        head = initial_head(config, parameters.weights, support, task.support_y)
+    if has_fixed_features(config):
+        features = {'support': support, 'query': query_features(config, task, tensors)}
+    own = parameters._replace(weights={**parameters.weights, **head})
+    return TaskState(adapted(config, own), parameters.inner_optimizer_state, features, head)
 
 
 def has_fixed_features(config: ModelConfig) -> bool:
@@ -232,25 +241,24 @@ def has_fixed_features(config: ModelConfig) -> bool:
     return config.inner_weights == 'head' and not (config.adapt_norm or config.norm_per_step or config.inner_batch)
 
 
-def weights_at(config: ModelConfig, parameters: Parameters, fast: Tensors, step: Step) -> Tensors:
-    """The network's tensors at an inner step: the fast ones where they are adapted, else the shared ones; with `norm_per_step`
+def weights_at(config: ModelConfig, parameters: Parameters, own: Tensors, step: Step) -> Tensors:
+    """The network's tensors at an inner step: the task's own, where it has them, else the shared ones; with `norm_per_step`
     the offsets and scales of that step."""
-    tensors = {**parameters.weights, **parameters.norm_params, **fast}
-    if not config.norm_per_step:
-        return tensors
-    return {**tensors, **{name: at_step(tensors[name], step) for name in parameters.norm_params}}
+    tensors = {**parameters.weights, **parameters.norm_params, **own}
+    of_step = {name: at_step(tensors[name], step) for name in parameters.norm_params} if config.norm_per_step else {}
+    return {**tensors, **of_step}
 
 
 def support_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's support rows at an inner step, [N*K, dim_output]."""
-    network, tensors = network_of(config), weights_at(config, parameters, state.fast, step)
-    return network.head(tensors, state.features['support'] if state.features else network.features(tensors, task.support_x))
+    network, tensors = network_of(config), weights_at(config, parameters, {**state.head, **state.fast}, step)
+    return outputs_of(config, tensors, state.features['support'] if state.features else network.features(tensors, task.support_x))
 
 
 def query_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's query rows at an inner step, [N*Q, dim_output]."""
-    network, tensors = network_of(config), weights_at(config, parameters, state.fast, step)
-    return network.head(tensors, state.features['query'] if state.features else query_features(config, task, tensors))
+    tensors = weights_at(config, parameters, {**state.head, **state.fast}, step)
+    return outputs_of(config, tensors, state.features['query'] if state.features else query_features(config, task, tensors))
 
 
 def query_features(config: ModelConfig, task: TaskBatch, tensors: Tensors) -> tf.Tensor:
@@ -302,22 +310,20 @@ def initial_parameters(config: ModelConfig, seed: int) -> Parameters:
     """What all tasks share before training; a function of config and seed.
 
     With `norm_per_step`, offsets and scales are [num_updates, channels]. Learned step sizes start at alpha: scalars for
-    `learn_lr='layer'`, [num_updates] for 'step', shaped like the tensor for 'weight'. An inner Adam's state starts at 0.
+    `learn_lr='layer'`, [num_updates] for 'step', shaped like the tensor (a column of a computed last layer) for 'weight'. An inner
+    Adam's state starts at 0.
     """
-    network = network_of(config)
-    weights, norm_params = network.initial_weights(seed), network.initial_norm_params()
+    weights, norm_params = shared_weights(config, seed), network_of(config).initial_norm_params()
     if config.norm_per_step:
         norm_params = {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in norm_params.items()}
-    parameters = Parameters(weights, norm_params)
-    fast, shapes = adapted(config, parameters), {'layer': [], 'step': [config.num_updates]}
-    if config.learn_lr != 'no':
-        parameters = parameters._replace(learning_rates={
-            f'lr/{name}': tf.fill(shapes.get(config.learn_lr, value.shape), tf.constant(config.update_lr, config.dtype))
-            for name, value in fast.items()})
-    if config.inner_optimizer == 'adam':
-        squares = {f'inner/v/{name}': tf.zeros_like(value) for name, value in fast.items()}
-        parameters = parameters._replace(inner_optimizer_state={'inner/t': tf.zeros([]), **squares})
-    return parameters
+    column = head_column(config, seed) if config.head_init != 'learned' else {}
+    fast = adapted(config, Parameters({**weights, **column}, norm_params))
+    shapes = {'layer': [], 'step': [config.num_updates]}
+    rates = {f'lr/{name}': tf.fill(shapes.get(config.learn_lr, value.shape), tf.constant(config.update_lr, config.dtype))
+             for name, value in fast.items() if config.learn_lr != 'no'}
+    squares = {f'inner/v/{name}': tf.zeros_like(value) for name, value in fast.items()}
+    optimizer = {'inner/t': tf.zeros([]), **squares} if config.inner_optimizer == 'adam' else {}
+    return Parameters(weights, norm_params, rates, optimizer)
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -335,10 +341,6 @@ def predict_without_adapting(config: ModelConfig, parameters: Parameters, step: 
     """Outputs of a task without an inner step, and its unchanged state."""
     task, state = task_and_state
     return Outputs(*(outputs(config, parameters, task, state, step) for outputs in (support_outputs, query_outputs))), state
-
-
-def _first(metrics: Tensors) -> Tensors:
-    return {name: values[0] for name, values in metrics.items()}
 
 
 class MAML:
@@ -409,13 +411,14 @@ class MAML:
         return self._engine.train(function, self._gradient_structure, self._updates[phase], batches,
                                   tf.constant(iteration, tf.int64), tf.cast(stopping, self.config.dtype))
 
-    def metatrain_step(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
+    def metatrain_step(self, batch: TaskBatch, iteration: int = 0, phase: str = 'metatrain') -> Tensors:
         """One outer update with a meta-batch; returns scalars named as by `train_steps`."""
-        return _first(self.train_steps('metatrain', self.replicas.add_leading_axis(batch), iteration))
+        steps = self.train_steps(phase, self.replicas.add_leading_axis(batch), iteration)
+        return {name: values[0] for name, values in steps.items()}
 
     def pretrain_step(self, batch: TaskBatch) -> Tensors:
-        """One update of joint training with a meta-batch; returns scalars named as by `train_steps`."""
-        return _first(self.train_steps('pretrain', self.replicas.add_leading_axis(batch)))
+        """`metatrain_step` of joint training."""
+        return self.metatrain_step(batch, phase='pretrain')
 
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0, phase: str = 'metatrain') -> Tensors:
         """`task_gradient` of a phase, averaged over tasks, before clipping: {name: tensor}."""

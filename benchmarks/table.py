@@ -106,6 +106,11 @@ ROWS = [
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
         '--update_batch_size=1', '--inner_batch=5')),
+    Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (R2D2)', evaluation=('--num_classes=5', '--test_query=15')),
+    Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (R2D2, 64C)', evaluation=('--num_classes=5', '--test_query=15')),
+    Row('cifarfs_1shot_protomaml', 'CIFAR-FS 5-way 1-shot, ProtoMAML', evaluation=('--test_query=15', '--query_norm=batch')),
+    Row('cifarfs_1shot_unicorn', 'CIFAR-FS 5-way 1-shot, UNICORN-MAML', evaluation=('--test_query=15',)),
+    Row('cifarfs_1shot_baseline', 'CIFAR-FS 5-way 1-shot, Baseline', evaluation=('--test_query=15',)),
     *(Row('sinusoid_10shot', f'sinusoid 10-shot, seed {seed}', flags=(f'--seed={seed}', '--logdir=logs/sine_seeds/'))
       for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 5-shot', '99.9 ± 0.1 (MAML)', peer='99.23 ± 0.40 (PaddleFSL)', flags=(
@@ -150,7 +155,7 @@ def state_of(row: Row) -> State:
     record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
-    return State(directory, training.metatrain_iterations, record['iteration'], ranking, missing, training.ensemble, tasks, inner)
+    return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, tasks, inner)
 
 
 def lowest_priority() -> None:
@@ -256,6 +261,7 @@ def belongs(entry: store.Entry, state: State) -> bool:
     return (tasks.datasource == entry.training.flags['datasource'] and tasks.split == 'test' and tasks.count == 600
             and (tasks.update_batch_size, tasks.query_shots, tasks.seed) == (config.update_batch_size, config.query_shots, config.seed)
             and tasks.num_classes in (None, config.num_classes) and setting.query_norm == 'batch' and not setting.load_from
+            and (setting.head, setting.orders) == ('own', '')
             and (setting.update_lr, setting.inner_batch, setting.headline_updates) == state.inner)
 
 
@@ -274,9 +280,9 @@ def cells(row: Row, state: State) -> tuple[str, ...]:
 
 def scores(entry: store.Entry) -> str:
     """The scores of an evaluation after the number of updates at which the method is reported, and after 10."""
-    numbers = dict.fromkeys([entry.setting.headline_updates, 10])
+    columns = {entry.headline_column: entry.setting.headline_updates, 10: 10}
     return ', '.join(f'{figure(figures.mean, figures.ci95, entry.metric)} after {updates}'
-                     for updates in numbers for figures in entry.figures[updates:updates + 1])
+                     for column, updates in columns.items() for figures in entry.figures[column:column + 1])
 
 
 def commands(row: Row, state: State) -> str:

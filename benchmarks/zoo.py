@@ -107,7 +107,7 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
         return LEFT_OUT, 'the data here are not those of the recorded evaluation'
     recorded, now = figures(entry), figures(again)
     if recorded == now:
-        return SAME, f'{recorded[evaluation.headline_updates]} after {evaluation.headline_updates}'
+        return SAME, f'{recorded[entry.headline_column]} after {evaluation.headline_updates}'
     close = all(abs(before.mean - after.mean) <= TOLERANCE * before.ci95 for before, after in zip(entry.figures, again.figures))
     return CLOSE if close else DIFFERENT, ', '.join(f'{before} recorded and {after} now after {updates}'
                                 for updates, (before, after) in enumerate(zip(recorded, now)) if before != after)

@@ -163,9 +163,34 @@ def test_each_at_its_own_number_of_updates():
     np.testing.assert_array_equal(values, [scores[0, :, 1], scores[1, :, 3]])
     text = render.as_text(compare.update_table(compare.Comparison(pair)))
     p = stats.ttest_rel(scores[1, :, 3], scores[0, :, 1]).pvalue
-    assert f'{p:.2g}' in text.splitlines()[-2] and '(own: each at its own number of updates, A 1, B 3)' in text
+    assert f'{p:.2g}' in text.splitlines()[-3] and '(own: each at its own number of updates, A 1, B 3)' in text
     alike = compare.Comparison([evaluation('a', num_updates=1), evaluation('b', num_updates=1)])
     assert list(alike.rows) == ['0', '1']
+
+
+def test_p_values_are_corrected_for_their_number():
+    """Holm's steps by hand, nan not counted; in tables only where there are several; what was done is said."""
+    np.testing.assert_allclose(statistics.holm(np.array([[0.01, 0.04, np.nan], [0.03, 0.005, 0.9]])), [[0.04, 0.09, np.nan], [0.09, 0.025, 0.9]])
+    scores = np.random.default_rng(0).normal(size=[3, 20, 3]) + np.arange(3)[:, None, None]
+    runs = [evaluation(name, num_filters=number, scores=scores[number].tolist()) for number, name in enumerate('abc')]
+    table = compare.update_table(compare.Comparison(runs))
+    assert table.columns[4:] == ['B - A', 'p', 'Holm', 'C - A', 'p', 'Holm'] and table.notes == ["p: a paired t-test; Holm: corrected for the table's 6 tests"]
+    tests = [float(row[column]) for row in table.rows for column in (5, 8)]
+    corrected = [float(row[column]) for row in table.rows for column in (6, 9)]
+    np.testing.assert_allclose(corrected, statistics.holm(np.array(tests)), rtol=0.1)
+    assert compare.headline_table(compare.Comparison(runs[:2])).columns[-1] == 'p'
+    assert compare.headline_table(compare.Comparison(runs)).columns[-1] == 'Holm'
+
+
+def test_a_signed_rank_test_where_differences_are_far_from_normal():
+    rng = np.random.default_rng(0)
+    base, normal, heavy = rng.normal(size=50), rng.normal(size=50), rng.standard_cauchy(size=50)
+    assert statistics.paired_test(base + normal, base) == (stats.ttest_rel(base + normal, base).pvalue, False)
+    assert statistics.paired_test(heavy, np.zeros(50)) == (stats.wilcoxon(heavy, zero_method='pratt').pvalue, True)
+    assert statistics.paired_test(base, base) == (1.0, False) and np.isnan(statistics.paired_test(np.full(50, np.inf), base)[0])
+    pair = [evaluation('a', scores=np.zeros([50, 2]).tolist()), evaluation('b', num_filters=3, scores=np.stack([normal, heavy], axis=1).tolist())]
+    table = compare.update_table(compare.Comparison(pair))
+    assert [row[4].endswith('*') for row in table.rows] == [False, True] and 'with * a signed-rank test' in table.notes[-1]
 
 
 def test_runs_that_differ_by_seed_only_are_averaged():

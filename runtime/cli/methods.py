@@ -14,6 +14,16 @@ class Preset(NamedTuple):
 
 PRESETS = {
     'maml': Preset('MAML', {}),
+    'protomaml': Preset('ProtoMAML', {'head_init': 'prototypes', 'stop_grad': True, 'mean_loss': True, 'query_norm': 'support',
+                                      'num_updates': 6, 'update_lr': 0.0054, 'test_updates': 6}),
+    'protonet': Preset('ProtoNet', {'head_init': 'prototypes', 'num_updates': 0, 'mean_loss': True}),
+    'unicorn': Preset('UNICORN-MAML', {'head_init': 'shared', 'stop_grad': True, 'mean_loss': True, 'num_updates': 5, 'update_lr': 0.1,
+                                       'test_updates': 5}),
+    'r2d2': Preset('R2-D2', {'head_init': 'ridge', 'num_updates': 0, 'mean_loss': True, 'meta_lr': 0.005}),
+    'baseline': Preset('Baseline', {'pretrain_labels': 'classes', 'head_init': 'new', 'inner_weights': 'head', 'mean_loss': True,
+                                    'num_updates': 10, 'update_lr': 0.01, 'test_updates': 100}),
+    'baseline++': Preset('Baseline++', {'pretrain_labels': 'classes', 'logits': 'cosine', 'head_init': 'new', 'inner_weights': 'head',
+                                        'mean_loss': True, 'num_updates': 10, 'update_lr': 0.01, 'test_updates': 100}),
     'fomaml': Preset('first-order MAML', {'stop_grad': True}),
     'anil': Preset('ANIL', {'inner_weights': 'head'}),
     'boil': Preset('BOIL', {'inner_weights': 'body', 'adapt_norm': True, 'norm_scale': True, 'mean_loss': True, 'update_lr': 0.5,
@@ -48,10 +58,12 @@ def preset_hint(method: str, given: Collection[str], sentence: str) -> str:
 def title(values: Mapping[str, Any]) -> str:
     """The name of the method that flags describe: that of the nearest preset, with the switches in which they differ from it."""
     def differing(preset):
-        return {name: values[name] for name in switches() if values[name] != preset.flags.get(name, default(name))}
+        flags = {**{name: default(name) for name in [*switches(), 'num_updates']}, **preset.flags}
+        none = [] if bool(values['num_updates']) == bool(flags['num_updates']) else ['num_updates']  # without or with inner updates
+        return [name for name in switches() if values[name] != flags[name]] + none
 
     nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
-    others = [name if value is True else f'{name}={value}' for name, value in differing(nearest).items()]
+    others = [name if values[name] is True else f'{name}={values[name]}' for name in differing(nearest)]
     return nearest.title + (f' with {", ".join(others)}' if others else '')
 
 

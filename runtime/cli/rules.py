@@ -10,6 +10,7 @@ from runtime.cli.flags import LEARNING, ONLY, CommandLine, default
 from runtime.cli.request import PURPOSES, Request
 from runtime.system.errors import UserError
 
+RIDGE = 'ridge_lambda', 'ridge_scale'
 PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
 
 
@@ -106,6 +107,24 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
        f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
+    (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
+    (lambda r: r.head_init == 'shared' and r.inner_weights == 'body',
+     '--head_init=shared starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
+    (lambda r: r.head_init != 'learned' and r.outer == 'reptile',
+     '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),
+    (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
+     '--pretrain_labels=classes is about pre-training: add --pretrain_iterations'),
+    (lambda r: r.pretrain_labels == 'classes' and r.task_chunk > 0, '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
+    (lambda r: r.head_init != 'learned' and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
+     'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
+     '--pretrain_iterations and --baseline'),
+    (lambda r: r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
+     '--num_updates=0 needs a last layer that knows the classes without an inner update: add --head_init=prototypes or ridge'),
+    *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
+       f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
+      for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
+    *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
+    *((lambda r, name=name: r.values[name] != default(name) and r.head_init != 'ridge', f'--{name} is for --head_init=ridge') for name in RIDGE),
     (lambda r: r.stop_grad and r.first_order_iterations > 0,
      '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     (lambda r: r.recompute and r.engine in ('vmap', 'wide'), '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
@@ -118,7 +137,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
     # Training
     *((lambda r, name=name: not math.isfinite(r.values[name]), f'--{name} must be a finite number')
-      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr')),
+      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', *RIDGE)),
     (lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
      'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
     (lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
@@ -130,14 +149,20 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--datasource={datasource} contradicts --datasource={trained[datasource]}, which a prediction needs; leave it out'),
     (lambda r: r.is_transfer and not (r.images and r.training.images),
      '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
-    (lambda r: r.test_updates == 0, '--test_updates must be at least 1'),
     (lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],
      '--update_lr={update_lr}: the step sizes of this model are learned, and an evaluation cannot change them'),
-    (lambda r: r.classes and r.num_classes > r.trained['num_classes'],
+    (lambda r: r.classes and r.num_classes > r.trained['num_classes'] and r.head_init == 'learned' and r.head == 'own',
      '--num_classes={num_classes}: the network was trained with --num_classes={trained[num_classes]} and has no more outputs than '
      'that; evaluate on tasks of at most that many classes'),
+    (lambda r: r.head == 'nearest' and not r.classes, '--head=nearest is for classification'),
+    (lambda r: r.head == 'nearest' and r.mode == 'predict', '--head=nearest is for evaluation: leave out --predict'),
+    (lambda r: r.head == 'nearest' and 'test_updates' in r.given and r.test_updates != 0,
+     '--head=nearest is without inner updates: leave out --test_updates={test_updates}'),
+    (lambda r: r.permutations > 1 and r.mode == 'predict', '--permutations is for evaluation: leave out --predict'),
+    (lambda r: r.classes and r.permutations > math.factorial(min(r.num_classes, 13)),
+     '--permutations={permutations}: the labels of --num_classes={num_classes} classes have fewer orders'),
     (lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
     (lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
      '--query_norm={query_norm} applies only to batch norm; with --norm={norm} each example is normalised separately'),

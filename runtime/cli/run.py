@@ -3,6 +3,7 @@
 They are made once, at start-up. Fields are named like the flags.
 """
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -12,7 +13,8 @@ from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 
-TEST_UPDATES = 10  # inner updates of an evaluation, or as many as in training if they are more, if no flag asks for others
+TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
+EVALUATED_HEADS = {'own': ('own',), 'nearest': ('nearest class mean', 'nearest neighbour')}  # of an evaluation, for values of --head
 FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
@@ -80,6 +82,11 @@ class Trained(Run):
     query_norms: tuple[str, ...]  # of 'batch', 'support', 'each'
     plot_format: str            # 'png' | 'pdf' | 'svg'
 
+    @property
+    def most_outputs(self) -> float:
+        """The largest number of outputs that the network can have: any number of classes, if the last layer is computed for each task."""
+        return math.inf if self.model.loss == 'xent' and self.model.head_init != 'learned' else self.num_outputs
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Trained):
@@ -89,6 +96,8 @@ class Evaluation(Trained):
     log: bool
     plot: bool
     headline_updates: int       # after which the method is reported
+    permutations: int           # orders of a task's labels
+    heads: tuple[str, ...]      # last layers: 'own', or 'nearest class mean' and 'nearest neighbour'
 
 
 def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Replicas | None = None) -> Run:
@@ -101,7 +110,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
-        method=tasks.baseline or ('pre-training' if request.only_pretrains else methods.title(request.trained)),
+        method=tasks.baseline or ('pre-training' if request.only_pretrains and request.pretrain_labels == 'tasks' else methods.title(request.trained)),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
@@ -109,7 +118,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=max(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates,
+        test_updates=_test_updates(request), heads=EVALUATED_HEADS[request.head],
         query_norms=_query_norms(request),
         split='test' if request.test_set else 'val',
         headline_updates=headline_updates(request))
@@ -117,9 +126,20 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
 
 
+def usual_updates(num_updates: int, at_least: int) -> int:
+    """The inner updates of an evaluation: `at_least` so many or the training's, but none where the training has none."""
+    return num_updates and max(num_updates, at_least)
+
+
+def _test_updates(request):
+    if request.head == 'nearest':
+        return 0
+    return usual_updates(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates
+
+
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
-    return request.num_updates if request.test_updates == -1 else request.test_updates
+    return _test_updates(request) if request.head == 'nearest' or request.test_updates != -1 else request.num_updates
 
 
 def _query_norms(request):
@@ -133,8 +153,10 @@ def _model_config(request, source, tasks):
     """The ModelConfig: the source and these lines decide some fields, flags of the same names the others."""
     from maml import ModelConfig
     same = {field.name: request.values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in request.values}
+    by_classes = request.mode == 'train' and request.pretrain_labels == 'classes'
     hidden = request.hidden and tuple(map(int, request.hidden.split(',')))
     return ModelConfig(**{
         **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
+        'pretrain_classes': len(source.class_folders('train', tasks.data_path)) if by_classes else 0,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'image_shape': source.image_shape if request.conv else None})

@@ -103,7 +103,7 @@ def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, 
     data, bad, hint = {}, [], ''
     for split in SPLITS if source.image_shape else ('train', 'val'):
         try:
-            data[split] = source.tasks(_validation_config(source, tasks) if split == 'val' else tasks, split)
+            data[split] = source.tasks(_validation_config(request, source, tasks) if split == 'val' else tasks, split)
         except BadImages as error:
             bad, hint = bad + error.images, error.hint
         except UserError:
@@ -114,13 +114,13 @@ def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, 
     return {split: data[split] for split in ('train', 'val')}
 
 
-def _validation_config(source, tasks):
+def _validation_config(request, source, tasks):
     """What a validation task of a training looks like: like those of the training, or with all classes if the split has fewer.
 
     Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
-    own images again.
+    own images again. A model whose last layer is computed for each task is meant to be trained with more classes than it is tested on.
     """
-    if not (source.image_shape and source.validate_on_fewer):
+    if not (source.image_shape and (source.validate_on_fewer or request.head_init != 'learned')):
         return tasks
     available = len(source.class_folders('val', tasks.data_path))
     return dataclasses.replace(tasks, num_classes=available) if 1 < available < tasks.num_classes else tasks

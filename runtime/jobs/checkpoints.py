@@ -20,6 +20,7 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
+from networks import CLASSIFIER, HEAD_PREFIX
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file
 
@@ -263,7 +264,7 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
     """
     arrays = without_optimizer(checkpoint.arrays)
     if any(_OPTIMIZER in name for name in variables):
-        if arrays.keys() == checkpoint.arrays.keys():
+        if not any(_OPTIMIZER in name for name in checkpoint.arrays):
             raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
                             'cannot continue from it; start another run from its weights by --load_from')
         arrays = checkpoint.arrays
@@ -271,19 +272,22 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
 
 
 def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint that an evaluation needs."""
-    return {name: array for name, array in arrays.items() if _OPTIMIZER not in name}
+    """The arrays of a checkpoint that an evaluation needs: neither the optimizer's, nor those of a classifier of pre-training."""
+    return {name: array for name, array in arrays.items() if _OPTIMIZER not in name and not name.startswith(CLASSIFIER)}
 
 
-def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict) -> dict:
+def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str] = (),
+                 starts: bool = False) -> dict:
     """Assigns the values of a checkpoint, of this program or of the reference under TensorFlow 1, to a model's parameters.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
     of batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
+    The model may lack the last layer. In a training that `starts`, the checkpoint may: that layer then stays as it is.
 
     Args:
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
+        last_layer: the names of the network's last layer.
 
     Returns the record of a checkpoint of this program, else {}. Raises UserError if there is no such checkpoint, it cannot be
     read, or names, shapes or flags differ; lists the differences.
@@ -294,16 +298,30 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         arrays = {name: array for name, array in without_optimizer(arrays).items()
                   if name in variables or not name.startswith('inner/')}
     else:
-        arrays = _reference_weights(arrays, variables)
-    scaled = network_flags.get('norm') == 'batch_norm'  # which has no scales in plain MAML
-    for name, variable in variables.items():
-        if name not in arrays and (name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
-            arrays[name] = variable.numpy()
-        elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
-            arrays[name] = np.broadcast_to(arrays[name], variable.shape)
+        arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
+    if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
+        network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
+    arrays = _with_last_layer(arrays, variables, last_layer, starts)
+    _add_what_plain_maml_lacks(arrays, variables, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
     return record
+
+
+def _with_last_layer(arrays, variables, last_layer, starts):
+    """Arrays without a last layer that the model lacks, and with one that only the model has, if a training starts."""
+    arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
+    fresh = [name for name in last_layer if starts and name in variables]
+    return {**{name: variables[name].numpy() for name in fresh}, **arrays}
+
+
+def _add_what_plain_maml_lacks(arrays, variables, scaled):
+    """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too."""
+    for name, variable in variables.items():
+        if name not in arrays and (name.startswith(('lr/', 'inner/', HEAD_PREFIX)) or scaled and name.endswith('/gamma')):
+            arrays[name] = variable.numpy()
+        elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
+            arrays[name] = np.broadcast_to(arrays[name], variable.shape)
 
 
 def _check_there(prefix):

@@ -1,13 +1,13 @@
-"""Several checkpoints of one run as one model: the mean of their outputs."""
+"""The mean of several outputs for a task: of several checkpoints of one run, or under several orders of the task's labels."""
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from maml import MAML, Outputs
 from runtime.datasets.tasks import TaskBatch
-from utils import Metrics, metric_functions, stack_metrics
+from utils import Metrics, accuracy, metric_functions, stack_metrics
 
 
 class Ensemble:
@@ -48,3 +48,45 @@ class Ensemble:
         measure = metric_functions(self.config)
         return stack_metrics([{name: function(batch, Outputs(outputs.pre, post)) for name, function in measure.items()}
                               for post in outputs.post])
+
+
+class OrderMetrics(NamedTuple):
+    """Accuracies in [0, 1] under several orders of a task's labels, [columns, tasks]: see `store.column_titles`."""
+    mean: np.ndarray      # over the orders
+    spread: np.ndarray    # standard deviation over the orders
+    averaged: np.ndarray  # of the mean outputs (logits)
+
+
+class Permuted:
+    """A model that is adapted to each task under several orders of the labels of its classes, on one device.
+
+    The last layer of MAML starts differently for each class, so its accuracy depends on their order (Ye & Chao, 2022, section 4).
+    """
+
+    def __init__(self, model: MAML | Ensemble, count: int):
+        """`count` is of the orders, the first of which is that of the tasks; all are different."""
+        self._model, self._orders = model, label_orders(model.config.dim_output, count)
+        self.config, self.replicas, self.weights = model.config, model.replicas, model.weights
+
+    def evaluate(self, batch: TaskBatch, num_updates: int) -> OrderMetrics:
+        """Accuracies of a meta-batch."""
+        outputs = []
+        for order in self._orders:
+            permuted = batch._replace(support_y=batch.support_y[..., order], query_y=batch.query_y[..., order])
+            pre, post = self._model.predict(permuted, num_updates)
+            outputs.append([values.numpy()[..., np.argsort(order)] for values in (pre, *post)])
+        accuracies = np.stack([self._accuracies(batch, of_order) for of_order in outputs])
+        means = [np.mean(values, axis=0) for values in zip(*outputs)]
+        return OrderMetrics(accuracies.mean(axis=0), accuracies.std(axis=0), self._accuracies(batch, means))
+
+    def _accuracies(self, batch, outputs):
+        targets = [batch.support_y] + [batch.query_y] * (len(outputs) - 1)
+        return np.stack([accuracy(tf.constant(values), labels) for values, labels in zip(outputs, targets)])
+
+
+def label_orders(way: int, count: int) -> list[np.ndarray]:
+    """Different permutations of the labels 0 to way - 1, a function of the arguments; the first leaves them as they are."""
+    orders, rng = {tuple(range(way)): None}, np.random.default_rng(0)
+    while len(orders) < count:
+        orders[tuple(rng.permutation(way).tolist())] = None
+    return [np.array(order) for order in orders]

@@ -12,13 +12,14 @@ import tensorflow as tf
 
 from data_generator import DATA_FOLDER, SOURCES
 from maml import MAML, Metrics
+from networks import network_of
 from runtime.cli.run import TEST_UPDATES, Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
 from runtime.jobs import checkpoints
-from runtime.jobs.ensemble import Ensemble
+from runtime.jobs.ensemble import Ensemble, Permuted
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
 from runtime.results.statistics import statistics
@@ -40,6 +41,27 @@ class Restored(NamedTuple):
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
 
 
+class Variant(NamedTuple):
+    """One of the ways in which an evaluation uses a model."""
+    query_norm: str
+    head: str                   # 'own' | 'nearest class mean' | 'nearest neighbour'
+    orders: str = ''            # under several orders of the labels: the 'mean' accuracy, or that of the 'averaged' outputs
+
+    @property
+    def label(self) -> str:
+        """Text, for tables and pictures."""
+        orders = [f'{self.orders} over orders'] if self.orders else []
+        return ', '.join([f'--query_norm={self.query_norm}', *([self.head] if self.head != 'own' else []), *orders])
+
+
+class Result(NamedTuple):
+    """What came out of one of them."""
+    variant: Variant
+    seconds: float
+    values: np.ndarray                  # [tasks, columns], see `store.column_titles`
+    spread: np.ndarray | None = None    # of a mean over orders of the labels: the standard deviation, [tasks, columns]
+
+
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
 
@@ -49,32 +71,51 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     restored = restore(run)
     if run.replicas.chief:
         record_split(run.source, run.tasks, data)
-    tasks, updates = data[run.split], run.test_updates
+    tasks = data[run.split]
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
     known = known_classes(run, restored.trained_on, tasks)
     print(heading(run, tasks, restored, known), flush=True)
-    values_of, seconds, written = {}, {}, [store.FILE]
-    models = {norm: restored.model.variant(dim_output=run.model.dim_output, query_norm=norm) for norm in run.query_norms}
-    for query_norm, model in models.items():
-        started = time.perf_counter()
-        label = f'--query_norm={query_norm}' if len(run.query_norms) > 1 else None
-        with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=label, delay=PROGRESS_DELAY) as progress:
-            values_of[query_norm] = task_metrics(evaluate_tasks(model, tasks, run.num_test_tasks, updates, progress.update))
-        seconds[query_norm] = time.perf_counter() - started
-        if run.replicas.chief:
-            entry = entry_of(run, tasks, restored, known, query_norm, values_of[query_norm], seconds[query_norm])
-            name = reference_name(run, restored, query_norm)
-            save(run.directory, entry, values_of[query_norm], name)
+    results, written, models = [], [store.FILE], models_of(run, restored)
+    for variant, model in models.items():
+        of_model = results_of(run, tasks, variant, model, variant.label if len(models) > 1 else None)
+        results += of_model
+        for result in of_model if run.replicas.chief else ():
+            name = reference_name(run, restored, result.variant)
+            save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name)
             written += [f'{name}.csv and .pkl'] if name else []
+    report(run, results, written)
+    if run.plot and run.replicas.chief:
+        for path in draw(run, next(iter(models.values())), tasks, {result.variant: result.values for result in results}, restored):
+            print(f'Drawn: {path}')
 
-    print(store.table({f'--query_norm={norm}': values for norm, values in values_of.items()}, run.metric))
+
+def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -> None:
+    """Prints the table of an evaluation, and the names of the files that it wrote."""
+    spreads = {f'{result.variant.label}, spread': result.spread for result in results if result.spread is not None}
+    print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
-    print(f'\n{run.num_test_tasks / max(seconds.values()):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
-    if run.plot and run.replicas.chief:
-        for path in draw(run, models[run.query_norms[0]], tasks, values_of, restored):
-            print(f'Drawn: {path}')
+    print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
+
+
+def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensemble]:
+    """The ways in which an evaluation uses the restored model."""
+    heads = {'own': {}, 'nearest class mean': {'head_init': 'prototypes'}, 'nearest neighbour': {'head_init': 'neighbours'}}
+    return {Variant(norm, head): restored.model.variant(dim_output=run.model.dim_output, query_norm=norm, **heads[head])
+            for norm in run.query_norms for head in run.heads}
+
+
+def results_of(run: Evaluation, tasks: Tasks, variant: Variant, model: MAML | Ensemble, title: str | None) -> list[Result]:
+    """Evaluates a model; with --permutations the mean over orders of the labels, and the averaged outputs. `title` is of the progress."""
+    started, evaluated = time.perf_counter(), Permuted(model, run.permutations) if run.permutations > 1 else model
+    with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=title, delay=PROGRESS_DELAY) as progress:
+        metrics = evaluate_tasks(evaluated, tasks, run.num_test_tasks, run.test_updates, progress.update)
+    seconds = time.perf_counter() - started
+    if evaluated is model:
+        return [Result(variant, seconds, task_metrics(metrics))]
+    return [Result(variant._replace(orders='mean'), seconds, metrics.mean.T, metrics.spread.T),
+            Result(variant._replace(orders='averaged'), seconds, metrics.averaged.T)]
 
 
 def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
@@ -90,9 +131,9 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     return '\n'.join([*lines, ''])
 
 
-def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], query_norm: str, values: np.ndarray,
-             seconds: float) -> store.Entry:
-    """The entry of results.json for an evaluation with values [tasks, 1 + updates], which took some seconds."""
+def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], result: Result) -> store.Entry:
+    """The entry of results.json for a result of an evaluation."""
+    variant, values = result.variant, result.values
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     facts = {**run.source.task_facts}
     if preparation:  # such as which of several published splits
@@ -107,12 +148,12 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
-            query_norm=query_norm, update_lr=run.model.update_lr, inner_batch=run.model.inner_batch,
-            test_updates=run.test_updates, headline_updates=run.headline_updates,
+            query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders,
+            update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
-        known_classes=list(known), metric=run.metric, seconds=seconds,
+        known_classes=list(known), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
-        figures=store.figures_of(values), scores=values.tolist())
+        figures=store.figures_of(values, result.spread), scores=values.tolist())
 
 
 def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:
@@ -140,22 +181,23 @@ def known_classes(run: Evaluation, trained_on: str, tasks: Tasks) -> list[str]:
     return [name for name in names if name in trained and not name.isdigit()]
 
 
-def reference_name(run: Evaluation, restored: Restored, query_norm: str) -> str | None:
+def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
     """The name of the .csv and .pkl files of the evaluation that the reference makes; None for any other.
 
     The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
     updates. The files are named after the number of shots and the step size, which may be any.
     """
-    is_standard = (restored.is_newest and not restored.ensemble and query_norm == 'batch' and run.datasource == run.trained_on
+    is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own', '') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
                    and run.test_updates == max(run.model.num_updates, TEST_UPDATES) and run.model.inner_batch == run.learning_flags['inner_batch'])
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
-def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[str, np.ndarray],
+def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[Variant, np.ndarray],
          restored: Restored) -> list[str]:
-    """Writes the figures of an evaluation with {query_norm: values}, named after split and checkpoint; returns their paths.
+    """Writes the figures of an evaluation with {variant: values}, named after split and checkpoint; returns their paths. The model is of
+    the first variant.
 
     They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
@@ -163,17 +205,18 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
 
     checkpoint, iteration = os.path.basename(restored.prefix), restored.iterations or 0
     stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
-    titles = {norm: f', --query_norm={norm}' if len(values_of) > 1 else '' for norm in values_of}
-    curves = {checkpoint + titles[norm]: values for norm, values in values_of.items()}
-    figures = plots.evaluation_figures(run, model, tasks, run.split, curves)
+    titles = {variant: f', {variant.label}' if len(values_of) > 1 else '' for variant in values_of}
+    curves = {checkpoint + titles[variant]: values for variant, values in values_of.items()}
+    figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)
     paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
     for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
-    for norm, values in values_of.items():
-        is_first = norm == run.query_norms[0]
-        with Summaries(stem if is_first else f'{stem}_{norm}', run.log, 0, print) as summaries:
+    for index, (variant, values) in enumerate(values_of.items()):
+        is_first = index == 0
+        name = '_'.join([stem, variant.query_norm, *(part.replace(' ', '') for part in variant[1:] if part not in ('own', ''))])
+        with Summaries(stem if is_first else name, run.log, 0, print) as summaries:
             summaries.write_flags(run.learning_flags)
-            summaries.write_means(run.split, run.metric, statistics(values)[0], iteration)
+            summaries.write_means(run.split, run.metric, statistics(values)[0], iteration, run.test_updates)
             summaries.write_figures(run.split, figures if is_first else {}, iteration)
     return paths
 
@@ -182,7 +225,7 @@ def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
+        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags, network_of(model.config).head_names)
         learnt = record.get('flags', {})
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
             raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
@@ -228,7 +271,7 @@ def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
 
 
 def task_metrics(metrics: Metrics) -> np.ndarray:
-    """Accuracies, or losses in regression, [tasks, 1 + updates]: support rows before adaptation, query rows after each update."""
+    """Accuracies, or losses in regression, [tasks, columns], see `store.column_titles`."""
     pre, post = ((metrics.pre_loss, metrics.post_losses) if metrics.pre_accuracy is None else
                  (metrics.pre_accuracy, metrics.post_accuracies))
     return np.concatenate([pre[None], post]).T

@@ -61,7 +61,7 @@ class Learner:
     Attributes:
         model: the MAML; an Ensemble, if the method has one.
         checkpoint: its path.
-        num_outputs: the largest number of classes, or the number of targets.
+        num_outputs: the largest number of classes (infinity, if the last layer is computed for each task), or the number of targets.
         updates: inner steps of `adapt`.
     """
 
@@ -71,7 +71,7 @@ class Learner:
         invert = bool(source.image_shape and source.invert)
         self._inputs = Inputs(run.model.dim_input, source.image_shape, invert, columns_of(source))
         self.model, self.checkpoint, *_ = restore(run)
-        self.num_outputs, self.updates = run.num_outputs, run.test_updates
+        self.num_outputs, self.updates = run.most_outputs, run.test_updates
 
     def adapt(self, support_x: np.ndarray, support_y: Sequence, updates: int | None = None) -> Predictor:
         """The model adapted to labelled examples by inner steps.
@@ -124,7 +124,7 @@ def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> 
     state = initial_state(config, parameters, task)
     for number in tf.range(updates, dtype=tf.int64):
         state = step(state, number)
-    tensors = weights_at(config, parameters, state.fast, max(updates - 1, 0))
+    tensors = weights_at(config, parameters, {**state.head, **state.fast}, max(updates - 1, 0))
     return {name: value.numpy() for name, value in tensors.items()}
 
 
@@ -153,9 +153,9 @@ class Predictor:
         import tensorflow as tf
 
         from maml import query_features
-        from networks import network_of
+        from networks import outputs_of
         task = TaskBatch(tf.constant(self.support_x), None, tf.constant(rows), None)
-        return network_of(self.config).head(tensors, query_features(self.config, task, tensors)).numpy()
+        return outputs_of(self.config, tensors, query_features(self.config, task, tensors)).numpy()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the predictor to an .npz file, which `load_predictor` reads; raises OSError if that cannot be done."""

@@ -32,7 +32,7 @@ def predict(run: Trained, task: UserTask) -> None:
     Raises UserError as `evaluate`, or if there are more classes than the network has outputs.
     """
     way = len(task.classes)
-    if way > run.num_outputs:
+    if way > run.most_outputs:
         raise UserError(f'{task.support} holds {way} classes, and the network has {run.num_outputs} outputs; leave some out, or '
                         f'train with --num_classes={way}')
     learner = Learner(run)

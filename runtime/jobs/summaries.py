@@ -35,19 +35,20 @@ class Summaries(contextlib.AbstractContextManager):
         with self._failure_reported():
             self._writer.flush()
 
-    def write(self, prefix: str, metrics: Metrics, iteration: int) -> None:
-        """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on."""
-        self.write_means(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration)
+    def write(self, prefix: str, metrics: Metrics, iteration: int, updates: int) -> None:
+        """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on; step 0 if there were
+        no inner updates."""
+        self.write_means(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration, updates)
         if metrics.pre_accuracy is not None:
             self.write_means(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)],
-                             iteration)
+                             iteration, updates)
 
-    def write_means(self, prefix: str, metric: str, means: Sequence[float], iteration: int) -> None:
-        """An evaluation's means, [1 + updates], under tags like those of `write`."""
+    def write_means(self, prefix: str, metric: str, means: Sequence[float], iteration: int, updates: int) -> None:
+        """The means of an evaluation's columns, under tags like those of `write`."""
         with self._failure_reported(), self._writer.as_default(step=iteration):
-            for step, mean in enumerate(means):
-                tag = f'Post-update {metric}, step {step}' if step else f'Pre-update {metric}'
-                tf.summary.scalar(f'{prefix}_{tag}', mean)
+            tf.summary.scalar(f'{prefix}_Pre-update {metric}', means[0])
+            for step, mean in enumerate(means[1:], start=min(updates, 1)):
+                tf.summary.scalar(f'{prefix}_Post-update {metric}, step {step}', mean)
 
     def write_flags(self, flags: dict) -> None:
         """The run's flags, {name: value}, for TensorBoard's HParams page."""

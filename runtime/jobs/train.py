@@ -17,7 +17,7 @@ from data_generator import ClassTasks
 from maml import MAML, ModelConfig
 from networks import network_of
 from runtime.cli import stored_run
-from runtime.cli.run import Training
+from runtime.cli.run import Training, usual_updates
 from runtime.cli.run_data import columns_of, record_split
 from runtime.cli.workers import check_in_sync
 from runtime.compute.schedules import next_change
@@ -88,7 +88,8 @@ def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
         return state
     if run.load_from:
-        checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags)
+        last_layer = network_of(model.config).head_names
+        checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags, last_layer, starts=True)
         print(f'Starting from the weights of {run.load_from}')
     return TrainState()
 
@@ -182,8 +183,7 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
         if run.log and first % SUMMARY_INTERVAL == 0:
-            batch = run.replicas.distribute(functools.partial(draw, data['train'], run, first))
-            summaries.write('metatrain', model.evaluate(batch, run.model.num_updates), first)  # before learning from it
+            summarise(run, data['train'], model, first, summaries)  # before learning from it
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
         iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
@@ -212,6 +212,13 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         if stopping:
             return
     saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
+
+
+def summarise(run: Training, tasks: Tasks, model: MAML, iteration: int, summaries: Summaries) -> None:
+    """Writes summaries of an iteration's meta-batch; there is none where a classifier is trained."""
+    if not classifies(run, iteration):
+        batch, updates = run.replicas.distribute(functools.partial(draw, tasks, run, iteration)), run.model.num_updates
+        summaries.write('metatrain', model.evaluate(batch, updates), iteration, updates)
 
 
 def model_for(tasks: Tasks, model: MAML) -> MAML:
@@ -243,13 +250,14 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
 def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
     """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
-    metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, max(run.model.num_updates, run.source.validation_updates))
-    summaries.write('metaval', metrics, iteration)
+    updates = usual_updates(run.model.num_updates, run.source.validation_updates)
+    metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, updates)
+    summaries.write('metaval', metrics, iteration, updates)
     if saving and run.plot and run.log and run.replicas.chief:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)})
+        figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)}, updates)
         summaries.write_figures('metaval', figures, iteration)
-    pre, post = task_metrics(metrics).mean(axis=0)[[0, run.model.num_updates]]
+    pre, post = task_metrics(metrics).mean(axis=0)[[0, max(run.model.num_updates, 1)]]
     if run.metric == 'accuracy':  # Reference behaviour: no line in regression
         reporting = iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0
         progress.log(f'{"Validation results" if reporting else f"Validation of model{iteration}"}: {pre:.6g}, {post:.6g}')
@@ -301,6 +309,11 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
 
 
 def draw(tasks: Tasks, run: Training, iteration: int, replica: int) -> TaskBatch:
-    """A replica's tasks of an iteration's meta-batch."""
+    """A replica's tasks of an iteration's meta-batch; or its examples, in the pre-training of a classifier."""
     count = run.meta_batch_size // run.replicas.count
-    return tasks.draw(iteration * run.meta_batch_size + replica * count, count)
+    return (tasks.draw_examples if classifies(run, iteration) else tasks.draw)(iteration * run.meta_batch_size + replica * count, count)
+
+
+def classifies(run: Training, iteration: int) -> bool:
+    """Whether an iteration trains a classifier of all classes."""
+    return run.model.pretrain_classes > 0 and iteration < run.pretrain_iterations

@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def values(self) -> np.ndarray:
-        """[tasks, 1 + updates], in the unit that is shown."""
+        """[tasks, columns], in the unit that is shown."""
         return np.array(self.entry.scores) * UNITS[self.entry.metric][1]
 
     @property
@@ -52,7 +52,7 @@ class Evaluation:
     @property
     def headline_values(self) -> np.ndarray:
         """[tasks], after as many updates as the method is reported at."""
-        return self.values[:, self.headline_updates]
+        return self.values[:, self.entry.headline_column]
 
     @property
     def trained_on(self) -> str:

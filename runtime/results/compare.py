@@ -14,18 +14,31 @@ from runtime.cli.flags import default
 from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
-from runtime.results.statistics import UNITS, difference, number, over_tasks_and_seeds, p_text, p_value, plus_minus, statistics
+from runtime.results.statistics import (
+    UNITS,
+    difference,
+    holm,
+    number,
+    over_tasks_and_seeds,
+    p_text,
+    paired_test,
+    plus_minus,
+    statistics,
+)
+from runtime.results.store import column_titles
 from runtime.system.errors import UserError
 
-COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p']
+COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p', 'signed_rank',
+           'p_holm']
 
 
 def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all',
             against: str | None = None) -> str:
     """The evaluations of several runs side by side, as far as they were made on the same tasks.
 
-    The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired t-test,
-    are narrower than those of the runs by themselves, because a task that is hard for one run is hard for the other.
+    The difference of two runs is that of their values on each task, averaged. Its interval, and the p-value of a paired test, are
+    narrower than those of the runs by themselves, because a task that is hard for one run is hard for the other. Beside each p-value of
+    several in a table there is one that Holm's method corrects for their number.
 
     Args:
         folders: experiment directories, or folders of such at any depth; 'name=folder' says what to call its runs.
@@ -51,18 +64,22 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
                         f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on several sources')
     remarks = [f'Left out, because nothing else was evaluated on the same tasks: {left_out}'] if single else []
     if plot:
-        from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        stem = os.path.join(split_name(folders[0])[1], 'comparison')
-        if against:
-            figures = [plots.sweep(lines, against, metric, tasks) for lines, metric, tasks in sweeps(comparisons, against)]
-        else:
-            figures = [plots.curves(curves_of(comparison), comparison.metric, comparison.tasks) for comparison in comparisons]
-        remarks += [f'Drawn: {plots.save_new(figure, stem, plot_format)}' for figure in figures]
+        remarks += draw(comparisons, os.path.join(split_name(folders[0])[1], 'comparison'), plot_format, against)
     tables = []
     for comparison in comparisons:
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
         tables += [method_table(comparison)] if comparison.groups else []
     return render.output(style, tables, records(comparisons), remarks)
+
+
+def draw(comparisons: Sequence['Comparison'], stem: str, plot_format: str, against: str | None) -> list[str]:
+    """Draws each into a new file, against updates or a flag, and returns lines that say so."""
+    from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
+    if against:
+        pictures = [plots.sweep(lines, against, metric, tasks) for lines, metric, tasks in sweeps(comparisons, against)]
+    else:
+        pictures = [plots.curves(curves_of(each), each.metric, each.tasks, without_updates(each)) for each in comparisons]
+    return [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
 
 
 # What is compared ---------------------------------------------------------------------------------------------------
@@ -85,10 +102,24 @@ class Figures(NamedTuple):
     difference: float
     difference_ci95: float
     p: float
+    signed_rank: bool = False   # whether p is that of a signed-rank test
+    p_holm: float = math.nan    # corrected for the other p-values of the table
 
-    def cells(self, digits: int) -> list[str]:
-        """Texts: the mean, the difference, and its p-value."""
-        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), p_text(self.p)]
+    def cells(self, digits: int, titles: Sequence[str]) -> list[str]:
+        """Texts: the mean, the difference, and p-values as `p_titles` says."""
+        p_values = [p_text(self.p) + '*' * self.signed_rank, p_text(self.p_holm)]
+        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), *p_values[:len(titles)]]
+
+
+def corrected(figures: Sequence[Sequence[Figures]]) -> list[list[Figures]]:
+    """The figures of a table, [rows][lines], with the corrected p-values of all lines but the first."""
+    p_holm = holm(np.array([[of_line.p for of_line in row[1:]] for row in figures]))
+    return [[row[0], *(of_line._replace(p_holm=float(p)) for of_line, p in zip(row[1:], of_row))] for row, of_row in zip(figures, p_holm)]
+
+
+def p_titles(figures: Sequence[Sequence[Figures]]) -> list[str]:
+    """The titles of the p-values of a table, [rows][lines]: there are corrected ones if there are several."""
+    return ['p', 'Holm'] if sum(len(row) - 1 for row in figures) > 1 else ['p']
 
 
 class Comparison:
@@ -112,9 +143,9 @@ class Comparison:
                       for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
         self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
         self.headline = [evaluation.headline_values for evaluation in evaluations]
-        values_of_each = [evaluation.values for evaluation in evaluations]
-        self.rows = {str(updates): [values[:, updates] for values in values_of_each]
-                     for updates in range(min(values.shape[1] for values in values_of_each))}
+        columns_of_each = [dict(zip(column_titles(evaluation.entry.setting.test_updates), evaluation.values.T)) for evaluation in evaluations]
+        common = [title for title in columns_of_each[0] if all(title in columns for columns in columns_of_each)]
+        self.rows = {title: [columns[title] for columns in columns_of_each] for title in common}
         if len({evaluation.headline_updates for evaluation in evaluations}) > 1:
             self.rows['own'] = self.headline
 
@@ -129,7 +160,7 @@ class Comparison:
             return self._figures_of_seeds(line, row)
         values = row[line.indices[0]]
         mean_difference, _, half_of_difference = statistics(difference(values, row[0]))
-        return Figures(*statistics(values), mean_difference, half_of_difference, p_value(values, row[0]))
+        return Figures(*statistics(values), mean_difference, half_of_difference, *paired_test(values, row[0]))
 
     def _figures_of_seeds(self, line, row):
         values = np.stack([row[index] for index in line.indices])
@@ -164,14 +195,23 @@ def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
     return list(groups)
 
 
+def _curves(comparison):
+    """{label: entries} of what a picture shows: methods with several seeds, and the other evaluations."""
+    grouped = set().union(*(group.indices for group in comparison.groups))
+    indices = {f'{group.letters}: {group.label}, {len(group.indices)} seeds': group.indices for group in comparison.groups} | {
+        f'{line.letters}: {line.label}': line.indices for line in comparison.lines if line.indices[0] not in grouped}
+    return {label: [comparison.evaluations[index].entry for index in numbers] for label, numbers in indices.items()}
+
+
 def curves_of(comparison: Comparison) -> dict[str, np.ndarray]:
-    """{label: scores} of what a picture shows: [seeds, tasks, 1 + updates] of methods with several seeds, [tasks, 1 + updates] of others."""
-    scores, grouped = [np.array(evaluation.entry.scores) for evaluation in comparison.evaluations], set()
-    curves = {}
-    for group in comparison.groups:
-        curves[f'{group.letters}: {group.label}, {len(group.indices)} seeds'] = np.stack([scores[index] for index in group.indices])
-        grouped.update(group.indices)
-    return curves | {f'{line.letters}: {line.label}': scores[index] for index, line in enumerate(comparison.lines) if index not in grouped}
+    """{label: scores} of what a picture shows: [seeds, tasks, columns] of methods with several seeds, [tasks, columns] of others."""
+    return {label: np.array([entry.scores for entry in entries] if len(entries) > 1 else entries[0].scores)
+            for label, entries in _curves(comparison).items()}
+
+
+def without_updates(comparison: Comparison) -> list[str]:
+    """The labels of `curves_of` of evaluations without inner updates."""
+    return [label for label, entries in _curves(comparison).items() if not entries[0].setting.test_updates]
 
 
 # The picture of a sweep ---------------------------------------------------------------------------------------------
@@ -250,7 +290,9 @@ def _beyond_the_flags(evaluation):
             values[f'evaluation {name}'] = getattr(setting, name)
     if setting.load_from:
         values['load_from'] = setting.load_from
-    return {**values, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
+    orders = {'labels': f'{setting.orders} over {setting.permutations} orders' if setting.orders else ''}
+    return {**values, 'head': setting.head, **orders, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm,
+            'checkpoint': evaluation.entry.checkpoint}
 
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -304,23 +346,31 @@ def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
 def update_table(comparison: Comparison) -> render.Table:
     """A row for each number of updates, a column for each evaluation, and for each but the first its difference from the first."""
     lines, groups, notes = comparison.lines, comparison.groups, []
-    columns = ['updates', *(line.letters for line in lines), *(title for line in lines[1:] for title in (f'{line.letters} - A', 'p')),
+    figures = corrected([[comparison.figures(line, row) for line in lines] for row in comparison.rows.values()])
+    columns = ['updates', *(line.letters for line in lines),
+               *(title for line in lines[1:] for title in (f'{line.letters} - A', *p_titles(figures))),
                *(f'{group.letters} over seeds' for group in groups)]
-    rows = [[title, *_update_cells(comparison, row)] for title, row in comparison.rows.items()]
+    rows = [[title, *_update_cells(comparison, row, of_row, p_titles(figures))] for (title, row), of_row in zip(comparison.rows.items(), figures)]
     if 'own' in comparison.rows:
         notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
         notes.append('over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation')
+    notes.append(test_note(figures))
     legend = [f'{line.letters}  {line.path}  ({line.label})' for line in lines]
     return render.Table(comparison.title, columns, rows, legend, notes)
 
 
-def _update_cells(comparison, row):
+def test_note(figures: Sequence[Sequence[Figures]]) -> str:
+    """Text: where the p-values of a table, [rows][lines], come from."""
+    counted = [of_line for row in figures for of_line in row[1:] if not math.isnan(of_line.p)]
+    ranks = ', or with * a signed-rank test, where differences are far from normal' if any(each.signed_rank for each in counted) else ''
+    return f'p: a paired t-test{ranks}' + (f"; Holm: corrected for the table's {len(counted)} tests" if len(p_titles(figures)) > 1 else '')
+
+
+def _update_cells(comparison, row, figures, titles):
     digits = comparison.digits
-    cells_of_each = [comparison.figures(line, row).cells(digits) for line in comparison.lines]
-    cells = [mean for mean, _, _ in cells_of_each]
-    for _, mean_difference, p in cells_of_each[1:]:
-        cells += [mean_difference, p]
+    cells_of_each = [of_line.cells(digits, titles) for of_line in figures]
+    cells = [mean for mean, *_ in cells_of_each] + [cell for _, *others in cells_of_each[1:] for cell in others]
     for group in comparison.groups:
         mean, std, *_ = comparison.figures(group, row)
         cells.append(f'{number(mean, digits)} ({number(std, digits)})')
@@ -329,27 +379,35 @@ def _update_cells(comparison, row):
 
 def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
-    rows = [[line.label, line.updates, *comparison.figures(line, comparison.headline).cells(comparison.digits)] for line in comparison.lines]
-    rows[0][-2:] = '', ''
-    return render.Table(comparison.title, ['run', 'updates', comparison.unit, 'difference', 'p'], rows)
+    figures = corrected([[comparison.figures(line, comparison.headline) for line in comparison.lines]])
+    titles = ['difference', *p_titles(figures)]
+    rows = [[line.label, line.updates, *of_line.cells(comparison.digits, titles[1:])] for line, of_line in zip(comparison.lines, figures[0])]
+    rows[0][-len(titles):] = [''] * len(titles)
+    return render.Table(comparison.title, ['run', 'updates', comparison.unit, *titles], rows, notes=[test_note(figures)])
 
 
 def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
-    rows = []
-    for group in comparison.groups:
-        figures = comparison.figures(group, comparison.headline)
-        mean, *difference_and_p = figures.cells(comparison.digits)
-        if group == comparison.groups[0] or math.isnan(figures.difference):
-            difference_and_p = '', ''
+    rows, figures = [], corrected([[comparison.figures(group, comparison.headline) for group in comparison.groups]])
+    titles = ['difference', *p_titles(figures)]
+    for group, of_group in zip(comparison.groups, figures[0]):
+        mean, *difference_and_p = of_group.cells(comparison.digits, titles[1:])
+        if group == comparison.groups[0] or math.isnan(of_group.difference):
+            difference_and_p = [''] * len(titles)
         rows.append([group.label, len(group.indices), group.updates, mean, *difference_and_p])
-    return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, 'difference', 'p'], rows,
+    return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, *titles], rows,
                         notes=['95% intervals that cover other tasks and other seeds; differences from the first, paired by task and seed'])
 
 
 def records(comparisons: Sequence[Comparison]) -> render.Table:
-    """A row for each evaluation and number of updates, and for each group of seeds."""
-    rows = [[comparison.tasks, comparison.unit, line.letters, line.label + (', over seeds' if line in comparison.groups else ''), line.path,
-             line.seed, title, *comparison.figures(line, row)]
-            for comparison in comparisons for title, row in comparison.rows.items() for line in [*comparison.lines, *comparison.groups]]
+    """A row for each evaluation and number of updates, and for each group of seeds; of each kind the p-values are corrected together."""
+    rows = []
+    for comparison in comparisons:
+        of_lines, of_groups = ([[comparison.figures(line, row) for line in lines] for row in comparison.rows.values()]
+                               for lines in (comparison.lines, comparison.groups))
+        of_groups = corrected(of_groups) if comparison.groups else of_groups
+        for row, *figures in zip(comparison.rows, corrected(of_lines), of_groups):
+            for line, of_line in zip([*comparison.lines, *comparison.groups], [*figures[0], *figures[1]]):
+                seeds = ', over seeds' if line in comparison.groups else ''
+                rows.append([comparison.tasks, comparison.unit, line.letters, line.label + seeds, line.path, line.seed, row, *of_line])
     return render.Table('', COLUMNS, rows)

@@ -7,6 +7,7 @@ import os
 import re
 import textwrap
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,15 +39,16 @@ WIDE = 1000     # the axis of losses is logarithmic if the largest is this many 
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
-def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray]) -> dict[str, Figure]:
+def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray], updates: int) -> dict[str, Figure]:
     """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of tables}.
 
     Args:
         split: 'val' or 'test'.
-        values: {label: metrics of its tasks, [tasks, 1 + updates]}, a line each.
+        values: {label: metrics of its tasks, [tasks, columns]}, a line each.
+        updates: inner updates of the evaluation.
     """
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
-    figures = {'updates': curves(values, run.metric, title)}
+    figures = {'updates': curves(values, run.metric, title, values if not updates else ())}
     if run.source.image_shape:
         figures['tasks'] = task_sheet(model, tasks, run.model.num_updates, title)
     elif isinstance(tasks, FunctionTasks):
@@ -56,7 +58,7 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
     return figures
 
 
-def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
+def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updates: Collection[str] = ()) -> Figure:
     """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figure 3 of the paper.
 
     The first column of the values is another quantity, of support rows before adaptation: it is a separate mark at 0. It may lie outside
@@ -66,24 +68,25 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str) -> Figure:
         runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
         metric: one of statistics.UNITS.
         heading: what was evaluated.
+        without_updates: the labels of runs whose second column is of query rows without an inner update: a filled mark at 0.
     """
     title, factor, digits = UNITS[metric]
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
     axes, drawn, bounds, marks = figure.subplots(), [], [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
         mean, half = _mean_and_half(values * factor, values.ndim == 3)
-        updates, low, high = np.arange(len(mean)), mean - half, mean + half
+        updates, low, high = np.arange(len(mean)) - (label in without_updates), mean - half, mean + half
         drawn += axes.plot(updates[1:], mean[1:], markersize=4, zorder=3,
                            label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
-        axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=0)
+        axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=2 * (label in without_updates))
         axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
         bounds.append(np.array([low, high])[:, 1:])
         marks.append(mean[0])
     _limit(axes, metric, drawn, bounds)
-    longest = max(values.shape[-1] for values in runs.values()) - 1
+    longest = max(values.shape[-1] - 1 - (label in without_updates) for label, values in runs.items())
     bottom, top = axes.get_ylim()
     has_mark = any(bottom <= mark <= top for mark in marks)
-    axes.set(xlabel='inner updates' + ('; the mark at 0 is of support examples, before adaptation' if has_mark else ''),
+    axes.set(xlabel='inner updates' + (f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''),
              xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     axes.set_title(_plain(heading), fontsize='small')

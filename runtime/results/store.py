@@ -20,6 +20,7 @@ from runtime.system.files import locked, require_regular_file, write_atomically,
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
+QUERY_WITHOUT_UPDATES = '0 query'  # the title of a column
 SPLIT_TITLES = {'val': 'meta-validation', 'test': 'meta-test'}
 
 
@@ -55,6 +56,9 @@ class Setting:
     test_updates: int           # inner updates
     headline_updates: int       # the number of updates at which the method is reported
     load_from: str | None       # absolute prefix of the checkpoint, if it is not one of the run's own
+    head: str = 'own'           # the model's 'own' last layer, or in its place the 'nearest class mean' or the 'nearest neighbour'
+    permutations: int = 1       # orders of a task's labels
+    orders: str = ''            # if there are several: the 'mean' of their accuracies, or that of their 'averaged' outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Figures:
     std: float
     ci95: float                 # half-width of the 95% interval of the mean
     bootstrap95: list[float]    # ends of the percentile bootstrap interval
+    spread: float | None = None  # of a mean over orders of the labels: their standard deviation, averaged over tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +85,51 @@ class Entry:
     metric: str                 # 'accuracy' (a fraction) | 'loss'
     seconds: float
     versions: dict[str, str]    # of Python and libraries
-    figures: list[Figures]      # after 0, 1, ... updates
-    scores: list[list[float]]   # [tasks, 1 + updates]: support rows before adaptation, query rows after each update
+    figures: list[Figures]      # of each column of `scores`
+    scores: list[list[float]]   # [tasks, columns], see `column_titles`
+
+    @property
+    def headline_column(self) -> int:
+        """The column of `scores` at which the method is reported."""
+        return self.setting.headline_updates if self.setting.test_updates else 1
 
     @property
     def key(self) -> str:
         """Equal for evaluations of the same checkpoint in the same setting, of which the later replaces the earlier."""
-        return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=vars)
+        return json.dumps([self.checkpoint, self.ensemble, self.tasks, self.setting], sort_keys=True, default=_written)
 
 
-def figures_of(values: np.ndarray) -> list[Figures]:
-    """The figures of an Entry, given its scores [tasks, 1 + updates]."""
-    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist())]
+def _written(part: Any) -> dict[str, Any]:
+    """The fields of a part of an entry as files have them: those that were added to the schema later only if they say something."""
+    return {field.name: value for field in dataclasses.fields(part) if (value := getattr(part, field.name)) != field.default}
 
 
-def table(evaluations: dict[str, np.ndarray], metric: str) -> str:
+def column_titles(test_updates: int) -> list[str]:
+    """Of the scores of an evaluation: of support rows before adaptation, and of query rows after each inner update; without updates of
+    support rows and of query rows."""
+    return [str(updates) for updates in range(test_updates + 1)] if test_updates else ['0', QUERY_WITHOUT_UPDATES]
+
+
+def figures_of(values: np.ndarray, spread: np.ndarray | None = None) -> list[Figures]:
+    """The figures of an Entry, given its scores [tasks, columns], and their spread over orders of the labels, if there are several."""
+    spreads = [None] * values.shape[1] if spread is None else spread.mean(axis=0).tolist()
+    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist(), spreads)]
+
+
+def table(evaluations: dict[str, np.ndarray], metric: str, test_updates: int) -> str:
     """Text: for each number of updates the mean and its 95% interval.
 
     Args:
-        evaluations: {label: values [tasks, 1 + updates]}, one column each; the label of a single one is not shown.
+        evaluations: {label: values [tasks, columns]}, one column each; the label of a single one is not shown.
         metric: one of UNITS.
+        test_updates: inner updates of the evaluations.
     """
     lines = [f'  updates  {UNITS[metric][0]}, with its 95% interval']
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
     columns = [[figure(mean, half, metric).rjust(16) for mean, _, half in zip(*statistics(values))] for values in evaluations.values()]
-    for updates, cells in enumerate(zip(*columns)):
-        lines.append(f'  {updates:7d}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
+    for updates, cells in zip(column_titles(test_updates), zip(*columns)):
+        lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
     lines.append('  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
@@ -132,7 +155,7 @@ def write(path: str, entries: list[Entry]) -> None:
     """Writes a results.json; raises OSError if it cannot."""
     content = {'version': VERSION, 'evaluations': entries}
     # Piece by piece: the text of many tasks' figures is larger in memory than the figures.
-    write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=vars))
+    write_atomically(path, lambda file: json.dump(content, codecs.getwriter('ascii')(file), indent=1, default=_written))
 
 
 @np.errstate(over='ignore')  # adaptation diverged on some tasks
@@ -204,12 +227,13 @@ def _checked(kind, value, field):
 
 
 def _checked_fields(kind, values, field):
-    """A dataclass of the schema from its fields, {name: value}; others are ignored."""
+    """A dataclass of the schema from its fields, {name: value}; others are ignored, and one with a default may be missing: earlier
+    versions did not write it."""
     hints = typing.get_type_hints(kind)
-    missing = [name for name in hints if name not in values]
+    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f'{field}.{missing[0]} is missing')
-    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items()})
+    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items() if name in values})
 
 
 def _check_consistency(entry, field):
@@ -218,6 +242,6 @@ def _check_consistency(entry, field):
     for name, holds in {
             'metric': entry.metric in UNITS, 'tasks.split': entry.tasks.split in SPLIT_TITLES,
             'scores': len(entry.scores) > 0 and columns > 0 and all(len(row) == columns for row in entry.scores),
-            'setting.headline_updates': 0 <= entry.setting.headline_updates < columns}.items():
+            'setting.headline_updates': entry.setting.headline_updates >= 0 and entry.headline_column < columns}.items():
         if not holds:
             raise ValueError(f'{field}.{name} is not that of an evaluation')
