@@ -24,7 +24,7 @@ def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
         source = _with_network_of_training(source, request)
     if request.images:
         source = dataclasses.replace(source, skip_bad_images=request.skip_bad_images, verify=request.verify)
-    if request.user_images and request.mode != 'predict':
+    if request.user_images and not request.split_file and request.mode != 'predict':
         _refuse_runs_among_classes(request, source)
     train = request.mode == 'train'
     usual_query_shots = source.query_shots(request.update_batch_size, train)

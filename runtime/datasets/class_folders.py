@@ -132,10 +132,13 @@ class ClassFolders:
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            return {split: read_manifest(manifest, split, self.root) for split in SPLITS}
+            return {split: read_manifest(manifest, split, self.root if self.script is None else None) for split in SPLITS}
         if self.unsplit():
             rows = self._in_proportions()
             return {split: [name for where, name in rows if where == split] for split in SPLITS}
+        if self.split_given and 0 in self.split_ratios:
+            raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
+                            f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
         if self._labelled:
             return {split: [f'{split}/{label}' for label in self._labelled.get(split, ())] for split in SPLITS}
         folders = split_entries(self.root)
@@ -150,8 +153,11 @@ class ClassFolders:
         if names and set(names) <= set(split_entries(self.root).values()):
             raise UserError(f'{self.root} holds folders {" and ".join(sorted(names))} without class folders in them; {LAYOUT}; '
                             + '; '.join(_holds(os.path.join(self.root, name)) for name in sorted(names)))
-        perhaps = f'; perhaps --data_path={os.path.join(self.root, names[0])} is meant' if len(names) == 1 else ''
-        return split_classes(names, self.split_ratios, self.root, f'{LAYOUT}; {_holds(self.root)}{perhaps}')
+        try:
+            return split_classes(names, self.split_ratios, self.root)
+        except UserError as error:
+            perhaps = f'; perhaps --data_path={os.path.join(self.root, names[0])} is meant' if len(names) == 1 else ''
+            raise UserError(f'{error}; {LAYOUT}; {_holds(self.root)}{perhaps}') from error
 
     def load(self, split: str, image_shape: tuple[int, int, int]) -> Examples:
         """The split's images, decoded and cached beside them on first use.

@@ -85,14 +85,13 @@ def _is_below(name: str) -> bool:
 
 # Proportions --------------------------------------------------------------------------------------------------------
 
-def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str, layout: str = '') -> list[tuple[str, str]]:
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
     """Splits classes in an order that depends on their names only.
 
     Args:
         names: class folders.
         ratios: proportions of train, val and test; each that is not 0 gets at least one class.
         root: what to call the folder in an error.
-        layout: what it must hold, for an error.
 
     Returns:
         [(split, class)].
@@ -102,7 +101,7 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str,
     """
     parts = sum(ratio > 0 for ratio in ratios)
     if len(names) < parts:
-        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; {layout}')
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test')
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     counts = [max(ratio > 0, len(names) * ratio // sum(ratios)) for ratio in ratios]
     first = next(index for index, ratio in enumerate(ratios) if ratio)  # gets what is left over
