@@ -354,7 +354,7 @@ def test_folders_named_train_val_and_test_need_no_split(tmp_path):
     write_image_tree(tmp_path, class_names(2, 1, 1), images=2, size=(8, 8))
     assert FOLDER.class_folders('train', str(tmp_path)) == ['train/train00', 'train/train01']
     assert not (tmp_path / 'splits.csv').exists()
-    os.rename(tmp_path / 'val', tmp_path / 'validation')
+    os.rename(tmp_path / 'val', tmp_path / 'elsewhere')
     with pytest.raises(UserError, match='the val split in .* has no classes; it must hold folders train, val and test'):
         FOLDER.class_folders('val', str(tmp_path))
 

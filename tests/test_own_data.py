@@ -90,7 +90,7 @@ LAYOUTS = {
     'object detection': (lambda root: [write(root, *(f'{split}/images' for split in SPLITS)), *(
         write_text(root / split / 'labels' / '1.txt', '') for split in SPLITS)], 'train/labels in .* holds no image; .* holds 1 .txt; convert'),
     'one level above': (lambda root: write(root, *(f'data/{split}/{name}' for split in SPLITS for name in 'ab')),
-                        'with images such as data/test/a/00.png; perhaps --data_path=.*/data is meant'),
+                        'with images such as data/[a-z]*/[ab]/00.png; perhaps --data_path=.*/data is meant'),
     'images only': (lambda root: [write(root, 'x'), *((root / 'x' / name).rename(root / name) for name in ('00.png', '01.png')),
                                   (root / 'x').rmdir(), write_text(root / 'labels.csv', 'id,label\n')],
                     'holds 0 class folders, .* holds 2 .png, 1 .csv, with images such as 0..png .*--split_file=.*labels.csv'),
@@ -246,7 +246,7 @@ def table_text(rows, separator, comma, quoting):
 def test_tables_with_any_separator(separator, comma, quoting, tmp_path):
     rng = np.random.default_rng(0)
     for case in range(20):
-        values = rng.normal(0, 10 ** rng.integers(-3, 5), (5, 3)).round(rng.integers(1, 7))
+        values = rng.normal(0, 10.0 ** rng.integers(-3, 5), (5, 3)).round(rng.integers(1, 7))
         rows = [['x', 'y', 'z'], *([repr(float(value)) for value in row] for row in values)]
         path = write_text(tmp_path / f'{case}.csv', table_text(rows, separator, comma, quoting))
         sheet = read_sheet(str(path))
