@@ -173,7 +173,7 @@ def notes(config: ModelConfig) -> list[str]:
 def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
          progress: Progress, summaries: Summaries) -> None:
     """Trains from `state`, which is updated in place, to the end or an interruption, and saves the result."""
-    validation_model = model_for(data['val'], model) if 'val' in data else None
+    validation_model = model_for(data.get('val'), model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
         if run.log and first % SUMMARY_INTERVAL == 0:
@@ -191,9 +191,9 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
         ranking = state.ranking
-        if validation_model and (saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0):
+        if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
-            score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
+            score = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
             if saving:
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
 
@@ -207,9 +207,9 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
 
 
-def model_for(tasks: Tasks, model: MAML) -> MAML:
+def model_for(tasks: Tasks | None, model: MAML) -> MAML:
     """The model itself, or if tasks have fewer classes, one with as many outputs."""
-    outputs = tasks.draw(0, 1).query_y.shape[-1]
+    outputs = tasks.draw(0, 1).query_y.shape[-1] if tasks else model.config.dim_output
     return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
 
 
@@ -232,9 +232,12 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.unprinted += metrics[finite].tolist()
 
 
-def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
+def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
-    """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
+    """The mean metric of validation tasks after adaptation; NaN if there are none. Prints it and writes summaries, with figures when
+    `saving`."""
+    if tasks is None:
+        return math.nan
     metrics = evaluate_tasks(model, tasks, VALIDATION_TASKS, max(run.model.num_updates, run.source.validation_updates))
     summaries.write('metaval', metrics, iteration)
     if saving and run.plot and run.log and run.replicas.chief:
