@@ -157,13 +157,18 @@ def resolve(line: CommandLine) -> Request:
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     values.update({name: value for name, value in stored.items() if name not in line.given})
-    if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
-        values['data_path'] = None  # the run's is the folder of the training's images
-    if values['data_path'] != stored['data_path'] and 'split_file' not in line.given:
-        values['split_file'] = None  # the run's lists those
+    _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
     return Request(mode, values, {**values, **learnt}, line.given, directory)
+
+
+def _forget_data(values, stored, given):
+    """Takes away the paths that are about the training's data, if the tasks are of others."""
+    if values['datasource'] != stored['datasource'] and 'data_path' not in given:
+        values['data_path'] = None
+    if values['data_path'] != stored['data_path'] and 'split_file' not in given:
+        values['split_file'] = None
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

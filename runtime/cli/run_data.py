@@ -107,11 +107,7 @@ def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, 
             return read_user_images(source, os.path.expanduser(request.support_dir), os.path.expanduser(request.query_dir))
         return read_user_tables(source, os.path.expanduser(request.support_csv), os.path.expanduser(request.query_csv))
     if request.mode == 'evaluate':
-        split = 'test' if request.test_set else 'val'
-        try:
-            return {split: source.tasks(tasks, split)}
-        except EmptySplit as error:
-            raise UserError(f'{error}' + ('; or evaluate on meta-test: --test_set' if split == 'val' else '')) from error
+        return _evaluation_data(source, tasks, 'test' if request.test_set else 'val')
     data, bad, hint = {}, [], ''
     for split in SPLITS if source.image_shape else ('train', 'val'):
         try:
@@ -127,6 +123,13 @@ def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, 
         raise BadImages(bad, hint)
     data.pop('test', None)
     return data
+
+
+def _evaluation_data(source, tasks, split):
+    try:
+        return {split: source.tasks(tasks, split)}
+    except EmptySplit as error:
+        raise UserError(f'{error}' + ('; or evaluate on meta-test: --test_set' if split == 'val' else '')) from error
 
 
 def _validation_config(source, tasks):

@@ -141,6 +141,10 @@ class ClassFolders:
                             f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
         if self._labelled:
             return {split: [f'{split}/{label}' for label in self._labelled.get(split, ())] for split in SPLITS}
+        return self._in_split_folders()
+
+    def _in_split_folders(self):
+        """{split: class folders} in folders train, val and test."""
         folders = split_entries(self.root)
         return {split: sorted(f'{folders[split]}/{name}' for name in subfolders(os.path.join(self.root, folders[split])))
                 if split in folders else [] for split in SPLITS}
@@ -217,29 +221,35 @@ class ClassFolders:
         """
         own = self.script is None
         suffixes = readable_suffixes() if own else PREPARED_SUFFIXES
-        contents = {name: folder_contents(os.path.join(self.root, name), suffixes) for name in names}
-        folder_of = {}
-        for name, outer in contents.items():
-            folder_of[name] = name
-            if own and not outer.images and len(outer.folders) == 1:
-                inner = folder_contents(os.path.join(self.root, name, outer.folders[0]), suffixes)
-                if inner.images:
-                    folder_of[name] = f'{name}/{outer.folders[0]}'
-                    contents[name] = inner._replace(others=outer.others + inner.others)
-        empty = [name for name in names if not contents[name].images]
+        folders = [self._image_folder(name, suffixes) for name in names]
+        empty = [(name, contents) for name, (_, contents) in zip(names, folders) if not contents.images]
         if empty:
             others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
-            advice = self._advice(split, empty[0], contents[empty[0]], suffixes) if own else self.missing_hint
-            raise UserError(f'the class folder {empty[0]} in {self.root} holds no image{others}; {advice}')
+            advice = self._advice(split, *empty[0], suffixes) if own else self.missing_hint
+            raise UserError(f'the class folder {empty[0][0]} in {self.root} holds no image{others}; {advice}')
         if own:
-            files = [f'{name}/{other}' for name in names for other in contents[name].others]
-            folders = [f'{name}/{other}' for name in names for other in contents[name].folders]
-            if files or folders:
-                print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(
-                    f'{len(paths)} {what}{"s" if len(paths) > 1 else ""}{kinds}, first {paths[0]}' for paths, what, kinds in (
-                        (files, 'file', f' of other kinds ({counted_kinds(files)})'), (folders, 'folder', ' within class folders'))
-                    if paths))
-        return [ImageClass(name, folder_of[name], contents[name].images) for name in names]
+            self._report_left_out(split, {name: contents for name, (_, contents) in zip(names, folders)})
+        return [ImageClass(name, folder, contents.images) for name, (folder, contents) in zip(names, folders)]
+
+    def _image_folder(self, name: str, suffixes: set[str]) -> tuple[str, Contents]:
+        """The folder with the images of a class, and its contents; those that are no images by their paths below the class folder."""
+        outer = folder_contents(os.path.join(self.root, name), suffixes)
+        if self.script is None and not outer.images and len(outer.folders) == 1:
+            folder = outer.folders[0]
+            images, *rest = folder_contents(os.path.join(self.root, name, folder), suffixes)
+            others, folders = ([f'{folder}/{entry}' for entry in entries] for entries in rest)
+            if images:
+                return f'{name}/{folder}', Contents(images, outer.others + others, folders)
+        return name, outer
+
+    def _report_left_out(self, split: str, classes: Mapping[str, Contents]) -> None:
+        """Prints how many files of other kinds, and folders, class folders hold."""
+        files = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.others]
+        inner = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.folders]
+        parts = [f'{len(paths)} {what}{"s" if len(paths) > 1 else ""}{kinds}, first {paths[0]}' for paths, what, kinds in (
+            (files, 'file', f' of other kinds ({counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
+        if parts:
+            print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(parts))
 
     def _advice(self, split: str, name: str, contents: Contents, suffixes: set[str]) -> str:
         """What to do about a class folder without images."""

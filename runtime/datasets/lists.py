@@ -74,18 +74,32 @@ def _rows(path, root, label_column, index):
         raise UserError(f'--split_file={path} cannot be read: {error}') from error
     if not rows or len(columns) < 2:
         raise UserError(f'{path} lists no images: its first line names its columns, such as filename,label, and then comes a line for each')
-    names = [column for column in columns if column not in ('split', label_column)]
-    image = max(names, key=lambda column: sum((row[column] or '').strip() in index for row in rows[:100]))
-    if not any((row[image] or '').strip() in index for row in rows):
-        raise UserError(f'no column of {path} ({", ".join(columns)}) names images below {root}, such as '
+    cells = [{name: (row[name] or '').strip() for name in columns} for row in rows]
+    image = _image_column(path, cells, label_column, index, root)
+    label = _label_column(path, columns, image, label_column)
+    has_splits, of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
+    for number, row in enumerate(cells, start=2):
+        place, split = f'line {number} of {path}', split_named(row['split']) if has_splits else of_file
+        if not row[image] or not row[label] or '/' in row[label] or (has_splits and split is None):
+            raise UserError(f'{place} lacks an image, a label (without a slash) or, if there is such a column, a split')
+        yield place, row[image], row[label], split
+
+
+def _image_column(path, rows, label_column, index, root):
+    """The column of which most cells name images."""
+    counts = {name: sum(row[name] in index for row in rows) for name in rows[0] if name not in ('split', label_column)}
+    image = max(counts, key=lambda name: counts[name])
+    if not counts[image]:
+        raise UserError(f'no column of {path} ({", ".join(rows[0])}) names images below {root}, such as '
                         f'{next(iter(index), "(it holds none)")}; give their folder as --data_path')
-    others = [column for column in columns if column not in ('split', image)]
-    label = label_column or next((column for column in others if column.lower() in LABELS), None) or (others[0] if len(others) == 1 else None)
+    return image
+
+
+def _label_column(path, columns, image, label_column):
+    """The column that a flag names, or that is called like a label, or the only other one."""
+    others = [name for name in columns if name not in ('split', image)]
+    called = [name for name in others if name.lower() in LABELS] or (others if len(others) == 1 else [])
+    label = label_column or next(iter(called), None)
     if label not in others:
         raise UserError(f'{path} has the columns {", ".join(columns)}; name the one with the labels by --label_column')
-    for number, row in enumerate(rows, start=2):
-        place, cells = f'line {number} of {path}', [(row[column] or '').strip() for column in (image, label)]
-        split = split_named((row['split'] or '') if 'split' in columns else os.path.splitext(os.path.basename(path))[0])
-        if not all(cells) or '/' in cells[1] or ('split' in columns and split is None):
-            raise UserError(f'{place} lacks an image, a label (without a slash) or, if there is such a column, a split')
-        yield place, *cells, split
+    return label

@@ -148,16 +148,20 @@ class Tables:
         manifest = self._manifest()
         rows = self._in_proportions(groups) if not manifest else [
             (split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        if manifest:
+            self._check_manifest(manifest, rows, groups)
+        return {split: {name: groups[name] for where, name in rows if where == split} for split in SPLITS}
+
+    def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {missing[0]}, and {len(missing) - 1} more, which the column {self.group_column} of {self.root} '
                             'does not have')
-        if manifest and self.split_given and rows != self._in_proportions([name for _, name in rows]):
+        if self.split_given and rows != self._in_proportions([name for _, name in rows]):
             raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
             print(f'Ignored: {unlisted[0]} and {len(unlisted) - 1} more in the column {self.group_column}, which {manifest} does not list')
-        return {split: {name: groups[name] for where, name in rows if where == split} for split in SPLITS}
 
     def _manifest(self):
         return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
