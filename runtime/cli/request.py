@@ -160,7 +160,7 @@ def resolve(line: CommandLine) -> Request:
     _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
-    return Request(mode, values, {**values, **learnt}, line.given, directory)
+    return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory)
 
 
 def _forget_data(values, stored, given):

@@ -61,10 +61,10 @@ def _with_flags(request):
 
 def _splitting(request):
     """How the user's own classes are split: fields of ImageSource and of Tables."""
-    same = request.data_path == request.trained['data_path']  # the run keeps the split of the data that it was trained on
+    path, trained_path = (os.path.realpath(os.path.expanduser(values['data_path'] or '')) for values in (request.values, request.trained))
     return dict(split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given,
                 split_file=request.split_file and os.path.expanduser(request.split_file),
-                kept_manifest=os.path.join(request.directory, MANIFEST) if same else None)
+                kept_manifest=os.path.join(request.directory, MANIFEST) if path == trained_path else None)  # of the data that it was trained on
 
 
 def _known_columns(request):
