@@ -1,6 +1,5 @@
 """The command line: usage, flags, and which part of the program does what they ask for."""
 import os
-import signal
 import sys
 from typing import Any
 
@@ -15,7 +14,6 @@ from runtime.cli.startup import run_and_data
 from runtime.jobs.learner import load, load_predictor  # noqa: F401  (for Python: docs/python.md)
 from runtime.system import console
 from runtime.system.errors import UserError, first_line
-from runtime.system.interruption import TERMINATION_SIGNALS
 
 USAGE = """Model-Agnostic Meta-Learning for regression and few-shot image classification.
 
@@ -59,9 +57,11 @@ choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'))
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
        'meta-training (sinusoid only)', Learning(label='{}', network='numbers'))
-string('data_path', None, 'folder of the data, if not the one under data/; for --datasource=folder your own, with folders '
-       'train, val and test, each with one folder of images per class, or class folders only; for --datasource=table folders train, '
-       'val and test, each with one csv file per task, or per class', only='files')
+string('data_path', None, 'folder of the data, if not the one under data/; of your own images or tables: see docs/data.md', only='files')
+string('split_file', None, 'csv file with the columns split,class for your class folders or the tasks of your table; or lists of images, such '
+       'as filename,label; three lists, of train, val and test, are separated by commas', only='own data')
+string('label_column', None, 'column of a list of images, or of a table, that has the label of each line', only='own data')
+string('task_column', None, 'column of a table that has the task of each line (with --targets)', only='tables')
 string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, '
        'each csv file is a class (--datasource=table)', Learning('.targets{}', network='tables'), only='tables')
 number('image_size', 84, 'side, in pixels, to which your own images are resized (--datasource=folder)', 1,
@@ -70,8 +70,8 @@ choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB
        Learning('.channels{}', network='user images'), only='user images')
 boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
         '(--datasource=folder)', Learning('.rotations'), only='user images')
-string('split', '64/16/20', 'proportions in which class folders are split into train/val/test, if they are not split yet, and this is '
-       'recorded in splits.csv (--datasource=folder)', Learning('.split{}'), only='user images')
+string('split', '64/16/20', 'proportions in which your classes are split into train/val/test, if they are not split yet; this is '
+       'recorded in splits.csv. 0/0/100: evaluate a given model on all of them', Learning('.split{}'), only='own data')
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size', only='images')
 boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times of files', only='images')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
@@ -229,22 +229,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    console.protect()
-    for ending in TERMINATION_SIGNALS:
-        if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(ending, lambda number, frame: sys.exit(128 + number))  # so that unfinished files are removed
-    try:
-        main(sys.argv)
-        sys.stdout.flush()
-    except (UserError, absl_flags.Error) as error:
-        sys.exit('main.py: ' + str(error).replace('\n', ' '))
-    except MemoryError as error:
-        sys.exit(f'main.py: there is not enough memory for what the flags ask for ({error})')
-    except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does; Python must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # of SIGPIPE
-    except OSError as error:
-        sys.exit(f'main.py: {error}')
+    console.run(main)

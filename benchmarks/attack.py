@@ -149,7 +149,7 @@ class Manifests(Target):
         return b'split,class\ntrain,a\ntrain,b/c\nval,"d e"\ntest,\xc3\xa9\n'
 
     def read(self, content: bytes) -> None:
-        from runtime.datasets.class_folders import read_manifest
+        from runtime.datasets.splits import read_manifest
         for name in read_manifest(self.path('splits.csv', content), 'train'):
             assert not os.path.isabs(name) and '..' not in name.split('/')
 

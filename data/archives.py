@@ -171,6 +171,11 @@ def find_archive(args: argparse.Namespace, archive: str, folder: str) -> str:
              'folder with --source')
 
 
+def is_there(args: argparse.Namespace, archive: str, folder: str) -> bool:
+    """Whether args.source holds the archive or its unpacked folder."""
+    return any(os.path.exists(os.path.join(args.source, name)) for name in (archive, folder))
+
+
 def open_archive(args: argparse.Namespace, archive: str, folder: str) -> Folder | Tar | Zip:
     """The files in args.source that an archive, .zip or tar, holds; see `find_archive`."""
     path = find_archive(args, archive, folder)

@@ -9,20 +9,22 @@ import contextlib
 import csv
 import hashlib
 import http.client
+import io
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import filelock
 from tqdm import tqdm
 
-from data.preparation import locked_folder, reason
+from data.preparation import is_prepared, locked_folder, reason
 from runtime.system.files import read_csv
 
 CHUNK_BYTES = 2 ** 16
@@ -31,6 +33,7 @@ AGAIN = {408, 425, 429}  # HTTP statuses, besides those from 500 on, after which
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 4    # in a row without progress before the next mirror is tried
 PAUSE = 1.0     # seconds before the second attempt; twice as long before each further one
+PERIOD, RATE = 60.0, 10_000  # in each period, in seconds, a file must grow by so many bytes a second
 
 
 class File(NamedTuple):
@@ -51,7 +54,76 @@ class Interrupted(Unavailable):
     """A transfer that another attempt may complete."""
 
 
-def fetch(group: str, args: argparse.Namespace) -> None:
+class Pace:
+    """How fast a file grows, and how much a server sends for it, over all requests to one URL.
+
+    A server may hold a client without ever being silent: by one byte a request, endless `100 Continue`, endless trailers, or by
+    breaking off each time a little later than before, where it must begin again.
+    """
+
+    def __init__(self, file: File, start: int):
+        self._bytes, self._room = file.bytes, ATTEMPTS * file.bytes + 2 ** 20
+        self._restart(start)
+
+    def _restart(self, size):
+        self._goal, self._end = min(size + PERIOD * RATE, self._bytes), time.monotonic() + PERIOD
+
+    def grown(self, size: int) -> None:
+        """Takes note of the size of the file."""
+        if self._goal <= size < self._bytes:
+            self._restart(size)
+
+    def received(self, count: int) -> None:
+        """Takes note of bytes from the network; raises Unavailable if the server is too slow, or has sent too many."""
+        self._room -= count
+        if self._room < 0:
+            raise Unavailable('sends far more than the file')
+        if time.monotonic() > self._end:
+            raise Unavailable(f'is too slow: the file grew by fewer than {PERIOD * RATE:,.0f} bytes in {PERIOD:.0f} seconds')
+
+
+class _Stream(io.RawIOBase):
+    """What comes from the network, watched by a Pace: a server can be slow before its answer and after the file, too."""
+
+    def __init__(self, stream, pace):
+        self._stream, self._pace = stream, pace
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        count = self._stream.readinto(buffer)
+        self._pace.received(count or 0)
+        return count
+
+    def close(self):
+        self._stream.close()
+        super().close()
+
+
+def _opener(pace):
+    """Opens http:// and https:// and nothing else, also where a server redirects to it."""
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock, *args, **kwargs):
+            super().__init__(sock, *args, **kwargs)
+            self.fp = io.BufferedReader(_Stream(self.fp.detach(), pace))
+
+    class Plain(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(type('Connection', (http.client.HTTPConnection,), {'response_class': Response}), request)
+
+    class Secure(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(type('Connection', (http.client.HTTPSConnection,), {'response_class': Response}), request)
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler, Plain, Secure, urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+                    urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    return opener
+
+
+def fetch(group: str, args: argparse.Namespace, recipe: str = '', facts: Mapping[str, object] | None = None) -> None:
     """Fetches the files of a group of the table into args.source, if args.download asks for it.
 
     Files that are there, and right, are not fetched again. For files that need a manual download, prints where to get them and
@@ -59,13 +131,18 @@ def fetch(group: str, args: argparse.Namespace) -> None:
 
     Args:
         args: as parsed by `preparation.arguments`.
+        recipe, facts: as for `preparation.prepare`.
 
     Raises:
-        SystemExit: with a sentence for each file that could not be fetched.
+        SystemExit: with a sentence for each file that could not be fetched; without an error if none is there, because the images
+            are prepared already.
     """
     if not args.download:
         return
     files = read_table(args.downloads, group)
+    if is_prepared(args, recipe, facts or {}) and not any(os.path.exists(os.path.join(args.source, file.name)) for file in files):
+        print(f'{args.destination} is prepared already; --force fetches the files and makes it again')
+        sys.exit()
     check_by_hand([file for file in files if not file.urls], args.source)
     fetch_files([file for file in files if file.urls], args.source)
 
@@ -175,9 +252,10 @@ def fetch_from(url: str, file: File, path: str) -> None:
         Unavailable: this URL does not deliver the file. A wrong one is at <path>.rejected.
     """
     part, largest, idle = path + '.part', 0, 0
+    pace = Pace(file, size(part))
     while True:
         try:
-            resumed = transfer(url, file, part)
+            resumed = transfer(url, file, part, pace)
         except Interrupted as error:
             idle = 0 if size(part) > largest else idle + 1
             largest = max(largest, size(part))
@@ -194,7 +272,7 @@ def fetch_from(url: str, file: File, path: str) -> None:
         os.remove(part)  # perhaps pieces of two files: once more, from the beginning
 
 
-def transfer(url: str, file: File, part: str) -> bool:
+def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
     """One request for the missing rest of a file, appended to `part`.
 
     Returns:
@@ -207,18 +285,19 @@ def transfer(url: str, file: File, part: str) -> bool:
     start = size(part) if size(part) <= file.bytes else 0
     if start == file.bytes:
         return True
-    with _open(url, start, part) as response:
-        offset = re.match(r'bytes (\d+)-', response.headers.get('Content-Range', ''))
+    with _open(url, start, part, pace) as response:
+        offset = re.match(r'bytes (\d{1,18})-', response.headers.get('Content-Range', ''))
         begin = int(offset[1]) if response.status == 206 and offset else 0  # servers may ignore Range
         if begin not in (0, start):
-            os.remove(part)
+            _remove(part)
             raise Interrupted('sent another part of the file than it was asked for')
         announced, received, most = response.length, 0, file.bytes + 1 - begin  # one extra byte detects an oversized file
         with open(part, 'ab' if begin else 'wb') as output, tqdm(
                 desc=file.name, total=file.bytes, initial=begin, unit='B', unit_scale=True, disable=None) as progress:
-            while received < most and (content := _read(response, min(CHUNK_BYTES, most - received))):
+            while received < most and (content := _read(response, min(CHUNK_BYTES, most - received), begin + received == file.bytes)):
                 output.write(content)
                 received += len(content)
+                pace.grown(begin + received)
                 progress.update(len(content))
         ended = response.chunked if announced is None else received >= min(announced, most)
         if not ended and begin + received < file.bytes:
@@ -226,28 +305,36 @@ def transfer(url: str, file: File, part: str) -> bool:
     return begin > 0
 
 
-def _open(url, start, part):
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def _open(url, start, part, pace):
     """The answer to a request for a file from the byte `start` on."""
     headers = {'User-Agent': 'maml', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-'} if start else {})
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        return _opener(pace).open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing there
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
+            _remove(part)
         kind = Interrupted if error.code in AGAIN | {416} or error.code >= 500 else Unavailable
         raise kind(f'answered with status {error.code} ({reason(error)})') from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise Interrupted(f'cannot be reached ({reason(getattr(error, "reason", None) or error)})') from error
+        cause = getattr(error, 'reason', None) or error
+        # A name that nobody knows, or another protocol, will be the same in a minute.
+        raise (Unavailable if isinstance(cause, (socket.gaierror, str)) else Interrupted)(f'cannot be reached ({reason(cause)})') from error
     except ValueError as error:  # an invalid URL
         raise Unavailable(f'cannot be used ({reason(error)})') from error
 
 
-def _read(response, count):
+def _read(response, count, complete):
     try:
         return response.read1(count)
-    except (OSError, http.client.HTTPException) as error:
-        raise Interrupted(f'broke off ({reason(error)})') from error
+    except (OSError, http.client.HTTPException, Unavailable) as error:
+        if complete:  # whether the file is right does not depend on what follows
+            return b''
+        raise error if isinstance(error, Unavailable) else Interrupted(f'broke off ({reason(error)})') from error
 
 
 def difference(path: str, file: File) -> str:

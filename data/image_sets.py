@@ -145,9 +145,10 @@ def main(description: str, here: str) -> None:
         parser.add_argument('--crop', action=argparse.BooleanOptionalAction, default=image_set.crop,
                             help='crop the pictures to the boxes around their objects (default: %(default)s)')
     args = parser.parse_args()
-    download.fetch(name, args)
     facts = {flag: vars(args)[flag] for flag in ('split', 'crop') if flag in vars(args)}
+    recipe = f'crop={facts["crop"]}' if image_set.boxes else ''
+    download.fetch(name, args, recipe, facts)
     classes = {f'classes/{row["class"]}': Class(row[facts.get('split', 'split')], int(row['images'])) for row in rows}
     archive = open_archive(args, image_set.archive, image_set.folder)
     prepare(find_pictures(image_set, archive, args.source, facts.get('crop', False)), classes, (image_set.size, image_set.size), args,
-            recipe=f'crop={facts["crop"]}' if image_set.boxes else '', inputs=[archive.path], facts=facts, manifest=True)
+            recipe, inputs=[archive.path], facts=facts, manifest=True)

@@ -4,6 +4,7 @@ A script lists its classes, each with a function that makes an image, and says h
 writes one array for each split, checks the counts and prints a summary.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -59,7 +60,10 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         SystemExit: with one sentence for each problem found.
     """
     def write(destination, source):
-        start(destination, recipe, source, args.force, [RECORD, *(split + '.npy' for split in SPLITS)])
+        if start(destination, recipe, source, args.force):
+            for name in RECORD, *(split + '.npy' for split in SPLITS):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(destination, name))
         remove_parts(destination)
         record, damaged = _earlier(destination), {}
         for split in SPLITS:
@@ -77,7 +81,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
         print(summary(counts, classes, sizes, shape[1::-1]))
         print(describe_classes(counts), 'in', destination, flush=True)
-        write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing)
+        write_preparation_record(destination, recipe, source, complaints, args.allow_missing)
         return complaints
 
     write_under_lock(args, inputs, write)

@@ -25,15 +25,9 @@ from tqdm import tqdm
 
 from data import pickles
 from runtime.datasets.arrays import file_checksum
-from runtime.datasets.class_folders import (
-    MANIFEST,
-    PARTIAL_MANIFEST,
-    PREPARATION_RECORD,
-    preparation_record,
-    subfolders,
-    write_manifest,
-)
+from runtime.datasets.class_folders import PARTIAL_MANIFEST, PREPARATION_RECORD, preparation_record, subfolders
 from runtime.datasets.images import PREPARED_FORMATS, open_image
+from runtime.datasets.splits import MANIFEST, write_manifest
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
@@ -121,13 +115,13 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     facts = facts or {}
 
     def write(destination, source):
-        start(destination, recipe, source, args.force, [picture.name for picture in pictures])
+        again = start(destination, recipe, source, args.force)
         refuse_duplicates(picture.name for picture in pictures)
         remove_parts(destination)  # of killed preparations: no other process holds the lock
         for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
             os.makedirs(folder, exist_ok=True)
             remove_parts(folder)
-        damaged = write_all(pictures, destination)
+        damaged = write_all(pictures, destination, again)
         counts = dict(collections.Counter(os.path.dirname(picture.name) for picture in pictures
                                           if os.path.isfile(os.path.join(destination, picture.name))))
         files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
@@ -146,10 +140,17 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
                 os.rmdir(os.path.join(destination, name))
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
         # Last: if anything stops this function earlier, the record says incomplete.
-        write_preparation_record(destination, recipe, source, complete=not complaints or args.allow_missing, facts=facts)
+        write_preparation_record(destination, recipe, source, complaints, args.allow_missing, facts)
         return complaints
 
     write_under_lock(args, inputs, write)
+
+
+def is_prepared(args: argparse.Namespace, recipe: str, facts: Mapping[str, object]) -> bool:
+    """Whether the destination was prepared by this recipe, with nothing missing, and is not to be made again."""
+    record = preparation_record(args.destination)
+    return (not args.force and record.get('complete') is True and not record.get('missing')
+            and (record.get('recipe'), record.get('facts', {})) == (recipe, facts))
 
 
 def identity(inputs: Sequence[str]) -> list[list]:
@@ -208,40 +209,42 @@ def locked_folder(folder: str) -> Iterator[None]:
                 os.remove(path)
 
 
-def start(destination: str, recipe: str, source: list[list], force: bool, files: Sequence[str]) -> None:
-    """Records that a preparation is running; then removes the files of another recipe or source (or any, by force).
+def start(destination: str, recipe: str, source: list[list], force: bool) -> bool:
+    """Records that a preparation is running; returns whether its files must all be made: by force, or of another recipe or source.
 
     Args:
         source: as from `identity`. Records of earlier versions have none.
     """
     record = preparation_record(destination)
-    same = bool(record) and record.get('recipe', recipe) == recipe and record.get('source', source) == source
-    # The record goes first: a kill while files are removed must not leave one that says complete. It keeps the old recipe, or
-    # none, until files of another recipe are gone.
-    write_preparation_record(destination, recipe if same and not force else None, source, complete=False)
-    if force or not same:
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(destination, name))
-        write_preparation_record(destination, recipe, source, complete=False)
+    again = force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
+    # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
+    _write_record(destination, {'recipe': None if again else recipe, 'source': source, 'complete': False})
+    return again
 
 
-def write_preparation_record(destination: str, recipe: str | None, source: list[list], complete: bool,
+def write_preparation_record(destination: str, recipe: str, source: list[list], complaints: Sequence[str], allow_missing: bool,
                              facts: Mapping[str, object] | None = None) -> None:
     """Writes what the program reads before it uses the images: whether they are complete, and how they were chosen."""
-    write_atomically(os.path.join(destination, PREPARATION_RECORD), json.dumps(
-        {'recipe': recipe, 'source': source, 'complete': complete, **({'facts': facts} if facts else {})}).encode())
+    _write_record(destination, {'recipe': recipe, 'source': source, 'complete': not complaints or allow_missing,
+                                **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
 
 
-def write_all(pictures: Sequence[Picture], destination: str) -> list[tuple[str, Exception]]:
-    """Writes pictures on all cores; returns [(name, error)] of those that cannot be made, sorted."""
+def _write_record(destination, record):
+    write_atomically(os.path.join(destination, PREPARATION_RECORD), json.dumps(record).encode())
+
+
+def write_all(pictures: Sequence[Picture], destination: str, again: bool) -> list[tuple[str, Exception]]:
+    """Writes pictures on all cores, those that are there already only if `again`; returns [(name, error)] of those that cannot be
+    made, sorted."""
     def work(picture):
         path = os.path.join(destination, picture.name)
-        if os.path.exists(path) and os.path.getsize(path):
+        if not again and os.path.exists(path) and os.path.getsize(path):
             return None
         try:
             content = picture.encode()
         except DAMAGE as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
             return picture.name, error
         write_atomically(path, content)
         return None

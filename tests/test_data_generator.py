@@ -12,8 +12,9 @@ from PIL import Image
 import data_generator
 from conftest import class_names, error_of, write_image_tree, write_manifest
 from data_generator import SOURCES, TaskConfig
-from runtime.datasets import class_folders, images
-from runtime.datasets.class_folders import ClassFolders, read_manifest
+from runtime.datasets import class_folders, images, splits
+from runtime.datasets.class_folders import ClassFolders
+from runtime.datasets.splits import read_manifest
 from runtime.datasets.tasks import SPLITS
 from runtime.system.errors import UserError
 
@@ -343,17 +344,17 @@ def test_class_folders_are_split_once_and_written_down(own_images, capsys):
 
 def test_the_split_depends_on_the_names_alone(own_images, tmp_path_factory):
     names = [path.name for path in own_images.iterdir() if path.is_dir()]
-    split = class_folders.split_classes(names, (64, 16, 20), 'here')
-    assert class_folders.split_classes(names[::-1], (64, 16, 20), 'elsewhere') == split
+    split = splits.split_classes(names, (64, 16, 20), 'here')
+    assert splits.split_classes(names[::-1], (64, 16, 20), 'elsewhere') == split
     with pytest.raises(UserError, match='there holds 2 class folders'):
-        class_folders.split_classes(['a', 'b'], (64, 16, 20), 'there')
+        splits.split_classes(['a', 'b'], (64, 16, 20), 'there')
 
 
 def test_folders_named_train_val_and_test_need_no_split(tmp_path):
     write_image_tree(tmp_path, class_names(2, 1, 1), images=2, size=(8, 8))
     assert FOLDER.class_folders('train', str(tmp_path)) == ['train/train00', 'train/train01']
     assert not (tmp_path / 'splits.csv').exists()
-    os.rename(tmp_path / 'val', tmp_path / 'validation')
+    os.rename(tmp_path / 'val', tmp_path / 'elsewhere')
     with pytest.raises(UserError, match='the val split in .* has no classes; it must hold folders train, val and test'):
         FOLDER.class_folders('val', str(tmp_path))
 

@@ -1,12 +1,15 @@
 """--download against a server on this machine that does what servers do."""
 import collections
+import contextlib
 import csv
 import hashlib
 import http.server
+import itertools
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +19,7 @@ import pytest
 from test_preparation import cifar_parts, write_cifar
 
 from conftest import ROOT, run_ok
-from data import download
+from data import download, preparation
 from data.download import File
 
 CONTENT = os.urandom(300_000)
@@ -25,7 +28,7 @@ PAGE = b'\n<!DOCTYPE html>' + b' ' * 3000
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch):
-    for name, value in ('TIMEOUT', 0.3), ('ATTEMPTS', 3), ('PAUSE', 0.01):
+    for name, value in ('TIMEOUT', 0.3), ('ATTEMPTS', 3), ('PAUSE', 0.01), ('PERIOD', 0.5), ('RATE', 100_000):
         monkeypatch.setattr(download, name, value)
 
 
@@ -194,6 +197,64 @@ def test_a_mirror_takes_over(first, get, server):
     assert said is None and files['file'] == CONTENT
 
 
+def endless(piece, head=b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n', pause=0.002):
+    """Sends pieces for as long as the client listens; at most for some seconds."""
+    def behave(handler):
+        end = time.monotonic() + 5
+        handler.wfile.write(head)
+        while time.monotonic() < end:
+            handler.wfile.write(piece)
+            time.sleep(pause)
+    return behave
+
+
+def one_byte(handler):
+    """The right answer, cut off after one byte."""
+    start = int(re.fullmatch(r'bytes=(\d+)-', handler.headers.get('Range') or 'bytes=0-')[1])
+    serve(handler, upto=start + 1)
+
+
+def growing():
+    """Ignores Range, and breaks off a byte later each time."""
+    rounds = itertools.count(1000)
+    return lambda handler: handler.answer(200, CONTENT[:next(rounds)], Content_Length=len(CONTENT))
+
+
+HOLDING = {'continue': (endless(b'HTTP/1.1 100 Continue\r\n\r\n', b''), 'too slow'),
+           'flood of continue': (endless(b'HTTP/1.1 100 Continue\r\n\r\n' * 10_000, b'', 0), 'sends far more'),
+           'drops': (endless(b'x', pause=0.02), 'too slow'), 'one byte a request': (one_byte, 'too slow'), 'growing': (growing(), 'too slow'),
+           'body of a redirection': (endless(b'x' * 100_000, b'HTTP/1.1 302 Found\r\nLocation: /mirror\r\n\r\n', 0), 'sends far more'),
+           'another part without one': (send(CONTENT[5:], 206, Content_Range='bytes 5-/300000'), 'another part of the file'),
+           'digits': (send(b'', 206, Content_Range=f'bytes {"9" * 5000}-/300000', Content_Length=len(CONTENT)), 'broke off after 0'),
+           'ftp': (redirect('ftp://127.0.0.1/file'), 'unknown url type: ftp')}
+
+
+@pytest.mark.parametrize('name', HOLDING)
+def test_a_server_cannot_hold_a_download(name, get, server):
+    """Nor end it: what another server has is fetched then."""
+    behave, said = HOLDING[name]
+    _, reason = get(*[behave] * 2000)
+    assert said in reason and 'Traceback' not in reason
+    server.behaviours['/file'] = [behave] * 2000
+    server.files['/mirror'] = CONTENT
+    assert get(file=file_of(server.url(), server.url('mirror')))[0]['file'] == CONTENT
+
+
+def test_what_follows_the_file_is_not_waited_for(get, server):
+    head = b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n' + b'%x\r\n' % len(CONTENT) + CONTENT + b'\r\n0\r\n'
+    assert get(endless(b'X-Trailer: yes\r\n', head)) == (RIGHT, None) and len(server.requests) == 1
+
+
+def test_a_name_that_nobody_knows_is_not_asked_for_again(get, server, monkeypatch):
+    def unknown(*arguments, **others):
+        asked.append(arguments)
+        raise socket.gaierror(-3, 'Temporary failure in name resolution')
+
+    asked = []
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    assert 'cannot be reached (' in get(file=file_of('http://nowhere.invalid/file'))[1] and len(asked) == 1
+
+
 def test_addresses_that_lead_nowhere(get, server):
     _, said = get(status(403), file=file_of('http://127.0.0.1:1/x', 'http://[', server.url()))
     assert 'http://127.0.0.1:1/x cannot be reached (' in said and 'http://[ cannot be' in said and 'answered with status 403' in said
@@ -274,6 +335,28 @@ def test_from_nothing_to_class_folders(server, cifar_table, tmp_path):
     assert process.returncode == 0 and 'comes from https://example.org, whose terms apply' in process.stdout, process.stderr
     assert len(list((tmp_path / 'prepared').rglob('*.png'))) == 2000
     assert [wanted for _, wanted in server.requests] == [None, 'bytes=100000-']
+
+
+def test_what_is_prepared_is_not_fetched_again(server, tmp_path):
+    """Unless it is another preparation, or something was missing."""
+    args = preparation.arguments('', str(tmp_path / 'source'), str(tmp_path / 'prepared')).parse_args(['--download', '--allow_missing'])
+    args.downloads = write_table(tmp_path / 'table.csv', [row_of('mine', 'file', CONTENT, server.url())])
+
+    def asked(recipe='', facts=None):
+        shutil.rmtree(tmp_path / 'source', ignore_errors=True)
+        server.requests.clear()
+        with contextlib.suppress(SystemExit):
+            download.fetch('mine', args, recipe, facts)
+        return len(server.requests)
+
+    picture = preparation.Picture('train/a/0.png', lambda: b'content')
+    for expected, asks in (2, True), (1, False):
+        assert asked('small') == 1
+        preparation.prepare([picture], {'train/a': preparation.Class('train', expected)}, (4, 4), args, 'small', facts={'split': 'one'})
+        assert asked('small', {'split': 'one'}) == asks
+    assert asked('large', {'split': 'one'}) == asked('small', {'split': 'other'}) == 1
+    args.force = True
+    assert asked('small', {'split': 'one'}) == 1
 
 
 SHARED = os.environ.get('MAML_DATA', os.path.join(ROOT, os.pardir, 'shared', 'data'))  # real archives, too large for the repository

@@ -254,7 +254,7 @@ def test_pipes_among_images(pipe, tmp_path):
     pipe('a/pipe.png')
     os.symlink(tmp_path / 'a' / 'pipe.png', tmp_path / 'a' / 'link.png')
     os.symlink('/dev/zero', tmp_path / 'a' / 'zero.png')
-    assert [file.name for file in images.image_files(str(tmp_path / 'a'), {'.png'})] == ['00.png']
+    assert [file.name for file in images.folder_contents(str(tmp_path / 'a'), {'.png'}).images] == ['00.png']
 
 
 @pytest.mark.parametrize('target', ['nothing', 'link.png', '00.png/below'])
@@ -262,7 +262,7 @@ def test_links_to_nothing_are_listed(target, tmp_path):
     """To be reported with the other bad images: to what is not there, to itself, and into a file."""
     write_image_tree(tmp_path, ['a'], images=1, size=(4, 4, 3))
     os.symlink(target, tmp_path / 'a' / 'link.png')
-    assert [file.name for file in images.image_files(str(tmp_path / 'a'), {'.png'})] == ['00.png', 'link.png']
+    assert [file.name for file in images.folder_contents(str(tmp_path / 'a'), {'.png'}).images] == ['00.png', 'link.png']
 
 
 @pytest.mark.parametrize('text', ['{"a": ' + '[' * 100_000, '{"a": {"scores": [[1', '[' * 100_000 + ']' * 100_000, ''])
@@ -447,6 +447,16 @@ def test_what_takes_long_is_said_before():
     assert note(num_updates=50, recompute=False) == note(num_updates=200, recompute=True) == []
     line, = note(num_updates=200, recompute=False)
     assert '--num_updates=200 that may take many minutes' in line
+
+
+def test_parts_of_killed_evaluations_go(tmp_path):
+    """Others may be written to at the moment."""
+    parts = [tmp_path / f'results.json.{number}.part' for number in (111, 222)]
+    for path in parts:
+        path.write_text('half')
+    os.utime(parts[0], (0, 0))
+    store.add(str(tmp_path), an_entry(np.ones((3, 2), np.float32)))
+    assert [path.exists() for path in parts] == [False, True]
 
 
 def test_results_are_written_piece_by_piece(tmp_path):

@@ -23,7 +23,7 @@ from data import cifar100, preparation
 from data_generator import SOURCES
 from runtime.cli import request, rules
 from runtime.cli.flags import FLAGS
-from runtime.datasets import class_folders, images
+from runtime.datasets import class_folders, images, splits
 from runtime.datasets.tasks import SPLITS
 from runtime.system.errors import UserError
 
@@ -111,7 +111,7 @@ def test_any_manifest(tmp_path, content):
     path = tmp_path / 'splits.csv'
     path.write_bytes(content)
     try:
-        names = class_folders.read_manifest(str(path), 'train')
+        names = splits.read_manifest(str(path), 'train')
     except UserError as error:
         assert str(path) in str(error)
     else:
@@ -123,9 +123,9 @@ def test_any_manifest(tmp_path, content):
 def test_no_manifest_names_a_folder_elsewhere(tmp_path, name, split):
     """What a manifest lists lies below the data, whatever it is called."""
     path = tmp_path / 'splits.csv'
-    class_folders.write_manifest(str(path), [(split, name.replace('\0', ''))]) if name.isprintable() else path.write_text('x')
+    splits.write_manifest(str(path), [(split, name.replace('\0', ''))]) if name.isprintable() else path.write_text('x')
     try:
-        names = class_folders.read_manifest(str(path), split)
+        names = splits.read_manifest(str(path), split)
     except UserError:
         return
     for found in names:
@@ -139,8 +139,8 @@ FOLDER_NAMES = st.text(st.characters(blacklist_characters='/\0', blacklist_categ
 @given(st.lists(FOLDER_NAMES.filter(lambda name: name not in ('.', '..')), min_size=3, max_size=20, unique=True))
 def test_class_folders_of_any_name_come_back(tmp_path, names):
     path = str(tmp_path / 'splits.csv')
-    class_folders.write_manifest(path, class_folders.split_classes(names, (64, 16, 20), 'here'))
-    assert sorted(name for split in SPLITS for name in class_folders.read_manifest(path, split)) == sorted(names)
+    splits.write_manifest(path, splits.split_classes(names, (64, 16, 20), 'here'))
+    assert sorted(name for split in SPLITS for name in splits.read_manifest(path, split)) == sorted(names)
 
 
 @EACH

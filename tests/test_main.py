@@ -368,7 +368,7 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--image_size=20'], ['--image_size', '--datasource=folder']),
     (['--datasource=cifarfs', '--rotations'], ['--rotations', '--datasource=folder']),
     (['--datasource=folder', '--data_path=.', '--split=80/20'], ['--split=80/20', '64/16/20']),
-    (['--datasource=folder', '--data_path=.', '--split=80/20/0'], ['--split=80/20/0', '64/16/20']),
+    (['--datasource=folder', '--data_path=.', '--split=0/0/0'], ['--split=0/0/0', '64/16/20']),
     (['--datasource=folder', '--data_path=.', '--image_size=15', '--max_pool'], ['--image_size=15', '16']),
     (['--datasource=folder', '--data_path=.', '--image_size=100000'], ['--image_size=100000', 'do not fit in memory']),
     (['--datasource=folder', '--data_path=.', '--image_channels=4'], ['--image_channels=4']),

@@ -19,6 +19,7 @@ from PIL import Image
 from conftest import ROOT
 from data import archives, preparation
 from data_generator import SOURCES
+from runtime.system.errors import UserError
 
 SPLITS = ('train', 'val', 'test')
 
@@ -144,6 +145,23 @@ def test_miniimagenet_by_folders(mini, download):
     assert sorted(prepared) == sorted({f'{split}/{wnid}/{number}.jpg' for split, _, wnid in ROWS for number in (1, 2)})
     for split, _, wnid in ROWS:
         assert prepared[f'{split}/{wnid}/1.jpg'] == download.images[f'images/{wnid}/1.jpg']
+
+
+def test_miniimagenet_by_folders_of_splits(download, tmp_path):
+    """As it is found elsewhere: prepared from there; left alone where the program's own folders would be."""
+    for split, name, wnid in ROWS:
+        path = tmp_path / 'found' / split / wnid / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(0, (100, 90)))
+    before = tree(tmp_path / 'found')
+    said = refusal('miniImagenet', '--source', tmp_path / 'found', '--destination', tmp_path / 'found')
+    assert 'if their images are originals, move them to another folder, and name it with --source' in said
+    with pytest.raises(UserError, match='they are not prepared: move them elsewhere and run python .* --source=THAT_FOLDER'):
+        SOURCES['miniimagenet'].load('train', str(tmp_path / 'found'))
+    process = script('miniImagenet', '--source', tmp_path / 'found', '--destination', tmp_path / 'prepared', '--allow_missing')
+    assert process.returncode == 0 and sorted(tree(tmp_path / 'prepared')) == EXPECTED, process.stderr
+    assert tree(tmp_path / 'found') == before and 'not prepared' not in process.stderr
+    assert len(SOURCES['miniimagenet'].load('train', str(tmp_path / 'prepared')).names) == len({wnid for split, _, wnid in ROWS if split == 'train'})
 
 
 def test_the_csv_files_decide_over_names(mini, download):

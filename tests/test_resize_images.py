@@ -100,6 +100,18 @@ def test_what_is_there_can_be_used(source, tmp_path):
     assert run(*arguments).returncode == 1 and not manifest.exists()
 
 
+def test_one_of_the_two_archives(source, tmp_path):
+    """Enough with --allow_missing; none at all is not."""
+    for name in 'images_evaluation', 'images_background':
+        for path in source / name, source / f'{name}.zip':
+            if path.exists():
+                path.rename(path.with_name(f'{path.name}.away'))
+        process = run('--source', source, '--destination', tmp_path / 'small', '--allow_missing')
+        assert (process.returncode, 'Traceback' in process.stderr) == (name == 'images_background', False)
+        assert run('--source', source, '--destination', tmp_path / 'other').returncode == 1
+    assert SOURCES['omniglot'].class_folders('train', str(tmp_path / 'small')) == ['Latin/character01', 'Latin/character02']
+
+
 def test_a_damaged_drawing_is_named_and_the_others_are_made(source, tmp_path):
     if not (source / 'images_background').is_dir():
         pytest.skip('folders only')

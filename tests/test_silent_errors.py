@@ -43,25 +43,36 @@ def complete(destination):
 
 # Preparations
 
-@pytest.mark.parametrize('removed', [0, 1, 3])
-def test_a_kill_while_force_removes_pictures(removed, tmp_path, monkeypatch):
+@pytest.mark.parametrize('made', [0, 1, 3])
+def test_a_kill_while_force_replaces_pictures(made, tmp_path, monkeypatch):
     prepare(tmp_path)
     assert complete(tmp_path)
-    remove, done = os.remove, []
+    files = sorted(tmp_path.glob('train/a/*.png'))
+    old = [path.stat().st_mtime_ns for path in files]
+    write, done = preparation.write_atomically, []
 
-    def killed(path):
-        if len(done) == removed:
-            raise SystemError('killed')
-        done.append(path)
-        remove(path)
+    def killed(path, content):
+        if str(path).endswith('.png'):
+            done.append(path)
+            if len(done) > made:
+                raise SystemError('killed')
+        write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, 'remove', killed)
+        patch.setattr(preparation, 'write_atomically', killed)
         with pytest.raises(SystemError):
             prepare(tmp_path, force=True)
     assert not complete(tmp_path)
-    prepare(tmp_path)  # goes on: what is left may be of another recipe, and is made again
-    assert complete(tmp_path) and len(list(tmp_path.glob('train/a/*.png'))) == 4
+    prepare(tmp_path)  # what is left may be of another recipe, so that all of them are made again
+    assert complete(tmp_path) and all(path.stat().st_mtime_ns > time for path, time in zip(files, old))
+
+
+def test_an_image_that_can_no_longer_be_made_does_not_stay(tmp_path):
+    prepare(tmp_path)
+    args = preparation.arguments('', '', str(tmp_path)).parse_args(['--force', '--allow_missing'])
+    pictures = [preparation.Picture('train/a/0.png', lambda: png(0)), preparation.Picture('train/a/1.png', lambda: 1 / 0)]
+    preparation.prepare(pictures, {'train/a': preparation.Class('train', 2)}, (4, 4), args)
+    assert not (tmp_path / 'train/a/1.png').exists() and complete(tmp_path)
 
 
 def test_a_preparation_that_cannot_print_is_not_complete(tmp_path, monkeypatch):
@@ -87,8 +98,8 @@ def test_what_is_counted_is_on_the_disk(tmp_path, monkeypatch):
     """A file that goes between being written and being counted."""
     write_all = preparation.write_all
 
-    def lossy(pictures, destination):
-        found = write_all(pictures, destination)
+    def lossy(pictures, destination, again):
+        found = write_all(pictures, destination, again)
         os.remove(os.path.join(destination, pictures[0].name))
         return found
 
@@ -381,7 +392,7 @@ def test_links_to_what_is_not_there(tmp_path):
     """Images and class folders on a disk that is not mounted are missing, and not left out."""
     write_image_tree(tmp_path, ['a'], images=2, size=(4, 4, 3))
     os.symlink(tmp_path / 'away.png', tmp_path / 'a' / '02.png')
-    paths = [str(tmp_path / 'a' / file.name) for file in images.image_files(str(tmp_path / 'a'), {'.png'})]
+    paths = [str(tmp_path / 'a' / file.name) for file in images.folder_contents(str(tmp_path / 'a'), {'.png'}).images]
     with pytest.raises(images.BadImages) as error:
         list(images.decode_images(paths, (4, 4, 3), True, '', ''))
     assert [path for path, _ in error.value.images] == [str(tmp_path / 'a' / '02.png')]

@@ -193,7 +193,7 @@ DAMAGE = {
     'other columns': (b'x,y,w\n1,2,3\n', 'has no column z, which '),
     'one column more': (b'x,y,z,w\n1,2,3,4\n', 'has a column w, which '),
     'one column less': (b'x,y\n1,2\n', 'has no column z, which '),
-    'semicolons': (b'x;y;z\n1;2;3\n', 'has no column x, which '),
+    'bars': (b'x|y|z\n1|2|3\n', 'has no column x, which '),
     'twice the same column': (b'x,y,y\n1,2,3\n', 'must name each column, all differently, and is x,y,y'),
     'no header': (b'1,2,3\n4,5,6\n', 'must name each column, all differently, and is 1,2,3'),
     'empty': (b'', 'is empty'),

@@ -4,6 +4,7 @@ Put into data/miniImagenet/ one of
 
     images.zip, or its unpacked folder images/, with train.csv, val.csv and test.csv (columns filename,label); without the
         csv files the classes are taken from the images' names (n01532829...jpg) or folders (images/n01532829/...)
+    folders train, val and test, each with one folder of images per class: in another folder, which --source names
     mini-imagenet-cache-train.pkl, mini-imagenet-cache-val.pkl and mini-imagenet-cache-test.pkl (…-validation.pkl is used only
         if …-val.pkl is absent)
 
@@ -28,7 +29,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
-from data.archives import open_archive  # noqa: E402
+from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
 from data.preparation import (  # noqa: E402
     Class,
     Picture,
@@ -58,7 +59,7 @@ def from_images(args: argparse.Namespace) -> Contents:
     Returns:
         [Picture], {(split, class): expected images}, names of missing images, and the paths of what was read.
     """
-    archive = open_archive(args, 'images.zip', 'images')
+    archive = open_originals(args)
     files = sorted(name for name in archive.names() if IMAGE.search(name) and is_plain_name(name.rsplit('/', 1)[-1]))
     if not files:
         sys.exit(f'there are no images in {archive.path}')
@@ -78,6 +79,17 @@ def from_images(args: argparse.Namespace) -> Contents:
     if not pictures:
         sys.exit(f'none of the {len(rows)} images that the csv files in {args.source} name is among its images')
     return pictures, expected, absent, [archive.path, *lists]
+
+
+def open_originals(args: argparse.Namespace) -> Folder | Tar | Zip:
+    """The images in images.zip or images/, or else in folders train, val and test."""
+    folders = [split for split in SPLITS if os.path.isdir(os.path.join(args.source, split))]
+    if is_there(args, 'images.zip', 'images') or not folders:
+        return open_archive(args, 'images.zip', 'images')
+    if os.path.realpath(args.source) == os.path.realpath(args.destination):
+        sys.exit(f'{args.source} holds folders {", ".join(folders)}, which this program would write: if their images are originals, move '
+                 'them to another folder, and name it with --source; if they are prepared, there is nothing to do')
+    return Folder(args.source)
 
 
 def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, str, str]], Mapping[tuple[str, str], int], list[str]]:

@@ -19,7 +19,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download  # noqa: E402
-from data.archives import Folder, Tar, Zip, open_archive  # noqa: E402
+from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
 from data.preparation import (  # noqa: E402
     PREPARED_FORMATS,
     Class,
@@ -61,10 +61,12 @@ def main() -> None:
     parser = arguments(__doc__, os.path.join(os.path.dirname(HERE), 'omniglot'), HERE)
     parser.add_argument('--antialias', action='store_true', help='grey images, filtered (unlike the reference)')
     args = parser.parse_args()
-    download.fetch('omniglot', args)
-    archives = [open_archive(args, part + '.zip', part) for part in PARTS]
+    recipe = f'antialias={args.antialias}'
+    download.fetch('omniglot', args, recipe)
+    parts = [part for part in PARTS if is_there(args, part + '.zip', part)] if args.allow_missing else []
+    archives = [open_archive(args, part + '.zip', part) for part in parts or PARTS]
     classes = {row['class']: Class(row['split'], images=20) for row in read_classes(os.path.join(HERE, 'splits.csv'))}
-    prepare(find_drawings(archives, args.antialias), classes, SIZE, args, recipe=f'antialias={args.antialias}', describe=describe,
+    prepare(find_drawings(archives, args.antialias), classes, SIZE, args, recipe, describe=describe,
             inputs=[archive.path for archive in archives])
 
 

@@ -13,9 +13,9 @@ from runtime.system.errors import UserError
 
 # In what an evaluation may differ from the training: its tasks, and how the model adapts to them. 'train_<name>', where there is
 # such a flag, states the training's value.
-OF_TASKS = 'datasource', 'num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm'
+OF_TASKS = 'datasource', 'split', 'num_classes', 'update_batch_size', 'update_lr', 'inner_batch', 'query_norm'
 STATED = 'update_batch_size', 'update_lr'
-OF_IMAGES = 'image_size', 'image_channels', 'rotations', 'split'  # the same, if the tasks are of another source: one's own images
+OF_IMAGES = 'image_size', 'image_channels', 'rotations'  # the same, if the tasks are of another source: one's own images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,16 @@ class Request:
     def tables(self) -> bool:
         """Whether the source has tables."""
         return isinstance(self.source, TableSource)
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the data are the user's own."""
+        return self.user_images or self.tables
+
+    @property
+    def group_column(self) -> str | None:
+        """The column of tables that has the label or the task of each line."""
+        return self.label_column or self.task_column
 
     @property
     def classes(self) -> bool:
@@ -116,6 +126,7 @@ PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
     'images': ('images, and --datasource={datasource} has none', lambda r: r.images),
     'user images': ('--datasource=folder', lambda r: r.user_images),
     'tables': ('--datasource=table', lambda r: r.tables),
+    'own data': ('your own data, --datasource=folder or table', lambda r: r.own_data),
     'files': ('images and tables, and --datasource={datasource} has none', lambda r: r.images or r.tables),
     'numbers': ('sources without images', lambda r: not r.images),
     'classes': ('classification', lambda r: r.classes),
@@ -152,11 +163,18 @@ def resolve(line: CommandLine) -> Request:
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     values.update({name: value for name, value in stored.items() if name not in line.given})
-    if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
-        values['data_path'] = None  # the run's is the folder of the training's images
+    _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
-    return Request(mode, values, {**values, **learnt}, line.given, directory)
+    return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory)
+
+
+def _forget_data(values, stored, given):
+    """Takes away the paths that are about the training's data, if the tasks are of others."""
+    if values['datasource'] != stored['datasource'] and 'data_path' not in given:
+        values['data_path'] = None
+    if values['data_path'] != stored['data_path'] and 'split_file' not in given:
+        values['split_file'] = None
 
 
 def _check_declarations():

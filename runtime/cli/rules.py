@@ -11,7 +11,7 @@ from runtime.cli.request import PURPOSES, Request
 from runtime.system.errors import UserError
 
 RIDGE = 'ridge_lambda', 'ridge_scale'
-PATHS = ('logdir', 'data_path', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
+PATHS = ('logdir', 'data_path', 'split_file', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
 
 
 def check_paths(values: Mapping[str, Any]) -> None:
@@ -88,8 +88,16 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.images and r.source.test_only and r.mode == 'evaluate' and not r.test_set,
      '--datasource={datasource} has classes for meta-test only: add --test_set=True'),
     (lambda r: bool(r.targets) and not _all_different(r.targets), '--targets={targets} must name columns, separated by commas, each once'),
-    (lambda r: not re.fullmatch(r'[1-9]\d*/[1-9]\d*/[1-9]\d*', r.split),
-     '--split={split} must be three positive whole numbers like 64/16/20'),
+    (lambda r: not re.fullmatch(r'\d{1,9}/\d{1,9}/\d{1,9}', r.split) or not re.search('[1-9]', r.split),
+     '--split={split} must be three whole numbers like 64/16/20, not all of them 0'),
+    (lambda r: r.own_data and r.mode == 'train' and re.match('0+/', r.split), '--split={split} leaves no classes to train on'),
+    (lambda r: r.tables and 'split' in r.given and not r.group_column,
+     '--split={split} is for a table with the labels or tasks of its lines: add --label_column or --task_column, or leave it out'),
+    (lambda r: r.tables and bool(r.label_column) and bool(r.task_column), '--label_column and --task_column: give one'),
+    (lambda r: r.tables and bool(r.label_column) and bool(r.targets), '--label_column is for classification, --targets for regression: give one'),
+    (lambda r: r.tables and bool(r.task_column) and not r.targets, '--task_column needs --targets, the columns to predict'),
+    (lambda r: bool(r.split_file) and r.mode != 'predict' and not (r.user_images or r.group_column),
+     '--split_file={split_file} of a table needs --label_column or --task_column'),
     (lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
      '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
     (lambda r: r.user_images and r.image_size > 1024,

@@ -6,6 +6,7 @@ import os
 from data_generator import TableSource
 from runtime.cli.request import Request
 from runtime.datasets.images import BadImages
+from runtime.datasets.splits import MANIFEST, EmptySplit
 from runtime.datasets.tables import COLUMNS_FILE, Columns, Tables, read_columns
 from runtime.datasets.tasks import SPLITS, Source, TaskConfig, Tasks, UserTask
 from runtime.datasets.user_images import read_user_images
@@ -23,7 +24,7 @@ def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
         source = _with_network_of_training(source, request)
     if request.images:
         source = dataclasses.replace(source, skip_bad_images=request.skip_bad_images, verify=request.verify)
-    if request.user_images and request.mode != 'predict':
+    if request.user_images and not request.split_file and request.mode != 'predict':
         _refuse_runs_among_classes(request, source)
     train = request.mode == 'train'
     usual_query_shots = source.query_shots(request.update_batch_size, train)
@@ -50,12 +51,20 @@ def _with_flags(request):
     if request.tables:
         targets = tuple(name.strip() for name in request.targets.split(',')) if request.targets else ()
         root = os.path.expanduser(request.data_path or '')
-        return dataclasses.replace(request.source, files=Tables(root, targets, _known_columns(request)))
+        return dataclasses.replace(request.source, files=Tables(root, targets, _known_columns(request), request.group_column, **_splitting(request)))
     if request.user_images:
         return dataclasses.replace(
             request.source, image_shape=(request.image_size, request.image_size, int(request.image_channels)), rotations=request.rotations,
-            split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given)
+            label_column=request.label_column, **_splitting(request))
     return request.source
+
+
+def _splitting(request):
+    """How the user's own classes are split: fields of ImageSource and of Tables."""
+    path, trained_path = (os.path.realpath(os.path.expanduser(values['data_path'] or '')) for values in (request.values, request.trained))
+    return dict(split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given,
+                split_file=request.split_file and os.path.expanduser(request.split_file),
+                kept_manifest=os.path.join(request.directory, MANIFEST) if path == trained_path else None)  # of the data that it was trained on
 
 
 def _known_columns(request):
@@ -98,20 +107,29 @@ def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, 
             return read_user_images(source, os.path.expanduser(request.support_dir), os.path.expanduser(request.query_dir))
         return read_user_tables(source, os.path.expanduser(request.support_csv), os.path.expanduser(request.query_csv))
     if request.mode == 'evaluate':
-        split = 'test' if request.test_set else 'val'
-        return {split: source.tasks(tasks, split)}
+        return _evaluation_data(source, tasks, 'test' if request.test_set else 'val')
     data, bad, hint = {}, [], ''
     for split in SPLITS if source.image_shape else ('train', 'val'):
         try:
             data[split] = source.tasks(_validation_config(request, source, tasks) if split == 'val' else tasks, split)
         except BadImages as error:
             bad, hint = bad + error.images, error.hint
-        except UserError:
-            if split != 'test':  # a training needs none; its images are read so that a bad one is not found after the training
+        except UserError as error:
+            if split == 'val' and isinstance(error, EmptySplit) and request.own_data:
+                print('Note: there are no classes or tasks for validation: nothing is validated, and no checkpoint can be the best')
+            elif split != 'test':  # a training needs none; its images are read so that a bad one is not found after the training
                 raise
     if bad:
         raise BadImages(bad, hint)
-    return {split: data[split] for split in ('train', 'val')}
+    data.pop('test', None)
+    return data
+
+
+def _evaluation_data(source, tasks, split):
+    try:
+        return {split: source.tasks(tasks, split)}
+    except EmptySplit as error:
+        raise UserError(f'{error}' + ('; or evaluate on meta-test: --test_set' if split == 'val' else '')) from error
 
 
 def _validation_config(request, source, tasks):
@@ -132,7 +150,7 @@ def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> N
     Raises:
         UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
     """
-    if source.image_shape and source.user_images:
+    if isinstance(source, TableSource) or source.image_shape and source.user_images:
         source.folders(tasks.data_path).record_split({split: of.classes.names for split, of in data.items()})
 
 

@@ -4,31 +4,52 @@ A data folder holds either folders train, val and test of class folders, or clas
 csv file with the columns split and class. Class folders without either are split once, and a manifest is written. Large sources
 hold packed arrays instead, see arrays.py.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
-import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NamedTuple
 
 from runtime.datasets import arrays
-from runtime.datasets.images import BadImages, decode_images, image_files, is_broken, readable_suffixes
+from runtime.datasets.images import BadImages, Contents, ImageFile, decode_images, folder_contents, is_broken, readable_suffixes
+from runtime.datasets.lists import Labelled, read_image_lists
+from runtime.datasets.splits import (
+    MANIFEST,
+    EmptySplit,
+    counted_kinds,
+    keep_split,
+    read_manifest,
+    report_names,
+    split_classes,
+    split_entries,
+    split_flag,
+)
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError
-from runtime.system.files import read_csv, read_json, write_csv
+from runtime.system.files import read_csv, read_json
 
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
-PARTIAL_MANIFEST, MANIFEST = 'splits.partial.csv', 'splits.csv'
+PARTIAL_MANIFEST = 'splits.partial.csv'
 LAYOUT = 'it must hold folders train, val and test, each with one folder of images per class, or just the latter'
 CLASS_LIST = 'classes.csv'  # beside the preparation script: the published classes and their splits
 PREPARATION_RECORD = '.prepared.json'  # says whether a preparation was completed
 
 
+class ImageClass(NamedTuple):
+    """The images of a class."""
+    name: str
+    folder: str                 # relative to the root; '' for images of a list, whose names are relative to the root themselves
+    images: list[ImageFile]
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassFolders:
-    """The class folders of a data source."""
+    """The class folders of a data source, or the classes in a list of images."""
     root: str                       # the data folder
     script: str | None = None       # the preparation script that makes it; None: the user's own images, of any size and format
     shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
@@ -36,6 +57,9 @@ class ClassFolders:
     split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
     skip_bad_images: bool = False   # leave out images that cannot be used, instead of refusing the split
     verify: bool = False            # compare checksums of decoded images, which takes time; else sizes and times only
+    split_file: str | None = None   # a manifest, or lists of images; see `read_image_lists`
+    label_column: str | None = None  # of these lists
+    kept_manifest: str | None = None  # of a run: has the split where it cannot be written into the root
 
     @property
     def missing_hint(self) -> str:
@@ -47,21 +71,23 @@ class ClassFolders:
         """What to do if a split has fewer than num_classes classes."""
         if not self.split_ratios:
             return 'lower it'
-        enough = math.ceil(num_classes * sum(self.split_ratios) / min(self.split_ratios))
-        return (f'lower it, or have {enough} class folders or more (for {_split_flag(self.split_ratios)}) and delete '
-                f'{MANIFEST} there, if there is one')
+        enough = math.ceil(num_classes * sum(self.split_ratios) / min(filter(None, self.split_ratios)))
+        return (f'lower it, or have {enough} class folders or more (for {split_flag(self.split_ratios)}) and delete '
+                f'{MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
 
     def names(self, split: str) -> list[str]:
         """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
 
         Raises:
-            UserError: the root, the split or a class folder is missing, or the preparation was not completed.
+            EmptySplit: the split has no classes.
+            UserError: the root or a class folder is missing, or the preparation was not completed.
         """
         self.record_split({})
         return self._names(split)
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
-        """Writes a manifest into the root, if class folders there are not split yet. `load` does not depend on it.
+        """Writes a manifest into the root, or else to `kept_manifest`, if class folders there are not split yet. `load` does not
+        depend on it. If all classes are in one split there is nothing to write.
 
         Args:
             loaded: {split: its class folders}, as `load` returned them.
@@ -71,17 +97,12 @@ class ClassFolders:
         """
         if not self.unsplit() or not os.path.isdir(self.root):
             return
-        rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
+        rows = self._in_proportions()
         if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
             raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
-        path = os.path.join(self.root, MANIFEST)
-        try:
-            write_manifest(path, rows)
-        except (OSError, UnicodeEncodeError) as error:
-            raise UserError(f'the split of the classes cannot be written to {path} ({error}); make its folder writable, or sort '
-                            'the class folders into folders train, val and test yourself') from error
-        counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
-        print(f'Split the classes into {counts} for train / val / test; the list is in {path}')
+        if len({split for split, _ in rows}) > 1:
+            paths = [None if self._labelled else os.path.join(self.root, MANIFEST), self.kept_manifest]
+            keep_split(rows, [path for path in paths if path], 'classes')
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -94,33 +115,55 @@ class ClassFolders:
         self._check_prepared()
         if self._is_packed():
             return list(self._packed_record(split)[split]['classes'])
-        manifest = self._manifest()
-        names = self._listed(manifest, split)
-        if not names:
-            where = f'the manifest {manifest}' if manifest else self.root
-            raise UserError(f'the {split} split in {where} has no classes; {self.missing_hint}')
-        missing = [name for name in names if not os.path.isdir(os.path.join(self.root, name))]
-        if self.script and missing == names:
+        classes = self._classes()
+        if self.split_ratios and split == 'train':  # of the user's own images, once a run
+            self._report(classes)
+        if not classes[split]:
+            folder = os.path.join(self.root, split_entries(self.root).get(split, split))
+            contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
+            raise EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
+        missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
+        if self.script and missing == classes[split]:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
         if missing:
-            raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
+            raise UserError(f'{len(missing)} of the {len(classes[split])} class folders of the {split} split are missing in {self.root}, '
                             f'first {missing[0]}; {self.missing_hint}')
-        return names
+        return classes[split]
 
-    def _listed(self, manifest, split):
-        """The class folders of a split, as a manifest, the split of all folders or the folders train, val and test have them."""
-        reporting = self.split_ratios and split == 'train'  # of the user's own images, once a run
+    def _classes(self) -> dict[str, list[str]]:
+        """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
+        manifest = self._manifest()
         if manifest:
-            if reporting:
-                _report_unlisted(self.root, manifest)
-            return read_manifest(manifest, split)
+            return {split: read_manifest(manifest, split, self.root if self.script is None else None) for split in SPLITS}
         if self.unsplit():
-            rows = split_classes(subfolders(self.root), self.split_ratios, self.root)
-            return sorted(name for where, name in rows if where == split)
-        classes = {name: subfolders(os.path.join(self.root, name)) for name in SPLITS}
-        if reporting:
-            report_shared(classes, self.root)
-        return sorted(f'{split}/{name}' for name in classes[split])
+            rows = self._in_proportions()
+            return {split: [name for where, name in rows if where == split] for split in SPLITS}
+        if self.split_given and 0 in self.split_ratios:
+            raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
+                            f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
+        if self._labelled:
+            return {split: [f'{split}/{label}' for label in self._labelled.get(split, ())] for split in SPLITS}
+        return self._in_split_folders()
+
+    def _in_split_folders(self):
+        """{split: class folders} in folders train, val and test."""
+        folders = split_entries(self.root)
+        return {split: sorted(f'{folders[split]}/{name}' for name in subfolders(os.path.join(self.root, folders[split])))
+                if split in folders else [] for split in SPLITS}
+
+    def _in_proportions(self) -> list[tuple[str, str]]:
+        """[(split, class)] of classes that nothing else divides."""
+        if self._labelled:
+            return split_classes(list(self._labelled[None]), self.split_ratios, self.split_file)
+        names = subfolders(self.root)
+        if names and set(names) <= set(split_entries(self.root).values()):
+            raise UserError(f'{self.root} holds folders {" and ".join(sorted(names))} without class folders in them; {LAYOUT}; '
+                            + '; '.join(_holds(os.path.join(self.root, name)) for name in sorted(names)))
+        try:
+            return split_classes(names, self.split_ratios, self.root)
+        except UserError as error:
+            perhaps = f'; perhaps --data_path={os.path.join(self.root, names[0])} is meant' if len(names) == 1 else ''
+            raise UserError(f'{error}; {LAYOUT}; {_holds(self.root)}{perhaps}') from error
 
     def load(self, split: str, image_shape: tuple[int, int, int]) -> Examples:
         """The split's images, decoded and cached beside them on first use.
@@ -133,17 +176,94 @@ class ClassFolders:
         """
         if self._is_packed():
             return self._load_packed(split, image_shape)
-        suffixes = readable_suffixes() if self.script is None else PREPARED_SUFFIXES
-        files = [(name, image_files(os.path.join(self.root, name), suffixes)) for name in self._names(split)]
-        try:
-            return self._decoded(split, files, image_shape)
-        except BadImages as error:
-            if not self.skip_bad_images:
-                raise
-            print(f'Skipped in the {split} split (--skip_bad_images): {error.listing}')
-            bad = {path for path, _ in error.images}
-        return self._decoded(split, [(name, [image for image in images if os.path.join(self.root, name, image.name) not in bad])
-                                     for name, images in files], image_shape)
+        names = self._names(split)
+        classes = self._listed(names) if self._labelled else self._in_folders(split, names)
+        cache = os.path.join(self.root, '.cache', f'{split}_{"x".join(map(str, image_shape))}')
+        fingerprint = self._fingerprint(classes, image_shape)
+        bad = _known_bad(cache, fingerprint) if self.skip_bad_images else []
+        while True:
+            paths = {path for path, _ in bad}
+            if bad:
+                print(f'Skipped in the {split} split (--skip_bad_images): {BadImages(bad, "").listing}')
+            try:
+                return self._decoded(split, [c._replace(images=[image for image in c.images if os.path.join(
+                    self.root, c.folder, image.name) not in paths]) for c in classes], image_shape, cache)
+            except BadImages as error:
+                if not self.skip_bad_images:
+                    raise
+                bad = sorted(bad + error.images)
+                with contextlib.suppress(OSError):  # so that the next run need not decode them to know
+                    arrays.write_json(cache + '.bad.json', {'fingerprint': fingerprint, 'images': bad})
+
+    @cached_property
+    def _labelled(self) -> Labelled | None:
+        """The images of lists by split and label; None: there are class folders."""
+        if not self.split_file or self._split_file_is_manifest():
+            return None
+        return read_image_lists(self.split_file, self.root, self.label_column, readable_suffixes())
+
+    def _split_file_is_manifest(self):
+        with contextlib.suppress(OSError, ValueError, csv.Error):
+            return set(read_csv(self.split_file)[0]) == {'split', 'class'}
+        return False
+
+    def _listed(self, names: list[str]) -> list[ImageClass]:
+        """The classes of these names in lists."""
+        if None in self._labelled:
+            return [ImageClass(name, '', self._labelled[None][name]) for name in names]
+        return [ImageClass(name, '', self._labelled[split][label]) for name in names for split, label in [name.split('/', 1)]]
+
+    def _in_folders(self, split: str, names: list[str]) -> list[ImageClass]:
+        """The classes in folders. Of the user's own images, prints how many other files there are.
+
+        If a class folder holds no images but one folder, its images are in there.
+
+        Raises:
+            UserError: a folder holds no image.
+        """
+        own = self.script is None
+        suffixes = readable_suffixes() if own else PREPARED_SUFFIXES
+        folders = [self._image_folder(name, suffixes) for name in names]
+        empty = [(name, contents) for name, (_, contents) in zip(names, folders) if not contents.images]
+        if empty:
+            others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
+            advice = self._advice(split, *empty[0], suffixes) if own else self.missing_hint
+            raise UserError(f'the class folder {empty[0][0]} in {self.root} holds no image{others}; {advice}')
+        if own:
+            self._report_left_out(split, {name: contents for name, (_, contents) in zip(names, folders)})
+        return [ImageClass(name, folder, contents.images) for name, (folder, contents) in zip(names, folders)]
+
+    def _image_folder(self, name: str, suffixes: set[str]) -> tuple[str, Contents]:
+        """The folder with the images of a class, and its contents; those that are no images by their paths below the class folder."""
+        outer = folder_contents(os.path.join(self.root, name), suffixes)
+        if self.script is None and not outer.images and len(outer.folders) == 1:
+            folder = outer.folders[0]
+            images, *rest = folder_contents(os.path.join(self.root, name, folder), suffixes)
+            others, folders = ([f'{folder}/{entry}' for entry in entries] for entries in rest)
+            if images:
+                return f'{name}/{folder}', Contents(images, outer.others + others, folders)
+        return name, outer
+
+    def _report_left_out(self, split: str, classes: Mapping[str, Contents]) -> None:
+        """Prints how many files of other kinds, and folders, class folders hold."""
+        files = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.others]
+        inner = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.folders]
+        parts = [f'{len(paths)} {what}{"s" if len(paths) > 1 else ""}{kinds}, first {paths[0]}' for paths, what, kinds in (
+            (files, 'file', f' of other kinds ({counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
+        if parts:
+            print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(parts))
+
+    def _advice(self, split: str, name: str, contents: Contents, suffixes: set[str]) -> str:
+        """What to do about a class folder without images."""
+        deeper = [(folder, images[0].name) for folder in contents.folders
+                  if (images := folder_contents(os.path.join(self.root, name, folder), suffixes).images)]
+        if deeper:
+            folder, image = deeper[0]
+            return (f'its {len(contents.folders)} folders do, such as {name}/{folder}/{image}: if they are the classes, move them one level '
+                    f'up, or list them in {os.path.join(self.root, MANIFEST)}, in lines like {split},{name}/{folder} below split,class')
+        if contents.folders or contents.others:
+            return f'{_holds(os.path.join(self.root, name))}; convert what are images to PNG or JPEG, or move the folder elsewhere'
+        return 'remove it'
 
     def _is_packed(self):
         return self.script is not None and os.path.lexists(os.path.join(self.root, arrays.RECORD))
@@ -171,45 +291,94 @@ class ClassFolders:
             raise UserError(f'{path} is damaged ({reason}); make it again: python {self.script} --force') from error
         return Examples.grouped(images, counts, record[split]['crc32'])
 
-    def _decoded(self, split, files, image_shape):
+    def _fingerprint(self, classes: list[ImageClass], image_shape: tuple[int, int, int]) -> str:
+        """Identifies images, and how they are decoded."""
+        files = [(name, images) if folder in (name, '') else (name, folder, images) for name, folder, images in classes]
+        return hashlib.sha256(repr((image_shape, self.script is None and 'on white', files)).encode()).hexdigest()
+
+    def _decoded(self, split, classes, image_shape, cache):
         own, root = self.script is None, self.root
-        empty = [name for name, images in files if not images]
+        empty = [name for name, _, images in classes if not images]
         if empty:
-            others = f', nor do {len(empty) - 1} others' if len(empty) > 1 else ''
-            raise UserError(f'the class folder {empty[0]} in {root} holds no image{others}; '
-                            + ('remove it' if own else self.missing_hint))
-        paths = [os.path.join(root, name, image.name) for name, images in files for image in images]
-        fingerprint = hashlib.sha256(repr((image_shape, own and 'on white', files)).encode()).hexdigest()
+            raise UserError(f'the class folder {empty[0]} in {root} holds no image that can be used; move it elsewhere')
+        paths = [os.path.join(root, folder, image.name) for _, folder, images in classes for image in images]
         bad_image_hint = 'remove them' if own else f'run python {self.script} --force'
+        if not own and not os.path.exists(os.path.join(root, PREPARATION_RECORD)):
+            bad_image_hint = (f'they are not prepared: move them elsewhere and run python {self.script} --source=THAT_FOLDER, or take them as '
+                              f'your own images by --datasource=folder --data_path={root}')
         images, checksum = arrays.cached_array(
-            os.path.join(root, '.cache', f'{split}_{"x".join(map(str, image_shape))}'), fingerprint,
-            (len(paths), *image_shape),
+            cache, self._fingerprint(classes, image_shape), (len(paths), *image_shape),
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
-        return Examples.grouped(images, {name: len(names) for name, names in files}, checksum)
+        return Examples.grouped(images, {name: len(of) for name, _, of in classes}, checksum)
 
     def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, if there is one."""
-        candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST),
-                      None if self._split_by_folders() else self.shipped_manifest]
+        if self.split_file and self._split_file_is_manifest():
+            return self.split_file
+        kept = None if self._split_by_folders() else self.kept_manifest
+        shipped = None if self._split_by_folders() else self.shipped_manifest
+        candidates = [kept if None in self._labelled else None] if self._labelled is not None else [
+            os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), kept, shipped]
         manifest = next((path for path in candidates if path and os.path.exists(path)), None)
         if manifest and self.split_given:
             self._check_split(manifest)
         return manifest
 
+    def _split_source(self):
+        """What says which classes are in which split, for messages."""
+        manifest = self._manifest()
+        return f'the manifest {manifest}' if manifest else self.split_file or self.root
+
     def unsplit(self) -> bool:
-        """Whether the root holds class folders that neither a manifest nor folders train, val and test divide."""
-        return bool(self.split_ratios and not self._manifest() and not self._split_by_folders())
+        """Whether there are classes that neither a manifest, nor folders train, val and test, nor lists divide."""
+        if not self.split_ratios or self._manifest():
+            return False
+        return None in self._labelled if self._labelled is not None else not self._split_by_folders()
 
     def _split_by_folders(self) -> bool:
         """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
-        return any(subfolders(os.path.join(self.root, split)) for split in SPLITS)
+        return any(subfolders(os.path.join(self.root, name)) for name in split_entries(self.root).values())
 
     def _check_split(self, manifest: str) -> None:
         """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
-        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, self.root)]
         if rows != split_classes([name for _, name in rows], self.split_ratios, self.root):
-            raise UserError(f'{manifest} does not match {_split_flag(self.split_ratios)}; leave out --split, or delete that file to '
+            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to '
                             'split the classes again')
+
+    def _report(self, classes: dict[str, list[str]]) -> None:
+        """Prints what is strange about the names of the user's own classes, and which folders are not among them."""
+        manifest = self._manifest()
+        divided = not manifest and not self.unsplit()  # names begin with the split
+        report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()}, self.root)
+        listed = {name.split('/')[0] for names in classes.values() for name in names}
+        unlisted = [] if self._labelled or self.split_file else sorted(set(subfolders(self.root)) - listed)
+        if unlisted:
+            more = f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else ''
+            advice = ('Add a line for each, or delete that file to split all of them again' if manifest else
+                      'They are beside the folders train, val and test')
+            print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest or "a split"}: {unlisted[0]}{more}. {advice}')
+
+
+def _known_bad(cache, fingerprint):
+    """[(path, reason)] of images that an earlier run could not use."""
+    with contextlib.suppress(Exception):
+        record = read_json(cache + '.bad.json')
+        if record['fingerprint'] == fingerprint:
+            return [(str(path), str(reason)) for path, reason in record['images']]
+    return []
+
+
+def _holds(folder: str) -> str:
+    """Text: what a folder holds, with an example of an image below it."""
+    images, others, folders = folder_contents(folder, readable_suffixes())
+    parts = [counted_kinds([image.name for image in images] + others)] if images or others else []
+    parts += [f'{len(folders)} folder{"s" if len(folders) > 1 else ""}, such as {folders[0]}'] if folders else []
+    tables = [name for name in others if name.endswith('.csv')]
+    example = next((os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in sorted(names)
+                    if os.path.splitext(name)[1].lower() in readable_suffixes()), None)
+    return (f'{folder} holds {" and ".join(parts) or "nothing"}' + (f', with images such as {example}' if example else '')
+            + (f' (if {tables[0]} says the labels of images: --split_file={os.path.join(folder, tables[0])})' if tables else ''))
 
 
 def listed_classes(folder: str, split: str) -> set[str]:
@@ -243,88 +412,6 @@ def subfolders(folder: str) -> list[str]:
         raise UserError(f'{broken[0]} is a broken symbolic link; fix or remove it'
                         + (f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''))
     return [entry.name for entry in entries if entry.is_dir()]
-
-
-def read_manifest(path: str, split: str) -> list[str]:
-    """Class folders of a split, sorted, from a csv file with the columns split and class.
-
-    Raises:
-        UserError: the file cannot be read, or a line is malformed.
-    """
-    try:
-        columns, rows = read_csv(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f'the manifest {path} cannot be read: {error}') from error
-    if {'split', 'class'} - set(columns):
-        raise UserError(f'the first line of the manifest {path} must be split,class')
-    line_of = {}
-    for number, row in enumerate(rows, start=2):
-        if line_of.setdefault(row['class'], number) != number:
-            raise UserError(f'the manifest {path} lists {row["class"]} twice, in lines {line_of[row["class"]]} and '
-                            f'{number}')
-        if row.get('split') not in SPLITS or not _is_below(row.get('class')):
-            raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
-                            f'{", ".join(SPLITS)} and class a folder below the data')
-    return sorted(row['class'] for row in rows if row['split'] == split)
-
-
-def write_manifest(path: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Writes [(split, class)] as `read_manifest` reads it. Raises OSError or UnicodeEncodeError if that cannot be done."""
-    write_csv(path, [('split', 'class'), *rows])
-
-
-def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
-    """Splits classes in an order that depends on their names only.
-
-    Args:
-        names: class folders.
-        ratios: proportions of train, val and test; each gets at least one class.
-        root: what to call the folder in an error.
-
-    Returns:
-        [(split, class)].
-
-    Raises:
-        UserError: there are too few classes.
-    """
-    if len(names) < len(SPLITS):
-        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test; {LAYOUT}')
-    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
-    held_out = [max(1, len(names) * ratio // sum(ratios)) for ratio in ratios[1:]]
-    if sum(held_out) >= len(names):
-        raise UserError(f'{_split_flag(ratios)} leaves no class of the {len(names)} in {root} for training')
-    bounds = [0, len(names) - sum(held_out), len(names) - held_out[1], len(names)]
-    return [(split, name) for split, start, end in zip(SPLITS, bounds, bounds[1:]) for name in sorted(shuffled[start:end])]
-
-
-def report_shared(classes: Mapping[str, Iterable[str]], root: str) -> None:
-    """Prints which names of classes are in two splits: meta-test is about classes that training has not seen."""
-    shared = [(name, first, second) for first, second in itertools.combinations(SPLITS, 2)
-              for name in sorted({*classes[first]} & {*classes[second]})]
-    if shared:
-        name, first, second = shared[0]
-        more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
-        print(f'Note: {root} has a class {name} in {first} and in {second}{more}. If these are the same classes, validation and meta-test '
-              'do not measure the learning of new ones')
-
-
-def _report_unlisted(root: str, manifest: str) -> None:
-    """Prints which class folders in root the manifest does not list."""
-    listed = {name.split(os.sep)[0] for split in SPLITS for name in read_manifest(manifest, split)}
-    unlisted = sorted(set(subfolders(root)) - listed)
-    if unlisted:
-        print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest}: {unlisted[0]}'
-              + (f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else '')
-              + '. Add a line for each, or delete that file to split all of them again')
-
-
-def _is_below(name: str | None) -> bool:
-    """Whether a name is a normalised relative path that stays below the folder it is looked up in."""
-    return bool(name) and not os.path.isabs(name) and os.path.normpath(name) == name and name.split(os.sep)[0] not in ('.', '..')
-
-
-def _split_flag(ratios: tuple[int, int, int]) -> str:
-    return '--split=' + '/'.join(map(str, ratios))
 
 
 def preparation_record(root: str) -> dict:

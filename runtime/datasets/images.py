@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from runtime.system.errors import UserError
+from runtime.system.files import require_regular_file
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
 SHOWN_BAD_IMAGES = 100  # named in a message
@@ -73,20 +74,34 @@ def readable_suffixes() -> set[str]:
     return {suffix for suffix, image_format in Image.registered_extensions().items() if image_format in formats}
 
 
-def image_files(folder: str, suffixes: set[str]) -> list[ImageFile]:
-    """The folder's image files, sorted by name. Hidden files and those with other suffixes are ignored.
+class Contents(NamedTuple):
+    """What a folder holds, except hidden files; each sorted."""
+    images: list[ImageFile]
+    others: list[str]        # names of files of other kinds
+    folders: list[str]
+
+
+def folder_contents(folder: str, suffixes: set[str]) -> Contents:
+    """The contents of a folder; files with these suffixes are images.
 
     A broken symbolic link counts as an image, which cannot be read.
     """
-    def is_image(name):
-        return os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.')
+    contents = Contents([], [], [])
+    for entry in os.scandir(folder):
+        if entry.name.startswith('.'):
+            continue
+        if entry.is_dir():
+            contents.folders.append(entry.name)
+        elif os.path.splitext(entry.name)[1].lower() not in suffixes:
+            contents.others.append(entry.name)
+        elif is_broken(entry) or entry.is_file():
+            contents.images.append(image_file(entry.name, entry.stat(follow_symlinks=not is_broken(entry))))
+    return Contents(*map(sorted, contents))
 
-    def image_file(entry):
-        status = entry.stat(follow_symlinks=not is_broken(entry))
-        return ImageFile(entry.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
-    return sorted(image_file(entry) for entry in os.scandir(folder)
-                  if is_image(entry.name) and (is_broken(entry) or entry.is_file()))
+def image_file(name: str, status: os.stat_result) -> ImageFile:
+    """A file as the folder lists it."""
+    return ImageFile(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def is_broken(entry: os.DirEntry) -> bool:
@@ -126,6 +141,7 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
 
     def decode(path):
         try:
+            require_regular_file(path)
             with open_image(path, formats) as image:
                 file_format = image.format
                 image = _on_white(ImageOps.exif_transpose(_with_scaled_transparency(image))) if resize else image

@@ -1,4 +1,5 @@
-"""Tables of numbers: csv files in folders train, val and test, one file for each task (regression) or for each class.
+"""Tables of numbers: csv files in folders train, val and test, one file for each task (regression) or for each class; or files with
+a column that says which task or class each line is of.
 
 The first line of a file names its columns; all files have the same ones, in any order. Numbers are standardised: each column has
 mean 0 and standard deviation 1 over the rows of all files in train.
@@ -9,21 +10,31 @@ import dataclasses
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.datasets.class_folders import report_shared
+from runtime.datasets.splits import (
+    EmptySplit,
+    keep_split,
+    read_manifest,
+    report_names,
+    split_classes,
+    split_entries,
+    split_flag,
+)
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import read_json, require_regular_file, write_atomically
+from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
-LAYOUT = 'it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class'
+LAYOUT = ('it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class; or be a csv '
+          'file with a column that says it, --task_column or --label_column')
 SHOWN = 10                     # bad tables by name in a message
 Result = TypeVar('Result')
 
@@ -34,6 +45,7 @@ class Sheet(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     lines: list[int]     # in the file, of each row
+    decimal_comma: bool  # whether numbers are written as 1,5
 
 
 class Columns(NamedTuple):
@@ -72,24 +84,99 @@ class Tables:
     root: str = ''
     target_names: tuple[str, ...] = ()      # the columns to predict; (): there are none, and each file is a class
     trained_columns: Columns | None = None  # those that a run was trained with; None: those of the files in train
+    group_column: str | None = None         # which says of which task or class each line is; None: its file does
+    split_ratios: tuple[int, int, int] = (64, 16, 20)  # of tasks or classes of one csv file; see ClassFolders for these
+    split_given: bool = False
+    split_file: str | None = None
+    kept_manifest: str | None = None
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
-        return 'lower it, or add csv files'
+        return 'lower it, or add csv files' if not self.group_column else f'lower it, or change {split_flag(self.split_ratios)}'
 
     @cached_property
     def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
         """The names of the columns, and {split: {table: numbers [rows, columns]}}; all splits are read, to find what is wrong at once."""
+        sheets = self._sheets
+        every = [sheet for split in SPLITS for sheet in sheets[split].values()]
+        if not every:
+            raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
+        model = _usual(every)
+        names = self._names(model)
+        arrays = iter(map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), every))
+        values = {split: {table: next(arrays) for table in sheets[split]} for split in SPLITS}
+        report_numbers(every, names)
+        return names, values
+
+    @cached_property
+    def _sheets(self) -> dict[str, dict[str, Sheet]]:
+        """{split: {table: sheet}}."""
+        if os.path.isfile(self.root):
+            return self._divided(self._groups([read_sheet(self.root)]))
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
-        paths = {split: table_files(os.path.join(self.root, split)) for split in SPLITS}
-        sheets = map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()])
-        if not sheets:
-            raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
-        model = _usual(sheets)
-        names = self._names(model)
-        arrays = iter(map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), sheets))
-        return names, {split: {table: next(arrays) for table in paths[split]} for split in SPLITS}
+        files, folders = split_entries(self.root, '.csv'), split_entries(self.root)
+        if self.group_column and files:
+            return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
+        paths = {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS}
+        read = iter(map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()]))
+        sheets = {split: {table: next(read) for table in paths[split]} for split in SPLITS}
+        return {split: self._groups(list(of.values())) for split, of in sheets.items()} if self.group_column else sheets
+
+    def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
+        """The lines of each task or class of some sheets, {name: sheet} in the order of names."""
+        if not self.group_column:
+            raise UserError(f'{self.root} is a file with the columns {", ".join(sheets[0].columns)}: --label_column names the one with the class '
+                            'of each line, or --task_column the one with its task')
+        groups: dict[str, Sheet] = {}
+        for sheet in sheets:
+            if self.group_column not in sheet.columns:
+                raise UserError(f'{sheet.path} has no column {self.group_column}; it has {", ".join(sheet.columns)}')
+            index = sheet.columns.index(self.group_column)
+            without = [name for name in sheet.columns if name != self.group_column]
+            for row, line in zip(sheet.rows, sheet.lines):
+                name = row[index].strip()
+                if not name:
+                    raise UserError(f'the column {self.group_column} of {sheet.path} is empty in line {line}')
+                group = groups.setdefault(name, Sheet(sheet.path, without, [], [], sheet.decimal_comma))
+                group.rows.append(row[:index] + row[index + 1:])
+                group.lines.append(line)
+        return dict(sorted(groups.items()))
+
+    def _divided(self, groups: dict[str, Sheet]) -> dict[str, dict[str, Sheet]]:
+        """The tasks or classes of one file, by split."""
+        manifest = self._manifest()
+        rows = self._in_proportions(groups) if not manifest else [
+            (split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        if manifest:
+            self._check_manifest(manifest, rows, groups)
+        return {split: {name: groups[name] for where, name in rows if where == split} for split in SPLITS}
+
+    def _check_manifest(self, manifest, rows, groups):
+        missing = [name for _, name in rows if name not in groups]
+        if missing:
+            raise UserError(f'{manifest} lists {missing[0]}, and {len(missing) - 1} more, which the column {self.group_column} of {self.root} '
+                            'does not have')
+        if self.split_given and rows != self._in_proportions([name for _, name in rows]):
+            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file')
+        unlisted = sorted(groups.keys() - {name for _, name in rows})
+        if unlisted:
+            print(f'Ignored: {unlisted[0]} and {len(unlisted) - 1} more in the column {self.group_column}, which {manifest} does not list')
+
+    def _manifest(self):
+        return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
+
+    def _in_proportions(self, names):
+        return split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}')
+
+    def record_split(self, loaded: Mapping[str, list[str]]) -> None:
+        """Writes the split of the tasks or classes of one file into the run's directory, if it is not written anywhere yet.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self.group_column and self.kept_manifest and os.path.isfile(self.root) and not self._manifest():
+            keep_split(self._in_proportions([name for of in self._sheets.values() for name in of]), [self.kept_manifest], f'values of {self.group_column}')
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
@@ -103,8 +190,8 @@ class Tables:
         if not features:
             raise UserError(f'--targets={",".join(self.target_names)} names all columns of {sheet.path}, which leaves nothing to predict from')
         if not self.target_names and CLASS in features:
-            raise UserError(f'{sheet.path} has a column {CLASS}, but each csv file is a class; remove that column, or name the columns to '
-                            'predict by --targets')
+            raise UserError(f'{sheet.path} has a column {CLASS}, but each csv file is a class; remove that column, or name it by '
+                            f'--label_column={CLASS}, or the columns to predict by --targets')
         return [*features, *self.target_names]
 
     @cached_property
@@ -132,9 +219,10 @@ class Tables:
         """
         tables = self._values[1][split]
         if not tables:
-            raise UserError(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}')
+            raise EmptySplit(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}' if not self.group_column else
+                             f'the {split} split of {self.root} is empty')
         if split == 'train' and not self.target_names:
-            report_shared(self._values[1], self.root)
+            report_names(self._values[1], self.root)
         values = np.concatenate(list(tables.values()))
         checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
         return Examples.grouped(self.columns.standardise(values), {name: len(rows) for name, rows in tables.items()}, checksum)
@@ -202,15 +290,17 @@ def read_sheet(path: str) -> Sheet:
     try:
         require_regular_file(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, delimiter=delimiter_of(file), skipinitialspace=True)
             lines = [(reader.line_num, row) for row in reader if row]
+            decimal_comma = reader.dialect.delimiter != ',' and _has_decimal_commas(cell for _, row in lines[1:] for cell in row)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} cannot be read as a csv file in UTF-8: {first_line(error)}') from error
     if len(lines) < 2:
         raise UserError(f'{path} {"has no rows below the names of its columns" if lines else "is empty"}')
-    sheet = Sheet(path, [name.strip() for name in lines[0][1]], [row for _, row in lines[1:]], [number for number, _ in lines[1:]])
+    sheet = Sheet(path, [name.strip() for name in lines[0][1]], [row for _, row in lines[1:]], [number for number, _ in lines[1:]],
+                  decimal_comma)
     _check_form(sheet)
     return sheet
 
@@ -237,7 +327,7 @@ def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) ->
     """
     _check_columns(sheet, names, like)
     indices = [sheet.columns.index(name) for name in names]
-    values = np.array([[as_number(row[index]) for index in indices] for row in sheet.rows])
+    values = np.array([[as_number(row[index], sheet.decimal_comma) for index in indices] for row in sheet.rows])
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         row, column = bad[0]
@@ -258,8 +348,37 @@ def _check_columns(sheet, names, like):
         raise UserError(f'{sheet.path} has a column {others[0]}, which {like} lacks')
 
 
-def as_number(text: str) -> float:
+def _has_decimal_commas(cells: Iterable[str]) -> bool:
+    """Whether the numbers in a file that commas do not separate are written as 1,5; not if some are written as 1.5, or if all of them may
+    be thousands like 1,500."""
+    written = [cell.strip() for cell in cells if not math.isfinite(as_number(cell)) or '.' in cell]
+    numbers = [cell for cell in written if math.isfinite(as_number(cell, True))]
+    return any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers) and not any('.' in cell for cell in numbers)
+
+
+def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
+    """Prints how numbers were read where that is not obvious."""
+    commas = sorted({sheet.path for sheet in sheets if sheet.decimal_comma})
+    if commas:
+        print(f'Note: numbers are read with a decimal comma, 1,5 as 1.5, in {commas[0]}'
+              + (f' and {len(commas) - 1} more files' if len(commas) > 1 else ''))
+    rounded = [(sheet, name, row) for sheet in sheets for name in names for row in [sheet.columns.index(name)]
+               if any(_is_rounded(cells[row]) for cells in sheet.rows)]
+    if rounded:
+        sheet, name, _ = rounded[0]
+        print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it numbers '
+              'the rows, remove it')
+
+
+def _is_rounded(cell):
+    """Whether a cell is a whole number that changes as a floating-point number."""
+    return len(cell) > 15 and re.fullmatch(r'\s*[+-]?\d{16,300}\s*', cell) and int(cell) != int(float(cell))
+
+
+def as_number(text: str, decimal_comma: bool = False) -> float:
     """A cell as a number; nan if it is none."""
+    if decimal_comma:
+        text = text if '.' in text else text.replace(',', '.', 1)
     try:
         return float(text) if '_' not in text else math.nan  # Python takes 1_000 for a number
     except ValueError:

@@ -4,7 +4,7 @@ import os
 import numpy as np
 
 from runtime.datasets.class_folders import subfolders
-from runtime.datasets.images import BadImages, decode_images, image_files, readable_suffixes
+from runtime.datasets.images import BadImages, decode_images, folder_contents, readable_suffixes
 from runtime.datasets.tasks import Source, TaskBatch, UserTask, one_hot, task_name
 from runtime.system.errors import UserError
 
@@ -62,7 +62,7 @@ def _find_images(support_dir: str, query_dir: str, skipped: frozenset[str]) -> t
 
 
 def _images(folder: str) -> list[str]:
-    return [os.path.join(folder, file.name) for file in image_files(folder, readable_suffixes())]
+    return [os.path.join(folder, file.name) for file in folder_contents(folder, readable_suffixes()).images]
 
 
 def _images_of(folder: str, classes: list[str]) -> Images:

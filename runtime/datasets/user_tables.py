@@ -1,7 +1,7 @@
 """A task that the user has put into two csv files: rows to learn from, and rows to predict for."""
 import numpy as np
 
-from runtime.datasets.tables import CLASS, Sheet, map_collecting_errors, read_sheet, sheet_values
+from runtime.datasets.tables import CLASS, Sheet, map_collecting_errors, read_sheet, report_numbers, sheet_values
 from runtime.datasets.tasks import Source, TaskBatch, UserTask, one_hot, task_name
 from runtime.system.errors import UserError
 
@@ -10,7 +10,8 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
     """Reads the rows of two files, standardised as in training.
 
     Args:
-        support_csv: has the columns of the training; in classification also one called class.
+        support_csv: has the columns of the training; in classification also one called class, or like the column of labels of the
+            training.
         query_csv: has the features; where it has the targets or classes too, predictions are compared with them.
 
     Raises:
@@ -18,14 +19,16 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
     """
     columns = source.files.columns
     support, queries = map_collecting_errors(read_sheet, [support_csv, query_csv])
+    report_numbers([support, queries], [])
     targets, classes = list(columns.targets), []
     known = np.full(len(queries.rows), bool(targets) and set(targets) <= set(queries.columns))
     columns_of = [(support, targets), (queries, targets if known.all() else [])]
     values = map_collecting_errors(lambda pair: columns.standardise(sheet_values(pair[0], [*columns.features, *pair[1]])), columns_of)
     (support_x, support_y), (query_x, query_y) = (np.split(rows, [len(columns.features)], axis=1) for rows in values)
     if not targets:
-        classes = _classes(support, support_csv)
-        support_y, query_y = (one_hot(_class_column(sheet), classes) for sheet in (support, queries))
+        column = source.files.group_column or CLASS
+        classes = _classes(support, column)
+        support_y, query_y = (one_hot(_class_column(sheet, column), classes) for sheet in (support, queries))
         known = query_y.any(axis=1)
     elif not known.all():
         query_y = np.zeros((len(query_x), len(targets)), np.float32)
@@ -34,18 +37,18 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
                     queries.columns, queries.rows)
 
 
-def _classes(support: Sheet, path: str) -> list[str]:
+def _classes(support: Sheet, column: str) -> list[str]:
     """The names of the classes, sorted; raises UserError if there are fewer than two, or a row has none."""
-    if CLASS not in support.columns:
-        raise UserError(f'{path} has no column {CLASS}, the class of each row')
-    classes = sorted(set(_class_column(support)))
+    if column not in support.columns:
+        raise UserError(f'{support.path} has no column {column}, the class of each row')
+    classes = sorted(set(_class_column(support, column)))
     if '' in classes:
-        raise UserError(f'the column {CLASS} of {path} is empty in a row')
+        raise UserError(f'the column {column} of {support.path} is empty in a row')
     if len(classes) < 2:
-        raise UserError(f'the column {CLASS} of {path} names only {classes[0]}; it must name two classes or more')
+        raise UserError(f'the column {column} of {support.path} names only {classes[0]}; it must name two classes or more')
     return classes
 
 
-def _class_column(sheet: Sheet) -> list[str]:
+def _class_column(sheet: Sheet, column: str) -> list[str]:
     """The class of each row; '' if it is not known."""
-    return [row[sheet.columns.index(CLASS)].strip() if CLASS in sheet.columns else '' for row in sheet.rows]
+    return [row[sheet.columns.index(column)].strip() if column in sheet.columns else '' for row in sheet.rows]

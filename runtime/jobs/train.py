@@ -75,7 +75,8 @@ def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
         checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
                               'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
-        changed = [split for split, fingerprint in checkpoint.record['data'].items() if fingerprints[split] != fingerprint]
+        trained_on = checkpoint.record['data']
+        changed = [split for split in sorted({*trained_on, *fingerprints}) if trained_on.get(split) != fingerprints.get(split)]
         if changed:
             kind = 'images' if run.source.image_shape else 'data'
             raise UserError(f'the {kind} of the {" and ".join(changed)} split are not those that the checkpoint '
@@ -155,7 +156,7 @@ def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
 def data_description(run: Training, data: dict[str, Tasks]) -> list[str]:
     """A line about the amount of data in each split, if the source has data on disk."""
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
-    outputs = data['val'].draw(0, 1).query_y.shape[-1]
+    outputs = data['val'].draw(0, 1).query_y.shape[-1] if 'val' in data else run.model.dim_output
     if outputs < run.model.dim_output:
         sizes[-1] += f', so that validation is {outputs}-way'
     if sizes and not run.source.image_shape:
@@ -179,7 +180,7 @@ def notes(config: ModelConfig) -> list[str]:
 def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
          progress: Progress, summaries: Summaries) -> None:
     """Trains from `state`, which is updated in place, to the end or an interruption, and saves the result."""
-    validation_model = model_for(data['val'], model)
+    validation_model = model_for(data.get('val'), model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
         if run.log and first % SUMMARY_INTERVAL == 0:
@@ -199,7 +200,7 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
             progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
-            score = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
+            score = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
             progress.announce('')
             if saving:
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
@@ -221,9 +222,9 @@ def summarise(run: Training, tasks: Tasks, model: MAML, iteration: int, summarie
         summaries.write('metatrain', model.evaluate(batch, updates), iteration, updates)
 
 
-def model_for(tasks: Tasks, model: MAML) -> MAML:
+def model_for(tasks: Tasks | None, model: MAML) -> MAML:
     """The model itself, or if tasks have fewer classes, one with as many outputs."""
-    outputs = tasks.draw(0, 1).query_y.shape[-1]
+    outputs = tasks.draw(0, 1).query_y.shape[-1] if tasks else model.config.dim_output
     return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
 
 
@@ -247,9 +248,12 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
-def validate(run: Training, model: MAML, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
+def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> float:
-    """The mean metric of validation tasks after adaptation. Prints it and writes summaries, with figures when `saving`."""
+    """The mean metric of validation tasks after adaptation; NaN if there are none. Prints it and writes summaries, with figures when
+    `saving`."""
+    if tasks is None:
+        return math.nan
     updates = usual_updates(run.model.num_updates, run.source.validation_updates)
     metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, updates)
     summaries.write('metaval', metrics, iteration, updates)

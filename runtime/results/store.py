@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.results.statistics import UNITS, bootstrap, figure, statistics
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import locked, require_regular_file, write_atomically, write_csv
+from runtime.system.files import STALE_SECONDS, locked, remove_parts, require_regular_file, write_atomically, write_csv
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
@@ -148,6 +148,7 @@ def add(directory: str, entry: Entry) -> None:
     """
     path = os.path.join(directory, FILE)
     with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
+        remove_parts(directory, STALE_SECONDS)  # of killed evaluations
         write(path, _last_of_each_key([*_read_if_present(path), entry]))
 
 

@@ -1,9 +1,17 @@
-"""The standard output and error of the program: errors of output never stop it, and file names cannot control the terminal."""
+"""The standard output and error of the program: errors of output never stop it, file names cannot control the terminal, and what ends
+the program is one sentence."""
 import contextlib
 import os
+import signal
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any, TextIO
+
+from absl.flags import Error
+
+from runtime.system.errors import UserError
+from runtime.system.interruption import TERMINATION_SIGNALS
 
 ASCII = str.maketrans({'±': '+-', '→': '->'})  # what to print where an encoding lacks these
 
@@ -72,3 +80,26 @@ def protect() -> None:
     for number, name in (1, 'stdout'), (2, 'stderr'):
         stream = getattr(sys, name) or open(number, 'w', closefd=False)
         setattr(sys, name, Console(stream))
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls a program's main with its arguments. What ends it is one sentence and a status: 1, or that of a signal."""
+    protect()
+    for ending in TERMINATION_SIGNALS:
+        if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(ending, lambda number, frame: sys.exit(128 + number))  # so that unfinished files are removed
+    try:
+        main(sys.argv)
+        sys.stdout.flush()
+    except (UserError, Error) as error:
+        sys.exit('main.py: ' + str(error).replace('\n', ' '))
+    except MemoryError as error:
+        sys.exit(f'main.py: there is not enough memory for what the flags ask for ({error})')
+    except KeyboardInterrupt:
+        print('Interrupted.', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does; Python must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # of SIGPIPE
+    except OSError as error:
+        sys.exit(f'main.py: {error}')

@@ -10,7 +10,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 import filelock
 
@@ -51,8 +51,11 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[str]], errors: st
 
 
 def require_regular_file(path: str | os.PathLike) -> None:
-    """Raises OSError if the path is a pipe, a device or a folder, which could block or never end, or if nothing is there."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    """Raises OSError if the path is a pipe, a device or a folder, which could block or never end, or if nothing is there.
+
+    So can the kernel's files in /proc and /sys, which look regular.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode) or os.path.realpath(path).startswith(('/proc/', '/sys/')):
         raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
 
 
@@ -60,9 +63,17 @@ def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
     """The names of the columns of a csv file in UTF-8, and its rows; raises OSError, UnicodeDecodeError or csv.Error."""
     require_regular_file(path)
     with open(path, newline='', encoding='utf-8-sig') as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, delimiter=delimiter_of(file))
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = list(reader)
-        return list(reader.fieldnames or ()), rows
+        return list(reader.fieldnames), rows
+
+
+def delimiter_of(file: TextIO) -> str:
+    """What separates the cells of a csv file that was just opened, by its first line: a comma, a semicolon or a tab."""
+    first = file.readline()
+    file.seek(0)
+    return max(',;\t', key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), ())))
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -1,0 +1,105 @@
+"""Lists of images: csv files with a line for each image, which names its file and its label."""
+import collections
+import csv
+import os
+from collections.abc import Mapping, Sequence
+
+from runtime.datasets.images import ImageFile, image_file
+from runtime.datasets.splits import split_named
+from runtime.system.errors import UserError
+from runtime.system.files import read_csv
+
+LABELS = 'label', 'class', 'category'  # columns that are taken for the label if no flag names one
+Labelled = dict[str | None, dict[str, list[ImageFile]]]
+
+
+def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: set[str]) -> Labelled:
+    """The images that csv files name, by split and label.
+
+    An image is named by its path below the root or by its last component, with its suffix or without. Its split is in a column
+    `split`, or is the name of its csv file; else it has none.
+
+    Args:
+        paths: of a csv file, or of several, separated by commas.
+        root: the folder of the images, in any folders below it.
+        label_column: None: a column of LABELS, or the only one that does not name images or splits.
+        suffixes: of files that are images.
+
+    Returns:
+        {split or None: {label: images}}; labels and images are sorted, and the images' names are relative to the root.
+
+    Raises:
+        UserError: a file cannot be used, or names images that are not there, or one image twice.
+    """
+    index, line_of, missing = _index(root, suffixes), {}, []
+    labelled: Labelled = collections.defaultdict(lambda: collections.defaultdict(list))
+    for path in map(str.strip, paths.split(',')):
+        for place, name, label, split in _rows(path, root, label_column, index):
+            images = index.get(name, ())
+            if len(images) > 1:
+                raise UserError(f'{place} names {name}, and {root} holds {" and ".join(images[:2])}; write the path')
+            if not images:
+                missing.append(f'{name} ({place})')
+            elif line_of.setdefault(images[0], place) != place:
+                raise UserError(f'{images[0]} is in {line_of[images[0]]} and in {place}; remove one')
+            else:
+                labelled[split][label].append(image_file(images[0], os.stat(os.path.join(root, images[0]))))
+    if missing:
+        raise UserError(f'{len(missing)} of the {len(missing) + len(line_of)} images that are listed are not in {root}, first {missing[0]}; '
+                        'remove their lines, or give the folder of the images as --data_path')
+    if None in labelled and len(labelled) > 1:
+        raise UserError(f'--split_file={paths} gives only some of the images a split')
+    return {split: {label: sorted(images) for label, images in sorted(of.items())} for split, of in labelled.items()}
+
+
+def _index(root: str, suffixes: set[str]) -> Mapping[str, Sequence[str]]:
+    """{name: paths of images relative to the root}, by each name that a list may have for them."""
+    index = collections.defaultdict(list)
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.'):
+                path = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
+                for alias in {path, name, os.path.splitext(path)[0], os.path.splitext(name)[0]}:
+                    if alias != path or index[path] != [path]:
+                        index[alias].append(path)
+    return {name: [name] if name in paths else paths for name, paths in index.items()}  # a whole path is never ambiguous
+
+
+def _rows(path, root, label_column, index):
+    """Yields (place, name, label, split) of each line."""
+    try:
+        columns, rows = read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'--split_file={path} cannot be read: {error}') from error
+    if not rows or len(columns) < 2:
+        raise UserError(f'{path} lists no images: its first line names its columns, such as filename,label, and then comes a line for each')
+    cells = [{name: (row[name] or '').strip() for name in columns} for row in rows]
+    image = _image_column(path, cells, label_column, index, root)
+    label = _label_column(path, columns, image, label_column)
+    has_splits, of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
+    for number, row in enumerate(cells, start=2):
+        place, split = f'line {number} of {path}', split_named(row['split']) if has_splits else of_file
+        if not row[image] or not row[label] or '/' in row[label] or (has_splits and split is None):
+            raise UserError(f'{place} lacks an image, a label (without a slash) or, if there is such a column, a split')
+        yield place, row[image], row[label], split
+
+
+def _image_column(path, rows, label_column, index, root):
+    """The column of which most cells name images."""
+    counts = {name: sum(row[name] in index for row in rows) for name in rows[0] if name not in ('split', label_column)}
+    image = max(counts, key=lambda name: counts[name])
+    if not counts[image]:
+        raise UserError(f'no column of {path} ({", ".join(rows[0])}) names images below {root}, such as '
+                        f'{next(iter(index), "(it holds none)")}; give their folder as --data_path')
+    return image
+
+
+def _label_column(path, columns, image, label_column):
+    """The column that a flag names, or that is called like a label, or the only other one."""
+    others = [name for name in columns if name not in ('split', image)]
+    called = [name for name in others if name.lower() in LABELS] or (others if len(others) == 1 else [])
+    label = label_column or next(iter(called), None)
+    if label not in others:
+        raise UserError(f'{path} has the columns {", ".join(columns)}; name the one with the labels by --label_column')
+    return label

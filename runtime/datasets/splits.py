@@ -1,0 +1,174 @@
+"""Which classes, or tables, are for train, val and test: by folders of these names, by a manifest, or in proportions.
+
+A manifest is a csv file with the columns split and class.
+"""
+import collections
+import csv
+import hashlib
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError
+from runtime.system.files import read_csv, write_csv
+
+MANIFEST = 'splits.csv'
+NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'testing': 'test'}
+SHOWN_KINDS = 5  # kinds of files by name in a message
+
+
+class EmptySplit(UserError):
+    """A split has no classes, or tables, at all."""
+
+
+def split_named(name: str) -> str | None:
+    """The split that a folder, a file or a cell of this name stands for, in capitals or not."""
+    return NAMES.get(name.strip().lower())
+
+
+def split_entries(folder: str, suffix: str = '') -> dict[str, str]:
+    """{split: name} of the entries of a folder that are called like a split, and end in the suffix.
+
+    Raises:
+        UserError: two of them stand for the same split.
+    """
+    entries = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        split = split_named(name[:-len(suffix)] if suffix else name) if name.lower().endswith(suffix) else None
+        if split and entries.setdefault(split, name) != name:
+            raise UserError(f'{folder} holds both {entries[split]} and {name}; rename one')
+    return entries
+
+
+# Manifests ----------------------------------------------------------------------------------------------------------
+
+def read_manifest(path: str, split: str, root: str | None = None) -> list[str]:
+    """Class folders of a split, sorted, from a csv file with the columns split and class.
+
+    Args:
+        root: the data folder; a name without a folder there is read without blanks around it and slashes at its end.
+
+    Raises:
+        UserError: the file cannot be read, or a line is malformed.
+    """
+    try:
+        columns, rows = read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'the manifest {path} cannot be read: {error}') from error
+    if {'split', 'class'} - set(columns):
+        raise UserError(f'the first line of the manifest {path} must be split,class')
+    line_of, names = {}, []
+    for number, row in enumerate(rows, start=2):
+        name, row_split = row['class'] or '', split_named(row['split'] or '')
+        if root and not os.path.isdir(os.path.join(root, name)) or name.endswith('/'):
+            name = name.strip().rstrip('/')
+        if row_split is None or not _is_below(name):
+            raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
+                            f'{", ".join(SPLITS)} and class a folder below the data')
+        if line_of.setdefault(name, number) != number:
+            raise UserError(f'the manifest {path} lists {name} twice, in lines {line_of[name]} and {number}')
+        names += [name] if row_split == split else []
+    return sorted(names)
+
+
+def write_manifest(path: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Writes [(split, class)] as `read_manifest` reads it. Raises OSError or UnicodeEncodeError if that cannot be done."""
+    write_csv(path, [('split', 'class'), *rows])
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name, with forward slashes on every system, is a normalised relative path that stays below its folder."""
+    return not {'', '.', '..'} & set(name.split('/')) and not os.path.isabs(name) and not os.path.splitdrive(name)[0]
+
+
+# Proportions --------------------------------------------------------------------------------------------------------
+
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
+    """Splits classes in an order that depends on their names only.
+
+    Args:
+        names: class folders.
+        ratios: proportions of train, val and test; each that is not 0 gets at least one class.
+        root: what to call the folder in an error.
+
+    Returns:
+        [(split, class)].
+
+    Raises:
+        UserError: there are too few classes.
+    """
+    parts = sum(ratio > 0 for ratio in ratios)
+    if len(names) < parts:
+        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test')
+    shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
+    counts = [max(ratio > 0, len(names) * ratio // sum(ratios)) for ratio in ratios]
+    first = next(index for index, ratio in enumerate(ratios) if ratio)  # gets what is left over
+    counts[first] = len(names) - sum(counts[first + 1:])
+    if counts[first] < 1:
+        raise UserError(f'{split_flag(ratios)} leaves no class of the {len(names)} in {root} for '
+                        + {'train': 'training', 'val': 'validation'}[SPLITS[first]])
+    rest = iter(shuffled)
+    return [(split, name) for split, count in zip(SPLITS, counts) for name in sorted(next(rest) for _ in range(count))]
+
+
+def split_flag(ratios: tuple[int, int, int]) -> str:
+    """The flag that asks for these proportions."""
+    return '--split=' + '/'.join(map(str, ratios))
+
+
+def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str) -> None:
+    """Writes a manifest to the first of some paths that can be written, and prints where it is.
+
+    Raises:
+        UserError: to none of them.
+    """
+    reasons = []
+    for path in paths:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_manifest(path, rows)
+        except (OSError, UnicodeEncodeError) as error:
+            reasons.append(f'{path} ({error})')
+            continue
+        counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+        print(f'Split the {what} into {counts} for train / val / test; the list is in {path}')
+        return
+    raise UserError(f'the split of the {what} cannot be written to {" nor to ".join(reasons)}; make a folder writable, or sort them into '
+                    'folders train, val and test yourself')
+
+
+# What is strange ----------------------------------------------------------------------------------------------------
+
+def report_names(classes: Mapping[str, Iterable[str]], root: str) -> None:
+    """Prints which names of classes are in two splits, or differ only in capitals or in how Unicode writes them: meta-test is about
+    classes that training has not seen.
+
+    Args:
+        classes: {split: names}.
+    """
+    names = {split: set(of) for split, of in classes.items()}
+    shared = [(name, first, second) for first, second in itertools.combinations(names, 2) for name in sorted(names[first] & names[second])]
+    if shared:
+        name, first, second = shared[0]
+        more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
+        print(f'Note: {root} has a class {name} in {first} and in {second}{more}. If these are the same classes, validation and '
+              'meta-test do not measure the learning of new ones: put each class into one split, or give the folder of the class folders '
+              'of one split as --data_path, to have them split')
+    similar = collections.defaultdict(list)
+    for name in sorted(set().union(*names.values())):
+        similar[unicodedata.normalize('NFKC', name).casefold().strip()].append(name)
+    alike = [group for group in similar.values() if len(group) > 1]
+    if alike:
+        more = f', and {len(alike) - 1} more such groups' if len(alike) > 1 else ''
+        print(f'Note: {root} has the classes {" and ".join(map(repr, alike[0]))}, which differ only in capitals, blanks or Unicode form'
+              f'{more}. If they are one class, make them one')
+
+
+def counted_kinds(names: Iterable[str]) -> str:
+    """Text: how many files of each kind there are, as in '3 .dcm and 1 .txt'."""
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix' for name in names).most_common()
+    shown = [f'{count} {kind}' for kind, count in kinds[:SHOWN_KINDS]]
+    rest = sum(count for _, count in kinds[SHOWN_KINDS:])
+    return ', '.join(shown + [f'{rest} of other kinds'] * (rest > 0))

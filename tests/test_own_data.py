@@ -1,0 +1,340 @@
+"""The forms in which users have their data: folders of many layouts, lists, tables with any separator. Read, or named with a cure."""
+import csv
+import io
+import itertools
+import json
+import os
+import unicodedata
+
+import numpy as np
+import pytest
+from test_tables import CLASSES, EVALUATE
+
+from conftest import error_of, results_of, run_ok, write_image_tree
+from data_generator import SOURCES
+from runtime.datasets import class_folders, images, splits
+from runtime.datasets.class_folders import ClassFolders
+from runtime.datasets.images import BadImages
+from runtime.datasets.splits import EmptySplit, split_classes
+from runtime.datasets.tables import Tables, as_number, read_sheet, sheet_values
+from runtime.datasets.tasks import SPLITS
+from runtime.system.errors import UserError
+
+RATIOS = (64, 16, 20)
+
+
+def own(root, **how):
+    return ClassFolders(str(root), split_ratios=RATIOS, **how)
+
+
+def load(root, split='train', **how):
+    return own(root, **how).load(split, (4, 4, 3))
+
+
+def write(root, *names):
+    write_image_tree(root, names, images=2, size=(6, 6, 3))
+    return root
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# Folders
+
+SPELLINGS = [('train', 'val', 'test'), ('Train', 'Val', 'Test'), ('TRAIN', 'VALID', 'TEST'), ('training', 'validation', 'testing'),
+             ('Training', 'valid', 'test')]
+
+
+@pytest.mark.parametrize('inner', ['', '/images'])
+@pytest.mark.parametrize('beside', ['', 'notes.txt', 'boxes.json'])
+@pytest.mark.parametrize('names', SPELLINGS)
+def test_folders_of_splits_are_taken_for_what_they_are(names, beside, inner, tmp_path, capsys):
+    for split, name in zip(SPLITS, names):
+        write(tmp_path, *(f'{name}/{split}{number}{inner}' for number in range(3)))
+        if beside:
+            (tmp_path / name / f'{split}0' / beside).write_text('')
+    for split, name in zip(SPLITS, names):
+        examples = load(tmp_path, split)
+        assert examples.names == [f'{name}/{split}{number}' for number in range(3)] and examples.counts.tolist() == [2, 2, 2]
+        said = capsys.readouterr().out
+        suffix = os.path.splitext(beside)[1]
+        assert (f'Left out in the {split} split, in {tmp_path}: 1 file of other kinds (1 {suffix}), first {name}/{split}0/{beside}' in said
+                if beside else 'Left out' not in said), said
+
+
+def test_two_folders_of_one_split(tmp_path):
+    write(tmp_path, 'val/a', 'valid/b', 'train/c')
+    with pytest.raises(UserError, match='holds both val and valid; rename one'):
+        load(tmp_path)
+
+
+def roboflow_list(root):
+    write(root, 'train', 'valid', 'test')
+    write_text(root / 'train' / '_classes.csv', 'filename, cat, dog\n00.png, 1, 0\n')
+
+
+LAYOUTS = {
+    'alphabets': (lambda root: write(root, *(f'{split}/{name}/{number}' for split in SPLITS for name in ('Greek', 'Latin') for number in '12')),
+                  'train/Greek in .* holds no image, nor do 1 others; its 2 folders do, such as train/Greek/1/00.png: if they are the classes, '
+                  'move them one level up, or list them in .*splits.csv, in lines like train,train/Greek/1'),
+    'twice train': (lambda root: write(root, *(f'{split}/{split}/{name}' for split in SPLITS for name in 'abc')),
+                    'its 3 folders do, such as train/train/a/00.png: '),
+    'unread kinds': (lambda root: [write_text(root / 'train' / 'a' / name, '') for name in ('1.dcm', '2.dcm', '3.heic')],
+                     'holds 2 .dcm, 1 .heic; convert what are images'),
+    'nothing': (lambda root: (root / 'train' / 'a').mkdir(parents=True), 'holds no image; remove it$'),
+    'no class folders': (roboflow_list, 'folders test and train and valid without class folders in them; .*train holds 2 .png, 1 .csv, .*'
+                                        'if _classes.csv says the labels of images: --split_file='),
+    'object detection': (lambda root: [write(root, *(f'{split}/images' for split in SPLITS)), *(
+        write_text(root / split / 'labels' / '1.txt', '') for split in SPLITS)], 'train/labels in .* holds no image; .* holds 1 .txt; convert'),
+    'one level above': (lambda root: write(root, *(f'data/{split}/{name}' for split in SPLITS for name in 'ab')),
+                        'with images such as data/[a-z]*/[ab]/00.png; perhaps --data_path=.*/data is meant'),
+    'images only': (lambda root: [write(root, 'x'), *((root / 'x' / name).rename(root / name) for name in ('00.png', '01.png')),
+                                  (root / 'x').rmdir(), write_text(root / 'labels.csv', 'id,label\n')],
+                    'holds 0 class folders, .* holds 2 .png, 1 .csv, with images such as 0..png .*--split_file=.*labels.csv'),
+}
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_layouts_that_cannot_be_are_described(name, tmp_path):
+    make, words = LAYOUTS[name]
+    make(tmp_path)
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(UserError, match=words) as error:
+        load(tmp_path)
+    assert sorted(tmp_path.rglob('*')) == before and ('remove it' in str(error.value)) == (name == 'nothing')
+
+
+def test_one_kind_of_kernel_file_is_no_image(tmp_path):
+    """It would be waited for: such files look regular."""
+    write(tmp_path, 'train/a')
+    (tmp_path / 'train' / 'a' / 'log.png').symlink_to('/proc/kmsg')
+    with pytest.raises(BadImages, match='log.png cannot be read as an image .*not a regular file'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize('line', ['{split},{name}', ' {split} , {name} ', '{split},{name}/', '{split}, {name}/ ', '"{split}","{name}"'])
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+def test_manifests_as_people_write_them(separator, line, tmp_path):
+    write(tmp_path, 'a', 'b b', 'c/d')
+    lines = [line.format(split=split, name=name) for split, name in (('Train', 'a'), ('valid', 'b b'), ('test', 'c/d'))]
+    write_text(tmp_path / 'splits.csv', '\n'.join(line.replace(',', separator) for line in ['split,class', *lines]))
+    assert [load(tmp_path, split).names for split in SPLITS] == [['a'], ['b b'], ['c/d']]
+
+
+@pytest.mark.parametrize('names', [('Cat', 'cat'), (unicodedata.normalize('NFC', 'é'), unicodedata.normalize('NFD', 'é')), ('a', 'a ')])
+def test_classes_that_differ_only_in_how_they_are_written(names, tmp_path, capsys):
+    write(tmp_path, *names, 'other', 'another')
+    load(tmp_path)
+    assert 'differ only in capitals, blanks or Unicode form' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('ratios', [(0, 0, 100), (0, 1, 1), (80, 0, 20), (80, 20, 0), (64, 16, 20), (1, 0, 0)])
+@pytest.mark.parametrize('count', [3, 10, 37])
+def test_proportions_that_are_zero(ratios, count):
+    names = [f'class{number}' for number in range(count)]
+    rows = split_classes(names, ratios, 'here')
+    counts = [sum(split == name for name, _ in rows) for split in SPLITS]
+    assert sorted(name for _, name in rows) == sorted(names)
+    assert [bool(number) for number in counts] == [bool(ratio) for ratio in ratios]
+    assert all(abs(number - count * ratio / sum(ratios)) <= 2 for number, ratio in zip(counts, ratios))
+
+
+def make_read_only(root, monkeypatch):
+    """Manifests cannot be written below a folder."""
+    write_csv = splits.write_csv
+
+    def refuse(path, rows):
+        if str(path).startswith(str(root)):
+            raise OSError(30, 'Read-only file system')
+        write_csv(path, rows)
+
+    monkeypatch.setattr(splits, 'write_csv', refuse)
+
+
+def test_the_split_is_kept_with_the_run(tmp_path, monkeypatch, capsys):
+    """On a disk that cannot be written to. Classes that come later do not change it."""
+    root, kept = write(tmp_path / 'data', *(f'class{number}' for number in range(10))), tmp_path / 'run' / 'splits.csv'
+    make_read_only(root, monkeypatch)
+    before = [own(root, kept_manifest=str(kept)).names(split) for split in SPLITS]
+    assert kept.exists() and f'the list is in {kept}' in capsys.readouterr().out
+    write(root, *(f'later{number}' for number in range(10)))
+    assert [own(root, kept_manifest=str(kept)).names(split) for split in SPLITS] == before
+    with pytest.raises(UserError, match='the split of the classes cannot be written to .*make a folder writable'):
+        own(root).names('train')
+
+
+def test_bad_images_are_decoded_once(tmp_path, monkeypatch):
+    """--skip_bad_images knows at the next start which they are; unless they have changed."""
+    write(tmp_path, *(f'{split}/a' for split in SPLITS))
+    bad = tmp_path / 'train' / 'a' / 'bad.png'
+    bad.write_bytes(b'none')
+    first, decode = load(tmp_path, skip_bad_images=True), class_folders.decode_images
+    monkeypatch.setattr(class_folders, 'decode_images', None)  # would fail if called
+    again = load(tmp_path, skip_bad_images=True)
+    assert again.counts.tolist() == [2] and again.checksum == first.checksum
+    monkeypatch.setattr(class_folders, 'decode_images', decode)
+    with pytest.raises(BadImages):
+        load(tmp_path)
+    bad.write_bytes((tmp_path / 'train' / 'a' / '00.png').read_bytes())
+    assert load(tmp_path, skip_bad_images=True).counts.tolist() == [3]
+    for text in '', '[]', json.dumps({'fingerprint': 1}):
+        bad.write_bytes(b'none')
+        (tmp_path / '.cache' / 'train_4x4x3.bad.json').write_text(text)
+        assert load(tmp_path, skip_bad_images=True).counts.tolist() == [2]
+
+
+# Lists of images
+
+def listed(root, nested, suffix, separator, header):
+    """Twelve images of four labels, and their list."""
+    write_image_tree(root, ['images'], images=12, size=(6, 6, 3))
+    folder = 'images/' if nested else ''
+    lines = [f'{folder}{number:02d}{".png" if suffix else ""},label{number % 4}' for number in range(12)]
+    return write_text(root / 'labels.csv', '\n'.join(line.replace(',', separator) for line in [header, *lines]))
+
+
+@pytest.mark.parametrize('header', ['filename,label', 'id,breed', 'image_path,Class'])
+@pytest.mark.parametrize('nested, suffix, separator', itertools.product([True, False], [True, False], [',', ';', '\t']))
+def test_lists_of_images(nested, suffix, separator, header, tmp_path):
+    path = listed(tmp_path, nested, suffix, separator, header)
+    examples = [load(tmp_path, split, split_file=str(path)) for split in SPLITS]
+    assert sorted(name for of in examples for name in of.names) == [f'label{number}' for number in range(4)]
+    for of in examples:
+        for name, start, count in zip(of.names, of.starts, of.counts):
+            files = [str(tmp_path / 'images' / f'{number:02d}.png') for number in range(int(name[-1]), 12, 4)]
+            expected = np.concatenate(list(images.decode_images(files, (4, 4, 3), True, '', '')))
+            assert (of.values[start:start + count] == expected).all()
+
+
+def test_lists_with_splits(tmp_path):
+    """A column, or one list for each split as Ravi & Larochelle's of MiniImagenet."""
+    listed(tmp_path, False, True, ',', 'filename,label')
+    with_column = write_text(tmp_path / 'all.csv', 'filename,label,split\n00.png,a,train\n01.png,b,Valid\n02.png,c,test\n')
+    assert [load(tmp_path, split, split_file=str(with_column)).names for split in SPLITS] == [['train/a'], ['val/b'], ['test/c']]
+    lists = [write_text(tmp_path / f'{split}.csv', f'filename,label\n0{number}.png,n{number}\n') for number, split in enumerate(SPLITS)]
+    assert [load(tmp_path, split, split_file=','.join(map(str, lists))).names for split in SPLITS] == [['train/n0'], ['val/n1'], ['test/n2']]
+
+
+@pytest.mark.parametrize('text, words', [
+    ('filename,label\n00.png,a\n99.png,b\n', '1 of the 2 images that are listed are not in .*first 99.png .line 3 of'),
+    ('filename,label\n00.png,a\nimages/00.png,b\n', 'images/00.png is in line 2 of .* and in line 3'),
+    ('filename,label\nx,a\n', 'no column of .* names images below .*, such as '),
+    ('filename,label\n00.png,\n', 'line 2 of .* lacks an image, a label'),
+    ('filename,one,two\n00.png,a,b\n', 'has the columns filename, one, two; name the one with the labels by --label_column'),
+    ('filename,label,split\n00.png,a,somewhere\n', 'line 2 of .* lacks'), ('filename,label\n', 'lists no images'), ('', 'lists no images'),
+])
+def test_lists_that_cannot_be(text, words, tmp_path):
+    listed(tmp_path, False, True, ',', 'filename,label')
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, split_file=str(write_text(tmp_path / 'bad.csv', text)))
+
+
+# Tables
+
+def table_text(rows, separator, comma, quoting):
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator, quoting=csv.QUOTE_ALL if quoting else csv.QUOTE_MINIMAL)
+    writer.writerows([[cell.replace('.', ',') if comma and number else cell for cell in row] for number, row in enumerate(rows)])
+    return text.getvalue()
+
+
+@pytest.mark.parametrize('quoting', [True, False])
+@pytest.mark.parametrize('separator, comma', [(',', False), (';', False), (';', True), ('\t', False), ('\t', True)])
+def test_tables_with_any_separator(separator, comma, quoting, tmp_path):
+    rng = np.random.default_rng(0)
+    for case in range(20):
+        values = rng.normal(0, 10.0 ** rng.integers(-3, 5), (5, 3)).round(rng.integers(1, 7))
+        rows = [['x', 'y', 'z'], *([repr(float(value)) for value in row] for row in values)]
+        path = write_text(tmp_path / f'{case}.csv', table_text(rows, separator, comma, quoting))
+        sheet = read_sheet(str(path))
+        assert sheet.columns == ['x', 'y', 'z'] and (sheet_values(sheet, 'xyz') == values).all()
+
+
+@pytest.mark.parametrize('rows', ['1,500;2\n3,250;4', '1.5;2\n1,5;4', '1.234,5;2'])
+def test_numbers_that_may_mean_two_things_are_refused(rows, tmp_path):
+    sheet = read_sheet(str(write_text(tmp_path / 'x.csv', f'x;y\n{rows}\n')))
+    with pytest.raises(UserError, match='not a? ?finite number'):
+        sheet_values(sheet, ['x', 'y'])
+
+
+def test_decimal_commas_are_numbers_of_one_comma():
+    assert as_number('-1,5e3', True) == -1500 and not np.isfinite([as_number('1,5'), as_number('1,5,2', True), as_number('1.2,3', True)]).any()
+
+
+def one_table(path, names='abcdefgh', group='species'):
+    rng = np.random.default_rng(0)
+    rows = [[name, *map(str, rng.normal(ord(name), 1, 2))] for name in names for _ in range(8)]
+    return write_text(path, table_text([[group, 'x', 'y'], *rows], ',', False, False))
+
+
+def test_one_table_with_a_column_of_labels(tmp_path):
+    path, kept = one_table(tmp_path / 'all.csv'), tmp_path / 'run' / 'splits.csv'
+
+    def tables(**how):
+        return Tables(str(path), (), None, 'species', kept_manifest=str(kept), **how)
+
+    first = tables()
+    names = [first.load(split).names for split in SPLITS]
+    assert sorted(sum(names, [])) == list('abcdefgh') and [len(of) for of in names] == [6, 1, 1]
+    first.record_split({})
+    one_table(path, 'abcdefghijklmnop')
+    assert [tables().load(split).names for split in SPLITS] == names
+    with pytest.raises(UserError, match='does not match --split=1/1/1'):
+        tables(split_ratios=(1, 1, 1), split_given=True).load('train')
+    manifest = write_text(tmp_path / 'mine.csv', 'split,class\ntrain,a\ntrain,b\ntest,h\n')
+    given = tables(split_file=str(manifest))
+    assert given.load('train').names == ['a', 'b'] and given.load('test').names == ['h']
+    with pytest.raises(EmptySplit):
+        given.load('val')
+    with pytest.raises(UserError, match='--label_column names the one'):
+        Tables(str(path)).load('train')
+    assert SOURCES['table'].files.group_column is None
+
+
+def test_three_tables_with_a_column_of_tasks(tmp_path):
+    for split, names in zip(('train', 'valid', 'test'), ('abc', 'de', 'f')):
+        one_table(tmp_path / f'{split}.csv', names, 'patient')
+    tables = Tables(str(tmp_path), ('y',), None, 'patient')
+    assert [tables.load(split).names for split in SPLITS] == [list('abc'), list('de'), ['f']] and list(tables.columns.features) == ['x']
+
+
+def test_whole_numbers_that_would_be_rounded(tmp_path, capsys):
+    for number, noted in ((2 ** 53, False), (2 ** 53 + 1, True), (10 ** 17, False), (10 ** 17 + 1, True)):
+        for split in SPLITS:
+            write_text(tmp_path / str(number) / split / 'a.csv', f'x,id\n1,{number}\n2,3\n')
+        Tables(str(tmp_path / str(number))).load('train')
+        assert ('whole numbers beyond 2^53' in capsys.readouterr().out) == noted
+
+
+def test_a_table_without_validation(tmp_path, few_tasks):
+    """From training to meta-test; the split is the run's."""
+    flags = [*CLASSES, f'--data_path={one_table(tmp_path / "all.csv")}', '--label_column=species', '--split=5/0/3', f'--logdir={tmp_path / "logs"}',
+             '--metatrain_iterations=2']
+    output = run_ok(*flags)
+    assert 'nothing is validated' in output and 'Split the values of species into 5 / 0 / 3' in output and 'did best' not in output
+    run, = (tmp_path / 'logs').iterdir()
+    assert 'trained on' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
+    run_ok(f'--run={run}', *EVALUATE)
+    assert results_of(run)[-1].tasks.split == 'test'
+    assert 'add' not in error_of(f'--run={run}', '--train=False') and '--test_set' in error_of(f'--run={run}', '--train=False')
+    for more, words in (['--split=0/0/100'], 'leaves no classes to train on'), (['--targets=x'], '--label_column is for classification'), (
+            ['--task_column=x'], 'give one'):
+        assert words in error_of(*flags, *more)
+
+
+def test_class_folders_that_cannot_be_written_to(tmp_path, few_tasks, monkeypatch):
+    """A training of a folder on a read-only disk, and its evaluation on all classes of another one."""
+    root = write(tmp_path / 'data', *(f'class{number}' for number in range(8)))
+    make_read_only(root, monkeypatch)
+    flags = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
+             '--test_query=1', '--metatrain_iterations=2', f'--data_path={root}', '--split=4/2/2', f'--logdir={tmp_path / "logs"}']
+    assert 'Split the classes into 4 / 2 / 2' in run_ok(*flags)
+    run, = (tmp_path / 'logs').iterdir()
+    assert len((run / 'splits.csv').read_text().splitlines()) == 9
+    other = write(tmp_path / 'other', 'a', 'b', 'c')
+    output = run_ok(f'--run={run}', f'--data_path={other}', '--split=0/0/100', '--test_query=1', *EVALUATE)
+    assert 'Split' not in output and not (other / 'splits.csv').exists()
+    assert results_of(run)[-1].tasks.split == 'test'
