@@ -28,13 +28,13 @@ def relative_error(gradients: dict, exact: dict) -> float:
 
 def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) -> list[float]:
     """|difference - derivative| / |derivative| along random directions; `loss_at({name: array})` is the loss at these offsets."""
-    found = []
+    errors = []
     for _ in range(DIRECTIONS):
         along = {name: rng.normal(size=value.shape) for name, value in gradients.items()}
         derivative = sum(np.sum(np.asarray(gradients[name]) * along[name]) for name in along)
         ahead, behind = (loss_at({name: sign * STEP * value for name, value in along.items()}) for sign in (1, -1))
-        found.append(abs((ahead - behind) / (2 * STEP) - derivative) / abs(derivative))
-    return found
+        errors.append(abs((ahead - behind) / (2 * STEP) - derivative) / abs(derivative))
+    return errors
 
 
 def check(directory: str, differences: int) -> None:

@@ -9,7 +9,6 @@ came to its end is compared with the undisturbed one, bit for bit: variables, re
 many kills hit a running process, and ends with status 1 if anything was corrupt but marked complete, or differed.
 """
 import argparse
-import csv
 import glob
 import io
 import json
@@ -66,14 +65,8 @@ class Outcome(NamedTuple):
 
 
 class Part:
-    """A part of the program: `command` is the next process's, `check` asserts that what is left after it is as it should be."""
+    """A part of the program: `command()` is the next process's, `check(outcome)` asserts that what it left is as it should be."""
     signals: tuple[signal.Signals, ...] = (signal.SIGKILL,)
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
-
-    def check(self, outcome: Outcome) -> None:
-        raise NotImplementedError
 
 
 class Preparation(Part):
@@ -82,17 +75,13 @@ class Preparation(Part):
     def __init__(self, folder: str):
         self.source, self.destination, self.runs = os.path.join(folder, 'source'), os.path.join(folder, 'prepared'), 0
         os.makedirs(self.source)
-        rng, rows = np.random.default_rng(0), {'train': [], 'val': [], 'test': []}
+        rng = np.random.default_rng(0)
         with zipfile.ZipFile(os.path.join(self.source, 'images.zip'), 'w') as archive:
             for row in read_classes(os.path.join(ROOT, 'data', 'miniImagenet', 'classes.csv')):
                 for number in range(4):
                     name, content = f'{row["class"]}{number:08d}.png', io.BytesIO()
                     Image.fromarray(rng.integers(0, 256, (84, 84, 3), np.uint8)).save(content, 'PNG')
                     archive.writestr(name, content.getvalue())
-                    rows[row['split']].append((name, row['class']))
-        for split, listed in rows.items():
-            with open(os.path.join(self.source, split + '.csv'), 'w', newline='') as file:
-                csv.writer(file).writerows([('filename', 'label'), *listed])
         run(self.command())
         self.expected = contents(self.destination, '*/*/*.png')
 
@@ -245,10 +234,10 @@ class Comparison(Part):
             Image.open(io.BytesIO(picture)).load()
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differences(values: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """The names of entries that are not the same, bit for bit."""
-    return [name for name in one.keys() | other.keys()
-            if name not in one or name not in other or not np.array_equal(one[name], other[name])]
+    return [name for name in values.keys() | expected.keys()
+            if name not in values or name not in expected or not np.array_equal(values[name], expected[name])]
 
 
 def run(command: Sequence[str]) -> str:

@@ -132,7 +132,7 @@ ROWS = [
 class State(NamedTuple):
     """The progress of a row."""
     directory: str
-    wanted: int             # iterations
+    iterations: int         # of the whole training
     newest: int             # iterations of the newest checkpoint; 0: none
     ranking: list[int]      # iterations of the checkpoints that did best on meta-validation
     missing: str            # '', or the reason why its data cannot be used
@@ -152,10 +152,10 @@ def state_of(row: Row) -> State:
     _, tasks = source_and_tasks(evaluation)
     inner = evaluation.update_lr, evaluation.inner_batch, headline_updates(evaluation)
     directory, missing = training.directory, missing_classes(training, 'train')
-    there = checkpoints.iterations(directory)
-    record = checkpoints.find(directory, None).record if there else {'iteration': 0, 'best': None}
+    saved = checkpoints.iterations(directory)
+    record = checkpoints.find(directory, None).record if saved else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
-               if entry['iteration'] in there]  # a shipped run may have its newest checkpoint only
+               if entry['iteration'] in saved]  # a shipped run may have its newest checkpoint only
     return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, tasks, inner)
 
 
@@ -272,7 +272,7 @@ def cells(row: Row, state: State) -> tuple[str, ...]:
     timed = sum(done["iterations"] for done in spent.values())
     hours += f' for {timed:,} of them' if hours and timed != state.newest else ''
     return (row.title, row.paper, row.reference, shown['newest'], (best or '') + (ensemble or ''),
-            f'{state.newest:,} of {state.wanted:,}', hours, row.peer)
+            f'{state.newest:,} of {state.iterations:,}', hours, row.peer)
 
 
 def scores(entry: store.Entry) -> str:
@@ -291,7 +291,7 @@ def commands(row: Row, state: State) -> str:
 def write_table() -> None:
     """Writes the table between two marks in docs/results.md, and the commands of its rows to docs/results-commands.md."""
     states = [state_of(row) for row in ROWS]
-    table = '\n'.join(f'| {" | ".join(one)} |' for one in [HEADS, ['---'] * len(HEADS), *map(cells, ROWS, states)])
+    table = '\n'.join(f'| {" | ".join(row)} |' for row in [HEADS, ['---'] * len(HEADS), *map(cells, ROWS, states)])
     listing = '\n'.join(map(commands, ROWS, states))
     with open(PAGE, encoding='utf-8') as file:
         before, rest = file.read().split(BEGIN)
@@ -304,8 +304,8 @@ def main_loop(rows: list[Row], until: int) -> None:
     """Trains each row to its end, or to `until` iterations if that is less, and evaluates it."""
     for count, row in enumerate(rows, start=1):
         state = state_of(row)
-        title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.wanted:,} iterations'
-        unfinished = state.newest < min(state.wanted, until)
+        title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.iterations:,} iterations'
+        unfinished = state.newest < min(state.iterations, until)
         if state.missing and unfinished:
             print(f'{title}: left out, {state.missing}', flush=True)
             continue

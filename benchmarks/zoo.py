@@ -135,8 +135,8 @@ def pack(source: str, destination: str) -> None:
     Raises:
         UserError: there is none, one cannot be copied, or one of the folders is in the other.
     """
-    here, there = os.path.realpath(source), os.path.realpath(destination)
-    if here != there and os.path.commonpath([here, there]) in (here, there):
+    paths = [os.path.realpath(source), os.path.realpath(destination)]
+    if paths[0] != paths[1] and os.path.commonpath(paths) in paths:
         raise UserError(f'one of {source} and {destination} is in the other; name a folder elsewhere')
     runs = result_directories(source, [FLAG_FILE])
     if not runs:
@@ -154,25 +154,25 @@ def pack_run(directory: str, destination: str) -> None:
     """
     if os.path.realpath(directory) == os.path.realpath(destination):
         raise UserError(f'{directory} cannot be copied to itself')
-    there = checkpoints.iterations(directory)
-    if not there:
+    saved = checkpoints.iterations(directory)
+    if not saved:
         raise UserError(f'there is no checkpoint in {directory}')
-    ranking = checkpoints.ranking_of(checkpoints.load(checkpoints.path(directory, there[-1])).record)
-    best = [one['iteration'] for one in ranking if one['iteration'] in there[:-1]]
+    ranking = checkpoints.ranking_of(checkpoints.load(checkpoints.path(directory, saved[-1])).record)
+    best = [entry['iteration'] for entry in ranking if entry['iteration'] in saved[:-1]]
     entries = [entry for entry in store.entries_of(directory)
-               if {there[-1], *best}.issuperset(entry.ensemble or [entry.iterations]) and not entry.setting.load_from]
+               if {saved[-1], *best}.issuperset(entry.ensemble or [entry.iterations]) and not entry.setting.load_from]
     refuse_other_files(destination)
     parent = os.path.dirname(destination) or '.'
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = os.path.join(temporary, 'run')
-        write_run(directory, folder, there[-1], best, entries)
+        write_run(directory, folder, saved[-1], best, entries)
         if os.path.exists(destination):
             with checkpoints.exclusive(destination):
                 os.replace(destination, os.path.join(temporary, 'earlier'))
         os.replace(folder, destination)
     size = sum(os.path.getsize(os.path.join(destination, name)) for name in os.listdir(destination))
-    print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [there[-1], *best])}; evaluations: {len(entries)}; '
+    print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [saved[-1], *best])}; evaluations: {len(entries)}; '
           f'{size / 2 ** 20:.1f} MB')
 
 

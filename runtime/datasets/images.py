@@ -90,12 +90,13 @@ def folder_contents(folder: str, suffixes: set[str]) -> Contents:
     for entry in os.scandir(folder):
         if entry.name.startswith('.'):
             continue
-        if entry.is_dir():
+        broken = is_broken(entry)  # of which nothing else can be asked
+        if not broken and entry.is_dir():
             contents.folders.append(entry.name)
         elif os.path.splitext(entry.name)[1].lower() not in suffixes:
             contents.others.append(entry.name)
-        elif is_broken(entry) or entry.is_file():
-            contents.images.append(image_file(entry.name, entry.stat(follow_symlinks=not is_broken(entry))))
+        elif broken or entry.is_file():
+            contents.images.append(image_file(entry.name, entry.stat(follow_symlinks=not broken)))
     return Contents(*map(sorted, contents))
 
 
