@@ -151,6 +151,8 @@ def resolve(line: CommandLine) -> Request:
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
+    if mode != 'train':
+        del stored['load_from']  # from which the training started
     values.update({name: value for name, value in stored.items() if name not in line.given})
     if values['datasource'] != stored['datasource'] and 'data_path' not in line.given:
         values['data_path'] = None  # the run's is the folder of the training's images
