@@ -24,6 +24,12 @@ from runtime.system.errors import UserError
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 
 
+def class_name(folder: str) -> str:
+    """A class folder's name, without the folder of its split if there is one."""
+    split, _, name = folder.partition('/')
+    return name if split in SPLITS and name else folder
+
+
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 class ClassTasks:
@@ -50,6 +56,12 @@ class ClassTasks:
             raise UserError(f'a task needs {self._shots} {self.examples}s of a {self.unit} ({config.update_batch_size} support, '
                             f'{config.query_shots} query), but {names[fewest]} in '
                             f'{folders.root} has {counts[fewest]}; ask for fewer, or remove the {self.unit}')
+
+    def class_checksums(self) -> list[int]:
+        """Of each class the CRC-32 of its first examples, by which it is known again under another name."""
+        values, _, starts, counts, _ = self.classes
+        most = max(2 ** 16 // values[:1].nbytes, 1)
+        return [zlib.crc32(np.ascontiguousarray(values[start:start + min(count, most)])) for start, count in zip(starts, counts)]
 
     @property
     def size(self) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from matplotlib.figure import Figure  # noqa: E402
-from run_files import CONSOLE  # noqa: E402
 
+from runtime.jobs.journal import CONSOLE  # noqa: E402
 from runtime.results import plots  # noqa: E402
 from runtime.results.collect import split_name  # noqa: E402
 

@@ -164,7 +164,10 @@ class Training(Part):
         directory, = glob.glob(os.path.join(glob.escape(self.logdir), 'cls_*'))
         with open(os.path.join(directory, 'results.json'), encoding='utf-8') as file:
             entry, = json.load(file)['evaluations']
-        values = {'console': dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M)), 'summaries': {}, 'evaluation': entry['scores']}
+        with open(os.path.join(directory, 'metrics.csv'), encoding='utf-8') as file:
+            metrics = file.read()
+        values = {'console': dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M)), 'summaries': {}, 'evaluation': entry['scores'],
+                  'metrics': metrics}
         for path in sorted(glob.glob(os.path.join(glob.escape(directory), 'events*'))):
             try:
                 for event in tf.compat.v1.train.summary_iterator(path):

@@ -1,5 +1,4 @@
 """What the scripts share that train and evaluate the runs in logs/."""
-CONSOLE = 'console.log'         # what its training printed
 TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of training}
 
 

@@ -30,7 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 
-from run_files import CONSOLE, TIMES, missing_classes  # noqa: E402
+from run_files import TIMES, missing_classes  # noqa: E402
 
 import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
@@ -44,7 +44,8 @@ from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
-from runtime.system.files import locked, write_atomically  # noqa: E402
+from runtime.system.files import locked, read_json, write_atomically  # noqa: E402
+from runtime.system.schema import checked  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
@@ -165,29 +166,26 @@ def lowest_priority() -> None:
         file.write('19')
 
 
-def run(arguments: list[str], log: str = os.devnull, enough: Callable[[], bool] = lambda: False) -> int:
+def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
     """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status.
 
     Args:
-        log: a file to which what main.py prints is appended.
         enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
     """
     # In new sessions: else Ctrl-C would reach main.py twice, from the terminal and from here, and the second ends it unsaved.
-    with subprocess.Popen(['tee', '-a', log], stdin=subprocess.PIPE, start_new_session=True) as tee:
-        process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True,
-                                   stdout=tee.stdin)
-        handlers = {number: signal.signal(number, lambda received, _: process.send_signal(received)) for number in PASSED_ON}
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(POLL)
-                if enough():
-                    process.send_signal(signal.SIGTERM)
-                    process.wait()
-                    return 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True)
+    handlers = {number: signal.signal(number, lambda received, _: process.send_signal(received)) for number in PASSED_ON}
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(POLL)
+            if enough():
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                return 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def processor() -> str:
@@ -200,11 +198,11 @@ def processor() -> str:
 
 
 def times(directory: str) -> dict[str, dict]:
-    """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is."""
+    """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is, or it makes no sense."""
     try:
-        with open(os.path.join(directory, TIMES), encoding='utf-8') as file:
-            return json.load(file)
-    except (OSError, ValueError):
+        recorded = checked(dict[str, dict[str, float]], read_json(os.path.join(directory, TIMES)), TIMES)
+        return {machine: spent for machine, spent in recorded.items() if spent.keys() == {'seconds', 'iterations'}}
+    except (OSError, ValueError, OverflowError):
         return {}
 
 
@@ -217,9 +215,8 @@ def train(row: Row, state: State, until: int) -> None:
     def newest():
         return max(checkpoints.iterations(state.directory), default=0)
 
-    os.makedirs(state.directory, exist_ok=True)  # for the log
     started = time.monotonic()
-    status = run(row.arguments, os.path.join(state.directory, CONSOLE), lambda: newest() >= until)
+    status = run(row.arguments, lambda: newest() >= until)
     recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
     done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
     earlier = recorded.get(machine, {})

@@ -10,7 +10,7 @@ which rounds differently, some figures may be nearly the same: by a twentieth of
 figure differs by more, if an evaluation fails, or if there was none.
 
 pack copies runs: their newest checkpoint, from which the training can continue; those that did best on meta-validation, without
-the state of the optimizer, which makes them a fifth as large; the evaluations of these; and the flags, console log and times. What
+the state of the optimizer, which makes them a fifth as large; the evaluations of these; and the flags, console log, metrics and times. What
 an earlier pack left at the destination is replaced.
 """
 import argparse
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 
-from run_files import CONSOLE, TIMES, missing_classes
+from run_files import TIMES, missing_classes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -35,12 +35,13 @@ from runtime.cli.request import resolve  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
+from runtime.jobs.journal import CONSOLE, METRICS  # noqa: E402
 from runtime.results import store  # noqa: E402
 from runtime.results.collect import Evaluation, read_evaluations, result_directories  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
-COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, TIMES
+COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, METRICS, TIMES
 SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', 'left out'
 # Processors of another kind round differently, which changes the outputs for a query example in some thousand.
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval

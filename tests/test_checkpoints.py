@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from runtime.jobs import checkpoints
+from runtime.results.provenance import Provenance
 from runtime.system.errors import UserError
 
 INDEX, DATA = SUFFIXES = '.index', '.data-00000-of-00001'
@@ -18,7 +19,7 @@ def state(offset=0.0):
 
 def record(iteration, best=None):
     return {'iteration': iteration, 'best': best, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain',
-            'pretrain_iterations': 0, 'data': {}}
+            'pretrain_iterations': 0, 'provenance': Provenance({'train': 3})}
 
 
 def save(directory, name, offset=0.0):
@@ -28,7 +29,7 @@ def save(directory, name, offset=0.0):
 
 
 def files(directory):
-    return sorted(path.name for path in directory.iterdir() if path.name != '.lock')
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith('.'))
 
 
 def same(checkpoint, offset):

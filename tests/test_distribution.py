@@ -179,6 +179,7 @@ def test_workers_that_are_not_alike(tmp_path):
     shared = f'--logdir={tmp_path}/new'
     for flags, own in (
             (['--metatrain_iterations=300'], folders), (['--train=False'], folders),
+            (['--metatrain_iterations=300'], [f'--logdir={tmp_path}/empty{worker}' for worker in (0, 1)]),
             ([shared], ['--seed=1', '--seed=2']), ([shared], ['--log=True', '--log=False']),
             ([shared], ['--save_interval=100', '--save_interval=50']),
             ([shared], [f'--load_from={path}' for path in glob.glob(f'{tmp_path}/*/*/model[12]00.index')[:2]])):

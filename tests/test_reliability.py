@@ -144,7 +144,7 @@ def test_an_evaluation_without_the_pretraining_of_its_run_is_refused(tmp_path, f
         *flags, '--pretrain_iterations=0', '--train=False')
     assert '40 tasks' in run_ok(*flags, '--train=False')
     run = str(directory_of(tmp_path))
-    prefix, arrays, record = checkpoints.load(checkpoints.path(run, 2))
+    prefix, arrays, record, _ = checkpoints.load(checkpoints.path(run, 2))
     best = {'iteration': 1, 'score': -1.0}
     checkpoints.save(prefix, arrays, {**record, 'best': best, 'ranking': [best]})
     assert 'model3 did best' in run_ok(*flags, '--metatrain_iterations=2')

@@ -162,6 +162,8 @@ def resolve(line: CommandLine) -> Request:
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
+    if mode != 'train':
+        del stored['load_from']  # from which the training started
     values.update({name: value for name, value in stored.items() if name not in line.given})
     _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}

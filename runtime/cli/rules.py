@@ -8,6 +8,7 @@ from typing import Any
 from runtime.cli import methods
 from runtime.cli.flags import LEARNING, ONLY, CommandLine, default
 from runtime.cli.request import PURPOSES, Request
+from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
 
 RIDGE = 'ridge_lambda', 'ridge_scale'
@@ -19,7 +20,8 @@ def check_paths(values: Mapping[str, Any]) -> None:
 
     TensorFlow interprets gs://bucket, file:///tmp and ram://x as remote or special paths, Python as folders of these names.
     """
-    problems = []
+    problems = [f'--{name} contains a line break, which the file of flags of a run cannot hold; rename what it names'
+                for name in describing_flags() if isinstance(values[name], str) and re.search('[\n\r]', values[name])]
     for name in PATHS:
         value = values[name]
         for path in value if isinstance(value, list) else [value or '']:

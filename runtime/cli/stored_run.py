@@ -15,20 +15,22 @@ from runtime.system.files import write_atomically
 FLAG_FILE = 'run.flags'
 SHOWN_RUNS = 12  # of a folder that holds several
 _GROUPS = 'Data', 'Training', 'Method', 'Network'  # the groups of flags that FLAG_FILE holds
+_PATHS = 'data_path', 'load_from'  # written as absolute ones, for they are read in other folders too
 
 
 def describing_flags() -> list[str]:
     """The names of the flags that describe a run."""
-    return [*(name for group in _GROUPS for name in GROUPS[group] if name != 'method'), 'test_updates']
+    return [*(name for group in _GROUPS for name in GROUPS[group] if name != 'method'), 'test_updates', 'load_from']
 
 
 def description(values: Mapping[str, Any]) -> str:
     """The contents of FLAG_FILE: a line for each flag that is not at its default."""
-    return ''.join(f'--{name}={values[name]}\n' for name in describing_flags() if values[name] != default(name))
+    paths = {name: os.path.abspath(os.path.expanduser(values[name])) for name in _PATHS if values[name]}
+    return ''.join(f'--{name}={paths.get(name, values[name])}\n' for name in describing_flags() if values[name] != default(name))
 
 
 def write(directory: str, text: str, columns: Columns | None) -> None:
-    """Writes a `description`, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
+    """Writes a `description` and comments, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
     if columns:
         try:
             write_columns(directory, columns)
@@ -64,7 +66,7 @@ def read(directory: str) -> dict[str, Any]:
     path = os.path.join(directory, FLAG_FILE)
     try:
         with open(path, encoding='utf-8') as file:
-            line = parse([path, *filter(str.strip, file.read().splitlines())])
+            line = parse([path, *(text for text in file.read().split('\n') if text.strip() and not text.startswith('#'))])
         values = {name: line.values[name] for name in describing_flags()}
         if line.rest or line.given - values.keys() or any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
             raise ValueError('it has something else than flags that describe a run')

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import signal
 import zlib
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import numpy as np
 
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
+from runtime.system.files import require_regular_file, write_atomically
 from runtime.system.interruption import TERMINATION_SIGNALS
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
@@ -117,6 +119,23 @@ def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
     if inner_optimizer == 'adam' and replicas > 1:
         raise UserError(f'--inner_optimizer=adam passes its state from task to task, so tasks cannot be spread over {replicas} '
                         f'replicas; add --strategy=one, or --inner_optimizer=sgd')
+
+
+def check_shared(replicas: Replicas, directory: str) -> None:
+    """Raises UserError if the workers do not all see the directory that the first one trains in."""
+    if replicas.workers == 1:
+        return
+    path = os.path.join(directory, '.workers')
+    if replicas.chief:
+        write_atomically(path, secrets.token_bytes(8))
+    check_in_sync(replicas, 'written')
+    try:
+        require_regular_file(path)
+        with open(path, 'rb') as file:
+            token = file.read()
+    except OSError:
+        token = b''
+    check_in_sync(replicas, token)
 
 
 def check_in_sync(replicas: Replicas, facts: Any, variables: Iterable = ()) -> None:

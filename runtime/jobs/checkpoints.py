@@ -6,6 +6,7 @@ what the numbers belong to. Both files are written to a temporary folder and ren
 another; the bundle's checksums show whether it is complete.
 """
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -13,26 +14,33 @@ import re
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import filelock
 import numpy as np
 import tensorflow as tf
 
 from networks import CLASSIFIER, HEAD_PREFIX
+from runtime.jobs import bundle
+from runtime.results import store
+from runtime.results.provenance import Provenance
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import locked, require_regular_file
+from runtime.system.schema import checked
 
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
 _RECORD = 'record'
-_ENTRIES = 'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'data'  # of the record
+_REQUIRED = {'iteration', 'best', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'provenance'}  # of the record
 _SUFFIXES = _DATA, _INDEX = '.data-00000-of-00001', '.index'  # renamed in this order: the index makes a checkpoint complete
 _FILE = re.compile(r'model(\d+)(\.index|\.data-00000-of-00001)$')
 _TEMPORARY = '.saving'
 _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
-# Summaries and results, which are meaningless for a run that starts from scratch in the directory.
-_OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'test_*', 'evaluation_*', 'predict_*'
+# What is meaningless for a run that starts from scratch in the directory, and what is of its newest checkpoint.
+_OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
+_OF_THE_NEWEST = 'test_*',
+_PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)\D')
 _DESCRIPTIONS = 'run.flags', 'columns.json'  # what describes the run: its flags, and the columns of tables
 
 
@@ -40,11 +48,31 @@ class Damaged(UserError):
     """A checkpoint that cannot be read."""
 
 
+class Score(TypedDict):
+    """How a checkpoint did on meta-validation."""
+    iteration: int
+    score: float
+
+
+class Record(TypedDict, total=False):
+    """What the numbers of a checkpoint belong to. Those of earlier versions may lack fields."""
+    iteration: int
+    best: Score | None
+    ranking: list[Score]        # the best on meta-validation, the best first
+    unprinted: list[list[float]]  # [pre, post] of each iteration since the last console line
+    skipped: int                # iterations whose loss or gradient was not finite
+    flags: dict[str, str | int | float | bool | None]  # that determine what is learnt
+    regime: str                 # the last phase of the training: 'metatrain' | 'pretrain'
+    pretrain_iterations: int
+    provenance: Provenance
+
+
 class Checkpoint(NamedTuple):
     """What `load` read."""
     prefix: str
-    arrays: dict    # {name: numpy array}
-    record: dict
+    arrays: dict[str, np.ndarray]
+    record: Record
+    checksum: int
 
 
 @contextlib.contextmanager
@@ -80,13 +108,13 @@ def path(directory: str, iteration: int) -> str:
     return os.path.join(directory, f'model{iteration}')
 
 
-def save(prefix: str, state: dict[str, tf.Variable], record: dict) -> None:
+def save(prefix: str, state: dict[str, tf.Variable], record: Record) -> None:
     """Writes {name: tf.Variable or tensor} and a record of JSON values, atomically; when this returns, they survive a power cut.
 
     Raises OSError if they cannot be written; nothing is left of them.
     """
     directory, name = os.path.split(prefix)
-    with _written(directory, name, {**state, _RECORD: tf.constant(json.dumps(record))}) as temporary:
+    with _written(directory, name, {**state, _RECORD: tf.constant(json.dumps(record, default=vars))}) as temporary:
         os.replace(temporary + _DATA, prefix + _DATA)
         try:
             os.replace(temporary + _INDEX, prefix + _INDEX)
@@ -147,7 +175,10 @@ def load(prefix: str) -> Checkpoint:
     checkpoint = _read(prefix)
     if not checkpoint.record:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
-    if not set(_ENTRIES) <= checkpoint.record.keys():
+    name = os.path.basename(prefix)
+    if re.fullmatch(r'model\d+', name) and name != f'model{checkpoint.record.get("iteration")}':
+        raise Damaged(f'the checkpoint {prefix} has another number than its {checkpoint.record.get("iteration")} iterations; rename it')
+    if not _REQUIRED <= checkpoint.record.keys():
         raise UserError(f'the checkpoint {prefix} was written by an earlier version of this program: its weights can be used by '
                         '--load_from, but training cannot continue from it')
     return checkpoint
@@ -193,7 +224,7 @@ def find(directory: str, wanted: int | str | None) -> Checkpoint:
     raise UserError(f'there is no {what} in {directory}; {hint}, or name the run by --run=DIR')
 
 
-def ranking_of(record: dict) -> list[dict]:
+def ranking_of(record: Record) -> list[Score]:
     """{'iteration', 'score'} of the checkpoints that did best on meta-validation, the best first; earlier versions ranked one."""
     return record.get('ranking', [record['best']] if record['best'] else [])
 
@@ -228,22 +259,41 @@ def check_run(checkpoint: Checkpoint, flags: dict, pretrain_iterations: int, hin
     check_flags(checkpoint.prefix, recorded, flags, hint)
 
 
+def checksum(prefix: str) -> int:
+    """CRC-32 of a checkpoint's index, which has the checksums of all that it holds; raises OSError if it cannot be read."""
+    require_regular_file(prefix + _INDEX)
+    with open(prefix + _INDEX, 'rb') as file:
+        return zlib.crc32(file.read())
+
+
 def _read(prefix):
     """The Checkpoint at a prefix; its record is {} if the reference wrote it."""
     try:
-        for suffix in '.index', '.data-*':
-            for name in glob.glob(glob.escape(prefix) + suffix):
-                require_regular_file(name)
+        before = checksum(prefix)
+        bundle.check(prefix + _INDEX, prefix + _DATA)
         with _without_wildcards(prefix) as path:
             reader = tf.train.load_checkpoint(path)
             arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     except (OSError, ValueError, IndexError, RuntimeError, tf.errors.OpError) as error:
         raise Damaged(f'the checkpoint {prefix} cannot be read: {first_line(error)}') from error
     try:
-        record = dict(json.loads(arrays.pop(_RECORD, '{}')))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program') from error
-    return Checkpoint(prefix, arrays, record)
+        record = _checked_record(arrays.pop(_RECORD, '{}'))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise Damaged(f'the checkpoint {prefix} cannot be read: its record is not one of this program ({first_line(error)})') from error
+    return Checkpoint(prefix, arrays, record, before)
+
+
+def _checked_record(text):
+    """The Record in a text; raises ValueError or TypeError if it is none."""
+    record = json.loads(text)
+    if 'data' in record and 'provenance' not in record:  # of earlier versions
+        record['provenance'] = {'data': record.pop('data')}
+    record = checked(Record, record, 'record')
+    numbers = [record.get(name, 0) for name in ('iteration', 'skipped', 'pretrain_iterations')]
+    rows = record.get('unprinted', [])
+    if min(numbers) < 0 or any(len(row) != 2 for row in rows) or record.get('regime', 'pretrain') not in ('pretrain', 'metatrain'):
+        raise ValueError('numbers are out of range')
+    return record
 
 
 @contextlib.contextmanager
@@ -277,7 +327,7 @@ def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str] = (),
-                 starts: bool = False) -> dict:
+                 starts: bool = False) -> Checkpoint:
     """Assigns the values of a checkpoint, of this program or of the reference under TensorFlow 1, to a model's parameters.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
@@ -289,11 +339,12 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
         last_layer: the names of the network's last layer.
 
-    Returns the record of a checkpoint of this program, else {}. Raises UserError if there is no such checkpoint, it cannot be
+    Returns the Checkpoint; its record is {} if the reference wrote it. Raises UserError if there is no such checkpoint, it cannot be
     read, or names, shapes or flags differ; lists the differences.
     """
     _check_there(prefix)
-    _, arrays, record = _read(prefix)
+    checkpoint = _read(prefix)
+    arrays, record = checkpoint.arrays, checkpoint.record
     if record:  # the state of an inner optimizer is left out if the model has none
         arrays = {name: array for name, array in without_optimizer(arrays).items()
                   if name in variables or not name.startswith('inner/')}
@@ -305,7 +356,19 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     _add_what_plain_maml_lacks(arrays, variables, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
-    return record
+    return checkpoint
+
+
+def outputs(prefix: str) -> int | None:
+    """The number of outputs of a classifier's checkpoint, of this program or of the reference; None if it does not tell. Errors as of
+    `load_weights`."""
+    _check_there(prefix)
+    checkpoint = _read(prefix)
+    if checkpoint.record:
+        return checkpoint.record.get('flags', {}).get('num_classes')
+    numbered = [name for name in checkpoint.arrays if re.fullmatch(r'model/Variable_\d+', name)]
+    bias = checkpoint.arrays.get('model/b5', checkpoint.arrays.get(max(numbered, default='', key=lambda name: (len(name), name))))
+    return None if bias is None else bias.shape[-1]
 
 
 def _with_last_layer(arrays, variables, last_layer, starts):
@@ -376,23 +439,36 @@ def prune(directory: str, best: Sequence[int]) -> None:
 
 
 def move_aside(directory: str, iteration: int) -> str | None:
-    """Moves the checkpoints after an iteration into a new folder, and after iteration 0 also summaries and results.
+    """Moves the checkpoints after an iteration into a new folder, with their evaluations; after iteration 0 all that is of the run.
 
-    Returns the folder, or None if there was nothing to move.
+    Returns the folder, or None if there was nothing to move. Raises UserError if there are results that cannot be read.
     """
-    names = [name for later in iterations(directory) if later > iteration for name in _files(directory, later)]
-    if iteration == 0:
-        for pattern in _OF_A_RUN:
-            names += [os.path.join(directory, name) for name in glob.glob(pattern, root_dir=directory)]
-    if not names:
-        return None
+    with store.changing(directory):
+        store.entries_of(directory)  # damaged ones are reported before anything is moved
+        paths, folder = _later_paths(directory, iteration), functools.cache(functools.partial(_new_folder, directory))
+        for name in paths:
+            os.replace(name, os.path.join(folder(), os.path.basename(name)))
+        store.move_later(directory, iteration, folder)
+        return folder() if folder.cache_info().currsize else None
+
+
+def _later_paths(directory, iteration):
+    """The files that are of a run's checkpoints after an iteration."""
+    later = [number for number in iterations(directory) if number > iteration]
+    patterns = (_OF_THE_NEWEST if later else ()) if iteration else (*_OF_A_RUN, *_OF_THE_NEWEST)
+    pictures = [(_PICTURE.match(name), name) for name in os.listdir(directory)] if iteration else []
+    names = [*(name for pattern in patterns for name in glob.glob(pattern, root_dir=directory)),
+             *(name for match, name in pictures if match and int(match[1]) > iteration)]
+    return [*(name for number in later for name in _files(directory, number)), *(os.path.join(directory, name) for name in names)]
+
+
+def _new_folder(directory):
+    """A new folder for what is moved aside, with what describes it: the next training writes its own."""
     number = 1
     while os.path.exists(folder := os.path.join(directory, f'earlier{number}')):
         number += 1
     os.mkdir(folder)
-    for description in _DESCRIPTIONS:  # the next training writes its own
+    for description in _DESCRIPTIONS:
         with contextlib.suppress(FileNotFoundError):
             shutil.copy(os.path.join(directory, description), folder)
-    for name in names:
-        os.replace(name, os.path.join(folder, os.path.basename(name)))
     return folder

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from data_generator import DATA_FOLDER, SOURCES
+from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
 from maml import MAML, Metrics
 from networks import network_of
 from runtime.cli.run import TEST_UPDATES, Evaluation, Trained
@@ -22,6 +21,7 @@ from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble, Permuted
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
+from runtime.results.provenance import Provenance, arithmetic, differences, program
 from runtime.results.statistics import statistics
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
@@ -36,9 +36,16 @@ class Restored(NamedTuple):
     prefix: str                 # of the checkpoint; of an ensemble, this and the next two are of the best
     iterations: int | None      # None if not known
     trained_on: str             # the source, as far as is known
-    is_newest: bool = False     # of the run
+    provenance: Provenance | None  # None: not known
+    checksums: dict[str, int]   # {prefix: checksum} of its checkpoints
+    newest: int | None = None   # iterations of the run's newest checkpoint
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether it is the run's newest checkpoint."""
+        return self.newest is not None and self.iterations == self.newest
 
 
 class Variant(NamedTuple):
@@ -73,7 +80,7 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         record_split(run.source, run.tasks, data)
     tasks = data[run.split]
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
-    known = known_classes(run, restored.trained_on, tasks)
+    known = known_classes(run, restored, tasks)
     print(heading(run, tasks, restored, known), flush=True)
     results, written, models = [], [store.FILE], models_of(run, restored)
     for variant, model in models.items():
@@ -81,7 +88,7 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         results += of_model
         for result in of_model if run.replicas.chief else ():
             name = reference_name(run, restored, result.variant)
-            save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name)
+            save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name, lambda: check_still_there(restored))
             written += [f'{name}.csv and .pkl'] if name else []
     report(run, results, written)
     if run.plot and run.replicas.chief:
@@ -126,8 +133,12 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[s
     lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
              f'{restored.prefix} ({described})']
     if known:
-        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} classes have the names of classes that the model was '
-                     f'trained on, such as {known[0]}')
+        what = 'have the names of classes that' if run.datasource != restored.trained_on else 'are among those that'
+        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} {what} '
+                     f'the model was trained on, such as {known[0]}')
+    if restored.provenance and run.datasource == restored.trained_on:
+        now, examples = Provenance({run.split: tasks.fingerprint}), 'images' if run.source.image_shape else 'data'
+        lines += [f'Note: {sentence}' for sentence in differences(restored.provenance, now, 'the model', examples).values()]
     return '\n'.join([*lines, ''])
 
 
@@ -142,7 +153,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
         training=store.Training(run.method, run.pretrain_iterations, run.metatrain_iterations,
-                                {**run.learning_flags, 'datasource': restored.trained_on}),
+                                {**run.learning_flags, 'datasource': restored.trained_on},
+                                restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
@@ -152,33 +164,60 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(known), metric=run.metric, seconds=result.seconds,
-        versions={'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
-        figures=store.figures_of(values, result.spread), scores=values.tolist())
+        versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
+                  **arithmetic(restored.model.config.engine, run.replicas.count)},
+        figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums[restored.prefix])
 
 
-def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None) -> None:
-    """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name."""
+def check_still_there(restored: Restored) -> None:
+    """Raises UserError if a checkpoint is not there any more, or another one of its name."""
+    for prefix, checksum in restored.checksums.items():
+        try:
+            is_there = checkpoints.checksum(prefix) == checksum
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise UserError(f'{prefix} was deleted, moved or replaced while it was evaluated, so nothing is written; evaluate again')
+
+
+def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None, check: Callable[[], None]) -> None:
+    """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name; `check` as of
+    `store.add`."""
     try:
         os.makedirs(directory, exist_ok=True)
-        store.add(directory, entry)
+        store.add(directory, entry, check)
         if name:
             store.write_reference_files(os.path.join(directory, name), values)
     except OSError as error:
         raise UserError(f'the results cannot be written to {directory}: {error.strerror}') from error
 
 
-def known_classes(run: Evaluation, trained_on: str, tasks: Tasks) -> list[str]:
-    """Of the classes of another source than the training's, those with names of classes that the model was trained on.
+def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str]:
+    """The classes that the model was trained on, or of another source with the names of such.
 
-    CIFAR-FS and FC100 split the same hundred classes differently, MiniImagenet and tieredImageNet those of ImageNet. Numeric
-    class names are ignored.
+    Within a source a class is known by its name or its first examples, by the latter alone if its name is a number. CIFAR-FS and FC100
+    split the same hundred classes differently, MiniImagenet and tieredImageNet those of ImageNet: of another source it is known by the
+    last part of its name, unless that is a number. Of weights from earlier versions, only the published classes of a source are known.
     """
-    if run.datasource == trained_on or not run.source.image_shape:
+    if not isinstance(tasks, ClassTasks):
         return []
-    folder = SOURCES[trained_on].folder
-    trained = listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
-    names = map(os.path.basename, tasks.classes.names)
-    return [name for name in names if name in trained and not name.isdigit()]
+    trained = restored.provenance.classes if restored.provenance else {}
+    if not trained:
+        trained = dict.fromkeys(published_classes(restored.trained_on), 0) if run.datasource != restored.trained_on else {}
+    checksums, endings = set(trained.values()) - {0}, {os.path.basename(name) for name in trained}
+
+    def is_known(name, checksum):
+        ending, is_same_source = os.path.basename(name), run.datasource == restored.trained_on
+        by_name = name in trained if is_same_source else ending in endings
+        return by_name and not ending.isdigit() or checksum in checksums
+
+    return [folder for folder, checksum in zip(tasks.classes.names, tasks.class_checksums()) if is_known(class_name(folder), checksum)]
+
+
+def published_classes(datasource: str) -> set[str]:
+    """The classes that a source is trained on, as its list says; of sources without such a list none."""
+    folder = getattr(SOURCES[datasource], 'folder', None)
+    return listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
 
 
 def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
@@ -225,12 +264,13 @@ def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
     if run.load_from:
-        record = checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags, network_of(model.config).head_names)
-        learnt = record.get('flags', {})
+        checkpoint = load_weights(run.load_from, model, run.network_flags)
+        record, learnt = checkpoint.record, checkpoint.record.get('flags', {})
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
             raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
                             f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
-        return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on))
+        return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on), record.get('provenance'),
+                        {run.load_from: checkpoint.checksum})
     is_ensemble = run.ensemble > 1
     members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
                [checkpoints.find(run.directory, run.checkpoint)])
@@ -246,8 +286,21 @@ def restore(run: Trained) -> Restored:
         model = Ensemble(model, [checkpoints.without_optimizer(member.arrays) for member in members])
     newest = checkpoint if run.checkpoint is None and not is_ensemble else checkpoints.find(run.directory, None)
     best = newest.record['best']
-    return Restored(model, checkpoint.prefix, iterations[0], run.trained_on, is_newest=checkpoint.prefix == newest.prefix,
+    return Restored(model, checkpoint.prefix, iterations[0], run.trained_on, record['provenance'],
+                    {member.prefix: member.checksum for member in members}, newest=newest.record['iteration'],
                     is_best=best is not None and best['iteration'] == iterations[0], ensemble=iterations if is_ensemble else ())
+
+
+def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:
+    """`checkpoints.load_weights` into a model, which gets the first outputs of a classifier that has more."""
+    outputs, classes = checkpoints.outputs(prefix), network_flags.get('num_classes')
+    last_layer = network_of(model.config).head_names
+    if classes is None or outputs is None or outputs <= classes:
+        return checkpoints.load_weights(prefix, model.parameters(), network_flags, last_layer, starts)
+    wide = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas)
+    checkpoint = checkpoints.load_weights(prefix, wide.parameters(), {**network_flags, 'num_classes': outputs}, last_layer, starts)
+    model.copy_parameters(wide)
+    return checkpoint
 
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,

@@ -9,6 +9,7 @@ import numpy as np
 from maml import MAML
 from runtime.cli.run import Training
 from runtime.jobs import checkpoints
+from runtime.results.provenance import Provenance
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interruption
 
@@ -29,7 +30,7 @@ class TrainState:
         return self.ranking[0] if self.ranking else None
 
     @classmethod
-    def of(cls, record: dict) -> 'TrainState':
+    def of(cls, record: checkpoints.Record) -> 'TrainState':
         """The state that a checkpoint's record holds."""
         return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record['skipped'])
 
@@ -37,14 +38,13 @@ class TrainState:
 class Saver:
     """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
-    def __init__(self, run: Training, model: MAML, fingerprints: dict, iteration: int, log: Callable[[str], None]):
+    def __init__(self, run: Training, model: MAML, provenance: Provenance, iteration: int, log: Callable[[str], None]):
         """
         Args:
-            fingerprints: {split: number} of the data.
             iteration: of the newest checkpoint, an attribute too; 0: there is none.
             log: shows the user a line.
         """
-        self.iteration, self._run, self._model, self._log, self._data = iteration, run, model, log, fingerprints
+        self.iteration, self._run, self._model, self._log, self._provenance = iteration, run, model, log, provenance
         self._failed_at = None
 
     def is_due(self, saving: bool) -> bool:
@@ -62,7 +62,7 @@ class Saver:
             return True
         prefix = checkpoints.path(run.directory, state.iteration)
         record = {**dataclasses.asdict(state), 'best': state.best, 'flags': run.learning_flags, 'regime': run.regime,
-                  'pretrain_iterations': run.pretrain_iterations, 'data': self._data}
+                  'pretrain_iterations': run.pretrain_iterations, 'provenance': self._provenance}
         try:
             checkpoints.save(prefix, variables, record)
         except OSError as error:

@@ -7,25 +7,29 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
-from data_generator import ClassTasks
+from data_generator import ClassTasks, class_name
 from maml import MAML, ModelConfig
 from networks import network_of
 from runtime.cli import stored_run
+from runtime.cli.flags import default
 from runtime.cli.run import Training, usual_updates
 from runtime.cli.run_data import columns_of, record_split
-from runtime.cli.workers import check_in_sync
+from runtime.cli.workers import check_in_sync, check_shared
 from runtime.compute.schedules import next_change
 from runtime.datasets.tasks import TaskBatch, Tasks
 from runtime.jobs import checkpoints
-from runtime.jobs.evaluate import evaluate_tasks, task_metrics
+from runtime.jobs.evaluate import evaluate_tasks, load_weights, task_metrics
+from runtime.jobs.journal import Journal
 from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
+from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interruption
 from runtime.system.progress import Progress
@@ -47,61 +51,104 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
         model = MAML(run.model, run.tasks.seed, replicas)
-        fingerprints = {split: tasks.fingerprint for split, tasks in data.items()}
+        provenance = present_provenance(run, data, model)
         # The chief comes here after it has tidied up the directory; only then do the other workers look into it.
-        check_in_sync(replicas, (run.worker_flags, fingerprints))
-        state = start(run, model, fingerprints)
+        check_in_sync(replicas, (run.worker_flags, provenance.data))
+        check_shared(replicas, run.directory)
+        state, provenance = start(run, model, provenance)
         check_in_sync(replicas, state, model.state().values())
         if state.iteration >= run.iterations:
             print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
             return
         if replicas.chief:
-            prepare_directory(run, state, model)
+            prepare_directory(run, state, model, provenance)
             record_split(run.source, run.tasks, data)
-        print(description(run, data, model), flush=True)
-        with Interruption() as interruption, Progress(state.iteration, run.iterations, replicas.chief, desc='compiling') as progress, \
-                Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
-            if state.iteration == 0:
-                summaries.write_flags(run.learning_flags)
-            saver = Saver(run, model, fingerprints, state.iteration, progress.log)
-            loop(run, data, model, state, saver, interruption, progress, summaries)
-        report_end(run, state, interruption, saver)
+        with Journal(run.directory, replicas.chief, state.iteration) as journal:
+            print(description(run, data, model), flush=True)
+            with Interruption() as interruption, Progress(
+                    state.iteration, run.iterations, replicas.chief, desc='compiling') as progress, \
+                    Summaries(run.directory, run.log and replicas.chief, state.iteration, progress.log) as summaries:
+                if state.iteration == 0:
+                    summaries.write_flags(run.learning_flags)
+                saver = Saver(run, model, provenance, state.iteration, progress.log)
+                loop(run, data, model, state, saver, interruption, progress, summaries, journal)
+            report_end(run, state, interruption, saver)
 
 
-def start(run: Training, model: MAML, fingerprints: dict) -> TrainState:
-    """Restores a checkpoint, or loads the weights to start from, if there are any."""
+def present_provenance(run: Training, data: dict[str, Tasks], model: MAML) -> Provenance:
+    """That of a model which is trained from now on; weights are named if --load_from is given, whether they are used or not."""
+    weights, path = None, run.tasks.data_path
+    if run.load_from:
+        with contextlib.suppress(OSError):
+            weights = Weights(os.path.abspath(run.load_from), None)
+            weights = Weights(weights.checkpoint, checkpoints.checksum(run.load_from))
+    tasks = data['train']
+    return Provenance(data={split: of_split.fingerprint for split, of_split in data.items()}, data_path=path and os.path.abspath(path),
+                      weights=weights, arithmetic=[arithmetic(model.config.engine, run.replicas.count)], program=program(),
+                      classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums())) if isinstance(tasks, ClassTasks) else {})
+
+
+def start(run: Training, model: MAML, provenance: Provenance) -> tuple[TrainState, Provenance]:
+    """Restores a checkpoint, or loads the weights to start from, if there are any; also returns the provenance of the model."""
     saved = checkpoints.iterations(run.directory)
     if run.resume and (run.checkpoint is not None or saved):
         checkpoint = checkpoints.find(run.directory, run.checkpoint)
-        checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations,
-                              'give the flags of its training, or start from scratch by --resume=False or in another --logdir')
-        trained_on = checkpoint.record['data']
-        changed = [split for split in sorted({*trained_on, *fingerprints}) if trained_on.get(split) != fingerprints.get(split)]
-        if changed:
-            kind = 'images' if run.source.image_shape else 'data'
-            raise UserError(f'the {kind} of the {" and ".join(changed)} split are not those that the checkpoint '
-                            f'{checkpoint.prefix} was trained on; restore them, or start from scratch by --resume=False or '
-                            'in another --logdir')
+        provenance = continued(run, checkpoint, provenance)
         checkpoints.restore(checkpoint, model.state())
-        print(f'Resuming from {checkpoint.prefix}')
+        print(f'Resuming from {checkpoint.prefix}{shared_by_default(run, checkpoint)}')
         state = TrainState.of(checkpoint.record)
         # Later checkpoints may have replaced the others.
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
-        return state
+        return state, provenance
     if run.load_from:
-        last_layer = network_of(model.config).head_names
-        checkpoints.load_weights(run.load_from, model.parameters(), run.network_flags, last_layer, starts=True)
+        record = load_weights(run.load_from, model, run.network_flags, starts=True).record
         print(f'Starting from the weights of {run.load_from}')
-    return TrainState()
+        earlier = record['provenance'].classes if 'provenance' in record else {}
+        provenance = dataclasses.replace(provenance, classes={**earlier, **provenance.classes})
+    return TrainState(), provenance
 
 
-def prepare_directory(run: Training, state: TrainState, model: MAML) -> None:
+def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance) -> Provenance:
+    """The provenance of a model whose training goes on; prints what differs without changing what is learnt.
+
+    Raises UserError if flags, data or the weights that --load_from names are not those of the checkpoint.
+    """
+    hint = 'start from scratch by --resume=False or in another --logdir'
+    checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
+    then = checkpoint.record['provenance']
+    found = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
+    refused = [(found.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in found]
+    if refused:
+        sentences, cures = zip(*refused)
+        raise UserError(f'{"; ".join(sentences)}; {" and ".join(cures)}, or {hint}')
+    if run.load_from and not then.is_known:
+        found['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
+    for sentence in found.values():
+        print(f'Note: {sentence}')
+    if 'arithmetic' in found:
+        print('      From here on the run is not, bit for bit, what it would be without the interruption')
+    return then.continued(now)
+
+
+def shared_by_default(run: Training, checkpoint: checkpoints.Checkpoint) -> str:
+    """Text about whose run is continued, if that is in the default --logdir, which all users and studies share; else ''."""
+    folder = default('logdir')
+    if os.path.dirname(os.path.abspath(run.directory)) != os.path.abspath(folder):
+        return ''
+    status = os.stat(checkpoint.prefix + '.index')
+    owner = 'you' if status.st_uid == os.getuid() else f'user {status.st_uid}'
+    saved = time.strftime('%Y-%m-%d %H:%M', time.localtime(status.st_mtime))
+    return (f', which {owner} saved on {saved}. --logdir={folder} is the default and shared by all users and studies: to leave that run as it '
+            'is, give another --logdir')
+
+
+def prepare_directory(run: Training, state: TrainState, model: MAML, provenance: Provenance) -> None:
     """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
     later = any(iteration > state.iteration for iteration in checkpoints.iterations(run.directory))
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'{"Later checkpoints" if later else "Summaries and results of an earlier training, which saved no checkpoint,"} were moved to {moved}')
-    stored_run.write(run.directory, run.flag_file, columns_of(run.source))
+    stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source))
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
@@ -178,7 +225,7 @@ def notes(config: ModelConfig) -> list[str]:
 
 
 def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
-         progress: Progress, summaries: Summaries) -> None:
+         progress: Progress, summaries: Summaries, journal: Journal) -> None:
     """Trains from `state`, which is updated in place, to the end or an interruption, and saves the result."""
     validation_model = model_for(data.get('val'), model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
@@ -192,7 +239,9 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
         if state.iteration % run.source.print_interval == 0:
-            progress.log(console_line(run, phase, state))
+            before, after = unprinted_means(state)
+            progress.log(console_line(run, phase, state, before, after))
+            journal.write(state.iteration, phase, before, after)
             state.unprinted = []
 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
@@ -200,7 +249,8 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
             progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
-            score = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
+            before, score = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
+            journal.write(state.iteration, 'metaval', before, score)
             progress.announce('')
             if saving:
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
@@ -249,11 +299,11 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
 def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
-             progress: Progress) -> float:
-    """The mean metric of validation tasks after adaptation; NaN if there are none. Prints it and writes summaries, with figures when
-    `saving`."""
+             progress: Progress) -> tuple[float, float]:
+    """The mean metric of validation tasks before and after adaptation; NaN if there are none. Prints it and writes summaries, with
+    figures when `saving`."""
     if tasks is None:
-        return math.nan
+        return math.nan, math.nan
     updates = usual_updates(run.model.num_updates, run.source.validation_updates)
     metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, updates)
     summaries.write('metaval', metrics, iteration, updates)
@@ -265,13 +315,17 @@ def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, sa
     if run.metric == 'accuracy':  # Reference behaviour: no line in regression
         reporting = iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0
         progress.log(f'{"Validation results" if reporting else f"Validation of model{iteration}"}: {pre:.6g}, {post:.6g}')
-    return float(post)
+    return float(pre), float(post)
 
 
-def console_line(run: Training, phase: str, state: TrainState) -> str:
-    """`Iteration 100: <pre>, <post>`, means of the metric [iterations, 2] since the last such line."""
+def unprinted_means(state: TrainState) -> tuple[float, float]:
+    """The means of the metric [iterations, 2] since the last console line; nan if all iterations were skipped."""
     metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
-    pre, post = metrics.mean(axis=0) if len(metrics) else (math.nan, math.nan)
+    return tuple(metrics.mean(axis=0)) if len(metrics) else (math.nan, math.nan)
+
+
+def console_line(run: Training, phase: str, state: TrainState, pre: float, post: float) -> str:
+    """`Iteration 100: <pre>, <post>`, what `unprinted_means` returned."""
     title = f'Iteration {state.iteration - run.pretrain_iterations}'
     if phase == 'pretrain':
         title = f'Pretrain Iteration {state.iteration}'
@@ -280,11 +334,12 @@ def console_line(run: Training, phase: str, state: TrainState) -> str:
 
 
 def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
-    """The `run.ensemble` best of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
+    """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
     sign = -1 if run.metric == 'accuracy' else 1
-    return sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))[:run.ensemble]
+    best_first = sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))
+    return best_first[:max(run.ensemble, len(ranking))]  # a training that goes on without --ensemble keeps what it has
 
 
 def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:

@@ -12,7 +12,7 @@ from runtime.results.collect import Evaluation, differing_parts, read_evaluation
 from runtime.results.statistics import UNITS, plus_minus, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
-KNOWN_CLASSES = '+'  # marks another source some of whose classes have the names of classes of the training
+KNOWN_CLASSES = '+'  # marks tasks some of whose classes the model was trained on, or those of another source with the names of such
 COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path']
 
 
@@ -90,7 +90,7 @@ class Matrix:
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        mark = (KNOWN_CLASSES if evaluation.entry.known_classes else '') if evaluation.is_transfer else OWN_SOURCE
+        mark = ('' if evaluation.is_transfer else OWN_SOURCE) + (KNOWN_CLASSES if evaluation.entry.known_classes else '')
         mean, _, half = self.statistics[row, column]
         return plus_minus(mean, half, UNITS[self.metric][2]) + mark
 
@@ -105,7 +105,7 @@ class Matrix:
         """A row for each model, a column for each target."""
         notes = [f'{OWN_SOURCE}: the source that the model was trained on']
         if any(evaluation.entry.known_classes for evaluation in self.cells.values()):
-            notes.append(f'{KNOWN_CLASSES}: some classes have the names of classes that the model was trained on')
+            notes.append(f'{KNOWN_CLASSES}: the model was trained on some of the classes, or on classes of these names')
         rows = [[label, model.updates, *(self.text(row, column) for column in range(len(self.targets)))]
                 for row, (label, model) in enumerate(zip(self.labels, self.models))]
         return render.Table(f'{UNITS[self.metric][0]}, with its 95% interval, after the updates of each method'
@@ -139,7 +139,7 @@ def records(matrices: Sequence[Matrix]) -> render.Table:
     rows = []
     for matrix in matrices:
         for (row, column), evaluation in sorted(matrix.cells.items(), key=lambda item: item[0]):
-            known = len(evaluation.entry.known_classes) if evaluation.is_transfer else ''
+            known = len(evaluation.entry.known_classes)
             tasks = ', '.join(filter(None, [matrix.targets[column], matrix.common]))
             rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, known, tasks, UNITS[matrix.metric][0],
                          evaluation.headline_updates, *matrix.statistics[row, column], evaluation.path])

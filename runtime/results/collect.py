@@ -55,6 +55,12 @@ class Evaluation:
         return self.values[:, self.entry.headline_column]
 
     @property
+    def newest(self) -> int:
+        """The iterations of the run's newest checkpoint then; where that is not known, those that the training was asked for."""
+        training = self.entry.training
+        return training.newest or training.pretrain_iterations + training.metatrain_iterations
+
+    @property
     def trained_on(self) -> str:
         """The source that the model was trained on."""
         return self.flag('datasource')

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.cli.flags import default
 from runtime.cli.methods import preset_flags, switches, title
-from runtime.results import render
+from runtime.results import provenance, render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
 from runtime.results.statistics import (
     UNITS,
@@ -176,8 +176,8 @@ class Comparison:
 def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
     """Indices of evaluations that differ by their training's seed only, for each such group of two or more.
 
-    They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, all seeds must
-    be there: a mean over some would be over seeds that were chosen by chance.
+    They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, they are the
+    best of equally long trainings, and all seeds must be there: a mean over some would be over seeds that were chosen by chance.
     """
     alike, seeds = {}, {}
     for index, (setting, evaluation) in enumerate(zip(settings(evaluations), evaluations)):
@@ -185,12 +185,13 @@ def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
         seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
         alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
         if evaluation.entry.is_best:
-            alike.setdefault((kind, 'best', evaluation.entry.training.metatrain_iterations), []).append(index)
+            alike.setdefault((kind, 'best', evaluation.newest), []).append(index)
     groups = {}  # a dict keeps the order, and a group of newest checkpoints that are the best, too, is one group
     for (kind, _, _), group in alike.items():
         seeds_of_group = {evaluations[index].flag('seed') for index in group}
         all_best = all(evaluations[index].entry.is_best for index in group)
-        if len(seeds_of_group) == len(group) > 1 and (not all_best or seeds_of_group == seeds[kind]):
+        lengths = {evaluations[index].newest for index in group}
+        if len(seeds_of_group) == len(group) > 1 and (not all_best or len(lengths) == 1 and seeds_of_group == seeds[kind]):
             groups[tuple(group)] = None
     return list(groups)
 
@@ -268,7 +269,24 @@ def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
     flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
     flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
-    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags}, **_beyond_the_flags(evaluation)} for evaluation in evaluations]
+    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags}, **identity, **_beyond_the_flags(evaluation)}
+            for evaluation, identity in zip(evaluations, _identities(evaluations))]
+
+
+def _identities(evaluations):
+    """For each evaluation {what it was trained from: which}. What is not known of one is taken to be what it is of all others, if they agree."""
+    identities = [provenance.identity(evaluation.entry.training.provenance) for evaluation in evaluations]
+    values = {name: {identity[name] for identity in identities} - {None} for name in identities[0]}
+    return [{name: of_all.copy().pop() if len(of_all) == 1 else identity[name] or 'not known' for name, of_all in values.items()}
+            if any(values.values()) else {} for identity in identities]
+
+
+def arithmetic_note(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A note if evaluations, or the trainings of their models, differ in what decides how numbers are rounded; else []."""
+    trainings = [evaluation.entry.training.provenance for evaluation in evaluations]
+    kinds = [part for training in trainings for part in (training.arithmetic if training else [])]
+    names = sorted(name for name in set().union(*kinds) if len({kind.get(name) for kind in kinds}) > 1)
+    return [f'trained with different {", ".join(names)}: numbers are rounded differently, as if by another seed'] if names else []
 
 
 def _beyond_the_name(evaluations):
@@ -356,6 +374,7 @@ def update_table(comparison: Comparison) -> render.Table:
     if groups:
         notes.append('over seeds: the mean of the means of runs that differ by --seed only, and their standard deviation')
     notes.append(test_note(figures))
+    notes += arithmetic_note(comparison.evaluations)
     legend = [f'{line.letters}  {line.path}  ({line.label})' for line in lines]
     return render.Table(comparison.title, columns, rows, legend, notes)
 

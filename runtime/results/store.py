@@ -4,19 +4,21 @@ The evaluations that ship with a run are in shipped_results.json, which is only 
 that git tracks. The dataclasses below are the schema of both files.
 """
 import codecs
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
-import types
-import typing
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from runtime.results.provenance import Provenance
 from runtime.results.statistics import UNITS, bootstrap, figure, statistics
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import STALE_SECONDS, locked, remove_parts, require_regular_file, write_atomically, write_csv
+from runtime.system.schema import checked
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
 VERSION = 2
@@ -31,6 +33,8 @@ class Training:
     pretrain_iterations: int
     metatrain_iterations: int
     flags: dict[str, str | int | float | bool | None]  # all flags that determine what is learnt
+    provenance: Provenance | None = None  # None: not known, as of weights that an earlier version saved
+    newest: int | None = None   # iterations of the run's newest checkpoint; the best is the best of those up to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +85,22 @@ class Entry:
     training: Training
     tasks: EvaluationTasks
     setting: Setting
-    known_classes: list[str]    # classes of another source with the names of classes that the model was trained on
+    known_classes: list[str]    # classes that the model was trained on, or of another source with the names of such
     metric: str                 # 'accuracy' (a fraction) | 'loss'
     seconds: float
-    versions: dict[str, str]    # of Python and libraries
+    versions: dict[str, str]    # of Python, libraries and this program, and the arithmetic of the evaluation
     figures: list[Figures]      # of each column of `scores`
     scores: list[list[float]]   # [tasks, columns], see `column_titles`
+    checksum: int | None = None  # of the checkpoint
 
     @property
     def headline_column(self) -> int:
         """The column of `scores` at which the method is reported."""
         return self.setting.headline_updates if self.setting.test_updates else 1
+
+    def is_after(self, iteration: int) -> bool:
+        """Whether a checkpoint of its own run that is newer than that was evaluated."""
+        return self.setting.load_from is None and max([self.iterations or 0, *self.ensemble]) > iteration
 
     @property
     def key(self) -> str:
@@ -139,17 +148,37 @@ def table(evaluations: dict[str, np.ndarray], metric: str, test_updates: int) ->
     return '\n'.join(lines)
 
 
-def add(directory: str, entry: Entry) -> None:
+def add(directory: str, entry: Entry, check: Callable[[], None] = lambda: None) -> None:
     """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
+
+    Args:
+        check: called before; raises an error if what was evaluated is gone.
 
     Raises:
         OSError: it cannot be written.
         UserError: there is a results.json that cannot be read.
     """
     path = os.path.join(directory, FILE)
-    with locked(os.path.join(directory, '.results.lock')):  # evaluations that end together must not lose each other's entries
+    with changing(directory):
         remove_parts(directory, STALE_SECONDS)  # of killed evaluations
+        check()
         write(path, _last_of_each_key([*_read_if_present(path), entry]))
+
+
+def changing(directory: str) -> contextlib.AbstractContextManager:
+    """While entered, nobody else changes the results of a run: evaluations that end together must not lose each other's entries."""
+    return locked(os.path.join(directory, '.results.lock'))
+
+
+def move_later(directory: str, iteration: int, folder: Callable[[], str]) -> None:
+    """Moves the evaluations of checkpoints after an iteration to files of the same names in a folder, which is called for if there are any."""
+    for name in SHIPPED_FILE, FILE:
+        path = os.path.join(directory, name)
+        entries = _read_if_present(path)
+        later = [entry for entry in entries if entry.is_after(iteration)]
+        if later:
+            write(os.path.join(folder(), name), later)
+            write(path, [entry for entry in entries if not entry.is_after(iteration)])
 
 
 def write(path: str, entries: list[Entry]) -> None:
@@ -203,38 +232,12 @@ def read(path: str) -> list[Entry]:
         version = content.get('version', 1) if isinstance(content, dict) else None
         if version != VERSION:
             raise ValueError(f'version is {version!r:.40}, and this program reads version {VERSION}')
-        entries = _checked(list[Entry], content.get('evaluations'), 'evaluations')
+        entries = checked(list[Entry], content.get('evaluations'), 'evaluations')
         for index, entry in enumerate(entries):
             _check_consistency(entry, f'evaluations[{index}]')
         return entries
     except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f'{path} cannot be read: {first_line(error)}; remove it and evaluate again') from error
-
-
-def _checked(kind, value, field):
-    """A value of a JSON file as the annotation `kind` of the schema says; raises ValueError, which names the field."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any or type(value) in (arguments if origin is types.UnionType else [kind]):
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is list and isinstance(value, list):
-        return [_checked(arguments[0], item, f'{field}[{index}]') for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {name: _checked(arguments[1], item, f'{field}.{name}') for name, item in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _checked_fields(kind, value, field)
-    raise ValueError(f'{field} is {value!r:.40}, and should be of type {getattr(kind, "__name__", kind)}')
-
-
-def _checked_fields(kind, values, field):
-    """A dataclass of the schema from its fields, {name: value}; others are ignored, and one with a default may be missing: earlier
-    versions did not write it."""
-    hints = typing.get_type_hints(kind)
-    missing = [each.name for each in dataclasses.fields(kind) if each.name not in values and each.default is dataclasses.MISSING]
-    if missing:
-        raise ValueError(f'{field}.{missing[0]} is missing')
-    return kind(**{name: _checked(hint, values[name], f'{field}.{name}') for name, hint in hints.items() if name in values})
 
 
 def _check_consistency(entry, field):

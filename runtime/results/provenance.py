@@ -1,0 +1,124 @@
+"""What a model was made from, beside its flags: data, starting weights, arithmetic and program. Written into each checkpoint and
+results.json; runs that differ in it are other runs, and `differences` says so."""
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+LIMITS = 'ONEDNN_MAX_CPU_ISA', 'XLA_FLAGS'  # environment variables that change which instructions are used
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A checkpoint that a training started from."""
+    checkpoint: str             # its absolute prefix at that time
+    checksum: int | None        # `checkpoints.checksum`; None: it could not be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What a model was made from. Only `data` is known of runs of earlier versions: their `arithmetic` is []."""
+    data: dict[str, int | None]     # {'train' | 'val': checksum of the examples and the names of classes}; None: functions
+    data_path: str | None = None    # absolute, as it was; None: the source's own folder
+    weights: Weights | None = None  # that training started from; None: random ones
+    arithmetic: list[dict[str, str]] = dataclasses.field(default_factory=list)  # as `arithmetic`, of each part of the training
+    program: str = ''               # as `program`, of the last part
+    # {class: CRC-32 of its first examples} that these weights were trained on, in an earlier training too; not in results.json.
+    classes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether more than the data is known."""
+        return bool(self.arithmetic)
+
+    @property
+    def without_classes(self) -> 'Provenance':
+        """Their names are many, and the checksum of the data covers them."""
+        return dataclasses.replace(self, classes={})
+
+    @property
+    def comments(self) -> str:
+        """Lines for a file of flags that say it."""
+        return ''.join(f'# {name}: {json.dumps(value, default=vars)}\n' for name, value in vars(self.without_classes).items() if name != 'classes')
+
+    def continued(self, now: 'Provenance') -> 'Provenance':
+        """That of a model whose training goes on now."""
+        arithmetic = self.arithmetic if self.arithmetic[-1:] == now.arithmetic else self.arithmetic + now.arithmetic
+        return dataclasses.replace(now, weights=self.weights, arithmetic=arithmetic, classes={**self.classes, **now.classes})
+
+
+def differences(then: Provenance, now: Provenance, model: str, examples: str = 'data') -> dict[str, str]:
+    """{'data' | 'weights' | 'weights changed' | 'arithmetic': a sentence about what differs now from when a model was trained}.
+
+    What is not known is not compared, nor are splits that are not in both, or weights if none are named now.
+
+    Args:
+        model: what to call it.
+        examples: what to call the data.
+    """
+    found = {}
+    splits = [split for split, checksum in then.data.items() if now.data.get(split, checksum) != checksum]
+    if splits:
+        moved = f' (then in {then.data_path}, now in {now.data_path})' if None not in {then.data_path, now.data_path} and then.data_path != now.data_path else ''
+        found['data'] = f'the {examples} of the {" and ".join(splits)} split are not those that {model} was trained on{moved}'
+    if then.is_known and now.weights:
+        found.update(_weights_differ(then.weights, now.weights, model))
+    if then.is_known and now.is_known and then.arithmetic[-1] != now.arithmetic[-1]:
+        before, after = then.arithmetic[-1], now.arithmetic[-1]
+        what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
+                         for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
+        found['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
+    return found
+
+
+def _weights_differ(then, given, model):
+    """Of the weights that a training started from, and those that --load_from names now; a file that is gone cannot differ."""
+    if then and then.checksum == given.checksum:
+        return {}
+    if then and then.checkpoint == given.checkpoint:
+        return {'weights changed': f'--load_from={given.checkpoint} has changed since {model} started from it'} if given.checksum else {}
+    origin = f'from the weights of {then.checkpoint}' if then else 'from random weights'
+    return {'weights': f'{model} was trained {origin}, and --load_from={given.checkpoint} holds others'}
+
+
+def identity(provenance: Provenance | None) -> dict[str, Any]:
+    """{name: value} by which models of equal flags differ; None where it is not known. Arithmetic is not of them: it differs by rounding."""
+    if provenance is None:
+        return {'training data': None, 'starting weights': None}
+    weights = provenance.weights
+    return {'training data': ' '.join(f'{checksum:08x}' for checksum in provenance.data.values() if checksum is not None) or 'functions',
+            'starting weights': None if not provenance.is_known else f'{weights.checksum or 0:08x}' if weights else 'random'}
+
+
+def arithmetic(engine: str, replicas: int) -> dict[str, str]:
+    """What decides how numbers are rounded: with all of it equal, and on a CPU, the same computation has the same result bit for bit."""
+    import tensorflow as tf
+    from tensorflow.python.util import _pywrap_util_port
+    devices = tf.config.list_physical_devices('GPU')
+    names = [tf.config.experimental.get_device_details(device).get('device_name', 'GPU') for device in devices]
+    simd: Mapping[str, list[str]] = np.show_config(mode='dicts')['SIMD Extensions']  # type: ignore[call-overload, index, assignment]
+    instructions = [*simd.get('baseline', []), *simd.get('found', []), *(f'{name}={os.environ[name]}' for name in LIMITS if name in os.environ)]
+    return {'tensorflow': tf.__version__, 'device': ', '.join(names) or 'CPU', 'instructions': ' '.join(instructions),
+            'oneDNN': 'on' if _pywrap_util_port.IsMklEnabled() else 'off', 'engine': engine, 'replicas': str(replicas)}
+
+
+@functools.cache
+def program() -> str:
+    """This program's commit, with -dirty if files differ from it; outside of a git checkout its version."""
+    if os.path.exists(os.path.join(ROOT, '.git')):  # else git would find a repository around it
+        try:
+            command = ['git', '--no-optional-locks', '-C', ROOT, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    try:
+        return importlib.metadata.version('maml')
+    except importlib.metadata.PackageNotFoundError:
+        return 'not known'
