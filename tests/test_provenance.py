@@ -181,7 +181,7 @@ def test_classes_of_weights_that_an_earlier_version_saved():
             return [1, 2]
 
     restored = types.SimpleNamespace(provenance=Provenance({'train': 3}), trained_on='cifarfs')
-    assert evaluation.known_classes(types.SimpleNamespace(datasource='folder'), restored, Tasks()) == ['test/apple']
+    assert evaluation.known_classes(types.SimpleNamespace(datasource='folder'), restored, Tasks()) == ['apple']
     assert evaluation.known_classes(types.SimpleNamespace(datasource='cifarfs'), restored, Tasks()) == []
 
 

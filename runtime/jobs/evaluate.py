@@ -211,7 +211,7 @@ def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str
         by_name = name in trained if is_same_source else ending in endings
         return by_name and not ending.isdigit() or checksum in checksums
 
-    return [folder for folder, checksum in zip(tasks.classes.names, tasks.class_checksums()) if is_known(class_name(folder), checksum)]
+    return [name for name, checksum in zip(map(class_name, tasks.classes.names), tasks.class_checksums()) if is_known(name, checksum)]
 
 
 def published_classes(datasource: str) -> set[str]:

@@ -1,5 +1,6 @@
 """What a model was made from, beside its flags: data, starting weights, arithmetic and program. Written into each checkpoint and
 results.json; runs that differ in it are other runs, and `differences` says so."""
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -114,11 +115,11 @@ def arithmetic(engine: str, replicas: int) -> dict[str, str]:
 def program() -> str:
     """This program's commit, with -dirty if files differ from it; outside of a git checkout its version."""
     if os.path.exists(os.path.join(ROOT, '.git')):  # else git would find a repository around it
-        try:
-            command = ['git', '--no-optional-locks', '-C', ROOT, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass
+        # Without locks, which would be in the way of the user's own git commands.
+        command = ['git', '--no-optional-locks', '-C', ROOT, 'status', '--porcelain=v2', '--branch', '--untracked-files=no']
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit, *others = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+            return commit.split()[-1] + ('-dirty' if any(not line.startswith('#') for line in others) else '')
     try:
         return importlib.metadata.version('maml')
     except importlib.metadata.PackageNotFoundError:
