@@ -229,4 +229,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    console.run(main)
+    console.run(main, os.path.basename(__file__))
