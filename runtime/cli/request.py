@@ -171,11 +171,16 @@ def resolve(line: CommandLine) -> Request:
     return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory)
 
 
+def same_folder(*paths: str | None) -> bool:
+    """Whether paths lead to the same folder."""
+    return len({path and os.path.realpath(os.path.expanduser(path)) for path in paths}) == 1
+
+
 def _forget_data(values, stored, given):
     """Takes away the paths that are about the training's data, if the tasks are of others."""
     if values['datasource'] != stored['datasource'] and 'data_path' not in given:
         values['data_path'] = None
-    if values['data_path'] != stored['data_path'] and 'split_file' not in given:
+    if not same_folder(values['data_path'], stored['data_path']) and 'split_file' not in given:
         values['split_file'] = None
 
 

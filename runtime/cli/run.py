@@ -15,7 +15,7 @@ from runtime.datasets.tasks import Source, TaskConfig
 
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
 EVALUATED_HEADS = {'own': ('own',), 'nearest': ('nearest class mean', 'nearest neighbour')}  # of an evaluation, for values of --head
-FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
+FOLDERS = 'logdir', 'data_path', 'split_file', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from runtime.cli.flags import GROUPS, default, parse
+from runtime.datasets.lists import list_paths
 from runtime.datasets.tables import Columns, write_columns
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import write_atomically
@@ -26,6 +27,8 @@ def describing_flags() -> list[str]:
 def description(values: Mapping[str, Any]) -> str:
     """The contents of FLAG_FILE: a line for each flag that is not at its default."""
     paths = {name: os.path.abspath(os.path.expanduser(values[name])) for name in _PATHS if values[name]}
+    if values['split_file']:
+        paths['split_file'] = ','.join(map(os.path.abspath, list_paths(values['split_file'])))
     return ''.join(f'--{name}={paths.get(name, values[name])}\n' for name in describing_flags() if values[name] != default(name))
 
 
