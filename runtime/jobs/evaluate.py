@@ -99,7 +99,7 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
 def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -> None:
     """Prints the table of an evaluation, and the names of the files that it wrote."""
     spreads = {f'{result.variant.label}, spread': result.spread for result in results if result.spread is not None}
-    print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates))
+    print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates == 0))
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')

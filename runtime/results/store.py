@@ -125,19 +125,20 @@ def figures_of(values: np.ndarray, spread: np.ndarray | None = None) -> list[Fig
     return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist(), spreads)]
 
 
-def table(evaluations: dict[str, np.ndarray], metric: str, test_updates: int) -> str:
+def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool = False) -> str:
     """Text: for each number of updates the mean and its 95% interval.
 
     Args:
         evaluations: {label: values [tasks, columns]}, one column each; the label of a single one is not shown.
         metric: one of UNITS.
-        test_updates: inner updates of the evaluations.
+        without_updates: whether they are evaluations without inner updates.
     """
     lines = [f'  updates  {UNITS[metric][0]}, with its 95% interval']
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
     columns = [[figure(mean, half, metric).rjust(16) for mean, _, half in zip(*statistics(values))] for values in evaluations.values()]
-    for updates, cells in zip(column_titles(test_updates), zip(*columns)):
+    titles = column_titles(0 if without_updates else len(columns[0]) - 1)
+    for updates, cells in zip(titles, zip(*columns)):
         lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
     lines.append('  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
