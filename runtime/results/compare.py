@@ -260,7 +260,7 @@ def method_without(evaluation: Evaluation, flag: str) -> str:
     """The name of an evaluation's method without what a flag adds to it, such as 'with inner_batch=5'."""
     if flag not in switches():
         return evaluation.method
-    return title({name: evaluation.flag(name) for name in switches()} | {flag: default(flag)})
+    return title({name: evaluation.flag(name) for name in [*switches(), 'num_updates']} | {flag: default(flag)})
 
 
 # Labels -------------------------------------------------------------------------------------------------------------
