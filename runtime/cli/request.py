@@ -173,7 +173,7 @@ def resolve(line: CommandLine) -> Request:
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
     return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory,
-                   network_file=network or _own_network(values, directory))
+                   network_file=_own_network(values, directory, network))
 
 
 def _forget_data(values, stored, given):
@@ -200,11 +200,11 @@ def _without_meaning(preset, line):
             and not all(PURPOSES[purpose][1](request) for purpose in ONLY.get(name, ()))}
 
 
-def _own_network(values, directory=None):
-    """The network of one's own that --network names, or the copy of it in a run's directory; None if there is none. In the values, its
-    identity takes the place of what names it."""
-    if not values['network']:
-        return None
+def _own_network(values, directory=None, given=None):
+    """The given network of one's own, or that which --network names, or its copy in a run's directory; None if there is none. In the
+    values, its identity takes the place of what names it."""
+    if given or not values['network']:
+        return given
     network = (network_file.read_copy(directory, values['network'], values['trust_network']) if directory else
                network_file.read(values['network']))
     values['network'] = network.identity

@@ -125,7 +125,7 @@ def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> 
     state = initial_state(config, parameters, task)
     for number in tf.range(updates, dtype=tf.int64):
         state = step(state, number)
-    tensors = weights_at(config, parameters, {**state.head, **state.fast}, max(updates - 1, 0))
+    tensors = weights_at(config, parameters, {**state.own, **state.fast}, max(updates - 1, 0))
     return {name: value.numpy() for name, value in tensors.items()}
 
 
