@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from runtime.cli.flags import GROUPS, default, parse
+from runtime.cli.network_file import NetworkFile, write_copy
 from runtime.datasets.lists import list_paths
 from runtime.datasets.tables import Columns, write_columns
 from runtime.system.errors import UserError, first_line
@@ -32,8 +33,11 @@ def description(values: Mapping[str, Any]) -> str:
     return ''.join(f'--{name}={paths.get(name, values[name])}\n' for name in describing_flags() if values[name] != default(name))
 
 
-def write(directory: str, text: str, columns: Columns | None) -> None:
-    """Writes a `description` and comments, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
+def write(directory: str, text: str, columns: Columns | None, network: NetworkFile | None) -> None:
+    """Writes a `description` and comments, or reports that it cannot; and the columns of tables and a network of one's own, or raises UserError:
+    they are part of the model."""
+    if network:
+        write_copy(directory, network)
     if columns:
         try:
             write_columns(directory, columns)
