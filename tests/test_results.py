@@ -425,7 +425,7 @@ def test_differences_by_rounding_alone_are_none():
     mean, _, half = statistics.statistics(np.array([[0.25, 0.5]]))
     assert mean.tolist() == [0.25, 0.5] and np.isnan(half).all() and statistics.figure(0.25, half[0], 'accuracy') == '25.00'
     assert statistics.figure(np.nan, np.nan, 'loss') == 'nan ± nan'
-    assert re.findall(r'\d\.\d+', store.table({'x': np.array([[0.25, 0.5]])}, 'loss', 1)) == ['0.2500', '0.5000']
+    assert re.findall(r'\d\.\d+', store.table({'x': np.array([[0.25, 0.5]])}, 'loss')) == ['0.2500', '0.5000']
 
 
 def test_statistics_do_not_depend_on_the_order_in_memory():
