@@ -9,6 +9,7 @@ from data_generator import SOURCES
 from runtime.cli import rules, workers
 from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, string, strings
 from runtime.cli.methods import PRESETS
+from runtime.cli.network_file import label as network_label
 from runtime.cli.run import Evaluation, Run, Training
 from runtime.cli.startup import run_and_data
 from runtime.jobs.learner import load, load_predictor  # noqa: F401  (for Python: docs/python.md)
@@ -128,6 +129,11 @@ number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, L
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning('maxpool', 'convolutions'), only='images')
+string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model of your own; see '
+       'docs/networks.md', Learning(network_label, network='all'))
+string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis', Learning('.input{}', network='all'),
+       only='own networks, numbers')
+boolean('check_network', True, 'before a training, test the second derivatives of --network', only='own networks')
 string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '
        'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
@@ -144,6 +150,7 @@ boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
 string('run', None, 'directory of a run: use the flags that it was trained with, to evaluate, to predict or to continue '
        'training; flags on the command line override them')
+boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints', 1)
 group('Saving and resuming')
@@ -229,4 +236,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    console.run(main)
+    console.run(main, os.path.basename(__file__))

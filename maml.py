@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import HEAD_PREFIX, classifier_outputs, head_column, initial_head, network_of, outputs_of, shared_weights
+from networks import classifier_outputs, head_column, initial_head, layers, mask_at, masks, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -41,6 +41,9 @@ class ModelConfig:
     meta_lr: float = 0.001                  # step size of the outer loop, beta
     norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
     image_shape: tuple[int, int, int] | None = None  # (height, width, channels); None: fully connected net
+    network: Callable | None = None         # (input_shape, outputs) -> keras.Model, instead of this program's own networks
+    input_shape: tuple[int, ...] | None = None  # of a row, as that model gets it; None: image_shape, or [dim_input]
+    mask_seed: int = 0                      # of that model's random layers
     dim_hidden: tuple[int, ...] = (40, 40)  # fully connected layer sizes
     num_filters: int = 64                   # channels of each convolution
     max_pool: bool = False                  # pool after each block, instead of convolutions of stride 2
@@ -93,7 +96,7 @@ class TaskState(NamedTuple):
     fast: Tensors            # fast weights: the task's own values of the tensors that the inner loop adapts
     optimizer: Tensors = {}  # the state of the inner optimizer, if it has one
     features: Tensors = {}   # {'support': [N*K, features], 'query': [N*Q, features]} if no inner step changes them (ANIL)
-    head: Tensors = {}       # the last layer, if it is computed for the task
+    own: Tensors = {}        # the last layer, if it is computed for the task; in training, what random layers draw from
 
 
 class Outputs(NamedTuple):
@@ -127,7 +130,7 @@ def inner_step(config: ModelConfig, parameters: Parameters, task: TaskBatch, sta
 
 def inner_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step = 0) -> Trajectory:
     """Adapts to a task by `num_updates` inner steps; without any, the state is the initial one."""
-    state, states, outputs = initial_state(config, parameters, task), [], []
+    state, states, outputs = initial_state(config, parameters, task, iteration), [], []
     for step in range(config.num_updates):
         state, before = inner_step(config, parameters, task, state, step, iteration)
         states.append(state)
@@ -136,9 +139,8 @@ def inner_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, ite
 
 
 def recomputed_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step = 0) -> Trajectory:
-    """Like `inner_loop`, with gradient checkpointing. Without `multi_step_loss` it returns the last state only, so that the graph
-    does not grow with num_updates."""
-    initial = initial_state(config, parameters, task)
+    """`inner_loop` with gradient checkpointing; without `multi_step_loss`, the last state only, so that the graph stays small."""
+    initial = initial_state(config, parameters, task, iteration)
     states = recomputing_loop(lambda number, state, parameters: inner_step(config, parameters, task, state, number, iteration)[0],
                               config.num_updates, initial, parameters)
     first = 0 if config.multi_step_loss else config.num_updates - 1
@@ -186,7 +188,7 @@ def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step,
     with tf.GradientTape() as tape:
         tape.watch(parameters)
         if config.pretrain_classes:
-            pre = post = classifier_outputs(config, weights_at(config, parameters, {}, 0), task.support_x)
+            pre = post = classifier_outputs(config, weights_at(config, parameters, masks(config, iteration), 0), task.support_x)
         else:
             pre, states = loop_of(config)(config, parameters, task, iteration)
         loss = loss_of(config, pre, task.support_y)
@@ -215,25 +217,25 @@ def task_gradient(config: ModelConfig, phase: str) -> Callable:
 # Where the methods differ -------------------------------------------------------------------------------------------
 
 def adapted(config: ModelConfig, parameters: Parameters) -> Tensors:
-    """The tensors that the inner loop adapts: all of the network (MAML), the last layer (ANIL) or the other layers (BOIL);
-    with `adapt_norm` offsets and scales of normalisation too."""
+    """The tensors that the inner loop adapts: all of the network (MAML), the last layer (ANIL) or the others (BOIL); see `adapt_norm`."""
     head = network_of(config).head_names
     is_adapted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}[config.inner_weights]
-    weights = {name: value for name, value in parameters.weights.items() if is_adapted(name) and not name.startswith(HEAD_PREFIX)}
+    weights = {name: value for name, value in layers(config, parameters.weights).items() if is_adapted(name)}
     return {**weights, **parameters.norm_params} if config.adapt_norm else weights
 
 
-def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch) -> TaskState:
+def initial_state(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step | None = None) -> TaskState:
     """A task before its first inner step: at the shared parameters, but for a last layer that is computed for it."""
-    head, features, tensors = {}, {}, weights_at(config, parameters, {}, 0)
-    if has_fixed_features(config) or config.head_init != 'learned':
+    head, features, random = {}, {}, masks(config, iteration)
+    fixed, tensors = has_fixed_features(config) and not random, weights_at(config, parameters, random, 0)
+    if fixed or config.head_init != 'learned':
         support = network_of(config).features(tensors, task.support_x)
     if config.head_init != 'learned':
         head = initial_head(config, parameters.weights, support, task.support_y)
-    if has_fixed_features(config):
+    if fixed:
         features = {'support': support, 'query': query_features(config, task, tensors)}
     own = parameters._replace(weights={**parameters.weights, **head})
-    return TaskState(adapted(config, own), parameters.inner_optimizer_state, features, head)
+    return TaskState(adapted(config, own), parameters.inner_optimizer_state, features, {**head, **random})
 
 
 def has_fixed_features(config: ModelConfig) -> bool:
@@ -246,27 +248,26 @@ def weights_at(config: ModelConfig, parameters: Parameters, own: Tensors, step: 
     the offsets and scales of that step."""
     tensors = {**parameters.weights, **parameters.norm_params, **own}
     of_step = {name: at_step(tensors[name], step) for name in parameters.norm_params} if config.norm_per_step else {}
-    return {**tensors, **of_step}
+    return {**tensors, **of_step, **mask_at(own, step)}
 
 
 def support_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's support rows at an inner step, [N*K, dim_output]."""
-    network, tensors = network_of(config), weights_at(config, parameters, {**state.head, **state.fast}, step)
+    network, tensors = network_of(config), weights_at(config, parameters, {**state.own, **state.fast}, step)
     return outputs_of(config, tensors, state.features['support'] if state.features else network.features(tensors, task.support_x))
 
 
 def query_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:
     """The network's outputs for a task's query rows at an inner step, [N*Q, dim_output]."""
-    tensors = weights_at(config, parameters, {**state.head, **state.fast}, step)
+    tensors = weights_at(config, parameters, {**state.own, **state.fast}, step)
     return outputs_of(config, tensors, state.features['query'] if state.features else query_features(config, task, tensors))
 
 
 def query_features(config: ModelConfig, task: TaskBatch, tensors: Tensors) -> tf.Tensor:
     """The last layer's input for a task's query rows, [N*Q, features].
 
-    Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so evaluation is transductive), or
-    each row independently of the others: with `query_norm='support'` by those of the support rows, with 'each' by those of the
-    support rows and itself (Reptile's evaluation without transduction).
+    Under batch norm, query rows are normalised by their own statistics (Reference behaviour: so evaluation is transductive), or each
+    by itself: with `query_norm='support'` by those of the support rows, with 'each' by those of the support rows and itself (Reptile).
     """
     features = network_of(config).features
     if config.query_norm == 'batch':
@@ -279,8 +280,7 @@ def query_features(config: ModelConfig, task: TaskBatch, tensors: Tensors) -> tf
 
 def support_loss(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step,
                  iteration: Step) -> tuple[tf.Tensor, tf.Tensor]:
-    """The loss that an inner step descends, a scalar: of all support rows, or with `inner_batch` of some; and the outputs for all,
-    [N*K, dim_output]."""
+    """The loss that an inner step descends: of all support rows, or with `inner_batch` of some; and all outputs, [N*K, dim_output]."""
     outputs = support_outputs(config, parameters, task, state, step)
     if not config.inner_batch:
         return loss_of(config, outputs, task.support_y), outputs
@@ -354,11 +354,12 @@ class MAML:
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
-        """The initial weights are a function of config and seed. With several replicas, meta-batches are what
-        `Replicas.distribute` makes, except for `predict`."""
+    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None, network: Callable | None = None):
+        """The initial weights are a function of config and seed; `network` is that of the config (docs/networks.md). With several
+        replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`."""
         self.replicas = replicas or Replicas()
-        self.config = config = engine.resolve(config, network_of(config).convolutional)
+        config = dataclasses.replace(config, network=network, mask_seed=seed) if network else config
+        self.config = config = engine.resolve(config, network_of(config).convolutional, network_of(config).vectorizes)
         self.shared = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in group.items()}
                                         for group in initial_parameters(config, seed)))
         self.weights, self.norm_params, rates, inner_optimizer_state = self.shared
@@ -385,8 +386,7 @@ class MAML:
     def variant(self, **changes: Any) -> MAML:
         """A MAML with the same weights, another config and a fresh optimizer.
 
-        With a smaller `dim_output` n it has the first n outputs. They make a network for n-way tasks: the labels of a task are
-        in random order, so all outputs are equivalent.
+        With a smaller `dim_output` n it has the first n outputs: all are equivalent, for a task's labels are in random order.
         """
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
         other.copy_parameters(self)
@@ -407,7 +407,7 @@ class MAML:
         averaged over tasks; 'finite', whether losses and gradients were finite (if not, the step changed nothing); and 'stopping',
         whether any process is about to stop.
         """
-        function = task_gradient(config_at(self.config, iteration), phase)
+        function = task_gradient(config_at(self.config, iteration) if phase == 'metatrain' else self.config, phase)
         return self._engine.train(function, self._gradient_structure, self._updates[phase], batches,
                                   tf.constant(iteration, tf.int64), tf.cast(stopping, self.config.dtype))
 

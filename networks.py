@@ -1,24 +1,37 @@
-"""What a network is, the reference's two, and where the last layer of a task comes from.
+"""What a network is, the reference's two, any Keras model, and where the last layer of a task comes from.
 
 A network is pure: it owns no variables, its tensors are an argument. So the inner loop can run it with a task's fast weights.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import random
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context  # for the state of the random numbers, which has no public name
 
+from runtime.system.errors import UserError, first_line
+from special_grads import exact_statistics
 from utils import conv_block, dense_block, glorot_uniform, truncated_normal
 
 if TYPE_CHECKING:
     from maml import ModelConfig
 
 CONV_LAYERS = (1, 2, 3, 4)
+MASKS = 'masks'  # the name of the tensor from which random layers draw: [seed, iteration], at an inner step [seed, iteration, step]
+ROWS = 4  # that a model is tried on
+FLOATS = {'float16', 'bfloat16', 'float32', 'float64'}
+RANDOM_OPERATIONS = {'RandomUniform', 'RandomUniformInt', 'RandomStandardNormal', 'TruncatedNormal', 'RandomShuffle', 'Multinomial',
+                     'RandomGamma'}
 HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
 CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
@@ -31,10 +44,14 @@ class Network(Protocol):
     Attributes:
         head_names: names of the last layer's matrix, [features, dim_output], and bias, [dim_output].
         convolutional: whether it has convolutions: such networks are not compiled by XLA on a CPU (runtime/compute/engine.py).
+        vectorizes: whether all tasks can be computed in one graph.
+        random: whether it draws random numbers in training, such as the masks of dropout.
         description: text for the console.
     """
     head_names: Sequence[str]
     convolutional: bool
+    vectorizes: bool
+    random: bool
     description: str
 
     def initial_weights(self, seed: int) -> Tensors:
@@ -47,7 +64,7 @@ class Network(Protocol):
         """The input of the last layer. With batch norm it depends on the rows that provide the statistics.
 
         Args:
-            tensors: weights and norm parameters.
+            tensors: weights and norm parameters; in training also MASKS, if the network is `random`.
             x: float [rows, dim_input]; images in [0, 1], flattened.
             stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
         """
@@ -58,7 +75,12 @@ class Network(Protocol):
 
 @functools.cache
 def network_of(config: ModelConfig) -> Network:
-    """The network that a config describes."""
+    """The network that a config describes. Raises UserError if it is one's own and cannot be used with that config."""
+    if config.network:
+        shape = config.input_shape or config.image_shape or (config.dim_input,)
+        network = _keras_network(config.network, shape, config.dim_output, config.dtype)
+        network.check(config)
+        return network
     return ConvNet(config) if config.image_shape else DenseNet(config)
 
 
@@ -67,14 +89,14 @@ class DenseNet:
 
     Weights `w1 b1 w2 b2 ...`: [inputs, units] by `truncated_normal`, biases [units] 0, as in the reference.
     """
-    convolutional = False
+    convolutional, vectorizes, random = False, True, False
 
     def __init__(self, config: ModelConfig):
         self._config, last = config, len(config.dim_hidden) + 1
         self.head_names = f'w{last}', f'b{last}'
         # Reference behaviour: there is no scope 1.
         self._scopes = {layer: '0' if layer == 1 else str(layer) for layer in range(1, last)}
-        self.description = 'fully connected, ' + '-'.join(map(str, config.dim_hidden))
+        self.description = f'fully connected, {"-".join(map(str, config.dim_hidden))}, norm {config.norm}'
 
     def initial_weights(self, seed: int) -> Tensors:
         config = self._config
@@ -99,12 +121,13 @@ class ConvNet:
     Weights `conv1 b1 ... conv4 b4 w5 b5`: convolutions [3, 3, channels, num_filters] by `glorot_uniform`; w5 [features,
     dim_output] by it after flattening, standard normal after averaging over space; biases 0; as in the reference.
     """
-    convolutional = True
+    convolutional, vectorizes, random = True, True, False
     head_names = 'w5', 'b5'
 
     def __init__(self, config: ModelConfig):
         self._config = config
-        self.description = f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}'
+        self.description = (f'4 convolutions of {config.num_filters} filters, {"max pooling" if config.max_pool else "stride 2"}, '
+                            f'norm {config.norm}')
 
     def initial_weights(self, seed: int) -> Tensors:
         config, (height, width, channels) = self._config, self._config.image_shape
@@ -129,6 +152,288 @@ class ConvNet:
 
     def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
         return _linear(tensors, features, *self.head_names)
+
+
+class KerasNetwork:
+    """A `keras.Model` made by a function of one's own: see docs/networks.md.
+
+    The names of its tensors are Keras's `variable.path`; norm parameters are the weights of normalisation layers; the head is the
+    layer that makes the outputs. Means and variances are those of the current rows, and exact in both derivatives. Random layers
+    draw from MASKS, and do nothing without. All else that is not trainable is constant.
+    """
+    vectorizes = False
+
+    def __init__(self, function: Callable, input_shape: Sequence[int], outputs: int, dtype: str):
+        """
+        Args:
+            function: (input_shape, outputs) -> keras.Model.
+            input_shape: of a row, as the model gets it.
+            outputs: numbers that it makes of each row.
+            dtype: in which it computes.
+
+        Raises:
+            UserError: the function does not make such a model, or it has state, losses or dtypes that are not swapped or used.
+        """
+        self._function, self.name = function, getattr(function, '__name__', type(function).__name__)
+        self._input_shape, self._outputs, self._dtype = tuple(input_shape), outputs, dtype
+        self._keras, self._seen = _keras(), threading.local()
+        self.model = model = self._build(0)
+        self.layers = list(model._flatten_layers(include_self=False))
+        self._weights = {variable.path: variable for variable in model.trainable_variables}
+        self._seeds = [variable for variable in model.non_trainable_variables if variable.name == 'seed_generator_state']
+        seeds = set(map(id, self._seeds))
+        self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables if id(variable) not in seeds]
+        self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
+        self._norm_names = {weight.path for layer in self.layers if type(layer).__name__.endswith('Normalization')
+                            for weight in layer._trainable_variables}
+        self.convolutional, self.random = any('Conv' in type(layer).__name__ for layer in self.layers), bool(self._seeds)
+        for layer in self._norms:  # whose argument says too whether random layers draw
+            layer.call = functools.partial(_with_current_statistics, layer.call)
+        self._refuse_unusable()
+        self.head_names, self._head, self._no_head, self._has_linear_head = (), None, '', False
+        self._find_head(*self._probe())
+        self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError if the network cannot be used with a config."""
+        if config.inner_weights != 'all' and not self.head_names:
+            raise UserError(f'--inner_weights={config.inner_weights} (of ANIL and BOIL) needs a last layer, and {self.name} has none: '
+                            f'{self._no_head}')
+        if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
+            raise UserError(f'last layers are computed (--head_init, --logits, pre-training of all classes) in place of a Dense layer with bias '
+                            f'and without activation, at whose input are vectors; {self.name} does not end in one')
+        if config.engine in ('vmap', 'wide') and self.convolutional:
+            raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
+        if config.loss == 'xent' and self._normalised:
+            raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
+        if config.query_norm != 'batch' and not self._separates_rows:
+            raise UserError(f'--query_norm={config.query_norm}: in {self.name} rows depend on each other by more than the statistics of batch '
+                            'norm without masks')
+
+    def initial_weights(self, seed: int) -> Tensors:
+        model = self._build(seed)
+        if model is self.model:
+            raise UserError(f'{self.name} returns the same model again; it must make a new one at each call')
+        initial = {variable.path: variable for variable in model.trainable_variables}
+        if {name: value.shape for name, value in initial.items()} != {name: value.shape for name, value in self._weights.items()}:
+            raise UserError(f'{self.name} makes a model with other weights at each call')
+        return {name: tf.cast(value, tf.float32) for name, value in initial.items() if name not in self._norm_names}
+
+    def initial_norm_params(self) -> Tensors:
+        return {name: tf.cast(value, tf.float32) for name, value in self._weights.items() if name in self._norm_names}
+
+    def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
+        with self.tensors_in_place(tensors, x.shape[0], stats_rows):
+            outputs = self._call(x, self.random and MASKS in tensors)
+        return self._seen.features if self.head_names else outputs
+
+    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
+        if not self.head_names:
+            return features
+        with self._keras.StatelessScope([(self._weights[name], tensors[name]) for name in self.head_names]):
+            return self._head(features)
+
+    def _call(self, x, training):
+        return self.model(tf.reshape(x, [-1, *self._input_shape]), training=training)
+
+    @contextlib.contextmanager
+    def tensors_in_place(self, tensors, rows, stats_rows=None):
+        """While entered, the model computes with the tensors; its own variables are neither read nor changed."""
+        seeds = _seed_states(tensors[MASKS], len(self._seeds)) if MASKS in tensors else [tf.zeros([2], tf.int64)] * len(self._seeds)
+        values = [*((variable, tensors[name]) for name, variable in self._weights.items()), *self._constants, *zip(self._seeds, seeds)]
+        with exact_statistics(rows, stats_rows), self._keras.StatelessScope(values, collect_losses=True) as scope:
+            yield scope
+
+    def _build(self, seed):
+        """A new model that has been called; its weights are a function of the seed."""
+        def make():
+            model = self._function(self._input_shape, self._outputs)
+            if isinstance(model, self._keras.Model):
+                outputs = model(tf.zeros([ROWS, *self._input_shape], self._dtype))
+                if not tf.is_tensor(outputs) or outputs.shape != (ROWS, self._outputs):
+                    shape = list(outputs.shape) if tf.is_tensor(outputs) else f'a {type(outputs).__name__}'
+                    raise UserError(f'the model of {self.name} makes {shape} of {ROWS} rows, and must make {[ROWS, self._outputs]}')
+            return model
+
+        try:
+            model = _isolated(make, self._keras, seed, self._dtype)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}: {first_line(error)}') from error
+        if not isinstance(model, self._keras.Model):
+            raise UserError(f'{self.name} returns a {type(model).__name__}, and must return a keras.Model')
+        return model
+
+    def _refuse_unusable(self):
+        """Refuses what the rest of the program cannot name, average or save."""
+        paths = [variable.path for variable in self.model.trainable_variables]
+        problems = [] if paths else ['it has no weights to train']
+        problems += [f'two of its weights are named {path}' for path in sorted(set(paths)) if paths.count(path) > 1]
+        problems += [f'{path} is a name that this program uses itself' for path in paths if path.startswith(('lr/', 'inner/', CLASSIFIER)) or '/adam/' in path]
+        problems += [f'layer {layer.name} computes in {layer.compute_dtype} with weights in {layer.variable_dtype}, and not in {self._dtype}'
+                     for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
+        problems += [f'layer {layer.name} takes statistics over all replicas' for layer in self._norms if layer.synchronized]
+        problems += [f'{path} has a constraint, which is not kept here' for path, weight in self._weights.items() if weight.constraint]
+        self._refuse(problems)
+
+    def _refuse(self, problems):
+        if problems:
+            more = f', and {len(problems) - 3} more problems' if len(problems) > 3 else ''
+            raise UserError(f'the model of {self.name} cannot be used: {"; ".join(problems[:3])}{more}')
+
+    def _probe(self):
+        """Runs the model once and refuses state that is not swapped, and losses.
+
+        Returns its outputs, the calls of its layers, inner ones first, and the tape that recorded them with the tensors of the model.
+        """
+        x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS + 2, math.prod(self._input_shape)]), self._dtype)
+        tensors = {name: tf.identity(weight.value) for name, weight in self._weights.items()}
+        training = {**tensors, MASKS: tf.zeros([3], tf.float64)}
+        problems = self._problems_of_graph(tf.function(lambda: self.features(training, x), autograph=False).get_concrete_function().graph)
+        with watched(self.layers) as calls, tf.GradientTape() as tape:
+            tape.watch(tensors)
+            with self.tensors_in_place(training, len(x)) as scope:
+                outputs = self._call(x, True)
+                problems += ['it has losses of its own (add_loss, regularizers), which are not used here'] if self.model.losses else []
+        self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
+        pair = [self._rows_with_statistics_of_others(tensors, tf.concat([x[:-1], last], axis=0)) for last in (x[-1:], x[-1:] + 1)]
+        self._separates_rows = np.allclose(*pair, rtol=1e-4, atol=1e-5)
+        self._normalised = self._outputs > 1 and np.allclose(tf.reduce_sum(outputs, axis=1), 1, atol=1e-5) and np.all(outputs >= 0)
+        return outputs, calls, tape, tensors
+
+    def _problems_of_graph(self, graph):
+        return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute of '
+                'a layer' for variable in graph.variables] + [
+                f'it draws random numbers by {operation.type}: use keras.random with a SeedGenerator' for operation in graph.get_operations()
+                if operation.type in RANDOM_OPERATIONS]
+
+    def _changed(self, scope, tensors):
+        """The paths of variables that a call assigned to, without the moving averages of batch norm, which nothing reads."""
+        moving = {id(variable) for layer in self._norms for variable in (layer.moving_mean, layer.moving_variance)}
+        before = [*self._constants, *((weight, tensors[name]) for name, weight in self._weights.items())]
+        return [variable.path for variable, value in before
+                if id(variable) not in moving and scope.get_current_value(variable) is not value]
+
+    def _rows_with_statistics_of_others(self, tensors, x):
+        with self.tensors_in_place(tensors, len(x), ROWS):
+            return self._call(x, False)[:-1]
+
+    def _find_head(self, outputs, calls, tape, tensors):
+        """Finds the layer that makes the outputs, whose input are the features, or says why there is none."""
+        makers = [(layer, arguments) for layer, arguments, _, made in calls if made is outputs]
+        if not makers:
+            self._no_head = 'its outputs are made by its own code, not by a layer'
+            return
+        layer, arguments = makers[0]
+        names = [weight.path for weight in layer.trainable_variables]
+        reasons = {
+            'has no weights': not names,
+            'has several inputs': len(arguments) != 1 or not tf.is_tensor(arguments[0]),
+            'normalises or is random': self._norm_names & set(names) or set(map(id, layer.variables)) & set(map(id, self._seeds))}
+        reason = next((text for text, holds in reasons.items() if holds), None)
+        if not reason and any(gradient is not None for gradient in tape.gradient(arguments[0], [tensors[name] for name in names])):
+            reason = 'shares its weights with another'
+        if reason:
+            self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
+            return
+        self.head_names, self._head = tuple(names), layer
+        self._has_linear_head = type(layer) is self._keras.layers.Dense and (
+            layer.use_bias, layer.activation, len(arguments[0].shape)) == (True, self._keras.activations.linear, 2)
+        layer.call = functools.partial(_remembering_input, self._seen, layer.call)
+
+
+@functools.cache
+def _keras_network(function: Callable, input_shape: Sequence[int], outputs: int, dtype: str) -> KerasNetwork:
+    return KerasNetwork(function, input_shape, outputs, dtype)
+
+
+def _keras():
+    """The module; raises UserError if it is another Keras than this program knows."""
+    try:
+        import keras
+    except ImportError as error:
+        raise UserError(f'a network of your own needs Keras 3, which cannot be imported ({first_line(error)}): install TensorFlow 2.16 or '
+                        'newer') from error
+    if keras.__version__.startswith(('1.', '2.')):
+        raise UserError(f'a network of your own needs Keras 3, and Keras {keras.__version__} is installed: install TensorFlow 2.16 or newer')
+    if keras.backend.backend() != 'tensorflow':
+        raise UserError(f'Keras computes by {keras.backend.backend()} here: set KERAS_BACKEND=tensorflow in the environment')
+    return keras
+
+
+def _isolated(function, keras, seed, dtype):
+    """What a function returns where all random numbers follow from a seed, layers are numbered from the first, and compute in a dtype;
+    nothing of that stays in this process."""
+    def call():  # in a thread of its own, where Keras has no layers yet
+        keras.config.set_dtype_policy(dtype)
+        keras.utils.set_random_seed(seed)
+        return function()
+
+    eager, floatx = context.context(), keras.config.floatx()
+    numbers = random.getstate(), np.random.get_state(), eager._seed, getattr(eager, '_rng', None)
+    keras.config.set_floatx(dtype)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call).result()
+    finally:
+        keras.config.set_floatx(floatx)
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+        eager._seed, eager._rng = numbers[2:]
+
+
+def masks(config: ModelConfig, iteration: int | tf.Tensor | None) -> Tensors:
+    """What random layers draw from in an iteration of a training; {} in evaluation, and if there are none. In float64, for a state of
+    gradient checkpointing is differentiated."""
+    if iteration is None or not network_of(config).random:
+        return {}
+    return {MASKS: tf.stack([tf.cast(number, tf.float64) for number in (config.mask_seed, iteration)])}
+
+
+def mask_at(own: Tensors, step: int | tf.Tensor) -> Tensors:
+    """MASKS of a task's own tensors at an inner step; {} if there are none."""
+    return {MASKS: tf.concat([own[MASKS], tf.cast([step], tf.float64)], axis=0)} if MASKS in own else {}
+
+
+def _seed_states(masks, count):
+    """States for `count` generators of random numbers, each a function of its number and of masks, [seed, iteration, step]."""
+    masks = tf.cast(masks, tf.int64)
+    key = tf.stack([masks[0], 0])
+    for number in tf.unstack(masks[1:]):
+        key = tf.random.fold_in(key, number)
+    return tf.unstack(tf.cast(tf.random.stateless_uniform([count, 2], key, None, None, tf.int32), tf.int64)) if count else []
+
+
+@contextlib.contextmanager
+def watched(layers: Sequence[Any]) -> Iterator[list[tuple[Any, tuple, dict, Any]]]:
+    """While entered, each call of a Keras layer is added to the list: (layer, args, kwargs, outputs), inner layers first."""
+    calls, before = [], [layer.call for layer in layers]
+
+    def watch(layer, call):
+        def watched_call(*args, **kwargs):
+            outputs = call(*args, **kwargs)
+            calls.append((layer, args, kwargs, outputs))
+            return outputs
+        return watched_call
+
+    for layer, call in zip(layers, before):
+        layer.call = watch(layer, call)
+    try:
+        yield calls
+    finally:
+        for layer, call in zip(layers, before):
+            layer.call = call
+
+
+def _with_current_statistics(call, inputs, training=None, mask=None):
+    """A call of Keras's batch norm as in training, where it takes the statistics of the current rows."""
+    return call(inputs, training=True, mask=mask)
+
+
+def _remembering_input(seen, call, inputs, **kwargs):
+    seen.features = inputs
+    return call(inputs, **kwargs)
 
 
 def _linear(tensors: Tensors, x: tf.Tensor, matrix: str, bias: str) -> tf.Tensor:
@@ -169,6 +474,13 @@ def shared_weights(config: ModelConfig, seed: int) -> Tensors:
         weights = {**body, **HEADS[config.head_init].learned(config, seed)}
     classifier = last_layer(config, seed, config.pretrain_classes) if config.pretrain_classes else {}
     return {**weights, **{CLASSIFIER + name: value for name, value in classifier.items()}}
+
+
+def layers(config: ModelConfig, weights: Tensors) -> Tensors:
+    """Of the shared weights those of the network, without what a last layer has besides; the network may have a layer named head."""
+    others = {'ridge': ['lambda', 'scale', 'bias'], 'neighbours': ['features', 'labels']}.get(config.head_init, [])
+    others = {HEAD_PREFIX + name for name in others}.difference(network_of(config).head_names)
+    return {name: value for name, value in weights.items() if name not in others and not name.startswith(CLASSIFIER)}
 
 
 def classifier_outputs(config: ModelConfig, tensors: Tensors, x: tf.Tensor) -> tf.Tensor:

@@ -8,9 +8,11 @@ A convolution's output is the largest tensor of a network, and every operation o
 several times. `batch_standardize` has both derivatives in closed form instead: a few passes, each one compiled loop where
 images are large. `im2col` turns convolutions of small images into matrix products.
 """
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,55 @@ def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: i
 
     centred = x - mean(x)
     return centred * tf.math.rsqrt(mean(tf.square(centred)) + epsilon)
+
+
+def moments(x: tf.Tensor, axes: Sequence[int], keepdims: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and biased variance over axes, as `tf.nn.moments`, but exactly differentiable any number of times."""
+    axes = [axis % len(x.shape) for axis in axes]
+    size = _size(x, axes)
+
+    @tf.custom_gradient
+    def variance(x):
+        # The sum of what is centred is 0: the term of the mean vanishes in the first derivative. It is in the second.
+        centred = x - _sum(x, axes) / size
+        return _sum(tf.square(centred), axes) / size, lambda upstream: 2 / size * upstream * (x - _sum(x, axes) / size)
+
+    both = _sum(x, axes) / size, variance(x)
+    return both if keepdims else tuple(tf.squeeze(values, axes) for values in both)
+
+
+@contextlib.contextmanager
+def exact_statistics(rows: int, stats_rows: int | None = None) -> Iterator[None]:
+    """While entered, `tf.nn.moments`, and with it every layer of Keras, is exact in this thread: see `moments`.
+
+    Args:
+        rows: of what the network is given.
+        stats_rows: statistics over rows are taken from the first `stats_rows`; None: from all.
+    """
+    outer = getattr(_here, 'statistics', None)
+    with _patching:
+        _replaced.append(tf.nn.moments)
+        tf.nn.moments = _moments_of_thread
+    _here.statistics = rows, stats_rows
+    try:
+        yield
+    finally:
+        _here.statistics = outer
+        with _patching:
+            tf.nn.moments = _replaced.pop()  # that of another thread, if it is not the last one here
+
+
+_here, _patching, _replaced = threading.local(), threading.Lock(), []
+
+
+def _moments_of_thread(x, axes, shift=None, keepdims=False, name=None):
+    statistics = getattr(_here, 'statistics', None)
+    if statistics is None:
+        return _replaced[0](x, axes, shift, keepdims, name)
+    axes, (rows, stats_rows) = [axes] if isinstance(axes, int) else axes, statistics
+    if stats_rows is not None and 0 in axes:
+        x = x[:stats_rows * (x.shape[0] // rows)]  # a layer may have folded other axes into the rows
+    return moments(x, axes, keepdims)
 
 
 def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Tensor:

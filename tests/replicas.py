@@ -3,7 +3,7 @@
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
 gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, of networks of the shapes that sinusoid,
-Omniglot and miniImageNet have, and one with learned step sizes and offsets of each step, are written to FILE by the chief.
+Omniglot and miniImageNet have, one with learned step sizes and offsets of each step, and one of Keras with Dropout, are written to FILE by the chief.
 """
 import dataclasses
 import os
@@ -31,6 +31,8 @@ def shapes():
     steps = dataclasses.replace(omniglot, update_lr=0.1, num_updates=2, learn_lr='step', norm_scale=True, norm_per_step=True,
                                 multi_step_loss=50)
 
+    own = dataclasses.replace(omniglot, update_lr=0.1, num_updates=2, network=a_network)
+
     def images(config):
         def draw(first, count):
             tasks = []
@@ -44,7 +46,13 @@ def shapes():
 
     points = SOURCES['sinusoid'].tasks(TaskConfig(5, 10, 10, seed=0), 'train')
     return {'sinusoid': (sinusoid, points.draw), 'omniglot': (omniglot, images(omniglot)), 'mini': (mini, images(mini)),
-            'steps': (steps, images(steps))}
+            'steps': (steps, images(steps)), 'keras': (own, images(own))}
+
+
+def a_network(input_shape, outputs):
+    from keras import Sequential, layers
+    return Sequential([layers.Conv2D(4, 3, strides=3), layers.BatchNormalization(), layers.Activation('tanh'), layers.Dropout(0.2),
+                       layers.GlobalAveragePooling2D(), layers.Dense(outputs)])
 
 
 def gradients(replicas, path):

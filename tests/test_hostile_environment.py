@@ -25,10 +25,13 @@ from runtime.datasets import arrays, class_folders, images
 from runtime.jobs import checkpoints
 from runtime.jobs import train as training
 from runtime.results import plots, statistics, store
+from runtime.results.provenance import Provenance
 from runtime.system import console, interruption
 from runtime.system.errors import UserError
 
 STATE = {'w': tf.zeros([1000])}
+RECORD = {'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain', 'pretrain_iterations': 0,
+          'provenance': Provenance({})}
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 WHOLE_PROGRAM = [sys.executable, os.path.join(ROOT, 'main.py')]
 
@@ -96,9 +99,9 @@ def test_saving_that_cannot_work_is_said_at_the_start(tmp_path, capsys):
     run = types.SimpleNamespace(directory=str(tmp_path), source=SOURCES['sinusoid'], flag_file='')
     model = types.SimpleNamespace(state=lambda: STATE)
     with limited_files(100):
-        training.prepare_directory(run, training.TrainState(), model)
+        training.prepare_directory(run, training.TrainState(), model, Provenance({}))
     assert re.fullmatch(f'Warning: checkpoints cannot be saved in {tmp_path} now .*File too large.*\n', capsys.readouterr().out)
-    training.prepare_directory(run, training.TrainState(), model)
+    training.prepare_directory(run, training.TrainState(), model, Provenance({}))
     assert capsys.readouterr().out == ''
 
 
@@ -155,7 +158,7 @@ def test_printing_where_nothing_can_be_printed(trained, tmp_path):
 
 
 @pytest.mark.parametrize('ending, status, words', [
-    ('ctypes.CDLL(None).abort()', -signal.SIGABRT, 'fatal: no such flag\nmain.py: the program was ended while TensorFlow started, see above\n'),
+    ('ctypes.CDLL(None).abort()', -signal.SIGABRT, 'fatal: no such flag\nThe program was ended while TensorFlow started, see above\n'),
     ('sys.exit(3)', 3, ''), ('None', 0, '')])
 def test_what_a_library_says_before_it_aborts_is_shown(ending, status, words):
     """While TensorFlow starts, its notices are hidden; not the last, if it ends the program."""
@@ -228,9 +231,8 @@ def test_a_pipe_as_results(pipe, tmp_path):
 @pytest.mark.parametrize('suffix', ['.index', '.data-00000-of-00001'])
 def test_a_pipe_as_checkpoint(suffix, pipe, tmp_path):
     """It is damaged, and the one before it is used."""
-    record = dict.fromkeys(checkpoints._ENTRIES)
     for iteration in 1, 2:
-        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
+        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**RECORD, 'iteration': iteration})
     os.remove(tmp_path / f'model2{suffix}')
     path = pipe(f'model2{suffix}')
     with pytest.raises(checkpoints.Damaged, match=f'not a regular file: .*{path}'):
@@ -322,9 +324,8 @@ def test_clocks_that_are_wrong(days, tmp_path):
         os.utime(path, (time, time))
     again = class_folders.ClassFolders(str(tmp_path / 'images')).load('train', (4, 4, 3))
     assert np.array_equal(first.values, again.values) and first.checksum == again.checksum
-    record = dict.fromkeys(checkpoints._ENTRIES)
     for iteration in 1, 2:
-        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**record, 'iteration': iteration})
+        checkpoints.save(checkpoints.path(str(tmp_path), iteration), STATE, {**RECORD, 'iteration': iteration})
     for path in tmp_path.glob('model1.*'):
         os.utime(path, (time, time))
     assert checkpoints.newest(str(tmp_path)).record['iteration'] == 2

@@ -183,7 +183,7 @@ def test_another_split_moves_no_picture(tmp_path, prepare, capsys):
     assert SOURCES['cub'].class_folders('train', str(folder)) == [f'classes/{BIRDS[1]}', f'classes/{BIRDS[2]}']
     assert 'split frn, crop False' in capsys.readouterr().out
     assert json.loads((folder / '.prepared.json').read_text()) == {
-        'recipe': 'crop=False', 'source': preparation.identity([source / 'CUB_200_2011.tgz']), 'complete': True,
+        'recipe': 'crop=False', 'source': preparation.identity([source / 'CUB_200_2011.tgz']), 'complete': True, 'missing': True,
         'facts': {'split': 'frn', 'crop': False}}
 
 

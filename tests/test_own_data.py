@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from test_tables import CLASSES, EVALUATE
 
+import main
 from conftest import error_of, results_of, run_ok, write_image_tree
 from data_generator import SOURCES
-from runtime.datasets import class_folders, images, splits
+from runtime.cli import stored_run
+from runtime.cli.request import resolve
+from runtime.datasets import class_folders, images, lists, splits
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.images import BadImages
 from runtime.datasets.splits import EmptySplit, split_classes
@@ -309,7 +312,7 @@ def test_whole_numbers_that_would_be_rounded(tmp_path, capsys):
         assert ('whole numbers beyond 2^53' in capsys.readouterr().out) == noted
 
 
-def test_a_table_without_validation(tmp_path, few_tasks):
+def test_a_table_without_validation(tmp_path, few_tasks, monkeypatch):
     """From training to meta-test; the split is the run's."""
     flags = [*CLASSES, f'--data_path={one_table(tmp_path / "all.csv")}', '--label_column=species', '--split=5/0/3', f'--logdir={tmp_path / "logs"}',
              '--metatrain_iterations=2']
@@ -317,7 +320,8 @@ def test_a_table_without_validation(tmp_path, few_tasks):
     assert 'nothing is validated' in output and 'Split the values of species into 5 / 0 / 3' in output and 'did best' not in output
     run, = (tmp_path / 'logs').iterdir()
     assert 'trained on' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
-    run_ok(f'--run={run}', *EVALUATE)
+    monkeypatch.chdir(tmp_path)
+    run_ok(f'--run={run}', '--data_path=all.csv', *EVALUATE)
     assert results_of(run)[-1].tasks.split == 'test'
     assert 'add' not in error_of(f'--run={run}', '--train=False') and '--test_set' in error_of(f'--run={run}', '--train=False')
     for more, words in (['--split=0/0/100'], 'leaves no classes to train on'), (['--targets=x'], '--label_column is for classification'), (
@@ -338,3 +342,20 @@ def test_class_folders_that_cannot_be_written_to(tmp_path, few_tasks, monkeypatc
     output = run_ok(f'--run={run}', f'--data_path={other}', '--split=0/0/100', '--test_query=1', *EVALUATE)
     assert 'Split' not in output and not (other / 'splits.csv').exists()
     assert results_of(run)[-1].tasks.split == 'test'
+
+
+def test_the_run_names_its_lists_from_everywhere(tmp_path, monkeypatch):
+    """Lists of the training are for its images, however their folder is written."""
+    monkeypatch.chdir(tmp_path)
+    assert lists.list_paths('a.csv, ~/b.csv') == ['a.csv', os.path.expanduser('~/b.csv')]
+    (tmp_path / 'x,y.csv').touch()
+    assert lists.list_paths('x,y.csv') == ['x,y.csv']
+    (tmp_path / 'images').mkdir()
+    values = main.parse(['main.py', '--datasource=folder', '--data_path=images', '--split_file=train.csv,val.csv']).values
+    text = stored_run.description(values)
+    assert f'--split_file={tmp_path}/train.csv,{tmp_path}/val.csv\n' in text and f'--data_path={tmp_path}/images\n' in text
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'run.flags').write_text(text)
+    for more, kept in ([], True), (['--data_path=images'], True), (['--data_path=.'], False), (['--data_path=.', '--split_file=mine.csv'], 'mine.csv'):
+        request = resolve(main.parse(['main.py', '--run=run', '--train=False', *more]))
+        assert request.split_file == (f'{tmp_path}/train.csv,{tmp_path}/val.csv' if kept is True else kept or None)

@@ -103,8 +103,10 @@ def test_what_cannot_be_repeated_is_left_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count('left out, there is no folder /nowhere') == 2 and "left out, not the run's own weights" in printed
     assert printed.endswith('0 the same, 0 nearly the same, 0 different, 5 left out\n')
-    with pytest.raises(SystemExit, match='there is no results.json in'):
-        zoo.command_line(['check', str(tmp_path / 'nowhere')])
+    (tmp_path / 'empty').mkdir()
+    for name, words in ('empty', 'there is no results.json in'), ('nowhere', 'there is no folder'):
+        with pytest.raises(SystemExit, match=words):
+            zoo.command_line(['check', str(tmp_path / name)])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -33,12 +33,12 @@ class Learning:
     """How a flag that changes what is learnt identifies a run.
 
     Attributes:
-        label: what a value other than the default adds to the directory's name, {} being the value; or {value: text}, which
-            applies to the default too. '': nothing.
+        label: what a value other than the default adds to the directory's name, {} being the value; or a function of the value; or
+            {value: text}, which applies to the default too. '': nothing.
         network: the networks that differ by this flag, whose weights fit no others: 'all', or a key of request.PURPOSES; None: it
             says how they are trained.
     """
-    label: str | Mapping[str, str] = ''
+    label: str | Mapping[str, str] | Callable[[Any], str] = ''
     network: str | None = None
 
 
@@ -154,4 +154,6 @@ def labels(values: Mapping[str, Any]) -> str:
 def _label(label, value, default):
     if isinstance(label, Mapping):
         return label.get(value, '')
-    return '' if value in (default, 'None') else label.format(re.sub(r'[^\w.+-]', '-', str(value))[:60])
+    if value in (default, 'None'):
+        return ''
+    return label(value) if callable(label) else label.format(re.sub(r'[^\w.+-]', '-', str(value))[:60])

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_generator import SOURCES, TableSource
-from runtime.cli import methods, stored_run
+from runtime.cli import methods, network_file, stored_run
 from runtime.cli.flags import LEARNING, ONLY, CommandLine, labels
+from runtime.cli.network_file import NetworkFile
 from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
 
@@ -27,6 +28,7 @@ class Request:
     given: frozenset[str]           # the flags on the command line
     run_directory: str | None       # that --run names
     dropped: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {flag: value} of --method that have no meaning for the source or network
+    network_file: NetworkFile | None = None  # that --network names, or its copy in the run's directory
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,6 +134,7 @@ PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
     'classes': ('classification', lambda r: r.classes),
     'batch norm': ('batch norm: with --norm={norm} leave it out', lambda r: r.norm == 'batch_norm'),
     'normalisation': ('networks with a normalisation, and --norm=None has none', lambda r: r.norm != 'None'),
+    'own networks': ('a network of your own: add --network', lambda r: bool(r.network)),
     'convolutions': ('convolutional networks', lambda r: r.images and r.conv),
     'fully connected': ('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
                         lambda r: not r.images or not r.conv),
@@ -157,9 +160,10 @@ def resolve(line: CommandLine) -> Request:
     values = {**line.values, **{name: value for name, value in preset.items() if name not in dropped}}
     mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
+    network = _own_network(values)
     if values['run'] is None:
         query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
-        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped)
+        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
     directory = stored_run.find(values['run'])
     stored = stored_run.read(directory)
     if mode != 'train':
@@ -168,14 +172,20 @@ def resolve(line: CommandLine) -> Request:
     _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
-    return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory)
+    return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory,
+                   network_file=_own_network(values, directory, network))
+
+
+def same_folder(*paths: str | None) -> bool:
+    """Whether paths lead to the same folder."""
+    return len({path and os.path.realpath(os.path.expanduser(path)) for path in paths}) == 1
 
 
 def _forget_data(values, stored, given):
     """Takes away the paths that are about the training's data, if the tasks are of others."""
     if values['datasource'] != stored['datasource'] and 'data_path' not in given:
         values['data_path'] = None
-    if values['data_path'] != stored['data_path'] and 'split_file' not in given:
+    if not same_folder(values['data_path'], stored['data_path']) and 'split_file' not in given:
         values['split_file'] = None
 
 
@@ -193,6 +203,17 @@ def _without_meaning(preset, line):
     request = Request('train', line.values, line.values, line.given, None)
     return {name: value for name, value in preset.items() if name in LEARNING
             and not all(PURPOSES[purpose][1](request) for purpose in ONLY.get(name, ()))}
+
+
+def _own_network(values, directory=None, given=None):
+    """The given network of one's own, or that which --network names, or its copy in a run's directory; None if there is none. In the
+    values, its identity takes the place of what names it."""
+    if given or not values['network']:
+        return given
+    network = (network_file.read_copy(directory, values['network'], values['trust_network']) if directory else
+               network_file.read(values['network']))
+    values['network'] = network.identity
+    return network
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

@@ -12,7 +12,8 @@ from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
 
 RIDGE = 'ridge_lambda', 'ridge_scale'
-PATHS = ('logdir', 'data_path', 'split_file', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare', 'across')
+PATHS = ('logdir', 'data_path', 'split_file', 'network', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare',
+         'across')
 
 
 def check_paths(values: Mapping[str, Any]) -> None:
@@ -109,6 +110,10 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     # Network
     (lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
      '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
+    *((lambda r, name=name: bool(r.network) and name in r.given, f'--{name} is for the networks of this program: leave it out with --network')
+      for name in ('norm', 'norm_scale', 'num_filters', 'conv', 'max_pool', 'hidden')),
+    (lambda r: r.input_shape is not None and not re.fullmatch(r'[1-9]\d{0,6}(,[1-9]\d{0,6})*', r.input_shape),
+     '--input_shape={input_shape} must be sizes separated by commas, like 6,3'),
     # Method
     (lambda r: 'schedule_interval' in r.given and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
      '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),

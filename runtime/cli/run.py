@@ -7,15 +7,17 @@ import math
 import os
 from typing import Any
 
-from runtime.cli import methods, stored_run
+from runtime.cli import methods, network_file, stored_run
 from runtime.cli.flags import names
+from runtime.cli.network_file import NetworkFile
 from runtime.cli.request import Request
 from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
+from runtime.system.errors import UserError
 
 TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
 EVALUATED_HEADS = {'own': ('own',), 'nearest': ('nearest class mean', 'nearest neighbour')}  # of an evaluation, for values of --head
-FOLDERS = 'logdir', 'data_path', 'load_from', 'run'  # flags in which the workers of a run may differ
+FOLDERS = 'logdir', 'data_path', 'split_file', 'load_from', 'run'  # flags in which the workers of a run may differ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Run:
     checkpoint: int | str | None  # what to load: an iteration, 'best' (on meta-validation), or None for the newest
     load_from: str | None       # prefix of a checkpoint elsewhere
     ensemble: int               # checkpoints whose mean outputs are evaluated, and which a training keeps
+    network_file: NetworkFile | None  # that makes the network, if it is one's own
     replicas: Replicas
     worker_flags: str           # text that all workers of a run have in common: their flags, but for names of folders
 
@@ -71,6 +74,7 @@ class Training(Run):
     plot: bool
     strategy: str
     flag_file: str              # the contents of run.flags
+    check_network: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,9 +158,12 @@ def _model_config(request, source, tasks):
     from maml import ModelConfig
     same = {field.name: request.values[field.name] for field in dataclasses.fields(ModelConfig) if field.name in request.values}
     by_classes = request.mode == 'train' and request.pretrain_labels == 'classes'
-    hidden = request.hidden and tuple(map(int, request.hidden.split(',')))
+    hidden, shape = ((text and tuple(map(int, text.split(',')))) for text in (request.hidden, request.input_shape))
+    if shape and math.prod(shape) != source.dim_input(tasks):
+        raise UserError(f'--input_shape={request.input_shape} is {math.prod(shape)} numbers, and a row has {source.dim_input(tasks)}')
     return ModelConfig(**{
         **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
         'pretrain_classes': len(source.class_folders('train', tasks.data_path)) if by_classes else 0,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
-        'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'image_shape': source.image_shape if request.conv else None})
+        'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'input_shape': shape, 'mask_seed': request.trained['seed'],
+        'network': request.network_file and network_file.load(request.network_file), 'image_shape': source.image_shape if request.conv else None})

@@ -4,8 +4,9 @@ import glob
 import os
 
 from data_generator import TableSource
-from runtime.cli.request import Request
+from runtime.cli.request import Request, same_folder
 from runtime.datasets.images import BadImages
+from runtime.datasets.lists import list_paths
 from runtime.datasets.splits import MANIFEST, EmptySplit
 from runtime.datasets.tables import COLUMNS_FILE, Columns, Tables, read_columns
 from runtime.datasets.tasks import SPLITS, Source, TaskConfig, Tasks, UserTask
@@ -61,10 +62,10 @@ def _with_flags(request):
 
 def _splitting(request):
     """How the user's own classes are split: fields of ImageSource and of Tables."""
-    path, trained_path = (os.path.realpath(os.path.expanduser(values['data_path'] or '')) for values in (request.values, request.trained))
+    same = same_folder(request.data_path, request.trained['data_path'])  # the run keeps the split of the data that it was trained on
     return dict(split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given,
-                split_file=request.split_file and os.path.expanduser(request.split_file),
-                kept_manifest=os.path.join(request.directory, MANIFEST) if path == trained_path else None)  # of the data that it was trained on
+                split_file=request.split_file and ','.join(list_paths(request.split_file)),
+                kept_manifest=os.path.join(request.directory, MANIFEST) if same else None)
 
 
 def _known_columns(request):

@@ -114,7 +114,7 @@ def _show_if_it_ends(reading, writing, console):
         while not text.endswith(_STARTED) and (more := os.read(reading, 4096)):
             text += more
         if not text.endswith(_STARTED):
-            os.write(console, text[-SHOWN_BYTES:] + b'main.py: the program was ended while TensorFlow started'
+            os.write(console, text[-SHOWN_BYTES:] + b'The program was ended while TensorFlow started'
                      + (b', see above' if text else b'; is there enough memory?') + b'\n')
     finally:
         os._exit(0)

@@ -8,6 +8,8 @@ from typing import Any
 from absl import flags
 
 from runtime.cli.flags import GROUPS, default, parse
+from runtime.cli.network_file import NetworkFile, write_copy
+from runtime.datasets.lists import list_paths
 from runtime.datasets.tables import Columns, write_columns
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import write_atomically
@@ -26,11 +28,16 @@ def describing_flags() -> list[str]:
 def description(values: Mapping[str, Any]) -> str:
     """The contents of FLAG_FILE: a line for each flag that is not at its default."""
     paths = {name: os.path.abspath(os.path.expanduser(values[name])) for name in _PATHS if values[name]}
+    if values['split_file']:
+        paths['split_file'] = ','.join(map(os.path.abspath, list_paths(values['split_file'])))
     return ''.join(f'--{name}={paths.get(name, values[name])}\n' for name in describing_flags() if values[name] != default(name))
 
 
-def write(directory: str, text: str, columns: Columns | None) -> None:
-    """Writes a `description` and comments, or reports that it cannot; and the columns of tables, or raises UserError: they are part of the model."""
+def write(directory: str, text: str, columns: Columns | None, network: NetworkFile | None) -> None:
+    """Writes a `description` and comments, or reports that it cannot; and the columns of tables and a network of one's own, or raises UserError:
+    they are part of the model."""
+    if network:
+        write_copy(directory, network)
     if columns:
         try:
             write_columns(directory, columns)

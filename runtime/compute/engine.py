@@ -24,16 +24,16 @@ SUM_DTYPE = tf.float64
 Structure = Any  # nested tuples and dicts of tensors
 
 
-def resolve(config: ModelConfig, convolutional: bool) -> ModelConfig:
+def resolve(config: ModelConfig, convolutional: bool, vectorizes: bool = True) -> ModelConfig:
     """A ModelConfig whose fields `engine` and `jit` are decided.
 
-    'auto' is 'vmap' (all tasks in one graph) for dense nets, which are small, and on a GPU; else 'map': on a CPU, a task with
-    convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for dense nets,
+    'auto' is 'vmap' (all tasks in one graph), if the network `vectorizes`, for dense nets, which are small, and on a GPU; else 'map':
+    on a CPU, a task with convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for dense nets,
     such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives.
     """
     kind = {'tasks': 'map', 'wide': 'vmap'}.get(config.engine, config.engine)  # names in earlier versions
     if kind == 'auto':
-        kind = 'vmap' if (not convolutional or has_gpu()) and not config.recompute else 'map'
+        kind = 'vmap' if vectorizes and (not convolutional or has_gpu()) and not config.recompute else 'map'
     jit = kind == 'vmap' and (not convolutional or has_gpu()) or config.recompute and not convolutional
     return dataclasses.replace(config, engine=kind, jit=jit)
 

@@ -33,7 +33,7 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
     """
     index, line_of, missing = _index(root, suffixes), {}, []
     labelled: Labelled = collections.defaultdict(lambda: collections.defaultdict(list))
-    for path in map(str.strip, paths.split(',')):
+    for path in list_paths(paths):
         for place, name, label, split in _rows(path, root, label_column, index):
             images = index.get(name, ())
             if len(images) > 1:
@@ -50,6 +50,12 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
     if None in labelled and len(labelled) > 1:
         raise UserError(f'--split_file={paths} gives only some of the images a split')
     return {split: {label: sorted(images) for label, images in sorted(of.items())} for split, of in labelled.items()}
+
+
+def list_paths(text: str) -> list[str]:
+    """The paths of csv files separated by commas, or the one path that has commas."""
+    paths = [text] if os.path.exists(os.path.expanduser(text)) else text.split(',')
+    return [os.path.expanduser(path.strip()) for path in paths]
 
 
 def _index(root: str, suffixes: set[str]) -> Mapping[str, Sequence[str]]:

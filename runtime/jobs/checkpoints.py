@@ -41,7 +41,7 @@ _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
 _OF_THE_NEWEST = 'test_*',
 _PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)\D')
-_DESCRIPTIONS = 'run.flags', 'columns.json'  # what describes the run: its flags, and the columns of tables
+_DESCRIPTIONS = 'run.flags', 'columns.json', 'network'  # what describes the run: its flags, the columns of tables, a network of one's own
 
 
 class Damaged(UserError):
@@ -469,6 +469,9 @@ def _new_folder(directory):
         number += 1
     os.mkdir(folder)
     for description in _DESCRIPTIONS:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(os.path.join(directory, description), folder)
+        source = os.path.join(directory, description)
+        if os.path.isdir(source):
+            shutil.copytree(source, os.path.join(folder, description))
+        elif os.path.exists(source):
+            shutil.copy(source, folder)
     return folder

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ ROWS_AT_A_TIME = 200  # of a prediction, where rows do not depend on each other
 
 
 def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm: str = 'support',
-         updates: int | None = None) -> Learner:
+         updates: int | None = None, trust_network: bool = False) -> Learner:
     """A trained model.
 
     Args:
@@ -40,11 +40,12 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
         query_norm: how batch norm treats the rows of a prediction: 'support': each by the statistics of the support rows;
             'batch': all together, by their own statistics; 'each': each with the support rows.
         updates: inner steps of `adapt`; None: as many as an evaluation takes.
+        trust_network: run the network of one's own that somebody else trained with.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
-    flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}']
+    flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}'] + ['--trust_network'] * trust_network
     if checkpoint is not None:
         flags.append('--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}')
     if updates is not None:
@@ -124,7 +125,7 @@ def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> 
     state = initial_state(config, parameters, task)
     for number in tf.range(updates, dtype=tf.int64):
         state = step(state, number)
-    tensors = weights_at(config, parameters, {**state.head, **state.fast}, max(updates - 1, 0))
+    tensors = weights_at(config, parameters, {**state.own, **state.fast}, max(updates - 1, 0))
     return {name: value.numpy() for name, value in tensors.items()}
 
 
@@ -159,15 +160,20 @@ class Predictor:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the predictor to an .npz file, which `load_predictor` reads; raises OSError if that cannot be done."""
+        from networks import network_of
         columns = self.inputs.columns
-        facts = {'config': dataclasses.asdict(self.config), 'classes': self.classes,
+        config = {**dataclasses.asdict(self.config), 'network': self.config.network and network_of(self.config).name}
+        facts = {'config': config, 'classes': self.classes,
                  'inputs': {**self.inputs._asdict(), 'columns': columns and columns._asdict()}}
         arrays = {f'{number}/{name}': array for number, member in enumerate(self.members) for name, array in member.items()}
         write_atomically(path, lambda file: np.savez(file, facts=json.dumps(facts), support_x=self.support_x, **arrays))
 
 
-def load_predictor(path: str | os.PathLike) -> Predictor:
-    """The predictor that `Predictor.save` wrote; raises UserError if it cannot be read, or is not such a file."""
+def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> Predictor:
+    """The predictor that `Predictor.save` wrote; raises UserError if it cannot be read, or is not such a file.
+
+    `network` is the function that made its network, if that is one's own: the file does not hold code.
+    """
     import_tensorflow()
     from maml import ModelConfig
     try:
@@ -180,9 +186,12 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
             number, _, tensor = name.partition('/')
             members.setdefault(int(number), {})[tensor] = array
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in facts['config'].items()}
+        if bool(fields.get('network')) != bool(network):
+            made_by = f'{fields["network"]}, which network= must give' if fields.get('network') else 'this program: leave out network='
+            raise UserError(f'{os.fspath(path)} has a network made by {made_by}')
         columns = facts['inputs'].pop('columns')
         inputs = Inputs(**facts['inputs'], columns=columns and Columns(**columns))
-        return Predictor(ModelConfig(**fields), list(members.values()), support_x, facts['classes'], inputs)
+        return Predictor(ModelConfig(**{**fields, 'network': network}), list(members.values()), support_x, facts['classes'], inputs)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it '
                         f'({type(error).__name__}: {error})') from error

@@ -24,7 +24,7 @@ from runtime.cli.run_data import columns_of, record_split
 from runtime.cli.workers import check_in_sync, check_shared
 from runtime.compute.schedules import next_change
 from runtime.datasets.tasks import TaskBatch, Tasks
-from runtime.jobs import checkpoints
+from runtime.jobs import checkpoints, network_check
 from runtime.jobs.evaluate import evaluate_tasks, load_weights, task_metrics
 from runtime.jobs.journal import Journal
 from runtime.jobs.saving import Saver, TrainState, diverged
@@ -51,6 +51,8 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
         model = MAML(run.model, run.tasks.seed, replicas)
+        if run.model.network and run.check_network:
+            network_check.check(run.model)
         provenance = present_provenance(run, data, model)
         # The chief comes here after it has tidied up the directory; only then do the other workers look into it.
         check_in_sync(replicas, (run.worker_flags, provenance.data))
@@ -148,7 +150,7 @@ def prepare_directory(run: Training, state: TrainState, model: MAML, provenance:
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
         print(f'{"Later checkpoints" if later else "Summaries and results of an earlier training, which saved no checkpoint,"} were moved to {moved}')
-    stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source))
+    stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source), run.network_file)
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
@@ -189,7 +191,7 @@ def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
     device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *data_description(run, data),
-             f'  network  {network_of(config).description}, norm {config.norm}; {parameters:,} parameters',
+             f'  network  {network_of(config).description}; {parameters:,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
              f'  metric   {run.metric}{" (a fraction)" if run.metric == "accuracy" else ""}, before / after adaptation', *notes(config)]
     if replicas.count > 1:
@@ -214,7 +216,7 @@ def data_description(run: Training, data: dict[str, Tasks]) -> list[str]:
 def notes(config: ModelConfig) -> list[str]:
     """Lines about what hardly learns, or takes long to compile."""
     lines = []
-    if config.loss == 'mse' and config.norm == 'batch_norm':
+    if config.loss == 'mse' and config.norm == 'batch_norm' and not config.network:
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
     if config.num_updates > MANY_UPDATES and not config.recompute:
@@ -234,7 +236,7 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
             summarise(run, data['train'], model, first, summaries)  # before learning from it
 
         phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
-        iteration = max(first - run.pretrain_iterations, 0)  # of meta-training, which schedules count
+        iteration = first - run.pretrain_iterations * (phase == 'metatrain')  # of the phase
         means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)

@@ -260,7 +260,7 @@ def method_without(evaluation: Evaluation, flag: str) -> str:
     """The name of an evaluation's method without what a flag adds to it, such as 'with inner_batch=5'."""
     if flag not in switches():
         return evaluation.method
-    return title({name: evaluation.flag(name) for name in switches()} | {flag: default(flag)})
+    return title({name: evaluation.flag(name) for name in [*switches(), 'num_updates']} | {flag: default(flag)})
 
 
 # Labels -------------------------------------------------------------------------------------------------------------
@@ -331,16 +331,26 @@ def _label_parts(user_labels, settings_of_each):
     parts_of_each = []
     for user_label, setting in named:
         alike = [other for label, other in named if label == user_label]
-        counts = {name: collections.Counter(str(other.get(name)) for other in alike) for name in setting}
-        of_method = [other for other in alike if other[''] == setting['']]
-        implied = preset_flags(setting[''])
-        usual = {name: {count.most_common(1)[0][0]} for name, count in counts.items() if name not in ('', 'checkpoint', 'seed')}
-        for name in usual.keys() & implied.keys():
-            usual[name] |= {str(implied[name])} if len({str(other.get(name)) for other in of_method}) == 1 else set()
-        differing = [name for name in setting if len(counts[name]) > 1
-                     and not (len(counts['']) > 1 and str(setting[name]) in usual.get(name, ()))]
+        unstated = _unstated(setting, alike) if _differ(alike, '') else {}
+        differing = [name for name in setting if _differ(alike, name) and str(setting[name]) not in unstated.get(name, ())]
         parts_of_each.append([*filter(None, [user_label, *(_setting_text(user_label, name, setting[name]) for name in differing)])])
     return parts_of_each
+
+
+def _differ(settings_of_each, name):
+    return len({str(setting.get(name)) for setting in settings_of_each}) > 1
+
+
+def _unstated(setting, alike):
+    """{name: texts} of the values that a label of a setting need not state: the usual one of all that are `alike`, and that of its method's
+    preset, if all evaluations of the method have one value."""
+    unstated = {name: {collections.Counter(str(other.get(name)) for other in alike).most_common(1)[0][0]}
+                for name in setting if name not in ('', 'checkpoint', 'seed')}
+    of_method = [other for other in alike if other[''] == setting['']]
+    for name, value in preset_flags(setting['']).items():
+        if name in unstated and not _differ(of_method, name):
+            unstated[name].add(str(value))
+    return unstated
 
 
 def _setting_text(user_label, name, value):

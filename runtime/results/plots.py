@@ -89,9 +89,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
     axes.set(xlabel='inner updates' + (f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''),
              xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
-    axes.set_title(_plain(heading), fontsize='small')
-    axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', fontsize='small' if max(map(len, runs)) < 60 else 'x-small', frameon=False)
+    _finish(figure, axes, heading, runs)
     return figure
 
 
@@ -102,29 +100,42 @@ def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, headi
         lines: {label: {value of the flag: values [seeds, tasks] in the unit that is shown}}; intervals of several seeds cover seeds too.
         metric, heading: as for `curves`.
     """
-    swept = {value for of_line in lines.values() for value in of_line}
-    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in swept)
-    ordered = sorted(swept) if numeric else sorted(swept, key=str)
-    positions = {value: value if numeric else place for place, value in enumerate(ordered)}
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(lines)), layout='constrained')
     axes, drawn, bounds = figure.subplots(), [], []
+    positions = _place(axes, {value for of_line in lines.values() for value in of_line})
     for (label, of_line), style in zip(lines.items(), itertools.cycle(STYLES)):
-        points = [(value, of_line[value]) for value in ordered if value in of_line]
-        mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for _, values in points]).T
-        counts = sorted({len(values) for _, values in points})
-        seeds = f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
-        drawn.append(axes.errorbar([positions[value] for value, _ in points], mean, half, markersize=4, capsize=2, label=_plain(label) + seeds, **style))
+        places, values_of_each = zip(*sorted((positions[value], values) for value, values in of_line.items()))
+        mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for values in values_of_each]).T
+        drawn.append(axes.errorbar(places, mean, half, markersize=4, capsize=2, label=_plain(label) + _seeds(values_of_each), **style))
         bounds.append(np.array([mean - half, mean + half]))
     _limit(axes, metric, drawn, bounds)
+    axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric][0]}\n(bars: 95% interval)')
+    _finish(figure, axes, heading, lines)
+    return figure
+
+
+def _place(axes, swept):
+    """{value of a flag: its place on the axis}, which gets a tick for each: numbers at their values, others in the order of their names."""
+    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in swept)
+    ordered = sorted(swept) if numeric else sorted(swept, key=str)
+    places = ordered if numeric else range(len(ordered))
     if numeric and ordered[0] > 0 and ordered[-1] >= 10 * ordered[0]:
         axes.set_xscale('log')
-    axes.set_xticks([positions[value] for value in ordered], [f'{value:g}' if numeric else _plain(str(value)) for value in ordered], minor=False)
+    axes.set_xticks(places, [f'{value:g}' if numeric else _plain(str(value)) for value in ordered], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric][0]}\n(bars: 95% interval)')
+    return dict(zip(ordered, places))
+
+
+def _seeds(values_of_each):
+    """Text for a label about how many seeds the values [seeds, tasks] of a line have."""
+    counts = sorted({len(values) for values in values_of_each})
+    return f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
+
+
+def _finish(figure, axes, heading, labels):
     axes.set_title(_plain(heading), fontsize='small')
     axes.grid(alpha=0.3)
-    figure.legend(loc='outside lower center', fontsize='small' if max(map(len, lines)) < 60 else 'x-small', frameon=False)
-    return figure
+    figure.legend(loc='outside lower center', fontsize='small' if max(map(len, labels)) < 60 else 'x-small', frameon=False)
 
 
 def _mean_and_half(values, of_seeds):
@@ -179,8 +190,12 @@ def _limit(axes, metric, drawn, bounds):
         if metric == 'loss' and (high > top or not np.isfinite(ends).all()):
             line.set_label(line.get_label() + ', leaves the axes')
     shown = [values for values, high in zip(finite, highest) if high <= top and values.size]
-    if not shown:
-        return
+    if shown:
+        _set_range(axes, metric, shown)
+
+
+def _set_range(axes, metric, shown):
+    """Sets the range of y for the ends of intervals, an array for each curve."""
     low, high = min(values.min() for values in shown), max(values.max() for values in shown)
     if metric == 'accuracy':
         margin = 0.15 * max(high - low, 1.0)

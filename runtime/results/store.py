@@ -134,12 +134,13 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
         without_updates: whether they are evaluations without inner updates.
     """
     lines = [f'  updates  {UNITS[metric][0]}, with its 95% interval']
+    width = max(24, *(2 + len(label) for label in evaluations)) if len(evaluations) > 1 else 24
     if len(evaluations) > 1:
-        lines.append(' ' * 11 + ''.join(f'{label:24}' for label in evaluations))
+        lines.append(' ' * 11 + ''.join(f'{label:{width}}' for label in evaluations))
     columns = [[figure(mean, half, metric).rjust(16) for mean, _, half in zip(*statistics(values))] for values in evaluations.values()]
     titles = column_titles(0 if without_updates else len(columns[0]) - 1)
     for updates, cells in zip(titles, zip(*columns)):
-        lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:24}' for cell in cells).rstrip())
+        lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:{width}}' for cell in cells).rstrip())
     lines.append('  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))

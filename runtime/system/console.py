@@ -82,8 +82,8 @@ def protect() -> None:
         setattr(sys, name, Console(stream))
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Calls a program's main with its arguments. What ends it is one sentence and a status: 1, or that of a signal."""
+def run(main: Callable[[list[str]], None], name: str) -> None:
+    """Calls the main of a program of that name with its arguments. What ends it is one sentence and a status: 1, or that of a signal."""
     protect()
     for ending in TERMINATION_SIGNALS:
         if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
@@ -92,9 +92,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv)
         sys.stdout.flush()
     except (UserError, Error) as error:
-        sys.exit('main.py: ' + str(error).replace('\n', ' '))
+        sys.exit(f'{name}: ' + str(error).replace('\n', ' '))
     except MemoryError as error:
-        sys.exit(f'main.py: there is not enough memory for what the flags ask for ({error})')
+        sys.exit(f'{name}: there is not enough memory for what the flags ask for ({error})')
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -102,4 +102,4 @@ def run(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # of SIGPIPE
     except OSError as error:
-        sys.exit(f'main.py: {error}')
+        sys.exit(f'{name}: {error}')

@@ -1,0 +1,479 @@
+"""Networks of one's own: fixtures, exact second derivatives of layers, identity of a run, and what is refused."""
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import random
+import re
+import threading
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from test_methods import Fixture, fixtures, relative
+
+import layer_table
+import maml
+import stock_keras
+from conftest import ROOT, error_of, run_ok
+from maml import MAML, ModelConfig, inner_loop, objective
+from networks import network_of
+from runtime.cli import network_file
+from runtime.cli.methods import PRESETS
+from runtime.datasets.tasks import TaskBatch
+from runtime.jobs import checkpoints, learner, network_check
+from runtime.system.errors import UserError
+from special_grads import exact_statistics
+
+FOLDERS = [os.path.join(ROOT, 'tests', 'golden_networks'), os.environ.get('MAML_GOLDEN_NETWORKS', '')]
+FIXTURES = {name[:-4]: os.path.join(folder, name) for folder in FOLDERS if folder for name in sorted(os.listdir(folder)) if name.endswith('.npz')}
+
+
+def functions_of(folder):
+    spec = importlib.util.spec_from_file_location('networks_of_the_fixtures', os.path.join(folder, 'networks.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GOLDEN = functions_of(FOLDERS[0])
+
+
+class NetworkFixture(Fixture):
+    """A fixture whose names of tensors are those of Keras."""
+
+    def __init__(self, name):
+        self.arrays = np.load(FIXTURES[name])
+        self.flags = flags = json.loads(str(self.arrays['config']))
+        fields = {field.name for field in dataclasses.fields(ModelConfig)} - {'network'}
+        self.config = ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in flags.items() if key in fields})
+        self.function = getattr(functions_of(os.path.dirname(FIXTURES[name])), flags['network'])
+
+    def group(self, name):
+        return {key.removeprefix(name + '/'): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
+
+    def model(self, dtype):
+        model = MAML(dataclasses.replace(self.config, dtype=dtype), network=self.function)
+        initial = self.group('init')
+        assert model.parameters().keys() == initial.keys()
+        for name, variable in model.parameters().items():
+            variable.assign(tf.cast(initial[name], dtype))
+        return model
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('name', fixtures(['attention', 'group_norm_boil', 'mlp_skip_meta_sgd', 'residual_anil', 'residual_support_norm'], FIXTURES))
+def test_fixtures_in_double_precision(name):
+    fixture = NetworkFixture(name)
+    model, batch = fixture.model('float64'), fixture.batch(np.float64)
+    assert model.norm_params.keys() == set(fixture.flags['norm_params'])
+    assert set(network_of(model.config).head_names) == set(fixture.flags['head'])
+    assert relative(model.meta_gradients(batch), fixture.group('metagrad')) < 1e-7
+    metrics = model.evaluate(batch, fixture.flags['num_updates_evaluated'])
+    np.testing.assert_allclose(metrics.pre_loss, fixture.arrays['pre_loss'], rtol=1e-7)
+    np.testing.assert_allclose(metrics.post_losses, fixture.arrays['post_losses'], rtol=1e-7)
+
+
+@pytest.mark.parametrize('name', fixtures(['mlp_skip_regression'], FIXTURES))
+def test_fixtures_in_single_precision(name):
+    """As a training computes: compiled, tasks mapped over cores."""
+    fixture = NetworkFixture(name)
+    gradients = fixture.model('float32').meta_gradients(fixture.batch(np.float32))
+    assert relative(gradients, fixture.group('metagrad')) < 1e-4
+
+
+# A small network, with a choice of what is in it ------------------------------------------------------------------------
+
+def a_network(*parts):
+    """A function that makes a network of layers, given as functions without arguments, and a linear one."""
+    def function(input_shape, outputs):
+        x = inputs = keras.Input(input_shape)
+        for part in parts:
+            x = part()(x)
+        return keras.Model(inputs, layers.Dense(outputs, name='head')(layers.Flatten()(x)))
+    return function
+
+
+def dropout(input_shape, outputs):
+    return keras.Sequential([keras.Input(input_shape), layers.Dense(8, 'tanh'), layers.Dropout(0.5), layers.Dense(outputs)])
+
+
+def a_config(input_shape=(5,), **changes):
+    size = int(np.prod(input_shape))
+    return ModelConfig(**{'dim_input': size, 'dim_output': 3, 'loss': 'xent', 'update_batch_size': 2, 'update_lr': 0.1, 'num_updates': 2,
+                          'input_shape': input_shape, **changes})
+
+
+def a_batch(config, tasks=2, dtype=np.float32, seed=0):
+    rng, rows = np.random.default_rng(seed), 2 * config.dim_output
+    x, y = (rng.uniform(size=[tasks, 2 * rows, config.dim_input]), np.tile(np.eye(config.dim_output), [tasks, 4, 1]))
+    return TaskBatch(*(array.astype(dtype) for array in (x[:, :rows], y[:, :rows], x[:, rows:], y[:, rows:])))
+
+
+def test_initial_weights_follow_from_the_seed_alone():
+    config = a_config()
+    state = random.getstate(), np.random.get_state()[1].tolist(), keras.config.floatx()
+    first = MAML(config, seed=3, network=GOLDEN.mlp_skip)
+    assert state == (random.getstate(), np.random.get_state()[1].tolist(), keras.config.floatx())
+    keras.utils.set_random_seed(99)
+    layers.Dense(1)  # layers without a name are numbered
+    same, other = (MAML(config, seed=seed, network=GOLDEN.mlp_skip) for seed in (3, 4))
+    for name, variable in first.weights.items():
+        assert np.array_equal(variable, same.weights[name])
+    assert not np.array_equal(first.weights['head/kernel'], other.weights['head/kernel'])
+    assert list(MAML(config, network=dropout).weights) == [f'sequential/{name}' for name in (
+        'dense/kernel', 'dense/bias', 'dense_1/kernel', 'dense_1/bias')]
+
+
+def test_tensorflow_is_left_as_it_was():
+    original, inside, outside = tf.nn.moments, threading.Event(), threading.Event()
+    x = tf.random.stateless_normal([6, 3], [0, 1])
+
+    def enter():
+        with exact_statistics(6):
+            inside.set()
+            outside.wait()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    inside.wait()
+    with exact_statistics(6, stats_rows=4):
+        np.testing.assert_allclose(tf.nn.moments(x, 0)[0], tf.reduce_mean(x[:4], 0), rtol=1e-6)
+        with exact_statistics(6):
+            np.testing.assert_allclose(tf.nn.moments(x, [0], keepdims=True)[1], original(x, [0], keepdims=True)[1], rtol=1e-6)
+    assert tf.nn.moments is not original
+    np.testing.assert_allclose(tf.nn.moments(x, [0])[0], original(x, [0])[0])  # as in a thread that is not concerned
+    outside.set()
+    thread.join()
+    assert tf.nn.moments is original
+    with pytest.raises(ZeroDivisionError), exact_statistics(6):
+        raise ZeroDivisionError
+    assert tf.nn.moments is original
+
+
+@pytest.mark.usefixtures('eager')
+def test_masks_follow_from_seed_iteration_and_step():
+    config = a_config()
+    batch = a_batch(config, tasks=1)
+    model, other = (MAML(config, seed=seed, network=dropout) for seed in (1, 2))
+    other.copy_parameters(model)
+
+    def gradient(model, iteration):
+        return model.meta_gradients(batch, iteration)['sequential/dense/kernel'].numpy()
+
+    assert np.array_equal(gradient(model, 7), gradient(model, 7))
+    assert not np.array_equal(gradient(model, 7), gradient(model, 8))
+    assert not np.array_equal(gradient(model, 7), gradient(other, 7))
+    np.testing.assert_allclose(gradient(model.variant(recompute=True), 7), gradient(model, 7), rtol=1e-4, atol=1e-6)
+    values, task = model.shared, TaskBatch(*(array[0] for array in batch))
+    outputs = [maml.support_outputs(model.config, values, task, maml.initial_state(model.config, values, task, 7), step) for step in (0, 1)]
+    assert not np.array_equal(*outputs)
+    evaluations = [evaluated.evaluate(batch, 2).post_losses for evaluated in (model, model, other)]
+    assert np.array_equal(evaluations[0], evaluations[1]) and np.array_equal(evaluations[0], evaluations[2])
+
+
+@pytest.mark.parametrize('function, fixed', [(GOLDEN.mlp_skip, True), (dropout, False)])
+def test_the_features_of_anil_are_computed_once(function, fixed, monkeypatch):
+    """But with random layers, which draw again in each step."""
+    config = dataclasses.replace(a_config(inner_weights='head', num_updates=3), network=function)
+    network, calls = network_of(config), []
+    original = network.features
+    monkeypatch.setattr(network, 'features', lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    model, batch = MAML(config), a_batch(config)
+    model.meta_gradients(batch)
+    assert len(calls) == (2 if fixed else 4)
+
+
+@pytest.mark.usefixtures('eager')
+def test_fewer_outputs():
+    config = a_config()
+    model = MAML(config, seed=1, network=GOLDEN.mlp_skip)
+    fewer = model.variant(dim_output=2)
+    assert fewer.weights['head/kernel'].shape == (7, 2) and fewer.config.network is GOLDEN.mlp_skip
+    x = a_batch(config, tasks=1).query_x
+    batch = TaskBatch(x, np.eye(3, dtype=np.float32)[[[0, 1] * 3]], x, np.eye(3, dtype=np.float32)[[[0, 1] * 3]])
+    two = TaskBatch(x, batch.support_y[..., :2], x, batch.query_y[..., :2])
+    np.testing.assert_allclose(fewer.predict(two, 0).post, model.predict(batch, 0).post[..., :2], rtol=1e-6)
+
+
+def meta_objective(config, parameters, task):
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        _, states = inner_loop(config, parameters, task, 0)
+        loss = objective(config, parameters, task, states, 0)[0]
+    return loss, tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('method', [pytest.param(name, marks=[] if name == 'metasgd' else pytest.mark.slow)
+                                    for name, preset in PRESETS.items() if name not in ('fomaml', 'reptile')])
+def test_methods_by_finite_differences(method):
+    """The residual network, along a random direction in all that is trained. First order has no such derivative; Reptile follows none."""
+    flags = {'num_updates': 2, **{name: value for name, value in PRESETS[method].flags.items()
+                                  if name in {field.name for field in dataclasses.fields(ModelConfig)}}}
+    flags |= {'num_updates': min(flags['num_updates'], 2), 'first_order_iterations': 0, 'update_lr': 0.1}
+    config = a_config((9, 9, 3), update_batch_size=1, dtype='float64', network=GOLDEN.residual, **flags)
+    batch = a_batch(config, tasks=1, dtype=np.float64)
+    task = TaskBatch(*(tf.constant(array[0]) for array in batch))
+    parameters = tf.nest.map_structure(lambda value: tf.cast(value, tf.float64), maml.initial_parameters(config, 0))
+    rng = np.random.default_rng(0)
+    direction = tf.nest.map_structure(lambda value: tf.constant(0.1 * rng.normal(size=value.shape)), parameters)
+    _, gradients = meta_objective(config, parameters, task)
+    step = 1e-7
+    ahead, behind = (meta_objective(config, tf.nest.map_structure(lambda value, move, side=side: value + side * step * move, parameters, direction),
+                                    task)[0] for side in (1, -1))
+    expected = (ahead - behind) / (2 * step)
+    found = sum(tf.reduce_sum(gradient * direction.trained()[name]) for name, gradient in gradients.items())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# What is tested at the start of a training, and refused -------------------------------------------------------------------
+
+CONV = functools.partial(layers.Conv2D, 3, 3, padding='same', activation='tanh')
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('parts, words', [
+    ([CONV, layers.BatchNormalization, functools.partial(layers.GroupNormalization, 3), functools.partial(layers.MaxPooling2D, 2)], None),
+    ([CONV, functools.partial(layers.UpSampling2D, 2, interpolation='bilinear'), CONV],
+     ['in the layer up_sampling2d (UpSampling2D)', 'is wrong by', '--check_network=False']),
+    ([CONV, functools.partial(layers.Resizing, 7, 7, 'bicubic'), CONV], ['in the layer resizing', 'no second derivative (LookupError']),
+    ([CONV, functools.partial(layers.Lambda, lambda x: x * tf.stop_gradient(x), name='half')], ['in the layer half (Lambda)'])])
+def test_second_derivatives_are_tested(parts, words):
+    config = dataclasses.replace(a_config((6, 6, 2)), network=a_network(*parts))
+    if words is None:
+        network_check.check(config)
+        return
+    with pytest.raises(UserError) as error:
+        network_check.check(config)
+    assert all(word in str(error.value) for word in words), error.value
+    network_check.check(dataclasses.replace(config, stop_grad=True))
+
+
+class StateOfItsOwn(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.scale, self.linear = tf.Variable(2.), layers.Dense(outputs)
+
+    def call(self, x):
+        return self.linear(x) * self.scale
+
+
+class Twins(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.one, self.other = layers.Dense(4, name='same'), layers.Dense(outputs, name='same')
+
+    def call(self, x):
+        return self.other(self.one(x))
+
+
+class Tied(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.linear = layers.Dense(outputs)
+
+    def call(self, x):
+        return self.linear(self.linear(x[:, :3]))
+
+
+class Counting(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.count = self.add_weight(shape=(), initializer='zeros', trainable=False, name='count')
+
+    def call(self, x):
+        self.count.assign_add(1.)
+        return x * self.count
+
+
+ONE_MODEL = []
+
+
+def the_same_model(input_shape, outputs):
+    ONE_MODEL[:] = ONE_MODEL or [a_network()(input_shape, outputs)]
+    return ONE_MODEL[0]
+
+
+def sequential(*parts):
+    return lambda input_shape, outputs: keras.Sequential([keras.Input(input_shape), *(part(outputs) for part in parts)])
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('function, changes, words', [
+    (lambda shape, outputs: 3, {}, 'returns a int, and must return a keras.Model'),
+    (lambda shape, outputs: 1 / 0, {}, 'raises ZeroDivisionError: division by zero'),
+    (lambda shape: 3, {}, 'raises TypeError'),
+    (lambda shape, outputs: exit(3), {}, 'raises SystemExit'),
+    (lambda shape, outputs: a_network()(shape, outputs + 1), {}, 'makes [4, 4] of 4 rows, and must make [4, 3]'),
+    (lambda shape, outputs: Twins(outputs), {}, 'two of its weights are named twins/same/kernel'),
+    (lambda shape, outputs: StateOfItsOwn(outputs), {}, 'it keeps state in'),
+    (the_same_model, {}, 'returns the same model again'),
+    (a_network(Counting), {}, 'it changes counting/count while it computes'),
+    (a_network(functools.partial(layers.Dense, 4, dtype='float16')), {}, 'computes in float16'),
+    (a_network(functools.partial(layers.Dense, 4, kernel_regularizer='l2')), {}, 'losses of its own'),
+    (a_network(functools.partial(layers.Dense, 4, kernel_constraint='non_neg')), {}, 'has a constraint'),
+    (a_network(functools.partial(layers.Lambda, lambda x: x + tf.random.normal([1]))), {}, 'RandomStandardNormal'),
+    (a_network(functools.partial(layers.BatchNormalization, renorm=True)), {}, 'renorm'),
+    (a_network(functools.partial(layers.Dense, 4, name='lr')), {}, 'a name that this program uses itself'),
+    (sequential(lambda outputs: layers.Dense(outputs, 'softmax')), {}, 'must make logits'),
+    (sequential(lambda outputs: layers.Lambda(lambda x: x[:, :outputs])), {}, 'no weights to train'),
+    (sequential(layers.Dense, lambda outputs: layers.Lambda(lambda x: 2 * x)), {'inner_weights': 'head'}, 'lambda, has no weights'),
+    (lambda shape, outputs: Tied(outputs), {'inner_weights': 'body'}, 'shares its weights'),
+    (a_network(functools.partial(layers.Reshape, (5, 1)), functools.partial(layers.Conv1D, 2, 3)), {'engine': 'vmap'}, 'cannot vectorise'),
+])
+def test_what_cannot_be_used(function, changes, words):
+    with pytest.raises(UserError) as error:
+        MAML(a_config(**changes), network=function)
+    assert words in str(error.value) and '\n' not in str(error.value), error.value
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_layer_without_weights_may_be_the_last():
+    function = sequential(layers.Dense, lambda outputs: layers.Lambda(lambda x: 2 * x))
+    model = MAML(a_config(), network=function)
+    assert network_of(model.config).head_names == ()
+    assert model.evaluate(a_batch(model.config), 1).post_losses.shape == (1, 2)
+
+
+# The command line ---------------------------------------------------------------------------------------------------------
+
+CODE = '''
+import keras
+from keras import layers
+from sizes import WIDTH
+
+
+def net(input_shape, outputs):
+    return keras.Sequential([keras.Input(input_shape), layers.Dense(WIDTH, 'tanh'), layers.Dropout(0.2), layers.Dense(outputs)])
+
+
+number = 3
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with net.py and what it imports; and flags of a training with it."""
+    monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path / 'state'))
+    (tmp_path / 'net.py').write_text(CODE)
+    (tmp_path / 'sizes.py').write_text('WIDTH = 6\n')
+    return tmp_path, [f'--network={tmp_path}/net.py:net', '--metatrain_iterations=4', '--meta_batch_size=2', '--save_interval=2', '--log=False',
+                      f'--logdir={tmp_path}/logs']
+
+
+@pytest.mark.usefixtures('few_tasks')
+def test_a_run_keeps_its_network(own, monkeypatch):
+    """Trained with Dropout, interrupted, resumed bit for bit; evaluated when the file has gone; another file is refused."""
+    folder, flags = own
+    run_ok(*flags)
+    directory = next((folder / 'logs').iterdir())
+    assert directory.name.endswith('.net-net')
+    straight = checkpoints.load(str(directory / 'model4')).arrays
+    run_ok(*flags, '--test_iter=2')
+    resumed = checkpoints.load(str(directory / 'model4')).arrays
+    assert straight.keys() == resumed.keys() and all(np.array_equal(straight[name], resumed[name]) for name in straight)
+    assert (directory / 'earlier1' / 'network' / 'net.py').exists()
+
+    (folder / 'sizes.py').write_text('WIDTH = 7\n')
+    assert '--network=net.py:net@' in (sentence := error_of(*flags, '--metatrain_iterations=6')) and 'and not with' in sentence
+    assert 'contradicts' in error_of(f'--run={directory}', flags[0], '--train=False')
+    (folder / 'net.py').unlink()
+    assert 'meta-validation' in run_ok(f'--run={directory}', '--train=False', '--log=False')
+
+    predictor = learner.load(directory).adapt([[0.], [1.], [2.]], [0., 1., 2.])
+    assert predictor([[0.], [1.]]).shape == (2, 1)
+    predictor.save(folder / 'predictor.npz')
+    with pytest.raises(UserError, match='network='):
+        learner.load_predictor(folder / 'predictor.npz')
+    function = network_file.load(network_file.read(f'{directory}/network/net.py:net'))
+    np.testing.assert_array_equal(learner.load_predictor(folder / 'predictor.npz', network=function)([[0.]]), predictor([[0.]]))
+
+    monkeypatch.setenv('XDG_STATE_HOME', str(folder / 'of_somebody_else'))
+    assert '--trust_network' in error_of(f'--run={directory}', '--train=False')
+    assert 'meta-validation' in run_ok(f'--run={directory}', '--train=False', '--trust_network', '--log=False')
+    (directory / 'network' / 'sizes.py').write_text('WIDTH = 5\n')
+    assert 'is not the code' in error_of(f'--run={directory}', '--train=False', '--trust_network')
+
+
+def test_files_that_are_no_networks(own):
+    folder, flags = own
+    (folder / 'broken.py').write_text('def net(:\n')
+    (folder / 'raises.py').write_text('raise RuntimeError("no such luck")\n')
+    for value, words in [('net', 'must be FILE.py:FUNCTION'), ('missing.py:net', 'No such file'), ('broken.py:net', 'invalid syntax in line 1'),
+                         ('raises.py:net', 'raises RuntimeError when it is imported: no such luck'),
+                         ('net.py:other', 'defines no function other; it has net'), ('net.py:number', 'defines no function number')]:
+        assert words in error_of(*flags[1:], f'--network={folder}/{value}')
+    for others, words in [(['--num_filters=8'], '--num_filters is for'), (['--input_shape=2,x'], 'sizes separated by commas'),
+                          (['--input_shape=2,3'], 'is 6 numbers, and a row has 1')]:
+        assert words in error_of(*flags, *others)
+    assert '--check_network is for a network of your own' in error_of('--check_network=False')
+
+
+# The examples -------------------------------------------------------------------------------------------------------------
+
+with open(os.path.join(ROOT, 'docs', 'networks.md'), encoding='utf-8') as page:
+    COMMANDS = re.findall(r'`python (main\.py --network=.*?)`', page.read())
+
+
+@pytest.fixture(scope='module')
+def tables(tmp_path_factory):
+    """Folders of tables with as many columns as each --input_shape asks for: files are classes; or, in 'y', tasks with a target y."""
+    root, rng = tmp_path_factory.mktemp('tables'), np.random.default_rng(0)
+    for columns, counts in {'64,1': 64, '6,3': 18, 'y': 3}.items():
+        names = [f'c{number}' for number in range(counts - (columns == 'y'))] + ['y'] * (columns == 'y')
+        for split in ('train', 'val', 'test'):
+            (root / columns / split).mkdir(parents=True)
+            for number in range(6):
+                np.savetxt(root / columns / split / f'{split}{number}.csv', rng.normal(number, 1, [12, counts]), delimiter=',',
+                           header=','.join(names), comments='')
+    return root
+
+
+@pytest.mark.parametrize('command', [pytest.param(command, id=re.search(r'--network=\S*:(\w+)', command)[1],
+                                                  marks=[] if 'mlp_skip' in command else pytest.mark.slow) for command in COMMANDS])
+def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch, few_tasks):
+    """One iteration of each, with two tasks and one inner step, and its evaluation."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path / 'state'))
+    flags = dict(re.findall(r'--(\w+)=(\S+)', command))
+    shape = flags.get('input_shape', flags.get('targets'))
+    flags |= {'data_path': tables / shape if shape else small_data[flags['datasource']], 'logdir': tmp_path, 'metatrain_iterations': 1,
+              'meta_batch_size': 2, 'num_updates': 1, 'update_batch_size': 1, 'num_test_tasks': 2, 'log': False}
+    given = [f'--{name}={value}' for name, value in flags.items()]
+    assert 'The last checkpoint is' in run_ok(*given)
+    assert 'meta-test, 2 tasks' in run_ok(*given, '--train=False', '--test_set=True', '--test_updates=1')
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('name, millions', [('narrow', 8.0), ('wide', 12.43), ('wide_dropblock', 12.43)])
+def test_sizes_of_resnet12(name, millions, monkeypatch):
+    """Without the last layer, as papers count."""
+    function = network_file.load(network_file.read(os.path.join(ROOT, 'examples', f'resnet12.py:{name}')))
+    for side in (32, 84):
+        network = network_of(a_config((side, side, 3), dim_output=5, network=function))
+        weights = {**network.initial_weights(0), **network.initial_norm_params()}
+        count = sum(value.shape.num_elements() for key, value in weights.items() if not key.startswith('head/'))
+        assert round(count / 1e6, 2 if millions > 10 else 1) == millions
+        assert network.random == (name == 'wide_dropblock')
+
+
+@pytest.mark.usefixtures('eager')
+def test_conv4_in_keras_is_the_built_in_one():
+    assert max(stock_keras.errors(updates=2, alphas=[0.05])[1]) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('eager')
+def test_the_table_of_layers(capsys):
+    """Each kind is exact or refused, and docs/networks.md says so. If this fails: python benchmarks/layer_table.py"""
+    errors = {kind: layer_table.error_of(kind) for kind in layer_table.kinds()}
+    assert len(errors) == 38
+    with open(os.path.join(ROOT, 'docs', 'networks.md'), encoding='utf-8') as file:
+        rows = dict(re.findall(r'^\| (.*?) \| (.*?) \|$', file.read(), re.M))
+    for kind, error in errors.items():
+        assert (isinstance(error, str) and 'refused: ' in rows[kind]) or (error < 1e-6 and float(rows[kind]) < 1e-6), (kind, error)
