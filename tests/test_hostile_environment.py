@@ -96,7 +96,7 @@ def test_a_trial_of_saving(tmp_path):
 
 
 def test_saving_that_cannot_work_is_said_at_the_start(tmp_path, capsys):
-    run = types.SimpleNamespace(directory=str(tmp_path), source=SOURCES['sinusoid'], flag_file='')
+    run = types.SimpleNamespace(directory=str(tmp_path), source=SOURCES['sinusoid'], flag_file='', network_file=None)
     model = types.SimpleNamespace(state=lambda: STATE)
     with limited_files(100):
         training.prepare_directory(run, training.TrainState(), model, Provenance({}))
