@@ -9,6 +9,7 @@ came to its end is compared with the undisturbed one, bit for bit: variables, re
 many kills hit a running process, and ends with status 1 if anything was corrupt but marked complete, or differed.
 """
 import argparse
+import csv
 import glob
 import io
 import json
@@ -75,13 +76,17 @@ class Preparation(Part):
     def __init__(self, folder: str):
         self.source, self.destination, self.runs = os.path.join(folder, 'source'), os.path.join(folder, 'prepared'), 0
         os.makedirs(self.source)
-        rng = np.random.default_rng(0)
+        rng, rows = np.random.default_rng(0), {'train': [], 'val': [], 'test': []}
         with zipfile.ZipFile(os.path.join(self.source, 'images.zip'), 'w') as archive:
             for row in read_classes(os.path.join(ROOT, 'data', 'miniImagenet', 'classes.csv')):
                 for number in range(4):
                     name, content = f'{row["class"]}{number:08d}.png', io.BytesIO()
                     Image.fromarray(rng.integers(0, 256, (84, 84, 3), np.uint8)).save(content, 'PNG')
                     archive.writestr(name, content.getvalue())
+                    rows[row['split']].append((name, row['class']))
+        for split, listed in rows.items():
+            with open(os.path.join(self.source, split + '.csv'), 'w', newline='') as file:
+                csv.writer(file).writerows([('filename', 'label'), *listed])
         run(self.command())
         self.expected = contents(self.destination, '*/*/*.png')
 
