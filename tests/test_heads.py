@@ -215,7 +215,7 @@ def test_the_nearest_of_the_program(trained):
     assert '--query_norm=batch, nearest class mean' in output and '--query_norm=batch, nearest neighbour' in output and '0 query' in output
     run_ok(*evaluation, '--num_classes=4')
     entries = {entry.setting.head: entry for entry in results_of(maml) if entry.tasks.num_classes == 4}
-    assert set(entries) == {'own', 'nearest class mean', 'nearest neighbour'} and not list(maml.glob('*.csv'))
+    assert set(entries) == {'own', 'nearest class mean', 'nearest neighbour'} and not list(maml.glob('test_*.csv'))
     one_shot = [entries[name].scores for name in ('nearest class mean', 'nearest neighbour')]
     assert one_shot[0] == one_shot[1] and np.shape(one_shot[0]) == (5, 2)  # of a single support example a class
     assert 'head=nearest neighbour' in run_ok('--compare', str(maml))

@@ -74,7 +74,7 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     assert 'meta-test, 40 tasks' in output and 'gtsrb' in output and re.findall(r' \d+ +[\d.]+ ± .*', output) != []
     entry, = results_of(run)
     assert entry.tasks.datasource == 'gtsrb' and entry.training.flags['datasource'] == 'cifarfs'
-    assert entry.tasks.facts['preparation'] == {'split': 'chen'} and not list(run.glob('*.csv'))
+    assert entry.tasks.facts['preparation'] == {'split': 'chen'} and not list(run.glob('test_*.csv'))
     assert 'was made with --datasource=cifarfs, and not with --datasource=gtsrb' in error_of(*flags, *evaluate)
     assert 'both must be sources of images' in error_of(f'--run={run}', '--train=False', '--datasource=sinusoid')
     assert '--datasource=fc100 contradicts --datasource=cifarfs' in error_of(f'--run={run}', '--datasource=fc100')
@@ -428,7 +428,7 @@ def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
     run_ok(*arguments, '--metatrain_iterations=2', '--test_query=3')
     run_ok(*arguments, '--train=False', '--test_query=3')
     directory = experiment(tmp_path)
-    assert not list(directory.glob('*.csv'))
+    assert not list(directory.glob('test_*.csv'))
     entry, = results_of(directory)
     hits = np.array(entry.scores)[:, 1] * 15
     np.testing.assert_allclose(hits, np.round(hits), atol=1e-4)  # of 15 rows
