@@ -1,4 +1,4 @@
-"""How exact the meta-gradient is with each kind of Keras layer: python benchmarks/layer_table.py prints the table of docs/networks.md.
+"""How exact the meta-gradient is with each kind of Keras layer: python benchmarks/layer_table.py prints a table.
 
 A small network with the layer takes two inner steps; its meta-gradient, along a random direction in all weights, is compared with
 central differences, in float64. Kinds that are refused say so instead.
