@@ -81,7 +81,7 @@ def measure(workload: Workload, steps: int) -> dict[str, float]:
     from runtime.cli.startup import import_tensorflow
     from runtime.cli.workers import cluster_from_environment
     replicas = import_tensorflow('auto', cluster_from_environment('auto'))
-    model, batch = workload.model(replicas), replicas.distribute(lambda replica: workload.batch())
+    model, batch = workload.model(replicas=replicas), replicas.distribute(lambda replica: workload.batch())
     seconds_of_step(model, batch, workload.iteration)
     first = time.perf_counter() - STARTED
     seconds = statistics.median(seconds_of_step(model, batch, workload.iteration) for _ in range(steps))
@@ -113,10 +113,12 @@ def measure_on_cores(workload: Workload, steps: int, processes: int) -> dict[str
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def measure_in_turn(workloads: Sequence[Workload], rounds: int) -> np.ndarray:
-    """Median seconds of a step, [rounds, workloads]. The first step of each turn, which finds another's data in the caches, does not count."""
-    contenders = [(workload.model(), workload.batch(), workload.iteration) for workload in workloads]
+def measure_in_turn(contenders: Sequence[tuple[Any, Any, int]], rounds: int) -> np.ndarray:
+    """Median seconds of a step, [rounds, contenders]. The first step of each turn, which finds another's data in the caches, does not count.
 
+    Args:
+        contenders: models, their batches and the iterations at which they are.
+    """
     def turn(contender):
         return statistics.median([seconds_of_step(*contender) for _ in range(4)][1:])
 
@@ -174,7 +176,8 @@ def row(name: str, rate: float, ours: Sequence[Mapping[str, float]], theirs: Seq
 
 def vary(workload: Workload, variants: Mapping[str, dict[str, Any]], rounds: int) -> np.ndarray:
     """Prints the variants of a workload, {title: changes}; returns seconds a step of each."""
-    times = measure_in_turn([dataclasses.replace(workload, **changes) for changes in variants.values()], rounds)
+    workloads = [dataclasses.replace(workload, **changes) for changes in variants.values()]
+    times = measure_in_turn([(each.model(), each.batch(), each.iteration) for each in workloads], rounds)
     medians = np.median(times, axis=0)
     for title, seconds, ratio in zip(variants, medians, np.median(times / times[:, :1], axis=0)):
         print(f'  {title:26}{seconds:8.3f} s{ratio:8.2f} of {next(iter(variants))}', flush=True)

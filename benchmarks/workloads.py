@@ -27,15 +27,15 @@ class Workload:
     iteration: int = 0      # of the steps
     changes: Mapping[str, Any] = field(default_factory=dict)  # of other fields of the ModelConfig
 
-    def model(self, replicas: Any = None) -> Any:
-        """The maml.MAML."""
+    def model(self, **others: Any) -> Any:
+        """The maml.MAML; `others` are its further arguments."""
         from maml import MAML, ModelConfig
         config = ModelConfig(
             dim_input=int(np.prod(self.image_shape)), dim_output=self.num_classes, loss='xent',
             update_batch_size=self.update_batch_size, update_lr=self.update_lr, num_updates=self.num_updates,
             image_shape=tuple(self.image_shape), num_filters=self.num_filters, max_pool=self.max_pool,
             head='flatten' if self.max_pool else 'mean', clip=10.0 if self.max_pool else None)
-        return MAML(replace(config, **self.changes), replicas=replicas)
+        return MAML(replace(config, **self.changes), **others)
 
     def batch(self) -> Any:
         """A TaskBatch of noise; classes in turn."""
