@@ -15,10 +15,11 @@ import numpy as np
 
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
+from runtime.datasets.goals import Navigation
 from runtime.datasets.images import resized
 from runtime.datasets.splits import MANIFEST
 from runtime.datasets.tables import Tables
-from runtime.datasets.tasks import SPLITS, Examples, Source, TaskBatch, TaskConfig, split_rows
+from runtime.datasets.tasks import SPLITS, Examples, Source, SupervisedSource, TaskBatch, TaskConfig, split_rows
 from runtime.system.errors import UserError
 
 DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -141,7 +142,7 @@ class TableTasks(ClassTasks):
 
 # The sources --------------------------------------------------------------------------------------------------------
 
-class NumberSource:
+class NumberSource(SupervisedSource):
     """The common part of sources of numbers, not of images."""
     image_shape = head = clip = None
     dim_hidden = (40, 40)
@@ -173,7 +174,7 @@ class FunctionSource(NumberSource):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSource:
+class ImageSource(SupervisedSource):
     """Classification of images in class folders on disk (runtime/datasets/class_folders.py says how they are laid out)."""
     image_shape: tuple[int, int, int]        # height, width, channels
     folder: str | None = None             # below data/; None: --data_path must name it
@@ -282,6 +283,7 @@ SOURCES: dict[str, Source] = {
     'sinusoid': FunctionSource(Sinusoid(), baselines=('oracle',)),
     'sinusoid_line': FunctionSource(SinusoidOrLine()),
     'harmonic': FunctionSource(Harmonic()),
+    'navigation': Navigation(),
     'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
                             invert=True, head='mean'),
     'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,

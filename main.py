@@ -16,7 +16,7 @@ from runtime.jobs.learner import load, load_predictor  # noqa: F401  (for Python
 from runtime.system import console
 from runtime.system.errors import UserError, first_line
 
-USAGE = """Model-Agnostic Meta-Learning for regression and few-shot image classification.
+USAGE = """Model-Agnostic Meta-Learning for regression, few-shot image classification and 2-D navigation.
 
 Usage:
 
@@ -26,6 +26,9 @@ Usage:
   10-shot sinusoid baselines, the oracle and joint pre-training:
     python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10 --baseline=oracle
     python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10
+
+  2-D navigation, by reinforcement learning:
+    python main.py --datasource=navigation --metatrain_iterations=100 --meta_batch_size=20 --update_batch_size=20 --update_lr=0.5 --num_updates=1 --logdir=logs/navigation/
 
   5-way, 1-shot Omniglot:
     python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
@@ -55,9 +58,9 @@ Usage:
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
-number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'))
+number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'), only='supervised')
 string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
-       'meta-training (sinusoid only)', Learning(label='{}', network='numbers'))
+       'meta-training; of navigation, its goal', Learning(label='{}', network='numbers'))
 string('data_path', None, 'folder of the data, if not the one under data/; of your own images or tables: see docs/data.md', only='files')
 string('split_file', None, 'csv file with the columns split,class for your class folders or the tasks of your table; or lists of images, such '
        'as filename,label; three lists, of train, val and test, are separated by commas', only='own data')
@@ -82,21 +85,22 @@ group('Data')
 number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
-real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0)
-number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression)', 1, Learning())
+real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0, only='supervised')
+number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression; in navigation, episodes)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
 real('ridge_lambda', 50.0, 'of --head_init=ridge: the penalty, from which it is learned', Learning('.lambda{}'))
 real('ridge_scale', 10.0, 'of --head_init=ridge: what outputs are multiplied by, from which it is learned', Learning('.scale{}'))
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
-boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there')
+boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there', only='supervised')
 number('validation_tasks', 300, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
-       "'body': all other layers", Learning('.inner{}'))
+       "'body': all other layers", Learning('.inner{}'), only='supervised')
 choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
-       "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'))
+       "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'),
+       only='supervised')
 choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
        'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 choice('logits', 'linear', ['linear', 'cosine'], "last layers: 'linear', or 'cosine' of features and weights", Learning('.{}'), only='classes')
@@ -104,33 +108,33 @@ boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normal
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
-       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'))
+       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'), only='supervised')
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: 'batch': their "
        "own, so that outputs depend on the other query examples (transductive, as the paper's); 'support': those of the support "
        "examples, each query example by itself, the default of --predict; 'each': those of the support examples and the one query "
-       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning('.querynorm{}'))
-number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'))
-number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'))
-choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'))
-real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'))
-choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'))
-number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'))
+       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning('.querynorm{}'), only='supervised')
+number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'), only='supervised')
+number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
+choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'), only='supervised')
+real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'), only='supervised')
+choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'), only='supervised')
+number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
 choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the "
-       'difference between adapted and shared weights, without query examples', Learning('.{}'))
+       'difference between adapted and shared weights, without query examples', Learning('.{}'), only='supervised')
 choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: second "
-       'moments carry over from task to task', Learning('.inner{}'))
-number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'))
-number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1)
+       'moments carry over from task to task', Learning('.inner{}'), only='supervised')
+number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
+number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1, only='supervised')
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
-       Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'))
+       Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
 number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, Learning('hidden{}', 'convolutions'), only='images')
-boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'))
+boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'), only='supervised')
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning('maxpool', 'convolutions'), only='images')
 string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model of your own; see '
-       'docs/networks.md', Learning(network_label, network='all'))
+       'docs/networks.md', Learning(network_label, network='all'), only='supervised')
 string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis', Learning('.input{}', network='all'),
        only='own networks, numbers')
 boolean('check_network', True, 'before a training, test the second derivatives of --network', only='own networks')
@@ -139,12 +143,12 @@ string('hidden', None, 'sizes of the hidden layers of a fully connected network,
 group('Network')
 choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core, as many at once as there are cores; "
        "'vmap': all tasks in one graph ('tasks' and 'wide', their earlier names, are accepted); auto: vmap for fully connected networks "
-       'and on a GPU, but not with --recompute; else map')
-number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0)
-boolean('recompute', False, 'gradient checkpointing over inner steps (saves memory and compilation): for many inner updates')
+       'and on a GPU, but not with --recompute; else map', only='supervised')
+number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0, only='supervised')
+boolean('recompute', False, 'gradient checkpointing over inner steps (saves memory and compilation): for many inner updates', only='supervised')
 choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
        "'mirrored': on all GPUs of this machine; 'multiworker': on the machines of TF_CONFIG; auto: multiworker if TF_CONFIG "
-       'is set, mirrored if there are several GPUs, else one')
+       'is set, mirrored if there are several GPUs, else one', only='supervised')
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
@@ -157,7 +161,7 @@ group('Saving and resuming')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, "prefix of a checkpoint, of this program or of the reference, whose weights are evaluated, or from "
        'which training starts if there is nothing to resume')
-number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest', -1)
+number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0, in evaluation: the initial weights', -1)
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
 boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
         'training, those of every checkpoint on meta-validation tasks, in TensorBoard')

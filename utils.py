@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from special_grads import batch_standardize, im2col, standardize
@@ -175,6 +176,11 @@ class Metrics(NamedTuple):
     post_losses: tf.Tensor      # [updates, tasks]  of query rows after each update
     pre_accuracy: tf.Tensor | None = None
     post_accuracies: tf.Tensor | None = None
+
+    def reported(self) -> dict[str, np.ndarray]:
+        """{metric: its values before adaptation and after each update, [1 + updates, tasks]}; the last is that of tables."""
+        pairs = {'loss': (self.pre_loss, self.post_losses), 'accuracy': (self.pre_accuracy, self.post_accuracies)}
+        return {name: np.concatenate([pre[None], post]) for name, (pre, post) in pairs.items() if pre is not None}
 
 
 def metric_functions(config: ModelConfig) -> dict[str, Callable[[TaskBatch, Outputs], tf.Tensor]]:

@@ -9,8 +9,8 @@ commands of its rows to docs/results-commands.md.
 
 A row is a file of configs/ and further flags. Rows are trained in order, each to its end; finished trainings are not repeated.
 It can be interrupted (Ctrl-C) and started again at any time: trainings continue exactly. A second one is refused while one runs.
-Trainings run at the lowest priority. Then the newest checkpoint and the one that did best on meta-validation are evaluated on 600
-meta-test tasks. Rows whose data are not prepared are skipped with a message.
+Trainings run at the lowest priority. Then the newest checkpoint and the one that did best on meta-validation are evaluated on
+meta-test. Rows whose data are not prepared are skipped with a message.
 """
 import argparse
 import contextlib
@@ -125,6 +125,10 @@ ROWS = [
     Row('doublemnist_5way1shot', 'DoubleMNIST 5-way 1-shot', '97.05 (MultiDigitMNIST)'),
     Row('doublemnist_20way1shot', 'DoubleMNIST 20-way 1-shot', '85.46 (MultiDigitMNIST)'),
     Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84 (MAML)', '47.9 ± 1.9 (its weights)', peer='49.81 ± 1.78 (PaddleFSL)'),
+    *(Row('navigation', f'2-D navigation{title}, average return', published, flags=flags) for title, published, flags in (
+        ('', '-11.68 ± 2.16 after 1, -3.35 ± 0.59 after 4 (MAML)', ()),
+        *((f', seed {seed}', '', (f'--seed={seed}', '--logdir=logs/navigation_seeds/')) for seed in (1, 2)),
+        (', first order', '', ('--stop_grad', '--logdir=logs/navigation_first_order/')))),
     Row('miniimagenet_5way5shot', 'MiniImagenet 5-way 5-shot', '63.11 ± 0.92 (MAML)', peer='65.4 (learn2learn)'),
 ]
 
@@ -138,6 +142,7 @@ class State(NamedTuple):
     missing: str            # '', or the reason why its data cannot be used
     ensemble: int           # checkpoints of the method's ensemble; 1: it has none
     tasks: TaskConfig       # of its evaluations
+    count: int              # of their tasks
     inner: tuple            # of these: step size, support rows of a step, number of updates
 
 
@@ -156,7 +161,8 @@ def state_of(row: Row) -> State:
     record = checkpoints.find(directory, None).record if saved else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in saved]  # a shipped run may have its newest checkpoint only
-    return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, tasks, inner)
+    return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, tasks,
+                 evaluation.num_test_tasks, inner)
 
 
 def lowest_priority() -> None:
@@ -253,9 +259,9 @@ def entries_shown(state: State, iterations: list[int]) -> list[store.Entry]:
 
 
 def belongs(entry: store.Entry, state: State) -> bool:
-    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row says, on 600 meta-test tasks."""
+    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row says, on as many meta-test tasks."""
     tasks, setting, config = entry.tasks, entry.setting, state.tasks
-    return (tasks.datasource == entry.training.flags['datasource'] and tasks.split == 'test' and tasks.count == 600
+    return (tasks.datasource == entry.training.flags['datasource'] and tasks.split == 'test' and tasks.count == state.count
             and (tasks.update_batch_size, tasks.query_shots, tasks.seed) == (config.update_batch_size, config.query_shots, config.seed)
             and tasks.num_classes in (None, config.num_classes) and setting.query_norm == 'batch' and not setting.load_from
             and (setting.head, setting.orders) == ('own', '')
@@ -276,8 +282,9 @@ def cells(row: Row, state: State) -> tuple[str, ...]:
 
 
 def scores(entry: store.Entry) -> str:
-    """The scores of an evaluation after the number of updates at which the method is reported, and after 10."""
-    columns = {entry.headline_column: entry.setting.headline_updates, 10: 10}
+    """The scores of an evaluation after the number of updates at which the method is reported, and after 10, or the last before that."""
+    last = min(10, len(entry.figures) - 1)
+    columns = {entry.headline_column: entry.setting.headline_updates, last: last}
     return ', '.join(f'{figure(figures.mean, figures.ci95, entry.metric)} after {updates}'
                      for column, updates in columns.items() for figures in entry.figures[column:column + 1])
 

@@ -160,7 +160,7 @@ def pack_run(directory: str, destination: str) -> None:
     ranking = checkpoints.ranking_of(checkpoints.load(checkpoints.path(directory, saved[-1])).record)
     best = [entry['iteration'] for entry in ranking if entry['iteration'] in saved[:-1]]
     entries = [entry for entry in store.entries_of(directory)
-               if {saved[-1], *best}.issuperset(entry.ensemble or [entry.iterations]) and not entry.setting.load_from]
+               if {0, saved[-1], *best}.issuperset(entry.ensemble or [entry.iterations]) and not entry.setting.load_from]
     refuse_other_files(destination)
     parent = os.path.dirname(destination) or '.'
     os.makedirs(parent, exist_ok=True)

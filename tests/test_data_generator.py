@@ -61,7 +61,7 @@ def test_tasks_differ_between_numbers_splits_and_seeds(tasks):
     assert not equal(first, tasks(seed=8).draw(0, 1))
 
 
-@every_source
+@pytest.mark.parametrize('tasks', [name for name, source in SOURCES.items() if source.supervised], indirect=True)
 def test_shapes_and_types(tasks):
     config, source = tasks().config, getattr(tasks(), 'source', SOURCES['sinusoid'])
     way = config.num_classes if source.loss == 'xent' else 1

@@ -68,7 +68,7 @@ def test_commands_of_the_docs_parse(monkeypatch):
 
 
 @pytest.mark.parametrize('command', [
-    pytest.param(command, marks=pytest.mark.slow) if re.search('=(miniimagenet|fc100|folder) ', command) else command
+    pytest.param(command, marks=pytest.mark.slow) if re.search('=(miniimagenet|fc100|folder|navigation) ', command) else command
     for command in TRAINING])
 def test_training_commands_run(command, small_data, tmp_path, few_tasks):
     """Two iterations of whichever phase the command asks for, of a small network, then its evaluation on few tasks."""

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import kills
 from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
-from data_generator import TaskBatch
+from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from runtime.jobs import checkpoints, saving
 from runtime.jobs import train as training
@@ -258,7 +258,7 @@ def test_a_step_that_is_not_finite_changes_nothing(image_shape):
 def test_infinite_weights_are_not_saved(tmp_path):
     model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
-    run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False)
+    run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False, source=SOURCES['sinusoid'])
     with pytest.raises(UserError, match='w2 contains NaN or infinity after iteration 7; nothing was saved yet'):
         saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7))
     assert not any(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_generator import SOURCES, TableSource
 from runtime.cli import methods, network_file, stored_run
-from runtime.cli.flags import LEARNING, ONLY, CommandLine, labels
+from runtime.cli.flags import LEARNING, ONLY, CommandLine, default, labels
 from runtime.cli.network_file import NetworkFile
 from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
@@ -40,6 +40,10 @@ class Request:
     def source(self) -> Source:
         """The entry of SOURCES."""
         return SOURCES[self.datasource]
+
+    def usual(self, name: str) -> Any:
+        """The default of a flag: the source's own, if it has one."""
+        return self.source.usual_flags.get(name, default(name))
 
     @property
     def images(self) -> bool:
@@ -125,6 +129,7 @@ class Request:
 
 # {what a flag can be for: (the text of '--x is for <text>', whether a request is that)}
 PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
+    'supervised': ('learning from examples, and --datasource={datasource} is reinforcement learning', lambda r: r.source.supervised),
     'images': ('images, and --datasource={datasource} has none', lambda r: r.images),
     'user images': ('--datasource=folder', lambda r: r.user_images),
     'tables': ('--datasource=table', lambda r: r.tables),
@@ -155,17 +160,17 @@ def resolve(line: CommandLine) -> Request:
         UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
     """
     _check_declarations()
+    directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
+    stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
     dropped = _without_meaning(preset, line)
-    values = {**line.values, **{name: value for name, value in preset.items() if name not in dropped}}
+    values = {**line.values, **_usual_flags(line, stored), **{name: value for name, value in preset.items() if name not in dropped}}
     mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
     network = _own_network(values)
-    if values['run'] is None:
+    if directory is None:
         query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
-    directory = stored_run.find(values['run'])
-    stored = stored_run.read(directory)
     if mode != 'train':
         del stored['load_from']  # from which the training started
     values.update({name: value for name, value in stored.items() if name not in line.given})
@@ -179,6 +184,12 @@ def resolve(line: CommandLine) -> Request:
 def same_folder(*paths: str | None) -> bool:
     """Whether paths lead to the same folder."""
     return len({path and os.path.realpath(os.path.expanduser(path)) for path in paths}) == 1
+
+
+def _usual_flags(line, stored):
+    """{flag: value} of the source's own defaults, where the command line has none."""
+    source = SOURCES[line.values['datasource'] if 'datasource' in line.given or not stored else stored['datasource']]
+    return {name: value for name, value in source.usual_flags.items() if name not in line.given}
 
 
 def _forget_data(values, stored, given):
@@ -214,6 +225,13 @@ def _own_network(values, directory=None, given=None):
                network_file.read(values['network']))
     values['network'] = network.identity
     return network
+
+
+def _values(line, stored):
+    """{flag: value}: as given, else as the run has it, else --method, else the source, else its default."""
+    source = SOURCES[line.values['datasource'] if 'datasource' in line.given or not stored else stored['datasource']]
+    others = {**source.usual_flags, **methods.settings(line.values['method'], line.given), **stored}
+    return {**line.values, **{name: value for name, value in others.items() if name not in line.given}}
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

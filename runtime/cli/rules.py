@@ -47,7 +47,7 @@ def check_flags(request: Request) -> None:
 
 def _misplaced(request):
     """Messages about flags that were given and are not for what is asked; one at its default asks for nothing."""
-    for name in sorted(name for name in request.given & ONLY.keys() if request.values[name] != default(name)):
+    for name in sorted(name for name in request.given & ONLY.keys() if request.values[name] != request.usual(name)):
         unmet = [text for text, holds in (PURPOSES[purpose] for purpose in ONLY[name]) if not holds(request)]
         if unmet:
             yield f'--{name} is for {unmet[0]}'
@@ -83,6 +83,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
     (lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
      '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
+    (lambda r: not r.source.supervised and r.num_updates > 1,
+     '--num_updates={num_updates}: an iteration of --datasource={datasource} has one inner update; --test_updates is for its evaluation'),
     (lambda r: (r.user_images or r.tables) and not r.data_path and r.mode != 'predict',
      '--datasource={datasource} needs --data_path, the folder of your data'),
     (lambda r: r.images and r.source.test_only and r.mode == 'train',

@@ -15,7 +15,7 @@ from runtime.compute.distribution import Replicas
 from runtime.datasets.tasks import Source, TaskConfig
 from runtime.system.errors import UserError
 
-TEST_UPDATES = 10  # inner updates of an evaluation, if no flag asks for others: or as many as in training, if these are more or none
+METRICS = {'xent': 'accuracy', 'mse': 'loss', 'return': 'return'}  # {what is learnt from: what is reported}
 EVALUATED_HEADS = {'own': ('own',), 'nearest': ('nearest class mean', 'nearest neighbour')}  # of an evaluation, for values of --head
 FOLDERS = 'logdir', 'data_path', 'split_file', 'load_from', 'run'  # flags in which the workers of a run may differ
 
@@ -52,8 +52,8 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What is reported: 'accuracy' in classification, 'loss' in regression."""
-        return 'accuracy' if self.model.loss == 'xent' else 'loss'
+        """What is reported: one of METRICS."""
+        return METRICS[self.model.loss]
 
     @property
     def description(self) -> str:
@@ -138,7 +138,7 @@ def usual_updates(num_updates: int, at_least: int) -> int:
 def _test_updates(request):
     if request.head == 'nearest':
         return 0
-    return usual_updates(request.num_updates, TEST_UPDATES) if request.test_updates == -1 else request.test_updates
+    return usual_updates(request.num_updates, request.source.test_updates) if request.test_updates == -1 else request.test_updates
 
 
 def headline_updates(request: Request) -> int:

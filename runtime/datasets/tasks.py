@@ -88,15 +88,24 @@ class Tasks(Protocol):
         """Tasks start to start + count - 1."""
 
 
+class SupervisedSource:
+    """What sources of labelled examples have in common."""
+    supervised, test_updates, usual_flags, reported = True, 10, {}, ()
+
+
 class Source(Protocol):
     """What an entry of SOURCES must provide."""
-    loss: str                       # 'mse' | 'xent'
+    loss: str                       # 'mse' | 'xent' | 'return'
     image_shape: tuple[int, int, int] | None  # height, width, channels; None: not images
     head: str | None             # 'mean' | 'flatten': what the convolutional net does before its last layer
     clip: float | None           # elementwise bound of the meta-gradient
     dim_hidden: tuple[int, ...]     # layer sizes of the fully connected net
     validation_updates: int         # inner updates of a validation during training
     print_interval: int             # iterations between console lines
+    supervised: bool                # tasks are examples to learn from; False: reinforcement learning
+    test_updates: int               # inner updates of an evaluation, if no flag says otherwise
+    usual_flags: dict               # {flag: value} of its own defaults
+    reported: tuple[str, ...]       # what a training step reports besides the metric
     baselines: tuple[str, ...]      # values of --baseline that it offers
     task_facts: dict                # what tasks depend on besides the flags and the data: JSON values; see results.json
 

@@ -10,21 +10,24 @@ from typing import NamedTuple
 import numpy as np
 
 from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
-from maml import MAML, Metrics
+from maml import MAML
+from navigation import Navigator, Returns
 from networks import network_of
-from runtime.cli.run import TEST_UPDATES, Evaluation, Trained
+from runtime.cli.run import Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble, Permuted
+from runtime.jobs.models import new_model
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
 from runtime.results.provenance import Provenance, arithmetic, differences, program
 from runtime.results.statistics import statistics
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
+from utils import Metrics
 
 TEST_TASKS = 600
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
@@ -32,7 +35,7 @@ PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 class Restored(NamedTuple):
     """What is evaluated, and where it comes from."""
-    model: MAML | Ensemble      # with as many outputs as it was trained with
+    model: MAML | Ensemble | Navigator  # with as many outputs as it was trained with
     prefix: str                 # of the checkpoint; of an ensemble, this and the next two are of the best
     iterations: int | None      # None if not known
     trained_on: str             # the source, as far as is known
@@ -127,7 +130,7 @@ def results_of(run: Evaluation, tasks: Tasks, variant: Variant, model: MAML | En
 
 def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
     """Text: which checkpoint is evaluated on which tasks, and how many of their classes, `known`, may have been trained on."""
-    described = f'{restored.iterations} iterations' if restored.iterations else 'weights of another run'
+    described = {None: 'weights of another run', 0: 'the initial weights'}.get(restored.iterations, f'{restored.iterations} iterations')
     if restored.ensemble:
         described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
     lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
@@ -152,7 +155,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
-        training=store.Training(run.method, run.pretrain_iterations, run.metatrain_iterations,
+        training=store.Training('random initialisation' if restored.iterations == 0 else run.method, run.pretrain_iterations, run.metatrain_iterations,
                                 {**run.learning_flags, 'datasource': restored.trained_on},
                                 restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
@@ -229,7 +232,7 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own', '') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
-                   and run.test_updates == max(run.model.num_updates, TEST_UPDATES) and run.model.inner_batch == run.learning_flags['inner_batch'])
+                   and run.test_updates == max(run.model.num_updates, run.source.test_updates) and run.model.inner_batch == run.learning_flags['inner_batch'])
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
@@ -262,7 +265,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
 
 def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
-    model = MAML(dataclasses.replace(run.model, dim_output=run.num_outputs), replicas=run.replicas)
+    model = new_model(run, run.learning_flags['seed'], dim_output=run.num_outputs)
     if run.load_from:
         checkpoint = load_weights(run.load_from, model, run.network_flags)
         record, learnt = checkpoint.record, checkpoint.record.get('flags', {})
@@ -271,6 +274,8 @@ def restore(run: Trained) -> Restored:
                             f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
         return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on), record.get('provenance'),
                         {run.load_from: checkpoint.checksum})
+    if run.checkpoint == 0:
+        return Restored(model, checkpoints.path(run.directory, 0), 0, run.trained_on, None, {})
     is_ensemble = run.ensemble > 1
     members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
                [checkpoints.find(run.directory, run.checkpoint)])
@@ -304,7 +309,7 @@ def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = F
 
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
-                   report: Callable[[int], None] = lambda tasks: None) -> Metrics:
+                   report: Callable[[int], None] = lambda tasks: None) -> Metrics | Returns:
     """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure.
 
     `report` is called after each batch with its number of tasks.
@@ -323,8 +328,7 @@ def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
     return type(parts[0])(*(None if part[0] is None else np.concatenate(part, axis=-1)[..., :count] for part in zip(*parts)))
 
 
-def task_metrics(metrics: Metrics) -> np.ndarray:
-    """Accuracies, or losses in regression, [tasks, columns], see `store.column_titles`."""
-    pre, post = ((metrics.pre_loss, metrics.post_losses) if metrics.pre_accuracy is None else
-                 (metrics.pre_accuracy, metrics.post_accuracies))
-    return np.concatenate([pre[None], post]).T
+def task_metrics(metrics: Metrics | Returns) -> np.ndarray:
+    """Accuracies, losses in regression, or returns, [tasks, columns], see `store.column_titles`."""
+    *_, values = metrics.reported().values()
+    return values.T

@@ -43,7 +43,7 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
         trust_network: run the network of one's own that somebody else trained with.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, it is damaged, or it does not learn from examples.
     """
     flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}'] + ['--trust_network'] * trust_network
     if checkpoint is not None:
@@ -52,6 +52,9 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
         flags.append(f'--test_updates={updates}')
     request = resolve(parse(['load', *flags]))
     source, tasks = source_and_tasks(request)
+    if not source.supervised:
+        raise UserError(f'{os.fspath(run)} has a policy of {request.datasource}, which learns from episodes, not from examples: evaluate it '
+                        'by --train=False, or use navigation.Navigator')
     import_tensorflow()
     return Learner(make_run(request, source, tasks))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from maml import MAML
+from navigation import Navigator
 from runtime.cli.run import Training
 from runtime.jobs import checkpoints
 from runtime.results.provenance import Provenance
@@ -22,6 +23,7 @@ class TrainState:
     iteration: int = 0              # finished iterations
     ranking: list = dataclasses.field(default_factory=list)  # {'iteration', 'score'} of the checkpoints best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
+    idle: int = 0                   # iterations in a row in which an outer step was sought and none taken
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
 
     @property
@@ -32,13 +34,13 @@ class TrainState:
     @classmethod
     def of(cls, record: checkpoints.Record) -> 'TrainState':
         """The state that a checkpoint's record holds."""
-        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record['skipped'])
+        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record.get('idle', 0), record['skipped'])
 
 
 class Saver:
     """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
-    def __init__(self, run: Training, model: MAML, provenance: Provenance, iteration: int, log: Callable[[str], None]):
+    def __init__(self, run: Training, model: MAML | Navigator, provenance: Provenance, iteration: int, log: Callable[[str], None]):
         """
         Args:
             iteration: of the newest checkpoint, an attribute too; 0: there is none.
@@ -88,5 +90,5 @@ def diverged(run: Training, what: str) -> UserError:
     """The error for numbers that are not finite: what they are, which checkpoint is the last, and what may help."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
-    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr or --meta_lr'
-                     + ('' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'))
+    skipping = '' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'
+    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr' + (f' or --meta_lr{skipping}' if run.source.supervised else ''))

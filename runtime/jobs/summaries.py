@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from maml import Metrics
+from navigation import Returns
 from runtime.system.errors import first_line
+from utils import Metrics
 
 
 class Summaries(contextlib.AbstractContextManager):
@@ -35,13 +36,11 @@ class Summaries(contextlib.AbstractContextManager):
         with self._failure_reported():
             self._writer.flush()
 
-    def write(self, prefix: str, metrics: Metrics, iteration: int, updates: int) -> None:
+    def write(self, prefix: str, metrics: Metrics | Returns, iteration: int, updates: int) -> None:
         """Means over tasks of Metrics, as `<prefix>_Pre-update loss`, `<prefix>_Post-update loss, step 1` and so on; step 0 if there were
         no inner updates."""
-        self.write_means(prefix, 'loss', [np.mean(metrics.pre_loss), *np.mean(metrics.post_losses, axis=1)], iteration, updates)
-        if metrics.pre_accuracy is not None:
-            self.write_means(prefix, 'accuracy', [np.mean(metrics.pre_accuracy), *np.mean(metrics.post_accuracies, axis=1)],
-                             iteration, updates)
+        for metric, values in metrics.reported().items():
+            self.write_means(prefix, metric, np.mean(values, axis=1), iteration, updates)
 
     def write_means(self, prefix: str, metric: str, means: Sequence[float], iteration: int, updates: int) -> None:
         """The means of an evaluation's columns, under tags like those of `write`."""

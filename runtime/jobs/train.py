@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from data_generator import ClassTasks, class_name
 from maml import MAML, ModelConfig
-from networks import network_of
+from navigation import Navigator
 from runtime.cli import stored_run
 from runtime.cli.flags import default
 from runtime.cli.run import Training, usual_updates
@@ -27,15 +27,19 @@ from runtime.datasets.tasks import TaskBatch, Tasks
 from runtime.jobs import checkpoints, network_check
 from runtime.jobs.evaluate import evaluate_tasks, load_weights, task_metrics
 from runtime.jobs.journal import Journal
+from runtime.jobs.models import new_model
 from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
+from runtime.results.statistics import HIGHER_IS_BETTER
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interruption
 from runtime.system.progress import Progress
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
+Model = MAML | Navigator
+IDLE_ITERATIONS = 10  # in a row without an outer step, after which training stops
 REPORTED_TASKS = 100  # of a validation that only reports; those of checkpoints, which choose, are on --validation_tasks
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
@@ -50,7 +54,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
     """
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
-        model = MAML(run.model, run.tasks.seed, replicas)
+        model = new_model(run, run.tasks.seed)
         if run.model.network and run.check_network:
             network_check.check(run.model)
         provenance = present_provenance(run, data, model)
@@ -77,7 +81,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
             report_end(run, state, interruption, saver)
 
 
-def present_provenance(run: Training, data: dict[str, Tasks], model: MAML) -> Provenance:
+def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> Provenance:
     """That of a model which is trained from now on; weights are named if --load_from is given, whether they are used or not."""
     weights, path = None, run.tasks.data_path
     if run.load_from:
@@ -90,7 +94,7 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: MAML) -> Pr
                       classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums())) if isinstance(tasks, ClassTasks) else {})
 
 
-def start(run: Training, model: MAML, provenance: Provenance) -> tuple[TrainState, Provenance]:
+def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainState, Provenance]:
     """Restores a checkpoint, or loads the weights to start from, if there are any; also returns the provenance of the model."""
     saved = checkpoints.iterations(run.directory)
     if run.resume and (run.checkpoint is not None or saved):
@@ -144,7 +148,7 @@ def shared_by_default(run: Training, checkpoint: checkpoints.Checkpoint) -> str:
             'is, give another --logdir')
 
 
-def prepare_directory(run: Training, state: TrainState, model: MAML, provenance: Provenance) -> None:
+def prepare_directory(run: Training, state: TrainState, model: Model, provenance: Provenance) -> None:
     """Moves later checkpoints aside, writes the file of flags that --run reads, and warns if saving does not work."""
     later = any(iteration > state.iteration for iteration in checkpoints.iterations(run.directory))
     moved = checkpoints.move_aside(run.directory, state.iteration)
@@ -183,7 +187,7 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
     sys.exit(128 + interruption.signal)
 
 
-def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
+def description(run: Training, data: dict[str, Tasks], model: Model) -> str:
     """Text: what is about to be trained, on what data, where and how."""
     config, replicas = model.config, run.replicas
     parameters = sum(math.prod(variable.shape) for variable in [*model.weights.values(), *model.norm_params.values()])
@@ -191,7 +195,7 @@ def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
     device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *data_description(run, data),
-             f'  network  {network_of(config).description}; {parameters:,} parameters',
+             f'  network  {model.description}; {parameters:,} parameters',
              f'  engine   {config.engine}, on {device}; TensorFlow {tf.__version__}',
              f'  metric   {run.metric}{" (a fraction)" if run.metric == "accuracy" else ""}, before / after adaptation', *notes(config)]
     if replicas.count > 1:
@@ -205,7 +209,7 @@ def description(run: Training, data: dict[str, Tasks], model: MAML) -> str:
 def data_description(run: Training, data: dict[str, Tasks]) -> list[str]:
     """A line about the amount of data in each split, if the source has data on disk."""
     sizes = [f'{split}: {tasks.size}' for split, tasks in data.items() if isinstance(tasks, ClassTasks)]
-    outputs = data['val'].draw(0, 1).query_y.shape[-1] if 'val' in data else run.model.dim_output
+    outputs = run.source.dim_output(data['val'].config) if 'val' in data else run.model.dim_output
     if outputs < run.model.dim_output:
         sizes[-1] += f', so that validation is {outputs}-way'
     if sizes and not run.source.image_shape:
@@ -226,10 +230,10 @@ def notes(config: ModelConfig) -> list[str]:
     return lines
 
 
-def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, saver: Saver, interruption: Interruption,
+def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState, saver: Saver, interruption: Interruption,
          progress: Progress, summaries: Summaries, journal: Journal) -> None:
     """Trains from `state`, which is updated in place, to the end or an interruption, and saves the result."""
-    validation_model = model_for(data.get('val'), model)
+    validation_model = model_for(run, data.get('val'), model)
     steps_per_call = math.gcd(model.steps_per_call, run.save_interval)  # as many as fit between checkpoints
     for first, batches in meta_batches(data['train'], run, state.iteration, steps_per_call):
         if run.log and first % SUMMARY_INTERVAL == 0:
@@ -241,8 +245,8 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
         if state.iteration % run.source.print_interval == 0:
-            before, after = unprinted_means(state)
-            progress.log(console_line(run, phase, state, before, after))
+            before, after, *others = unprinted_means(run, state)
+            progress.log(console_line(run, phase, state, before, after, *others))
             journal.write(state.iteration, phase, before, after)
             state.unprinted = []
 
@@ -267,16 +271,16 @@ def loop(run: Training, data: dict[str, Tasks], model: MAML, state: TrainState, 
     saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
 
 
-def summarise(run: Training, tasks: Tasks, model: MAML, iteration: int, summaries: Summaries) -> None:
+def summarise(run: Training, tasks: Tasks, model: Model, iteration: int, summaries: Summaries) -> None:
     """Writes summaries of an iteration's meta-batch; there is none where a classifier is trained."""
     if not classifies(run, iteration):
         batch, updates = run.replicas.distribute(functools.partial(draw, tasks, run, iteration)), run.model.num_updates
         summaries.write('metatrain', model.evaluate(batch, updates), iteration, updates)
 
 
-def model_for(tasks: Tasks | None, model: MAML) -> MAML:
+def model_for(run: Training, tasks: Tasks | None, model: Model) -> Model:
     """The model itself, or if tasks have fewer classes, one with as many outputs."""
-    outputs = tasks.draw(0, 1).query_y.shape[-1] if tasks else model.config.dim_output
+    outputs = run.source.dim_output(tasks.config) if tasks else model.config.dim_output
     return model if outputs == model.config.dim_output else model.variant(dim_output=outputs)
 
 
@@ -287,20 +291,23 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     finite = means['finite']
     if means['stopping'].any():
         interruption.agree()
-    if not run.skip_nonfinite and not finite.all():
+    state.idle = 0 if means.get('taken', finite)[-1] else state.idle + 1
+    diverging = not run.skip_nonfinite and not finite.all()
+    if diverging or state.idle >= IDLE_ITERATIONS and 'taken' in means:
         step = int(np.argmin(finite))
-        pre, post = means['pre_loss'][step], means['post_loss'][step]
-        what = 'the gradient is' if math.isfinite(pre + post) else 'these are'
-        raise diverged(run, f'in iteration {state.iteration + step + 1} the loss is {pre:.6g} before and {post:.6g} after the '
-                       f'inner updates, and {what} not finite')
+        quantity = 'loss' if 'pre_loss' in means else run.metric
+        pre, post = means[f'pre_{quantity}'][step], means[f'post_{quantity}'][step]
+        what = 'the gradient is not finite' if math.isfinite(pre + post) else 'these are not finite'
+        raise diverged(run, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} after the '
+                       f'inner updates, and {what if diverging else f"no outer step was found in {IDLE_ITERATIONS} iterations in a row"}')
     state.iteration += len(finite)
     state.skipped += int(np.sum(~finite))
-    metrics = np.stack([means[f'pre_{run.metric}'], means[f'post_{run.metric}']], axis=1)
+    metrics = np.stack([means[name] for name in (f'pre_{run.metric}', f'post_{run.metric}', *run.source.reported)], axis=1)
     state.unprinted += metrics[finite].tolist()
 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
-def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
+def validate(run: Training, model: Model, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> tuple[float, float]:
     """The mean metric of validation tasks before and after adaptation; NaN if there are none. Prints it and writes summaries, with figures when
     `saving`."""
@@ -320,26 +327,28 @@ def validate(run: Training, model: MAML, tasks: Tasks | None, iteration: int, sa
     return float(pre), float(post)
 
 
-def unprinted_means(state: TrainState) -> tuple[float, float]:
-    """The means of the metric [iterations, 2] since the last console line; nan if all iterations were skipped."""
-    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2)
-    return tuple(metrics.mean(axis=0)) if len(metrics) else (math.nan, math.nan)
+def unprinted_means(run: Training, state: TrainState) -> tuple[float, ...]:
+    """The means of the metric before and after adaptation since the last console line, and of what else the source reports; nan if all
+    iterations were skipped."""
+    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2 + len(run.source.reported))
+    return tuple(metrics.mean(axis=0)) if len(metrics) else (math.nan,) * metrics.shape[1]
 
 
-def console_line(run: Training, phase: str, state: TrainState, pre: float, post: float) -> str:
+def console_line(run: Training, phase: str, state: TrainState, pre: float, post: float, *others: float) -> str:
     """`Iteration 100: <pre>, <post>`, what `unprinted_means` returned."""
     title = f'Iteration {state.iteration - run.pretrain_iterations}'
     if phase == 'pretrain':
         title = f'Pretrain Iteration {state.iteration}'
     skipped = f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)' if state.skipped else ''
-    return f'{title}: {pre:.6g}, {post:.6g}{skipped}'
+    details = ''.join(f', {name} {value:.4g}' for name, value in zip(run.source.reported, others))
+    return f'{title}: {pre:.6g}, {post:.6g}{details}{skipped}'
 
 
 def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
     """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
-    sign = -1 if run.metric == 'accuracy' else 1
+    sign = -1 if run.metric in HIGHER_IS_BETTER else 1
     best_first = sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))
     return best_first[:max(run.ensemble, len(ranking))]  # a training that goes on without --ensemble keeps what it has
 
@@ -360,7 +369,8 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
 
     def draw_block(block):
         def of_replica(replica):
-            return TaskBatch(*map(np.stack, zip(*(draw(tasks, run, iteration, replica) for iteration in block))))
+            batches = [draw(tasks, run, iteration, replica) for iteration in block]
+            return type(batches[0])(*map(np.stack, zip(*batches)))
         return block.start, run.replicas.distribute(of_replica)
 
     with ThreadPoolExecutor(max_workers=1) as pool:

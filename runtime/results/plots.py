@@ -17,15 +17,18 @@ from scipy.special import softmax
 
 from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
 from runtime.cli.run import Run
+from runtime.datasets.goals import LARGEST as LARGEST_GOAL
+from runtime.datasets.goals import GoalTasks
 from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
 from runtime.results.render import Table
-from runtime.results.statistics import UNITS, number, over_tasks_and_seeds, statistics
+from runtime.results.statistics import HIGHER_IS_BETTER, UNITS, number, over_tasks_and_seeds, statistics
 from runtime.results.store import SPLIT_TITLES
 from runtime.system.errors import UserError
 from runtime.system.files import write_atomically
 
 if TYPE_CHECKING:
     from maml import MAML  # which imports TensorFlow; comparisons are drawn without it
+    from navigation import Navigator
 
 DPI = 110
 # Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
@@ -36,6 +39,7 @@ SHOWN_UPDATES, PANELS = 10, 4  # inner updates after which some tasks are shown,
 LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
 DIVERGED = 20   # the axes leave out losses above this many times the largest loss of the middle curve
 WIDE = 1000     # the axis of losses is logarithmic if the largest is this many times the median of a curve
+SHOWN_EPISODES = 3  # of a goal
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
@@ -55,14 +59,16 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
         figures['tasks'] = functions(model, tasks, title)
     elif isinstance(tasks, TableTasks):
         figures['tasks'] = predicted_targets(model, tasks, title)
+    elif isinstance(tasks, GoalTasks):
+        figures['tasks'] = paths(model, tasks, title)
     return figures
 
 
 def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updates: Collection[str] = ()) -> Figure:
-    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figure 3 of the paper.
+    """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figures 3 and 4 of the paper.
 
-    The first column of the values is another quantity, of support rows before adaptation: it is a separate mark at 0. It may lie outside
-    the axes, so its value is in the legend.
+    Unless these are returns, the first column of the values is another quantity, of support rows before adaptation: it is a separate mark
+    at 0. It may lie outside the axes, so its value is in the legend.
 
     Args:
         runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
@@ -71,23 +77,25 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
         without_updates: the labels of runs whose second column is of query rows without an inner update: a filled mark at 0.
     """
     title, factor, digits = UNITS[metric]
+    first = 0 if metric == 'return' else 1
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
     axes, drawn, bounds, marks = figure.subplots(), [], [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
         mean, half = _mean_and_half(values * factor, values.ndim == 3)
         updates, low, high = np.arange(len(mean)) - (label in without_updates), mean - half, mean + half
-        drawn += axes.plot(updates[1:], mean[1:], markersize=4, zorder=3,
+        drawn += axes.plot(updates[first:], mean[first:], markersize=4, zorder=3,
                            label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
-        axes.fill_between(updates[1:], low[1:], high[1:], color=style['color'], alpha=0.2, linewidth=2 * (label in without_updates))
-        axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
+        axes.fill_between(updates[first:], low[first:], high[first:], color=style['color'], alpha=0.2, linewidth=2 * (label in without_updates))
+        if first:
+            axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
         bounds.append(np.array([low, high])[:, 1:])
         marks.append(mean[0])
     _limit(axes, metric, drawn, bounds)
     longest = max(values.shape[-1] - 1 - (label in without_updates) for label, values in runs.items())
     bottom, top = axes.get_ylim()
-    has_mark = any(bottom <= mark <= top for mark in marks)
+    has_mark = first and any(bottom <= mark <= top for mark in marks)
     axes.set(xlabel='inner updates' + (f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''),
-             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'query {title}\n(band: 95% interval)',
+             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'{"query " if first else ""}{title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     _finish(figure, axes, heading, runs)
     return figure
@@ -162,7 +170,7 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
         shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
     figure = Figure(figsize=(4.5 + 1.5 * len(targets), 1.7 + 0.45 * len(models)), layout='constrained')
     axes = figure.subplots()
-    axes.imshow(shade if metric == 'accuracy' else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
+    axes.imshow(shade if metric in HIGHER_IS_BETTER else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
     for row, cells in enumerate(table.rows):
         for column, text in enumerate(cells[-len(targets):]):
             axes.text(column, row, text, ha='center', va='center', fontsize='small')
@@ -182,6 +190,8 @@ def _limit(axes, metric, drawn, bounds):
         drawn: the curves.
         bounds: for each of them the ends of its intervals, [2, points].
     """
+    if metric == 'return':
+        return  # returns are bounded, and all of the axes' own range is theirs
     finite = [ends[np.isfinite(ends)] for ends in bounds]
     highest = [values.max(initial=-np.inf) for values in finite]
     positive = sorted(high for high in highest if high > 0)
@@ -239,6 +249,25 @@ def predicted_targets(model: MAML, tasks: TableTasks, heading: str) -> Figure:
         axes.set_title(_clipped(tasks.class_names(task)[0]), fontsize='small')
     name = _clipped(next(iter(columns.targets)))
     _label_panels(figure, panels, name, f'predicted {name}', 3)
+    return figure
+
+
+def paths(model: Navigator, tasks: GoalTasks, heading: str) -> Figure:
+    """Some episodes to the first goals, before adaptation and after updates, like figure 4 of the paper, on the right."""
+    batch, last = tasks.draw(0, PANELS), 3
+    episodes = model.trajectories(batch, last)
+    figure, panels = _four_panels(heading, 3.4, sharex=True, sharey=True)
+    for task, axes in enumerate(panels):
+        for updates, style in ((0, STYLES[3]), (1, STYLES[1]), (last, STYLES[0])):
+            positions, mask = np.asarray(episodes[updates].observations[task]), np.asarray(episodes[updates].mask[task])
+            for episode, (places, running) in enumerate(zip(positions[:SHOWN_EPISODES], mask)):
+                walked = places[running > 0]
+                label = f'after {updates} update{"s" if updates > 1 else ""}' if updates else 'before adaptation'
+                axes.plot(walked[:, 0], walked[:, 1], label=None if episode else label, **{**style, 'marker': None, 'linewidth': 0.8})
+        axes.plot(0, 0, 'ks', markersize=5, label='start')
+        axes.plot(*batch.goals[task], 'k*', markersize=12, label='goal')
+        axes.set(xlim=(-1.4 * LARGEST_GOAL, 1.4 * LARGEST_GOAL), ylim=(-1.4 * LARGEST_GOAL, 1.4 * LARGEST_GOAL), aspect='equal')
+    _label_panels(figure, panels, 'x', 'y', 5)
     return figure
 
 

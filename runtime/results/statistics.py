@@ -11,7 +11,8 @@ ROUNDING = 1e-6       # values of single precision that differ by no more than t
 NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the results
 FAR_FROM_NORMAL = 1, 3  # skewness and excess kurtosis, each without its sign
 LEAST_FOR_RANKS = 10  # differences for a signed-rank test
-UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4)}  # {metric: (title, factor, digits)}
+UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4), 'return': ('average return', 1, 2)}  # title, factor, digits
+HIGHER_IS_BETTER = {'accuracy', 'return'}
 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks

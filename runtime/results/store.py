@@ -141,7 +141,7 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
     titles = column_titles(0 if without_updates else len(columns[0]) - 1)
     for updates, cells in zip(titles, zip(*columns)):
         lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:{width}}' for cell in cells).rstrip())
-    lines.append('  (0: support examples, before adaptation)')
+    lines.append('  (0: before adaptation)' if metric == 'return' else '  (0: support examples, before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
         if diverged:

@@ -38,7 +38,7 @@ class Progress(tqdm):
         state = self.format_dict
         rate = state['rate'] or (state['n'] + iterations - state['initial']) / max(state['elapsed'], 1e-9)
         tasks = rate * tasks_per_iteration
-        latest = [f'{before:.3g} -> {after:.3g}' for before, after in metrics[-1:]]
+        latest = [f'{before:.3g} -> {after:.3g}' for before, after, *_ in metrics[-1:]]
         self.set_postfix_str(', '.join([f'{tasks:.{0 if tasks > 10 else 1}f} tasks/s', *latest]), refresh=False)
         self.update(iterations)
 

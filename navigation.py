@@ -1,0 +1,380 @@
+"""The paper's third domain: 2-D navigation by policy gradients (Finn, Abbeel & Levine, ICML 2017, section 5.3, figure 4).
+
+Read from the top. A task is a goal in the plane: `rollouts` walks a point towards it under a Gaussian policy. `adapt` is one step of
+policy gradient on a task's episodes (line 6 of algorithm 3), `surrogate_and_kl` what the outer loop minimises and bounds after it
+(line 10), `trpo_step` one constrained update by conjugate gradients and a line search. `Navigator` runs them for a meta-batch.
+
+Arrays have a leading axis of tasks. Episodes are padded: mask is 1 while an episode runs, and padding counts in no sum or mean. Parameters
+are {name: tensor}, those of all tasks; a policy of each task has [tasks, ...]. All functions are pure, in the dtype of their arguments.
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from utils import glorot_uniform
+
+if TYPE_CHECKING:
+    from maml import ModelConfig
+    from runtime.compute.distribution import Replicas
+    from runtime.datasets.goals import GoalBatch
+
+HORIZON, DISCOUNT, GAE_LAMBDA = 100, 0.99, 1.0
+LARGEST_MOVE, GOAL_RADIUS, MIN_LOG_STD = 0.1, 0.01, math.log(1e-6)
+KL_BOUND, DAMPING, CG_STEPS, CG_TOLERANCE = 0.01, 1e-5, 10, 1e-10
+BACKTRACKING, LINE_SEARCH_STEPS = 0.8, 15
+RIDGE = 1e-5
+Tensors = dict[str, tf.Tensor]
+
+
+class Trajectories(NamedTuple):
+    """Episodes of a meta-batch."""
+    observations: tf.Tensor  # [tasks, rollouts, steps, 2], the position before the move; of the oracle 4 numbers: and the goal
+    actions: tf.Tensor       # [tasks, rollouts, steps, 2], before they are clipped
+    rewards: tf.Tensor       # [tasks, rollouts, steps], minus the distance to the goal after the move
+    mask: tf.Tensor          # [tasks, rollouts, steps], 1 while the episode runs
+
+
+Batch = tuple[Trajectories, tf.Tensor]  # episodes, and their advantages
+
+
+# The robot and its policy -------------------------------------------------------------------------------------------
+
+def policy(parameters: Tensors, observations: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean, [tasks, rows, 2], and log standard deviation, [tasks or 1, 1, 2], of the actions at observations [tasks, rows, numbers]."""
+    hidden = observations
+    for layer in range(1, _layers(parameters)):
+        hidden = tf.nn.relu(hidden @ parameters[f'w{layer}'] + parameters[f'b{layer}'][..., None, :])
+    log_std = tf.maximum(parameters['log_std'], tf.constant(MIN_LOG_STD, hidden.dtype))
+    return hidden @ parameters[f'w{_layers(parameters)}'] + parameters[f'b{_layers(parameters)}'][..., None, :], log_std[..., None, :]
+
+
+def log_likelihood(parameters: Tensors, trajectories: Trajectories) -> tf.Tensor:
+    """log pi(a|o) of each action, [tasks, rollouts, steps]."""
+    mean, log_std = policy(parameters, _rows(trajectories.observations))
+    deviation = (_rows(trajectories.actions) - mean) * tf.exp(-log_std)
+    log_density = -tf.square(deviation) / 2 - log_std - math.log(2 * math.pi) / 2
+    return tf.reshape(tf.reduce_sum(log_density, axis=-1), trajectories.rewards.shape)
+
+
+def rollouts(parameters: Tensors, goals: tf.Tensor, noise: tf.Tensor, sees_goal: bool = False) -> Trajectories:
+    """Episodes of HORIZON steps or fewer, each from (0, 0). A move is clip(0.1 a, -0.1, 0.1); an episode ends when the goal is nearer
+    than 0.01 in x and in y.
+
+    Args:
+        goals: [tasks, 2].
+        noise: standard normal, [steps, tasks, rollouts, 2].
+        sees_goal: observations have the goal too (the oracle).
+    """
+    goals = tf.broadcast_to(goals[:, None], noise.shape[1:])
+
+    def observe(position):
+        return tf.concat([position, goals], axis=-1) if sees_goal else position
+
+    def move(state, noise):
+        position, running = state[0], state[-1]
+        mean, log_std = policy(parameters, observe(position))
+        action = mean + tf.exp(log_std) * noise
+        after = position + tf.clip_by_value(LARGEST_MOVE * action, -LARGEST_MOVE, LARGEST_MOVE)
+        arrived = tf.reduce_all(tf.abs(after - goals) < GOAL_RADIUS, axis=-1)
+        return after, position, action, running, tf.where(arrived, tf.zeros_like(running), running)
+
+    zeros, ones = tf.zeros_like(noise[0]), tf.ones_like(noise[0, ..., 0])
+    after, positions, actions, mask, _ = (_rollouts_first(values) for values in tf.scan(move, noise, (zeros, zeros, zeros, ones, ones)))
+    observations = tf.concat([positions, tf.broadcast_to(goals[:, :, None], positions.shape)], axis=-1) if sees_goal else positions
+    return Trajectories(observations, actions, -tf.norm(after - goals[:, :, None], axis=-1) * mask, mask)
+
+
+def average_return(trajectories: Trajectories) -> tf.Tensor:
+    """The sum of an episode's rewards, not discounted, averaged over episodes, [tasks]."""
+    return tf.reduce_mean(tf.reduce_sum(trajectories.rewards, axis=-1), axis=-1)
+
+
+# Advantages ---------------------------------------------------------------------------------------------------------
+
+def discounted_sums(values: tf.Tensor, discount: float) -> tf.Tensor:
+    """sum over s >= t of discount^(s - t) values[s], at each step t; [..., steps]."""
+    steps = tf.range(values.shape[-1], dtype=values.dtype)
+    later = steps[:, None] - steps
+    weights = tf.where(later < 0, tf.zeros_like(later), tf.constant(discount, values.dtype) ** tf.maximum(later, 0))
+    return tf.linalg.matvec(weights, values, transpose_a=True)
+
+
+def baseline(trajectories: Trajectories, returns: tf.Tensor) -> tf.Tensor:
+    """A linear prediction of returns, fitted to a task's episodes by ridge regression, [tasks, rollouts, steps]; 0 where mask is 0.
+
+    Features are o and o^2 with o clipped to 10, and t, t^2, t^3, 1 with t the step / 100. Solved in double precision: they are
+    nearly dependent.
+    """
+    observations, mask = (tf.cast(values, tf.float64) for values in (trajectories.observations, trajectories.mask[..., None]))
+    clipped = tf.clip_by_value(observations, -10, 10)
+    time = tf.broadcast_to(tf.range(mask.shape[2], dtype=tf.float64)[:, None] / 100, mask.shape)
+    features = _rows(tf.concat([clipped, clipped ** 2, time, time ** 2, time ** 3, tf.ones_like(time)], axis=-1) * mask)
+    squares = tf.matmul(features, features, transpose_a=True) + RIDGE * tf.eye(features.shape[-1], dtype=tf.float64)
+    projections = tf.matmul(features, _rows(tf.cast(returns, tf.float64)[..., None]), transpose_a=True)
+    values = features @ tf.linalg.cholesky_solve(tf.linalg.cholesky(squares), projections)
+    return tf.cast(tf.reshape(values, returns.shape), returns.dtype)
+
+
+def advantages(trajectories: Trajectories, discount: float, gae_lambda: float) -> tf.Tensor:
+    """Generalised advantage estimates (Schulman et al., 2016), [tasks, rollouts, steps], normalised over all steps of a task: minus their
+    mean, divided by their standard deviation + 1e-8. The value after an episode's last step is 0."""
+    rewards, mask = trajectories.rewards * trajectories.mask, trajectories.mask
+    values = baseline(trajectories, discounted_sums(rewards, discount))
+    following = tf.concat([values[..., 1:], tf.zeros_like(values[..., :1])], axis=-1)
+    estimates = discounted_sums(rewards + discount * following - values, discount * gae_lambda) * mask
+    deviations = (estimates - _mean_of_steps(estimates, mask)) * mask
+    return deviations / (tf.sqrt(_mean_of_steps(deviations ** 2, mask)) + 1e-8)
+
+
+# Algorithm 3 --------------------------------------------------------------------------------------------------------
+
+def adapt(parameters: Tensors, trajectories: Trajectories, advantages: tf.Tensor, update_lr: float, stop_grad: bool = False) -> Tensors:
+    """One step of policy gradient from the shared parameters, or each task's own, {name: [tasks, ...]} (line 6 of algorithm 3).
+
+    A task's loss is minus the mean over its steps of log pi(a|o) * advantage. The result is differentiable with respect to the
+    parameters; with `stop_grad` the gradient is a constant.
+    """
+    tasks = advantages.shape[0]
+    fast = {name: value + tf.zeros([tasks] + [1] * _rank(name), value.dtype) for name, value in parameters.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(fast)
+        weighted = log_likelihood(fast, trajectories) * advantages
+        loss = -tf.reduce_sum(_mean_of_steps(weighted, trajectories.mask))  # of all tasks: each depends on its own weights
+    gradients = tape.gradient(loss, fast)
+    if stop_grad:
+        gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
+    return {name: value - update_lr * gradients[name] for name, value in fast.items()}
+
+
+def kl_divergence(old: tuple[tf.Tensor, tf.Tensor], new: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+    """KL(old || new) of Gaussians, (mean, log standard deviation) each, summed over the action's numbers, [tasks, rows]."""
+    (old_mean, old_log_std), (mean, log_std) = old, new
+    old_variance, variance = tf.exp(2 * old_log_std), tf.exp(2 * log_std)
+    return tf.reduce_sum(((old_mean - mean) ** 2 + old_variance - variance) / (2 * variance + 1e-8) + log_std - old_log_std, axis=-1)
+
+
+def surrogate_and_kl(parameters: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float,
+                     stop_grad: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+    """What the outer step minimises, and what it bounds: two scalars, for policies adapted from `parameters` (line 10 of algorithm 3).
+
+    The surrogate is minus the mean over a task's steps of ratio * advantage, averaged over tasks; ratio is that of the likelihoods under
+    the adapted policy and the one that sampled. The KL divergence is from the latter to the former, averaged over all steps.
+
+    Args:
+        before: the episodes that policies are adapted to.
+        after: the episodes of the adapted policies, sampled by `sampled_by`, {name: [tasks, ...]}.
+    """
+    adapted, (trajectories, weights) = adapt(parameters, *before, update_lr, stop_grad), after
+    ratio = tf.exp((log_likelihood(adapted, trajectories) - log_likelihood(sampled_by, trajectories)) * trajectories.mask)
+    surrogate = -tf.reduce_mean(_mean_of_steps(ratio * weights, trajectories.mask))
+    observations, mask = _rows(trajectories.observations), _rows(trajectories.mask[..., None])[..., 0]
+    divergence = kl_divergence(policy(sampled_by, observations), policy(adapted, observations))
+    return surrogate, tf.reduce_sum(divergence * mask) / tf.reduce_sum(mask)
+
+
+def surrogate_gradient(parameters: Tensors, *problem: Any) -> tuple[tf.Tensor, Tensors]:
+    """The surrogate and its exact gradient, through the inner step; arguments as of `surrogate_and_kl`."""
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        surrogate, _ = surrogate_and_kl(parameters, *problem)
+    return surrogate, tape.gradient(surrogate, parameters)
+
+
+def kl_hessian_product(parameters: Tensors, vector: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float,
+                       stop_grad: bool = False) -> Tensors:
+    """The Hessian of the mean KL divergence times a vector, exact: the gradient of its slope in that direction."""
+    with tf.GradientTape() as outer:
+        outer.watch(parameters)
+        with tf.GradientTape() as tape:
+            tape.watch(parameters)
+            _, divergence = surrogate_and_kl(parameters, before, after, sampled_by, update_lr, stop_grad)
+        slope = _dot(tape.gradient(divergence, parameters), vector)
+    return outer.gradient(slope, parameters)
+
+
+class Step(NamedTuple):
+    """What `trpo_step` did."""
+    parameters: Tensors
+    divergence: tf.Tensor  # mean KL divergence of the accepted step, 0 if none was
+    taken: tf.Tensor       # bool, whether a step was accepted
+    finite: tf.Tensor      # bool, whether the gradient and the direction were finite
+
+
+def trpo_step(parameters: Tensors, *problem: Any) -> Step:
+    """One update by trust-region policy optimisation (Schulman et al., 2015): the longest step along the natural gradient, of lengths
+    that fall by 0.8, by which the surrogate falls and the mean KL divergence is at most KL_BOUND; none if the first 15 fail.
+
+    Arguments are those of `surrogate_and_kl`.
+    """
+    surrogate, gradient = surrogate_gradient(parameters, *problem)
+
+    def curvature(vector):
+        product = kl_hessian_product(parameters, vector, *problem)
+        return {name: product[name] + DAMPING * value for name, value in vector.items()}
+
+    direction, residual = conjugate_gradients(curvature, gradient)
+    longest = tf.sqrt(2 * KL_BOUND / (_dot(direction, _plus(gradient, -1, residual)) + 1e-8))
+
+    def attempt(number, *_):
+        length = longest * BACKTRACKING ** tf.cast(number, longest.dtype)
+        candidate = {name: value - length * direction[name] for name, value in parameters.items()}
+        after, divergence = surrogate_and_kl(candidate, *problem)
+        return number + 1, candidate, divergence, (after < surrogate) & (divergence <= KL_BOUND)
+
+    _, candidate, divergence, taken = tf.while_loop(
+        lambda number, *others: ~others[-1] & (number < LINE_SEARCH_STEPS),
+        attempt, (tf.constant(0), parameters, tf.zeros_like(surrogate), tf.constant(False)))
+    chosen = {name: tf.where(taken, candidate[name], value) for name, value in parameters.items()}
+    return Step(chosen, tf.where(taken, divergence, tf.zeros_like(divergence)), taken, tf.math.is_finite(longest + surrogate))
+
+
+def conjugate_gradients(product: Callable[[Tensors], Tensors], target: Tensors) -> tuple[Tensors, Tensors]:
+    """x with product(x) near target, after CG_STEPS steps of conjugate gradients from 0, or fewer if the squared residual is small; and
+    the residual, target - product(x)."""
+    def step(number, solution, residual, direction, squared):
+        image = product(direction)
+        length = squared / _dot(direction, image)
+        solution, residual = _plus(solution, length, direction), _plus(residual, -length, image)
+        squared_after = _dot(residual, residual)
+        return number + 1, solution, residual, _plus(residual, squared_after / squared, direction), squared_after
+
+    start = (tf.constant(0), tf.nest.map_structure(tf.zeros_like, target), target, target, _dot(target, target))
+    return tf.while_loop(lambda number, *others: (number < CG_STEPS) & (others[-1] > CG_TOLERANCE), step, start)[1:3]
+
+
+def _dot(first, second):
+    return tf.add_n([tf.reduce_sum(value * second[name]) for name, value in first.items()])
+
+
+def _plus(values, factor, others):
+    return {name: value + factor * others[name] for name, value in values.items()}
+
+
+def _layers(parameters):
+    return len(parameters) // 2  # a weight and a bias each, and the log standard deviation
+
+
+def _rank(name):
+    """Axes of a parameter of the shared policy."""
+    return 2 if name.startswith('w') else 1
+
+
+def _rows(values):
+    """[tasks, rollouts, steps, numbers] -> [tasks, rollouts * steps, numbers]."""
+    return tf.reshape(values, [values.shape[0], values.shape[1] * values.shape[2], values.shape[3]])
+
+
+def _rollouts_first(values):
+    """[steps, tasks, rollouts, ...] -> [tasks, rollouts, steps, ...]."""
+    return tf.transpose(values, [1, 2, 0, *range(3, len(values.shape))])
+
+
+def _mean_of_steps(values, mask):
+    """Means over the steps of a task's running episodes, [tasks, 1, 1]."""
+    return tf.reduce_sum(values * mask, axis=[1, 2], keepdims=True) / tf.reduce_sum(mask, axis=[1, 2], keepdims=True)
+
+
+# A meta-batch -------------------------------------------------------------------------------------------------------
+
+class Returns(NamedTuple):
+    """Average returns of tasks, [1 + updates, tasks]: before adaptation, and after each update."""
+    returns: tf.Tensor
+
+    def reported(self) -> dict[str, np.ndarray]:
+        """{metric: its values, [1 + updates, tasks]}."""
+        return {'return': np.asarray(self.returns)}
+
+
+def sampled(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor, number: int | tf.Tensor = 0) -> Batch:
+    """Episodes of a policy, and their advantages; a function of keys, int32 [tasks, rollouts, 2], and of a number, too."""
+    flat = tf.reshape(keys, [-1, 2]) + tf.stack([tf.constant(0), tf.cast(number, tf.int32)])
+    noise = tf.map_fn(lambda key: tf.random.stateless_normal([HORIZON, 2], key, dtype=config.dtype, alg='philox'), flat,
+                      fn_output_signature=tf.as_dtype(config.dtype))
+    noise = tf.transpose(tf.reshape(noise, [*keys.shape[:2], HORIZON, 2]), [2, 0, 1, 3])
+    trajectories = rollouts(parameters, tf.cast(goals, config.dtype), noise, sees_goal=config.dim_input > 2)
+    return trajectories, advantages(trajectories, DISCOUNT, GAE_LAMBDA)
+
+
+def iteration(config: ModelConfig, phase: str, parameters: Tensors, batch: GoalBatch) -> tuple[Tensors, Tensors]:
+    """An iteration of algorithm 3: episodes of each task, the inner step, episodes after it, the outer step. In pre-training, joint
+    training on all goals, the outer step is for the shared policy: without an inner step, on its own episodes.
+
+    Returns the new parameters, and scalars to report.
+    """
+    before = sampled(config, parameters, batch.goals, batch.support_keys)
+    adapted = adapt(parameters, *before, config.update_lr, config.stop_grad)
+    after = sampled(config, adapted, batch.goals, batch.query_keys)
+    step = trpo_step(parameters, *{'metatrain': (before, after, adapted, config.update_lr, config.stop_grad),
+                                   'pretrain': (before, before, parameters, 0.0, True)}[phase])
+    returns = {f'{when}_return': tf.reduce_mean(average_return(episodes[0])) for when, episodes in (('pre', before), ('post', after))}
+    return step.parameters, {**returns, 'kl': step.divergence, 'taken': step.taken, 'finite': step.finite}
+
+
+def evaluation_step(config: ModelConfig, parameters: Tensors, batch: GoalBatch, number: tf.Tensor) -> tuple[Tensors, Trajectories]:
+    """Each task's policy after the update `number`, from 0, and the episodes before it. The reference's step size is alpha in the first
+    update, half of it in others."""
+    episodes = sampled(config, parameters, batch.goals, batch.query_keys, number)
+    update_lr = tf.where(number == 0, config.update_lr, config.update_lr / 2)
+    return adapt(parameters, *episodes, tf.cast(update_lr, config.dtype)), episodes[0]
+
+
+class Navigator:
+    """The shared policy, and what is done with it on meta-batches of goals; methods and attributes as of `maml.MAML`."""
+    steps_per_call, norm_params = 1, {}
+
+    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
+        """Weights are Glorot-uniform, a function of config and seed; biases and the log standard deviation start at 0."""
+        self.config, self.replicas = dataclasses.replace(config, engine='vmap', jit=True), replicas
+        sizes = [config.dim_input, *config.dim_hidden, config.dim_output]
+        initial = {'log_std': tf.zeros(config.dim_output)}
+        for layer, shape in enumerate(zip(sizes, sizes[1:]), 1):
+            initial |= {f'w{layer}': glorot_uniform(shape, [seed, layer]), f'b{layer}': tf.zeros(shape[1])}
+        self.weights = {name: tf.Variable(tf.cast(value, config.dtype)) for name, value in initial.items()}
+        self.description = f'Gaussian policy, {"-".join(map(str, sizes))}, ReLU'
+        self._iteration = tf.function(functools.partial(iteration, self.config), jit_compile=True, autograph=False)
+        self._evaluation_step = tf.function(functools.partial(evaluation_step, self.config), jit_compile=True, autograph=False)
+
+    def parameters(self) -> dict[str, tf.Variable]:
+        return self.weights
+
+    state = parameters  # the outer step has no state of its own
+
+    def variant(self, **changes: Any) -> Navigator:
+        other = Navigator(dataclasses.replace(self.config, **changes), replicas=self.replicas)
+        other.copy_parameters(self)
+        return other
+
+    def copy_parameters(self, other: Navigator) -> None:
+        for name, variable in self.weights.items():
+            variable.assign(other.weights[name])
+
+    def train_steps(self, phase: str, batches: GoalBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
+        """One iteration with a GoalBatch of [1, tasks, ...]; returns what `iteration` reports, [1] each."""
+        values, metrics = self._iteration(phase, self._values(), tf.nest.map_structure(lambda array: tf.constant(array[0]), batches))
+        if metrics['finite']:
+            for name, variable in self.weights.items():
+                variable.assign(values[name])
+        return {name: value[None] for name, value in {**metrics, 'stopping': tf.constant(stopping)}.items()}
+
+    def evaluate(self, batch: GoalBatch, num_updates: int) -> Returns:
+        """Average returns over the episodes of `query_keys`, before adaptation and after each update."""
+        return Returns(tf.stack([average_return(episodes) for episodes in self.trajectories(batch, num_updates)]))
+
+    def trajectories(self, batch: GoalBatch, num_updates: int) -> list[Trajectories]:
+        """Episodes before adaptation, and after each update."""
+        tasks, batch, episodes = len(batch.goals), tf.nest.map_structure(tf.constant, batch), []
+        parameters = {name: tf.repeat(value[None], tasks, axis=0) for name, value in self._values().items()}
+        for number in tf.range(num_updates + 1):
+            parameters, before = self._evaluation_step(parameters, batch, number)
+            episodes.append(before)
+        return episodes
+
+    def _values(self):
+        return {name: variable.read_value() for name, variable in self.weights.items()}
