@@ -125,7 +125,7 @@ ROWS = [
     Row('doublemnist_5way1shot', 'DoubleMNIST 5-way 1-shot', '97.05 (MultiDigitMNIST)'),
     Row('doublemnist_20way1shot', 'DoubleMNIST 20-way 1-shot', '85.46 (MultiDigitMNIST)'),
     Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84 (MAML)', '47.9 ± 1.9 (its weights)', peer='49.81 ± 1.78 (PaddleFSL)'),
-    *(Row('navigation', f'2-D navigation{title}, average return', published, flags=flags) for title, published, flags in (
+    *(Row('navigation_20goals', f'2-D navigation{title}, average return', published, flags=flags) for title, published, flags in (
         ('', '-11.68 ± 2.16 after 1, -3.35 ± 0.59 after 4 (MAML)', ()),
         *((f', seed {seed}', '', (f'--seed={seed}', '--logdir=logs/navigation_seeds/')) for seed in (1, 2)),
         (', first order', '', ('--stop_grad', '--logdir=logs/navigation_first_order/')))),

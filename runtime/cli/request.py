@@ -164,21 +164,24 @@ def resolve(line: CommandLine) -> Request:
     stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
     dropped = _without_meaning(preset, line)
-    values = {**line.values, **_usual_flags(line, stored), **{name: value for name, value in preset.items() if name not in dropped}}
+    values = {**line.values, **_usual_flags(line, stored), **_without(preset, dropped)}
     mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
     network = _own_network(values)
     if directory is None:
         query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
-    if mode != 'train':
-        del stored['load_from']  # from which the training started
-    values.update({name: value for name, value in stored.items() if name not in line.given})
+    # The weights of --load_from are those that the training started from.
+    values.update(_without(stored, {*line.given, *(['load_from'] if mode != 'train' else [])}))
     _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
     return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory,
                    network_file=_own_network(values, directory, network))
+
+
+def _without(values, names):
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def same_folder(*paths: str | None) -> bool:
@@ -189,7 +192,7 @@ def same_folder(*paths: str | None) -> bool:
 def _usual_flags(line, stored):
     """{flag: value} of the source's own defaults, where the command line has none."""
     source = SOURCES[line.values['datasource'] if 'datasource' in line.given or not stored else stored['datasource']]
-    return {name: value for name, value in source.usual_flags.items() if name not in line.given}
+    return _without(source.usual_flags, line.given)
 
 
 def _forget_data(values, stored, given):
