@@ -213,10 +213,16 @@ def _check_declarations():
 
 
 def _without_meaning(preset, line):
-    """{flag: value} of those flags of a --method that the source or the network of a command line has no use for."""
+    """{flag: value} of those flags of a --method that the source or the network of a command line has no use for. Raises UserError if
+    nothing of the method would be left."""
     request = Request('train', line.values, line.values, line.given, None)
-    return {name: value for name, value in preset.items() if name in LEARNING
-            and not all(PURPOSES[purpose][1](request) for purpose in ONLY.get(name, ()))}
+    unmet = {name: [PURPOSES[purpose][0] for purpose in ONLY.get(name, ()) if not PURPOSES[purpose][1](request)]
+             for name in preset if name in LEARNING}
+    dropped = _without(preset, {name for name in preset if not unmet.get(name)})
+    switches = preset.keys() & methods.switches()
+    if switches and switches <= dropped.keys():
+        raise UserError(f'--method={request.method} is for {unmet[min(switches)][0].format_map(line.values)}')
+    return dropped
 
 
 def _own_network(values, directory=None, given=None):
