@@ -190,7 +190,7 @@ class KerasNetwork:
         for layer in self._norms:  # whose argument says too whether random layers draw
             layer.call = functools.partial(_with_current_statistics, layer.call)
         self._refuse_unusable()
-        self.head_names, self._head, self._no_head, self._has_linear_head = (), None, '', False
+        self.head_names, self._head, self._no_head, self._has_linear_head, self._unused_head = (), None, '', False, {}
         self._find_head(*self._probe())
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
 
@@ -223,7 +223,8 @@ class KerasNetwork:
         return {name: tf.cast(value, tf.float32) for name, value in self._weights.items() if name in self._norm_names}
 
     def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
-        with self.tensors_in_place(tensors, x.shape[0], stats_rows):
+        # The outputs are not used: a last layer that is computed for the task may not be there yet, or have another shape.
+        with self.tensors_in_place({**tensors, **self._unused_head}, x.shape[0], stats_rows):
             outputs = self._call(x, self.random and MASKS in tensors)
         return self._seen.features if self.head_names else outputs
 
@@ -338,6 +339,7 @@ class KerasNetwork:
             self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
             return
         self.head_names, self._head = tuple(names), layer
+        self._unused_head = {name: tf.identity(self._weights[name].value) for name in names}
         self._has_linear_head = type(layer) is self._keras.layers.Dense and (
             layer.use_bias, layer.activation, len(arguments[0].shape)) == (True, self._keras.activations.linear, 2)
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)

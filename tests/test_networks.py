@@ -209,7 +209,7 @@ def meta_objective(config, parameters, task):
 
 @pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('method', [pytest.param(name, marks=[] if name == 'metasgd' else pytest.mark.slow)
-                                    for name in ('maml', 'anil', 'boil', 'metasgd', 'maml++')])
+                                    for name, preset in PRESETS.items() if name != 'reptile' and not preset.flags.get('stop_grad')])
 def test_methods_by_finite_differences(method):
     """The residual network, along a random direction in all that is trained. First order has no such derivative; Reptile follows none."""
     flags = {'num_updates': 2, **{name: value for name, value in PRESETS[method].flags.items()
