@@ -36,11 +36,11 @@ def write_shipped(directory, entries):
 
 @pytest.mark.parametrize('directory', SHIPPED)
 def test_what_ships_belongs_together(directory):
-    """Each evaluation has its checkpoint, no path is of another machine, and the console log is the run's own."""
+    """Each evaluation has its checkpoint, but of the initial weights, no path is of another machine, and the console log is the run's own."""
     there = checkpoints.iterations(os.path.join(ROOT, directory))
     assert there
     for entry in shipped(os.path.join(ROOT, directory)):
-        assert set(entry.ensemble or [entry.iterations]) <= set(there) and entry.checkpoint == f'model{entry.iterations}'
+        assert set(entry.ensemble or [entry.iterations]) <= {0, *there} and entry.checkpoint == f'model{entry.iterations}'
         assert entry.setting.load_from is None
     for path in glob.glob(os.path.join(glob.escape(os.path.join(ROOT, directory)), '*.log')):
         with open(path, encoding='utf-8') as file:

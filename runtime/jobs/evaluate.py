@@ -169,7 +169,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
         known_classes=list(known), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
                   **arithmetic(restored.model.config.engine, run.replicas.count)},
-        figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums[restored.prefix])
+        figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums.get(restored.prefix))
 
 
 def check_still_there(restored: Restored) -> None:
