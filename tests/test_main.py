@@ -467,8 +467,8 @@ def test_load_from(arguments, tmp_path, few_tasks):
     assert 'Resuming from' in run_ok(*elsewhere, '--metatrain_iterations=3')
 
     assert '3-way' in run_ok(*arguments, '--train=False', f'--load_from={prefix}', '--num_classes=3'), 'by the first three outputs'
-    error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--num_classes=6')
-    assert 'b5 is float32[5] there and float32[6] here, w5 is float32[16, 5] there and float32[16, 6] here' in error
+    error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--num_filters=5')
+    assert '1/beta is float32[4] there and float32[5] here, 2/beta is float32[4] there and float32[5] here, and 10 more' in error
     error = error_of(*arguments, '--train=False', f'--load_from={prefix}', '--norm=None')
     assert '0/beta is float32[4] there and missing here' in error
     error = error_of(*arguments, '--train=False', f'--load_from={tmp_path}/model60')
