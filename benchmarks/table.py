@@ -206,7 +206,7 @@ def processor() -> str:
 def times(directory: str) -> dict[str, dict]:
     """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is, or it makes no sense."""
     try:
-        recorded = checked(dict[str, dict[str, float]], read_json(os.path.join(directory, TIMES)), TIMES)
+        recorded = checked(dict[str, dict[str, int | float]], read_json(os.path.join(directory, TIMES)), TIMES)
         return {machine: spent for machine, spent in recorded.items() if spent.keys() == {'seconds', 'iterations'}}
     except (OSError, ValueError, OverflowError):
         return {}
