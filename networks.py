@@ -192,6 +192,7 @@ class KerasNetwork:
         self._refuse_unusable()
         self.head_names, self._head, self._no_head, self._has_linear_head, self._unused_head = (), None, '', False, {}
         self._find_head(*self._probe())
+        self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
 
     def check(self, config: ModelConfig) -> None:
@@ -339,7 +340,6 @@ class KerasNetwork:
             self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
             return
         self.head_names, self._head = tuple(names), layer
-        self._unused_head = {name: tf.identity(self._weights[name].value) for name in names}
         self._has_linear_head = type(layer) is self._keras.layers.Dense and (
             layer.use_bias, layer.activation, len(arguments[0].shape)) == (True, self._keras.activations.linear, 2)
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)
