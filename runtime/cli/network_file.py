@@ -69,7 +69,7 @@ def read_copy(directory: str, identity: str, trusted: bool) -> NetworkFile:
         trusted: whether to run it even if this user has not trained with it.
     """
     network = read(os.path.join(directory, FOLDER, os.path.basename(identity)))
-    if not trusted and network.checksum not in _known():
+    if not trusted and network.checksum not in _trusted():
         raise UserError(f'{os.path.join(network.folder, network.name)} is code, and you have not trained with it as this user: read it, and '
                         'add --trust_network to run it')
     return network
@@ -86,23 +86,23 @@ def write_copy(directory: str, network: NetworkFile) -> None:
                 write_atomically(os.path.join(folder, path), content)
     except OSError as error:
         raise UserError(f'the network cannot be copied to {folder}: {error.strerror}') from error
-    known = _known()
-    if network.checksum not in known:
+    trusted = _trusted()
+    if network.checksum not in trusted:
         try:
-            os.makedirs(os.path.dirname(_list_of_known()), exist_ok=True)
-            write_atomically(_list_of_known(), ''.join(f'{checksum}\n' for checksum in [*known, network.checksum]).encode())
+            os.makedirs(os.path.dirname(_list_of_trusted()), exist_ok=True)
+            write_atomically(_list_of_trusted(), ''.join(f'{checksum}\n' for checksum in [*trusted, network.checksum]).encode())
         except OSError as error:
-            print(f'{_list_of_known()} cannot be written ({error.strerror}): --run={directory} will need --trust_network')
+            print(f'{_list_of_trusted()} cannot be written ({error.strerror}): --run={directory} will need --trust_network')
 
 
-def _list_of_known():
+def _list_of_trusted():
     """The file of the checksums of the networks with which this user has trained."""
     return os.path.join(os.path.expanduser(os.environ.get('XDG_STATE_HOME') or '~/.local/state'), 'maml', 'networks')
 
 
-def _known():
+def _trusted():
     try:
-        with open(_list_of_known(), encoding='ascii') as file:
+        with open(_list_of_trusted(), encoding='ascii') as file:
             return file.read().split()
     except (OSError, ValueError):
         return []
