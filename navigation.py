@@ -2,27 +2,21 @@
 
 Read from the top. A task is a goal in the plane: `rollouts` walks a point towards it under a Gaussian policy. `adapt` is one step of
 policy gradient on a task's episodes (line 6 of algorithm 3), `surrogate_and_kl` what the outer loop minimises and bounds after it
-(line 10), `trpo_step` one constrained update by conjugate gradients and a line search. `Navigator` runs them for a meta-batch.
+(line 10), `trpo_step` one constrained update by conjugate gradients and a line search; `iteration` has all of them in their order.
 
 Arrays have a leading axis of tasks. Episodes are padded: mask is 1 while an episode runs, and padding counts in no sum or mean. Parameters
 are {name: tensor}, those of all tasks; a policy of each task has [tasks, ...]. All functions are pure, in the dtype of their arguments.
 """
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
-
-from utils import glorot_uniform
 
 if TYPE_CHECKING:
     from maml import ModelConfig
-    from runtime.compute.distribution import Replicas
     from runtime.datasets.goals import GoalBatch
 
 HORIZON, DISCOUNT, GAE_LAMBDA = 100, 0.99, 1.0
@@ -93,7 +87,15 @@ def rollouts(parameters: Tensors, goals: tf.Tensor, noise: tf.Tensor, sees_goal:
 
 def average_return(trajectories: Trajectories) -> tf.Tensor:
     """The sum of an episode's rewards, not discounted, averaged over episodes, [tasks]."""
-    return tf.reduce_mean(tf.reduce_sum(trajectories.rewards, axis=-1), axis=-1)
+    rewards, mask = trajectories.rewards * trajectories.mask, trajectories.mask
+    return tf.reduce_sum(rewards, axis=[1, 2]) / tf.reduce_sum(mask[..., 0], axis=1)
+
+
+def first_episodes(trajectories: Trajectories, steps: int) -> Trajectories:
+    """The first episodes of each task that have this many steps together; the mask of later ones is 0."""
+    lengths = tf.reduce_sum(trajectories.mask, axis=-1)
+    kept = tf.cast(tf.cumsum(lengths, axis=1, exclusive=True) < steps, lengths.dtype)
+    return trajectories._replace(mask=trajectories.mask * kept[..., None])
 
 
 # Advantages ---------------------------------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ def surrogate_and_kl(parameters: Tensors, before: Batch, after: Batch, sampled_b
         before: the episodes that policies are adapted to.
         after: the episodes of the adapted policies, sampled by `sampled_by`, {name: [tasks, ...]}.
     """
+    sampled_by = tf.nest.map_structure(tf.stop_gradient, sampled_by)  # in pre-training these are the parameters
     adapted, (trajectories, weights) = adapt(parameters, *before, update_lr, stop_grad), after
     ratio = tf.exp((log_likelihood(adapted, trajectories) - log_likelihood(sampled_by, trajectories)) * trajectories.mask)
     surrogate = -tf.reduce_mean(_mean_of_steps(ratio * weights, trajectories.mask))
@@ -281,24 +284,18 @@ def _mean_of_steps(values, mask):
     return tf.reduce_sum(values * mask, axis=[1, 2], keepdims=True) / tf.reduce_sum(mask, axis=[1, 2], keepdims=True)
 
 
-# A meta-batch -------------------------------------------------------------------------------------------------------
+# An iteration -------------------------------------------------------------------------------------------------------
 
-class Returns(NamedTuple):
-    """Average returns of tasks, [1 + updates, tasks]: before adaptation, and after each update."""
-    returns: tf.Tensor
-
-    def reported(self) -> dict[str, np.ndarray]:
-        """{metric: its values, [1 + updates, tasks]}."""
-        return {'return': np.asarray(self.returns)}
-
-
-def sampled(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor, number: int | tf.Tensor = 0) -> Batch:
-    """Episodes of a policy, and their advantages; a function of keys, int32 [tasks, rollouts, 2], and of a number, too."""
-    flat = tf.reshape(keys, [-1, 2]) + tf.stack([tf.constant(0), tf.cast(number, tf.int32)])
-    noise = tf.map_fn(lambda key: tf.random.stateless_normal([HORIZON, 2], key, dtype=config.dtype, alg='philox'), flat,
-                      fn_output_signature=tf.as_dtype(config.dtype))
+def walk(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor, number: tf.Tensor | tuple[int, int] = (0, 0)) -> Trajectories:
+    """Episodes of a policy; a function of keys, int32 [tasks, rollouts, 2], and of a number, [2], too."""
+    noise = tf.map_fn(lambda key: tf.random.stateless_normal([HORIZON, 2], key, dtype=config.dtype, alg='philox'),
+                      tf.reshape(keys + tf.cast(number, tf.int32), [-1, 2]), fn_output_signature=tf.as_dtype(config.dtype))
     noise = tf.transpose(tf.reshape(noise, [*keys.shape[:2], HORIZON, 2]), [2, 0, 1, 3])
-    trajectories = rollouts(parameters, tf.cast(goals, config.dtype), noise, sees_goal=config.dim_input > 2)
+    return rollouts(parameters, tf.cast(goals, config.dtype), noise, sees_goal=config.dim_input > 2)
+
+
+def weighted(trajectories: Trajectories) -> Batch:
+    """Episodes, and their advantages with the paper's constants."""
     return trajectories, advantages(trajectories, DISCOUNT, GAE_LAMBDA)
 
 
@@ -308,73 +305,23 @@ def iteration(config: ModelConfig, phase: str, parameters: Tensors, batch: GoalB
 
     Returns the new parameters, and scalars to report.
     """
-    before = sampled(config, parameters, batch.goals, batch.support_keys)
+    before = weighted(walk(config, parameters, batch.goals, batch.support_keys))
     adapted = adapt(parameters, *before, config.update_lr, config.stop_grad)
-    after = sampled(config, adapted, batch.goals, batch.query_keys)
+    after = weighted(walk(config, adapted, batch.goals, batch.query_keys))
     step = trpo_step(parameters, *{'metatrain': (before, after, adapted, config.update_lr, config.stop_grad),
                                    'pretrain': (before, before, parameters, 0.0, True)}[phase])
     returns = {f'{when}_return': tf.reduce_mean(average_return(episodes[0])) for when, episodes in (('pre', before), ('post', after))}
     return step.parameters, {**returns, 'kl': step.divergence, 'taken': step.taken, 'finite': step.finite}
 
 
-def evaluation_step(config: ModelConfig, parameters: Tensors, batch: GoalBatch, number: tf.Tensor) -> tuple[Tensors, Trajectories]:
-    """Each task's policy after the update `number`, from 0, and the episodes before it. The reference's step size is alpha in the first
-    update, half of it in others."""
-    episodes = sampled(config, parameters, batch.goals, batch.query_keys, number)
-    update_lr = tf.where(number == 0, config.update_lr, config.update_lr / 2)
-    return adapt(parameters, *episodes, tf.cast(update_lr, config.dtype)), episodes[0]
+def evaluation_update(config: ModelConfig, parameters: Tensors, episodes: Trajectories, number: tf.Tensor) -> Tensors:
+    """Each task's policy after the update `number`, from 0, on its episodes. The reference's step size is alpha in the first update, half
+    of it in others."""
+    update_lr = tf.cast(tf.where(number == 0, config.update_lr, config.update_lr / 2), config.dtype)
 
+    def update(task):  # one after the other: many short episodes are long arrays
+        parameters, episodes = tf.nest.map_structure(lambda value: value[None], task)
+        return tf.nest.map_structure(lambda value: value[0], adapt(parameters, *weighted(episodes), update_lr))
 
-class Navigator:
-    """The shared policy, and what is done with it on meta-batches of goals; methods and attributes as of `maml.MAML`."""
-    steps_per_call, norm_params = 1, {}
-
-    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
-        """Weights are Glorot-uniform, a function of config and seed; biases and the log standard deviation start at 0."""
-        self.config, self.replicas = dataclasses.replace(config, engine='vmap', jit=True), replicas
-        sizes = [config.dim_input, *config.dim_hidden, config.dim_output]
-        initial = {'log_std': tf.zeros(config.dim_output)}
-        for layer, shape in enumerate(zip(sizes, sizes[1:]), 1):
-            initial |= {f'w{layer}': glorot_uniform(shape, [seed, layer]), f'b{layer}': tf.zeros(shape[1])}
-        self.weights = {name: tf.Variable(tf.cast(value, config.dtype)) for name, value in initial.items()}
-        self.description = f'Gaussian policy, {"-".join(map(str, sizes))}, ReLU'
-        self._iteration = tf.function(functools.partial(iteration, self.config), jit_compile=True, autograph=False)
-        self._evaluation_step = tf.function(functools.partial(evaluation_step, self.config), jit_compile=True, autograph=False)
-
-    def parameters(self) -> dict[str, tf.Variable]:
-        return self.weights
-
-    state = parameters  # the outer step has no state of its own
-
-    def variant(self, **changes: Any) -> Navigator:
-        other = Navigator(dataclasses.replace(self.config, **changes), replicas=self.replicas)
-        other.copy_parameters(self)
-        return other
-
-    def copy_parameters(self, other: Navigator) -> None:
-        for name, variable in self.weights.items():
-            variable.assign(other.weights[name])
-
-    def train_steps(self, phase: str, batches: GoalBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
-        """One iteration with a GoalBatch of [1, tasks, ...]; returns what `iteration` reports, [1] each."""
-        values, metrics = self._iteration(phase, self._values(), tf.nest.map_structure(lambda array: tf.constant(array[0]), batches))
-        if metrics['finite']:
-            for name, variable in self.weights.items():
-                variable.assign(values[name])
-        return {name: value[None] for name, value in {**metrics, 'stopping': tf.constant(stopping)}.items()}
-
-    def evaluate(self, batch: GoalBatch, num_updates: int) -> Returns:
-        """Average returns over the episodes of `query_keys`, before adaptation and after each update."""
-        return Returns(tf.stack([average_return(episodes) for episodes in self.trajectories(batch, num_updates)]))
-
-    def trajectories(self, batch: GoalBatch, num_updates: int) -> list[Trajectories]:
-        """Episodes before adaptation, and after each update."""
-        tasks, batch, episodes = len(batch.goals), tf.nest.map_structure(tf.constant, batch), []
-        parameters = {name: tf.repeat(value[None], tasks, axis=0) for name, value in self._values().items()}
-        for number in tf.range(num_updates + 1):
-            parameters, before = self._evaluation_step(parameters, batch, number)
-            episodes.append(before)
-        return episodes
-
-    def _values(self):
-        return {name: variable.read_value() for name, variable in self.weights.items()}
+    signature = {name: tf.TensorSpec(value.shape[1:], value.dtype) for name, value in parameters.items()}
+    return tf.map_fn(update, (parameters, episodes), fn_output_signature=signature, parallel_iterations=2)

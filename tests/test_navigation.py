@@ -16,6 +16,7 @@ from data_generator import SOURCES, TaskConfig
 from maml import ModelConfig
 from navigation import Trajectories
 from runtime.jobs import train as training
+from runtime.jobs.models import Navigator
 from runtime.system.errors import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -139,6 +140,20 @@ def test_a_step_keeps_its_bound(golden):
     np.testing.assert_allclose(step.divergence, divergence)
 
 
+def test_a_step_of_pre_training(golden):
+    """The shared policy, which also sampled the episodes, takes a step on them; a gradient that went through both would be 0."""
+    before, parameters = golden.batches[0], golden.parameters
+    problem = before, before, parameters, 0.0, True
+    (trajectories, weights), (_, gradient) = before, navigation.surrogate_gradient(parameters, *problem)
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        weighted = navigation.log_likelihood(parameters, trajectories) * weights * trajectories.mask
+        loss = -tf.reduce_mean(tf.reduce_sum(weighted, axis=[1, 2]) / tf.reduce_sum(trajectories.mask, axis=[1, 2]))
+    assert_close(gradient, tape.gradient(loss, parameters), atol=1e-12)
+    step = navigation.trpo_step(parameters, *problem)
+    assert step.taken and 0 < step.divergence <= navigation.KL_BOUND
+
+
 def test_a_step_that_fails_changes_nothing(golden, monkeypatch):
     monkeypatch.setattr(navigation, 'LINE_SEARCH_STEPS', 0)
     step = navigation.trpo_step(golden.parameters, *golden.problem)
@@ -187,14 +202,40 @@ def test_episodes_are_a_function_of_keys():
     """Not of the other tasks of a batch; another number makes others."""
     tasks = SOURCES['navigation'].tasks(TaskConfig(5, 2, 2, seed=0), 'train')
     config = ModelConfig(dim_input=2, dim_output=2, loss='return', update_batch_size=2, update_lr=0.1, dim_hidden=(4, 4))
-    parameters = {name: tf.constant(value) for name, value in navigation.Navigator(config, seed=3).weights.items()}
+    parameters = {name: tf.constant(value) for name, value in Navigator(config, seed=3).weights.items()}
 
-    def actions(batch, number=0):
-        return navigation.sampled(config, parameters, batch.goals, batch.query_keys, number)[0].actions
+    def actions(batch, *number):
+        return navigation.walk(config, parameters, batch.goals, batch.query_keys, *number).actions
 
     both, second = actions(tasks.draw(0, 2)), actions(tasks.draw(1, 1))
     np.testing.assert_allclose(both[1], second[0], atol=1e-6)
-    assert np.abs(both[0] - both[1]).min() < np.abs(both[0] - both[1]).max() and not np.allclose(second, actions(tasks.draw(1, 1), 1))
+    assert np.abs(both[0] - both[1]).min() < np.abs(both[0] - both[1]).max() and not np.allclose(second, actions(tasks.draw(1, 1), (0, 1)))
+
+
+def test_whole_episodes_fill_the_steps():
+    """A task's first episodes count until their lengths reach the steps that are asked for: 3 + 2 < 6, so the third one is in, the
+    fourth is not; a longer one alone suffices. What is left out is in no mean."""
+    lengths = tf.constant([[3, 2, 4, 1], [4, 4, 4, 4]])
+    mask = tf.sequence_mask(lengths, 4, tf.float32)
+    numbers = tf.reshape(tf.range(32.), [2, 4, 4])
+    episodes = navigation.first_episodes(Trajectories(None, None, -numbers, mask), 6)
+    np.testing.assert_array_equal(tf.reduce_sum(episodes.mask, axis=-1), [[3, 2, 4, 0], [4, 4, 0, 0]])
+    np.testing.assert_allclose(navigation.average_return(episodes), [-(3 + 9 + 38) / 3, -(70 + 86) / 2])
+
+
+def test_an_evaluation_collects_steps():
+    """Where the robot arrives early, more episodes are walked than `query_keys` has; a task's are those that it has alone."""
+    config = ModelConfig(dim_input=2, dim_output=2, loss='return', update_batch_size=2, update_lr=0., dim_hidden=(4, 4))
+    model, tasks = Navigator(config), SOURCES['navigation'].tasks(TaskConfig(5, 2, 3, seed=0), 'train')
+    model.weights['log_std'].assign([-9, -9])
+    model.weights['w3'].assign(tf.zeros([4, 2]))
+    model.weights['b3'].assign([1, 0])  # always 0.1 to the right
+    batch = tasks.draw(0, 2)._replace(goals=np.array([[0.2, 0], [0.5, 0.5]], np.float32))
+    both = model.trajectories(batch, 1)
+    for episodes in both:
+        np.testing.assert_array_equal(tf.reduce_sum(episodes.mask[..., 0], axis=1), [150, 3])
+    alone = model.trajectories(tf.nest.map_structure(lambda array: array[1:], batch), 1)
+    np.testing.assert_allclose(navigation.average_return(both[1])[1:], navigation.average_return(alone[1]), rtol=1e-5)
 
 
 # The program --------------------------------------------------------------------------------------------------------
@@ -221,7 +262,7 @@ def weights_of(logdir, iteration):
 
 def interrupted_after(monkeypatch, number):
     """Iteration `number` gets a SIGTERM while it is computed."""
-    step, count = navigation.Navigator.train_steps, []
+    step, count = Navigator.train_steps, []
 
     def train_steps(*arguments):
         count.append(None)
@@ -229,7 +270,7 @@ def interrupted_after(monkeypatch, number):
             signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(navigation.Navigator, 'train_steps', train_steps)
+    monkeypatch.setattr(Navigator, 'train_steps', train_steps)
 
 
 def test_the_program(tmp_path, monkeypatch, eager):

@@ -11,7 +11,6 @@ import numpy as np
 
 from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
 from maml import MAML
-from navigation import Navigator, Returns
 from networks import network_of
 from runtime.cli.run import Evaluation, Trained
 from runtime.cli.run_data import record_split
@@ -20,7 +19,7 @@ from runtime.datasets.class_folders import listed_classes, preparation_facts
 from runtime.datasets.tasks import Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble, Permuted
-from runtime.jobs.models import new_model
+from runtime.jobs.models import Navigator, Returns, new_model
 from runtime.jobs.summaries import Summaries
 from runtime.results import store
 from runtime.results.provenance import Provenance, arithmetic, differences, program

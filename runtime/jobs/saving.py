@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from maml import MAML
-from navigation import Navigator
 from runtime.cli.run import Training
 from runtime.jobs import checkpoints
+from runtime.jobs.models import Model
 from runtime.results.provenance import Provenance
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interruption
@@ -40,7 +39,7 @@ class TrainState:
 class Saver:
     """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
-    def __init__(self, run: Training, model: MAML | Navigator, provenance: Provenance, iteration: int, log: Callable[[str], None]):
+    def __init__(self, run: Training, model: Model, provenance: Provenance, iteration: int, log: Callable[[str], None]):
         """
         Args:
             iteration: of the newest checkpoint, an attribute too; 0: there is none.

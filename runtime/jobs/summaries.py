@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from navigation import Returns
+from runtime.jobs.models import Returns
 from runtime.system.errors import first_line
 from utils import Metrics
 

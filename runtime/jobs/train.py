@@ -15,8 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import ClassTasks, class_name
-from maml import MAML, ModelConfig
-from navigation import Navigator
+from maml import ModelConfig
 from runtime.cli import stored_run
 from runtime.cli.flags import default
 from runtime.cli.run import Training, usual_updates
@@ -27,7 +26,7 @@ from runtime.datasets.tasks import TaskBatch, Tasks
 from runtime.jobs import checkpoints, network_check
 from runtime.jobs.evaluate import evaluate_tasks, load_weights, task_metrics
 from runtime.jobs.journal import Journal
-from runtime.jobs.models import new_model
+from runtime.jobs.models import Model, new_model
 from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
@@ -38,7 +37,6 @@ from runtime.system.progress import Progress
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
-Model = MAML | Navigator
 IDLE_ITERATIONS = 10  # in a row without an outer step, after which training stops
 REPORTED_TASKS = 100  # of a validation that only reports; those of checkpoints, which choose, are on --validation_tasks
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long

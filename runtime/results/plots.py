@@ -28,7 +28,7 @@ from runtime.system.files import write_atomically
 
 if TYPE_CHECKING:
     from maml import MAML  # which imports TensorFlow; comparisons are drawn without it
-    from navigation import Navigator
+    from runtime.jobs.models import Navigator
 
 DPI = 110
 # Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
