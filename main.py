@@ -59,73 +59,72 @@ Usage:
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'), only='supervised')
-string('baseline', None, "'oracle': append each task's amplitude and phase to the input and train jointly instead of "
-       'meta-training; of navigation, its goal', Learning(label='{}', network='numbers'))
-string('data_path', None, 'folder of the data, if not the one under data/; of your own images or tables: see docs/data.md', only='files')
-string('split_file', None, 'csv file with the columns split,class for your class folders or the tasks of your table; or lists of images, such '
-       'as filename,label; three lists, of train, val and test, are separated by commas', only='own data')
-string('label_column', None, 'column of a list of images, or of a table, that has the label of each line', only='own data')
-string('task_column', None, 'column of a table that has the task of each line (with --targets)', only='tables')
-string('targets', None, 'columns that tasks of tables predict, separated by commas, each csv file being a task; without it, '
-       'each csv file is a class (--datasource=table)', Learning('.targets{}', network='tables'), only='tables')
-number('image_size', 84, 'side, in pixels, to which your own images are resized (--datasource=folder)', 1,
-       Learning('.size{}', network='user images'), only='user images')
-choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB (--datasource=folder)',
-       Learning('.channels{}', network='user images'), only='user images')
-boolean('rotations', False, "rotate each class of each task by a random multiple of 90 degrees, as Omniglot's are "
-        '(--datasource=folder)', Learning('.rotations'), only='user images')
-string('split', '64/16/20', 'proportions in which your classes are split into train/val/test, if they are not split yet; this is '
-       'recorded in splits.csv. 0/0/100: evaluate a given model on all of them', Learning('.split{}'), only='own data')
+string('baseline', None, "'oracle': append each task's amplitude and phase (navigation: its goal) to the input, and train jointly instead of "
+       "meta-training", Learning(label='{}', network='numbers'))
+string('data_path', None, 'folder of the data, if not the one under data/; your own images or tables: see docs/data.md', only='files')
+string('split_file', None, 'csv file with the columns split,class; or a list of images, such as filename,label, or three: train,val,test',
+       only='own data')
+string('label_column', None, 'column of a list of images, or of a table, with the labels', only='own data')
+string('task_column', None, 'column of a table with the tasks (with --targets)', only='tables')
+string('targets', None, 'columns to predict, separated by commas: each csv file is a task; without it, each is a class (--datasource=table)',
+       Learning('.targets{}', network='tables'), only='tables')
+number('image_size', 84, 'side, in pixels, of your own images once resized', 1, Learning('.size{}', network='user images'), only='user images')
+choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB', Learning('.channels{}', network='user images'),
+       only='user images')
+boolean('rotations', False, 'rotate each class of each task by a random multiple of 90 degrees (--datasource=folder)', Learning('.rotations'),
+        only='user images')
+string('split', '64/16/20', 'proportions in which your classes are split into train/val/test, once. 0/0/100: evaluate a given model on all of '
+       'them', Learning('.split{}'), only='own data')
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size', only='images')
-boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times of files', only='images')
+boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times', only='images')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
 number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning('.seed{}'))
-number('test_seed', 0, "seed of an evaluation's tasks: models are compared on the same tasks, whatever their own --seed", 0)
+number('test_seed', 0, "seed of an evaluation's tasks, whatever the model's --seed", 0)
 group('Data')
-number('pretrain_iterations', 0, 'iterations of joint training (on the loss before any inner update), before meta-training', 0)
+number('pretrain_iterations', 0, 'iterations of joint training, on the loss before any inner update; before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
 real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), lower_bound=0, only='supervised')
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression; in navigation, episodes)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
-real('ridge_lambda', 50.0, 'of --head_init=ridge: the penalty, from which it is learned', Learning('.lambda{}'))
-real('ridge_scale', 10.0, 'of --head_init=ridge: what outputs are multiplied by, from which it is learned', Learning('.scale{}'))
+real('ridge_lambda', 50.0, 'of --head_init=ridge: where the learned penalty starts', Learning('.lambda{}'))
+real('ridge_scale', 10.0, 'of --head_init=ridge: where the learned scale of outputs starts', Learning('.scale{}'))
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
-boolean('skip_nonfinite', False, 'skip iterations whose loss or gradient is not finite, and count them; False: stop there', only='supervised')
-number('validation_tasks', 300, 'tasks of meta-validation by which a training ranks its checkpoints, for --test_best and --ensemble', 1)
+boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
+number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
-choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: 'all' weights; 'head': the last layer; "
-       "'body': all other layers", Learning('.inner{}'), only='supervised')
-choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: 'learned', "
-       "a 'shared' learned column for each class, a 'new' one, or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'),
+choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: all weights; the last layer ('head'); or all other layers "
+       "('body')", Learning('.inner{}'), only='supervised')
+choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: learned; "
+       "a learned column 'shared' by the classes; a 'new' one; or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'),
        only='supervised')
-choice('pretrain_labels', 'tasks', ['tasks', 'classes'], "what joint training tells apart: the classes of 'tasks'; or all 'classes' of "
-       'meta-training, by a last layer of their own, in batches of --meta_batch_size images', Learning('.{}'), only='images')
-choice('logits', 'linear', ['linear', 'cosine'], "last layers: 'linear', or 'cosine' of features and weights", Learning('.{}'), only='classes')
+choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'what joint training tells apart: the classes of tasks; or all classes of '
+       'meta-training, in batches of --meta_batch_size images', Learning('.{}'), only='images')
+choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
-choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, starting at --update_lr: one for each tensor, "
-       "'layer'; for each tensor and inner step, 'step'; or for each number, 'weight'", Learning('.learnlr{}'), only='supervised')
+choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr: one for each tensor ('layer'), for "
+       "each tensor and inner step ('step'), or for each number ('weight')", Learning('.learnlr{}'), only='supervised')
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
-choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: 'batch': their "
-       "own, so that outputs depend on the other query examples (transductive, as the paper's); 'support': those of the support "
-       "examples, each query example by itself, the default of --predict; 'each': those of the support examples and the one query "
-       "example; 'both', in evaluation only: 'batch' and 'support', one after the other", Learning('.querynorm{}'), only='supervised')
-number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'), only='supervised')
+choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own ('batch', "
+       "transductive, as in the paper); those of the support examples ('support', the default of --predict); those of the support examples and "
+       "the one query example ('each'); 'both', in evaluation: batch and support", Learning('.querynorm{}'), only='supervised')
+number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'),
+       only='supervised')
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
 choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'), only='supervised')
 real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'), only='supervised')
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'), only='supervised')
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
-choice('outer', 'gradient', ['gradient', 'reptile'], "what the outer step follows: the meta-'gradient'; or, 'reptile', the "
-       'difference between adapted and shared weights, without query examples', Learning('.{}'), only='supervised')
-choice('inner_optimizer', 'sgd', ['sgd', 'adam'], "of the inner loop; 'adam', without momentum, is for --outer=reptile: second "
-       'moments carry over from task to task', Learning('.inner{}'), only='supervised')
+choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted and '
+       'shared weights, without query examples', Learning('.{}'), only='supervised')
+choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'of the inner loop; adam, without momentum, for --outer=reptile: second moments carry over '
+       'from task to task', Learning('.inner{}'), only='supervised')
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
-number('ensemble', 1, 'n: evaluate the mean outputs of the n checkpoints that did best on meta-validation; a training keeps n', 1, only='supervised')
+number('ensemble', 1, 'n: keep the n checkpoints that did best on meta-validation, and evaluate their mean outputs', 1, only='supervised')
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
@@ -133,59 +132,57 @@ number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, L
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'), only='supervised')
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning('maxpool', 'convolutions'), only='images')
-string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model of your own; see '
-       'docs/networks.md', Learning(network_label, network='all'), only='supervised')
+string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model; see docs/networks.md',
+       Learning(network_label, network='all'), only='supervised')
 string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis', Learning('.input{}', network='all'),
        only='own networks, numbers')
 boolean('check_network', True, 'before a training, test the second derivatives of --network', only='own networks')
-string('hidden', None, 'sizes of the hidden layers of a fully connected network, as in 40,40; default: those of the source, 40,40, or '
-       'with --conv=False 256,128,64,64', Learning('.layers{}', network='all'), only='fully connected')
+string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40, or with --conv=False 256,128,64,64',
+       Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
-choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core, as many at once as there are cores; "
-       "'vmap': all tasks in one graph ('tasks' and 'wide', their earlier names, are accepted); auto: vmap for fully connected networks "
-       'and on a GPU, but not with --recompute; else map', only='supervised')
+choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core; 'vmap': all tasks in one graph ('tasks', 'wide': "
+       "their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map", only='supervised')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0, only='supervised')
-boolean('recompute', False, 'gradient checkpointing over inner steps (saves memory and compilation): for many inner updates', only='supervised')
-choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: 'one': on one device; "
-       "'mirrored': on all GPUs of this machine; 'multiworker': on the machines of TF_CONFIG; auto: multiworker if TF_CONFIG "
-       'is set, mirrored if there are several GPUs, else one', only='supervised')
+boolean('recompute', False, 'gradient checkpointing over inner steps: saves memory and compilation for many inner updates', only='supervised')
+choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: on one device; on all GPUs of this machine ('mirrored'); on "
+       "the machines of TF_CONFIG ('multiworker'); auto: multiworker if TF_CONFIG is set, mirrored if there are several GPUs, else one",
+       only='supervised')
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, 'directory of a run: use the flags that it was trained with, to evaluate, to predict or to continue '
-       'training; flags on the command line override them')
+string('run', None, 'directory of a run: use the flags of its training, to evaluate, predict or continue; flags on the command line override '
+       'them')
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints', 1)
 group('Saving and resuming')
 boolean('train', True, 'train; False: evaluate')
-string('load_from', None, "prefix of a checkpoint, of this program or of the reference, whose weights are evaluated, or from "
-       'which training starts if there is nothing to resume')
+string('load_from', None, 'prefix of a checkpoint, of this program or of the reference, to evaluate, or to start a training from')
 number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0, in evaluation: the initial weights', -1)
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
-boolean('plot', False, 'draw the results of an evaluation or a comparison, in pictures beside its files and in TensorBoard; in '
-        'training, those of every checkpoint on meta-validation tasks, in TensorBoard')
+boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
+        'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
-strings('compare', None, 'instead of training or evaluating: run folders, or folders that contain runs, to compare on the tasks on which '
-        'several were evaluated; name=DIR gives the runs in DIR a name')
-strings('across', None, 'instead of training or evaluating: run folders, or folders that contain runs; a table of these models against the '
-        'tasks of all sources on which they were evaluated')
-choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, which --compare and --across show: all that were evaluated; the '
-       'newest of these; or those that did best on meta-validation, one or an ensemble', only='comparison')
+strings('compare', None, 'instead of training or evaluating: compare the runs in these folders on the tasks on which several were evaluated; '
+        'name=DIR gives those in DIR a name')
+strings('across', None, 'instead of training or evaluating: a table of the runs in these folders against the tasks of all sources on which they '
+        'were evaluated')
+choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, those that --compare and --across show: all that were evaluated, the '
+       'newest, or the best on meta-validation', only='comparison')
 string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
-choice('format', 'text', ['text', 'csv', 'latex'], "of what --compare and --across print: 'text': tables for a terminal; 'csv': a line "
-       "for each run and number of updates, or evaluation; 'latex': a tabular environment", only='comparison')
+choice('format', 'text', ['text', 'csv', 'latex'], 'of what --compare and --across print: tables for a terminal, csv, or a tabular environment',
+       only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
-number('train_update_batch_size', -1, 'K that the model was trained with, if not --update_batch_size; --run knows it', -1, only='evaluation')
-choice('head', 'own', ['own', 'nearest'], "the model's 'own' last layer; or the 'nearest' class mean, and neighbour", only='evaluation')
+number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1, only='evaluation')
+choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='evaluation')
 number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='evaluation, classes')
-real('train_update_lr', -1, 'alpha that the model was trained with, if not --update_lr; --run knows it', only='evaluation')
-boolean('resize', False, 'resize the images of --datasource to the size and channels of those of the training', only='transfer')
+real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it', only='evaluation')
+boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')
-boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and '
-        'classify those of --query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
+boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and classify those of '
+        '--query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
 string('support_dir', None, 'folder with a folder of images for each class, at most --num_classes', only='images, prediction')
 string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, "rows to adapt to: the training's columns, and class if it had no --targets", only='tables, prediction')
