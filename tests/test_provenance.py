@@ -107,7 +107,7 @@ def test_an_earlier_run_loads_and_is_compared(tmp_path):
     assert 'Resuming' in run_ok(f'--run={runs[0]}', '--metatrain_iterations=2')
 
 
-# The table of docs/evaluation.md: two runs that differ in one thing
+# Two runs that differ in one thing
 
 def changed(images):
     """An image of a class to train on, and of one to validate on, is another."""
