@@ -95,23 +95,23 @@ boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradie
 number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
-choice('inner_weights', 'all', ['all', 'head', 'body'], "what the inner loop adapts: all weights; the last layer ('head'); or all other layers "
-       "('body')", Learning('.inner{}'), only='supervised')
-choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: learned; "
-       "a learned column 'shared' by the classes; a 'new' one; or 'prototypes' or 'ridge' regression of the support examples", Learning('.{}'),
-       only='supervised')
+choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop adapts: all weights, the last layer, or all other layers',
+       Learning('.inner{}'), only='supervised')
+choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: learned "
+       "weights; one learned column for all classes; nothing learned; or the prototypes or the ridge regression of the support examples",
+       Learning('.{}'), only='supervised')
 choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'what joint training tells apart: the classes of tasks; or all classes of '
        'meta-training, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
-choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], "learn the inner step size, from --update_lr: one for each tensor ('layer'), for "
-       "each tensor and inner step ('step'), or for each number ('weight')", Learning('.learnlr{}'), only='supervised')
+choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], 'learn the inner step size, from --update_lr: one for each tensor, for each tensor '
+       'and inner step, or for each number', Learning('.learnlr{}'), only='supervised')
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
-choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own ('batch', "
-       "transductive, as in the paper); those of the support examples ('support', the default of --predict); those of the support examples and "
-       "the one query example ('each'); 'both', in evaluation: batch and support", Learning('.querynorm{}'), only='supervised')
+choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the paper "
+       "(transductive); those of the support examples, the default of --predict; those of the support examples and the one query example; or, in "
+       "evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised')
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'),
        only='supervised')
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
@@ -134,19 +134,18 @@ boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False:
         Learning('maxpool', 'convolutions'), only='images')
 string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model; see docs/networks.md',
        Learning(network_label, network='all'), only='supervised')
-string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis', Learning('.input{}', network='all'),
-       only='own networks, numbers')
+string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis',
+       Learning('.input{}', network='all'), only='own networks, numbers')
 boolean('check_network', True, 'before a training, test the second derivatives of --network', only='own networks')
 string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40, or with --conv=False 256,128,64,64',
        Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
-choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], "'map': one task per core; 'vmap': all tasks in one graph ('tasks', 'wide': "
-       "their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map", only='supervised')
+choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: their '
+       'earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map', only='supervised')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0, only='supervised')
 boolean('recompute', False, 'gradient checkpointing over inner steps: saves memory and compilation for many inner updates', only='supervised')
-choice('strategy', 'auto', workers.STRATEGIES, "where the tasks of a meta-batch run: on one device; on all GPUs of this machine ('mirrored'); on "
-       "the machines of TF_CONFIG ('multiworker'); auto: multiworker if TF_CONFIG is set, mirrored if there are several GPUs, else one",
-       only='supervised')
+choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch run: one device, all GPUs of this machine, or the machines of '
+       'TF_CONFIG; auto: the last if TF_CONFIG is set, all GPUs if there are several, else one device', only='supervised')
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
@@ -164,10 +163,8 @@ boolean('plot', False, 'draw the results of an evaluation or a comparison; in tr
         'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
-strings('compare', None, 'instead of training or evaluating: compare the runs in these folders on the tasks on which several were evaluated; '
-        'name=DIR gives those in DIR a name')
-strings('across', None, 'instead of training or evaluating: a table of the runs in these folders against the tasks of all sources on which they '
-        'were evaluated')
+strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a name')
+strings('across', None, 'a table of the runs in these folders against the tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, those that --compare and --across show: all that were evaluated, the '
        'newest, or the best on meta-validation', only='comparison')
 string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
@@ -181,8 +178,8 @@ number('permutations', 1, "orders of a task's labels in which to evaluate; and t
 real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it', only='evaluation')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')
-boolean('predict', False, 'instead of training or evaluating: adapt the trained model to the images of --support_dir and classify those of '
-        '--query_dir, or to the rows of --support_csv and predict for those of --query_csv', only='files')
+boolean('predict', False, 'adapt the trained model to the images of --support_dir and classify those of --query_dir, or to the rows of '
+        '--support_csv and predict for those of --query_csv', only='files')
 string('support_dir', None, 'folder with a folder of images for each class, at most --num_classes', only='images, prediction')
 string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, "rows to adapt to: the training's columns, and class if it had no --targets", only='tables, prediction')
