@@ -128,7 +128,10 @@ ROWS = [
     *(Row('navigation_20goals', f'2-D navigation{title}, average return', published, flags=flags) for title, published, flags in (
         ('', '-11.68 ± 2.16 after 1, -3.35 ± 0.59 after 4 (MAML)', ()),
         *((f', seed {seed}', '', (f'--seed={seed}', '--logdir=logs/navigation_seeds/')) for seed in (1, 2)),
-        (', first order', '', ('--stop_grad', '--logdir=logs/navigation_first_order/')))),
+        (', first order', '', ('--stop_grad', '--logdir=logs/navigation_first_order/')),
+        (', pre-training', '', ('--pretrain_iterations=100', '--metatrain_iterations=0', '--logdir=logs/navigation_pretrained/')))),
+    Row('navigation_20goals', '2-D navigation, oracle, without an update', '-2.29 ± 0.14 (MAML)', flags=(
+        '--baseline=oracle', '--logdir=logs/navigation_oracle/'), evaluation=('--test_updates=0',)),
     Row('miniimagenet_5way5shot', 'MiniImagenet 5-way 5-shot', '63.11 ± 0.92 (MAML)', peer='65.4 (learn2learn)'),
 ]
 

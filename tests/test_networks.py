@@ -371,7 +371,7 @@ def test_a_run_keeps_its_network(own, monkeypatch):
     folder, flags = own
     run_ok(*flags)
     directory = next((folder / 'logs').iterdir())
-    assert directory.name.endswith('.net-net')
+    assert directory.name.endswith('.net-net') and 'norm' not in directory.name  # its normalisation is the user's
     straight = checkpoints.load(str(directory / 'model4')).arrays
     run_ok(*flags, '--test_iter=2')
     resumed = checkpoints.load(str(directory / 'model4')).arrays

@@ -124,7 +124,8 @@ class Request:
         way, shot, alpha = (self.trained[name] for name in ('num_classes', 'update_batch_size', 'update_lr'))
         # Not in the reference, where the pre-training baseline shares a directory with MAML and resumes MAML's checkpoint.
         suffix = 'pretrain' if self.only_pretrains and self.baseline != 'oracle' else ''
-        return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(self.trained)}{suffix}'
+        stated = {**self.trained, 'norm': None} if self.network else self.trained  # a network of the user's has its own normalisation
+        return f'cls_{way}.mbs_{self.meta_batch_size}.ubs_{shot}.numstep{self.num_updates}.updatelr{alpha}{labels(stated)}{suffix}'
 
 
 # {what a flag can be for: (the text of '--x is for <text>', whether a request is that)}
