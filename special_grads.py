@@ -123,19 +123,19 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
         def m(x):
             return _sum(x, axes) / _size(z, axes)
 
-        mean = m(z)
-        scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
-        u = fused(_shift_and_scale)(z, mean, scale, pool)
+        x = tf.stop_gradient(z)  # so that tapes do not make derivatives of the loops
+        mean = m(x)
+        scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(x, mean)) + epsilon)
+        u = fused(_shift_and_scale)(x, mean, scale, pool)
 
         @tf.custom_gradient
         def backward(z, g):
-            winner = fused(_winner)(z) if pool else None
-            m_g, m_gu = m(g), m(fused(_row_sum_of_products)(g, u))
+            winner, sum_gu = fused(_winner_and_sum)(z, g, u, pool)
+            m_g, m_gu = m(g), m(sum_gu)
 
             def backward_again(w):
-                m_w, m_wu = m(w), m(fused(_row_sum_with_u)(w, z, mean, scale, u, winner))
-                picked = fused(_pick)(w, winner)
-                m_wg = m(fused(_row_sum_of_products)(picked, g))
+                picked, sum_wu, sum_wg = fused(_pick_and_sums)(w, z, mean, scale, u, winner, g)
+                m_w, m_wu, m_wg = m(w), m(sum_wu), m(sum_wg)
                 dg = scale * (picked - m_w - u * m_wu)
                 dz = fused(_second)(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
                 return _last_derivative(dz), _last_derivative(dg)
@@ -177,8 +177,15 @@ def _row_sum_of_products(x, y):
     return tf.reduce_sum(x * y, axis=0, keepdims=True)
 
 
-def _row_sum_with_u(w, z, mean, scale, u, winner):
-    return _row_sum_of_products(w, _unpooled(u, z, mean, scale, winner))
+def _winner_and_sum(z, g, u, pool):
+    """`_winner`, if there is pooling, and the sum over rows of g u."""
+    return _winner(z) if pool else None, _row_sum_of_products(g, u)
+
+
+def _pick_and_sums(w, z, mean, scale, u, winner, g):
+    """w at the winning corners, and the sums over rows of w u before pooling and of that w g."""
+    picked = _pick(w, winner)
+    return picked, _row_sum_of_products(w, _unpooled(u, z, mean, scale, winner)), _row_sum_of_products(picked, g)
 
 
 def _unpooled(u, z, mean, scale, winner):
@@ -246,7 +253,7 @@ def _sum(x, axes):
     Adam amplifies that to a thousandth.
     """
     for axis in axes:
-        x = tf.reduce_sum(x, axis, keepdims=True)
+        x = tf.reduce_sum(x, axis, keepdims=True) if x.shape[axis] > 1 else x
     return x
 
 

@@ -4,8 +4,8 @@ import os
 import sys
 
 import numpy as np
-from step import measure_in_turn
 
+from step import measure_in_turn
 from workloads import WORKLOADS
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))

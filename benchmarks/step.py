@@ -8,8 +8,9 @@
     python benchmarks/step.py --processes --workloads omniglot5 mini1       two processes on two cores
 
 Against the floor, in each round every contender runs every workload once, in separate processes, one after the other; the GEMM
-rate that sets the floor is measured in between. Medians over the rounds are printed. A peer is any command in which {} stands
-for the workload, whose last output line ends in '<number> s a step'.
+rate that sets the floor is measured in between, by numpy on all cores. There variables such as OPENBLAS_CORETYPE are not set: they
+can halve that rate. The output names the kernel that numpy's OpenBLAS chose. Medians over the rounds are printed. A peer is any
+command in which {} stands for the workload, whose last output line ends in '<number> s a step'.
 
 With --vary, all variants of a workload are compiled in one process; then each takes a few steps per round. Printed are the
 medians, and the median over rounds of the ratio to the first variant's steps of the same round.
@@ -21,6 +22,7 @@ each. The bytes that a step has to send are computed, 8 for each weight and scor
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -37,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from workloads import SINUSOID, WORKLOADS, Workload, in_process
+from workloads import SINUSOID, WORKLOADS, Workload, in_process, processor
 
 STARTED = time.perf_counter()
 MULTI_STEP = {'learn_lr': 'step', 'norm_scale': True, 'norm_per_step': True, 'mean_loss': True, 'multi_step_loss': 1000}
@@ -138,6 +140,22 @@ def gemm_rate(n: int = 2048, repeats: int = 9) -> float:
     return 2 * n ** 3 / min(seconds() for _ in range(1 + repeats))
 
 
+def blas_kernel() -> str:
+    """The kernel with which numpy's OpenBLAS computes, such as 'OpenBLAS SkylakeX'; 'kernel unknown' of another BLAS."""
+    library = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # and what it is linked with
+    for name in 'scipy_openblas_get_corename64_', 'scipy_openblas_get_corename', 'openblas_get_corename64_', 'openblas_get_corename':
+        if corename := getattr(library, name, None):
+            corename.restype = ctypes.c_char_p
+            return f'OpenBLAS {corename().decode()}'
+    return 'kernel unknown'
+
+
+def measure_gemm() -> dict[str, Any]:
+    """{'rate': FLOP/s, 'kernel'} of a process in which OpenBLAS chooses its kernel, block sizes and threads for this processor."""
+    limits = [name for name in os.environ if name.startswith('OPENBLAS_') or name.endswith('_NUM_THREADS')]
+    return in_process(__file__, '--gemm', environment={name: os.environ[name] for name in os.environ.keys() - limits})
+
+
 def measure_peer(command: str, name: str) -> float | None:
     """Seconds of a step, or None if the peer fails."""
     process = subprocess.run(shlex.split(command.replace('{}', name)), capture_output=True, text=True)
@@ -147,19 +165,21 @@ def measure_peer(command: str, name: str) -> float | None:
 
 def against_the_floor(names: Sequence[str], peers: Mapping[str, str], rounds: int, steps: int) -> None:
     """Prints a row for each workload; `peers` is {name: command}."""
-    rates, ours = [], {name: [] for name in names}
+    gemms, ours = [], {name: [] for name in names}
     theirs = {(peer, name): [] for peer in peers for name in names}
     for _ in range(rounds):
         for name in names:
-            rates.append(gemm_rate())
+            gemms.append(measure_gemm())
             ours[name].append(measure_alone(WORKLOADS[name], steps))
             for peer, command in peers.items():
                 theirs[peer, name].append(measure_peer(command, name))
-    print(f'GEMM {statistics.median(rates) / 1e9:.0f} GFLOP/s; medians of {rounds} rounds, seconds per step')
+    rate = statistics.median(gemm['rate'] for gemm in gemms)
+    print(f'GEMM {rate / 1e9:.0f} GFLOP/s ({gemms[0]["kernel"]}) on {os.cpu_count()} cores, {processor()}; '
+          f'medians of {rounds} rounds, seconds per step')
     print(f'{"workload":12}{"floor":>8}{"this":>8}{"of floor":>10}{"tasks/s":>9}{"MB":>7}{"first step":>12}'
           + ''.join(f'{peer:>15}' for peer in peers))
     for name in names:
-        print(row(name, statistics.median(rates), ours[name], [theirs[peer, name] for peer in peers]), flush=True)
+        print(row(name, rate, ours[name], [theirs[peer, name] for peer in peers]), flush=True)
 
 
 def row(name: str, rate: float, ours: Sequence[Mapping[str, float]], theirs: Sequence[Sequence[float | None]]) -> str:
@@ -237,9 +257,12 @@ def main() -> None:
     parser.add_argument('--limit', type=float, default=300, help='seconds for a case of --updates')
     parser.add_argument('--processes', action='store_true', help='compare one process with two')
     parser.add_argument('--measure', help=argparse.SUPPRESS)
+    parser.add_argument('--gemm', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(Workload(**json.loads(args.measure)), args.steps)))
+    elif args.gemm:
+        print(json.dumps({'rate': gemm_rate(), 'kernel': blas_kernel()}))
     elif args.updates:
         many_updates(args.updates, args.steps, args.limit)
     elif args.processes:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 from runtime.system.files import locked, read_json, write_atomically  # noqa: E402
 from runtime.system.schema import checked  # noqa: E402
+from workloads import processor  # noqa: E402
 
 PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
@@ -195,15 +195,6 @@ def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def processor() -> str:
-    """The name of this machine's processor, or if the system does not tell, its architecture."""
-    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-        names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
 
 
 def times(directory: str) -> dict[str, dict]:

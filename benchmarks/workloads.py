@@ -1,6 +1,8 @@
 """Standard meta-training steps: their arithmetic cost, and this program's model and a fixed random batch of each."""
+import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -75,7 +77,17 @@ WORKLOADS = {
 SINUSOID = Workload(1, 10, 10, 1, 1e-3, (1, 1, 1), 0, False, 25, changes={'image_shape': None, 'loss': 'mse', 'norm': 'None'})
 
 
-def in_process(script: str, *arguments: Any, timeout: float | None = None) -> Any:
+def in_process(script: str, *arguments: Any, timeout: float | None = None, environment: Mapping[str, str] | None = None) -> Any:
     """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes longer."""
-    process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout)
+    process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout,
+                             env=environment)
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def processor() -> str:
+    """The name of this machine's processor, or if the system does not tell, its architecture."""
+    with contextlib.suppress(OSError), open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+        names = [line.partition(':')[2].strip() for line in file if line.startswith('model name')]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
