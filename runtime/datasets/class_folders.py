@@ -20,6 +20,8 @@ from runtime.datasets.lists import Labelled, read_image_lists
 from runtime.datasets.splits import (
     MANIFEST,
     EmptySplit,
+    Splitting,
+    by_split,
     counted_kinds,
     keep_split,
     read_manifest,
@@ -47,19 +49,25 @@ class ImageClass(NamedTuple):
     images: list[ImageFile]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderOptions(Splitting):
+    """What the user can ask of class folders."""
+    skip_bad_images: bool = False    # leave out images that cannot be used, instead of refusing the split
+    verify: bool = False             # compare checksums of decoded images, which takes time; else sizes and times only
+    label_column: str | None = None  # of lists of images
+
+    @property
+    def options(self) -> dict:
+        """{name: value} of these."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(FolderOptions)}
+
+
 @dataclasses.dataclass(frozen=True)
-class ClassFolders:
+class ClassFolders(FolderOptions):
     """The class folders of a data source, or the classes in a list of images."""
     root: str                       # the data folder
     script: str | None = None       # the preparation script that makes it; None: the user's own images, of any size and format
     shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
-    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
-    split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
-    skip_bad_images: bool = False   # leave out images that cannot be used, instead of refusing the split
-    verify: bool = False            # compare checksums of decoded images, which takes time; else sizes and times only
-    split_file: str | None = None   # a manifest, or lists of images; see `read_image_lists`
-    label_column: str | None = None  # of these lists
-    kept_manifest: str | None = None  # of a run: has the split where it cannot be written into the root
 
     @property
     def missing_hint(self) -> str:
@@ -98,7 +106,7 @@ class ClassFolders:
         if not self.unsplit() or not os.path.isdir(self.root):
             return
         rows = self._in_proportions()
-        if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
+        if not loaded.items() <= by_split(rows).items():
             raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
         if len({split for split, _ in rows}) > 1:
             paths = [None if self._labelled else os.path.join(self.root, MANIFEST), self.kept_manifest]
@@ -134,10 +142,9 @@ class ClassFolders:
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            return {split: read_manifest(manifest, split, self.root if self.script is None else None) for split in SPLITS}
+            return by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
         if self.unsplit():
-            rows = self._in_proportions()
-            return {split: [name for where, name in rows if where == split] for split in SPLITS}
+            return by_split(self._in_proportions())
         if self.split_given and 0 in self.split_ratios:
             raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
                             f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
@@ -309,7 +316,7 @@ class ClassFolders:
         images, checksum = arrays.cached_array(
             cache, self._fingerprint(classes, image_shape), (len(paths), *image_shape),
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
-        return Examples.grouped(images, {name: len(of) for name, _, of in classes}, checksum)
+        return Examples.grouped(images, {name: len(images_of_class) for name, _, images_of_class in classes}, checksum)
 
     def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, if there is one."""
@@ -319,10 +326,7 @@ class ClassFolders:
         shipped = None if self._split_by_folders() else self.shipped_manifest
         candidates = [kept if None in self._labelled else None] if self._labelled is not None else [
             os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), kept, shipped]
-        manifest = next((path for path in candidates if path and os.path.exists(path)), None)
-        if manifest and self.split_given:
-            self._check_split(manifest)
-        return manifest
+        return next((path for path in candidates if path and os.path.exists(path)), None)
 
     def _split_source(self):
         """What says which classes are in which split, for messages."""
@@ -338,13 +342,6 @@ class ClassFolders:
     def _split_by_folders(self) -> bool:
         """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
         return any(subfolders(os.path.join(self.root, name)) for name in split_entries(self.root).values())
-
-    def _check_split(self, manifest: str) -> None:
-        """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
-        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, self.root)]
-        if rows != split_classes([name for _, name in rows], self.split_ratios, self.root):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to '
-                            'split the classes again')
 
     def _report(self, classes: dict[str, list[str]]) -> None:
         """Prints what is strange about the names of the user's own classes, and which folders are not among them."""

@@ -20,8 +20,9 @@ import numpy as np
 
 from runtime.datasets.splits import (
     EmptySplit,
+    Splitting,
+    by_split,
     keep_split,
-    read_manifest,
     report_names,
     split_classes,
     split_entries,
@@ -79,16 +80,13 @@ class Columns(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class Tables(Splitting):
     """The csv files below a folder."""
     root: str = ''
     target_names: tuple[str, ...] = ()      # the columns to predict; (): there are none, and each file is a class
     trained_columns: Columns | None = None  # those that a run was trained with; None: those of the files in train
     group_column: str | None = None         # which says of which task or class each line is; None: its file does
-    split_ratios: tuple[int, int, int] = (64, 16, 20)  # of tasks or classes of one csv file; see ClassFolders for these
-    split_given: bool = False
-    split_file: str | None = None
-    kept_manifest: str | None = None
+    split_ratios: tuple[int, int, int] = dataclasses.field(default=(64, 16, 20), kw_only=True)  # of tasks or classes of one csv file
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -121,7 +119,7 @@ class Tables:
         paths = {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS}
         read = iter(map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()]))
         sheets = {split: {table: next(read) for table in paths[split]} for split in SPLITS}
-        return {split: self._groups(list(of.values())) for split, of in sheets.items()} if self.group_column else sheets
+        return {split: self._groups(list(tables.values())) for split, tables in sheets.items()} if self.group_column else sheets
 
     def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
         """The lines of each task or class of some sheets, {name: sheet} in the order of names."""
@@ -146,19 +144,16 @@ class Tables:
     def _divided(self, groups: dict[str, Sheet]) -> dict[str, dict[str, Sheet]]:
         """The tasks or classes of one file, by split."""
         manifest = self._manifest()
-        rows = self._in_proportions(groups) if not manifest else [
-            (split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        rows = self.manifest_rows(manifest) if manifest else self._in_proportions(groups)
         if manifest:
             self._check_manifest(manifest, rows, groups)
-        return {split: {name: groups[name] for where, name in rows if where == split} for split in SPLITS}
+        return {split: {name: groups[name] for name in names} for split, names in by_split(rows).items()}
 
     def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {missing[0]}, and {len(missing) - 1} more, which the column {self.group_column} of {self.root} '
                             'does not have')
-        if self.split_given and rows != self._in_proportions([name for _, name in rows]):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
             print(f'Ignored: {unlisted[0]} and {len(unlisted) - 1} more in the column {self.group_column}, which {manifest} does not list')
@@ -176,7 +171,8 @@ class Tables:
             UserError: it cannot be written.
         """
         if self.group_column and self.kept_manifest and os.path.isfile(self.root) and not self._manifest():
-            keep_split(self._in_proportions([name for of in self._sheets.values() for name in of]), [self.kept_manifest], f'values of {self.group_column}')
+            keep_split(self._in_proportions([name for groups in self._sheets.values() for name in groups]), [self.kept_manifest],
+                       f'values of {self.group_column}')
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
