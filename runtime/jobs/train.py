@@ -30,7 +30,7 @@ from runtime.jobs.models import Model, new_model
 from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
-from runtime.results.statistics import HIGHER_IS_BETTER
+from runtime.results.statistics import UNITS
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interruption
 from runtime.system.progress import Progress
@@ -346,7 +346,7 @@ def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
     """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
-    sign = -1 if run.metric in HIGHER_IS_BETTER else 1
+    sign = -1 if UNITS[run.metric].higher_is_better else 1
     best_first = sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))
     return best_first[:max(run.ensemble, len(ranking))]  # a training that goes on without --ensemble keeps what it has
 

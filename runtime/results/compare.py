@@ -136,7 +136,7 @@ class Comparison:
     def __init__(self, evaluations: Sequence[Evaluation]):
         self.evaluations = evaluations
         self.tasks, self.metric = describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
-        self.unit, _, self.digits = UNITS[self.metric]
+        self.unit, self.digits = UNITS[self.metric].title, UNITS[self.metric].digits
         self.title = f'{self.tasks}: {self.unit}'
         letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(evaluations))]
         self.lines = [Line(letters[index], label, evaluation.path, evaluation.flag('seed'), evaluation.headline_updates, (index,))
