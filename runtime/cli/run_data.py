@@ -91,7 +91,7 @@ def _with_network_of_training(source, request):
         return source
     if request.resize:
         return dataclasses.replace(source, image_shape=trained.image_shape, stored_shape=source.image_shape)
-    training_shape, shape = ('x'.join(map(str, one.image_shape)) for one in (trained, source))
+    training_shape, shape = ('x'.join(map(str, images.image_shape)) for images in (trained, source))
     raise UserError(f'a model of {request.trained["datasource"]} ({training_shape}) cannot be evaluated on {request.datasource} ({shape}): '
                     f'their images differ in shape; --resize makes those of {request.datasource} fit')
 
@@ -152,7 +152,7 @@ def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> N
         UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
     """
     if isinstance(source, TableSource) or source.image_shape and source.user_images:
-        source.folders(tasks.data_path).record_split({split: of.classes.names for split, of in data.items()})
+        source.folders(tasks.data_path).record_split({split: of_split.classes.names for split, of_split in data.items()})
 
 
 def columns_of(source: Source) -> Columns | None:

@@ -120,16 +120,16 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     hint = 'start from scratch by --resume=False or in another --logdir'
     checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']
-    found = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
-    refused = [(found.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in found]
+    changes = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
+    refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in changes]
     if refused:
         sentences, cures = zip(*refused)
         raise UserError(f'{"; ".join(sentences)}; {" and ".join(cures)}, or {hint}')
     if run.load_from and not then.is_known:
-        found['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
-    for sentence in found.values():
+        changes['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
+    for sentence in changes.values():
         print(f'Note: {sentence}')
-    if 'arithmetic' in found:
+    if 'arithmetic' in changes:
         print('      From here on the run is not, bit for bit, what it would be without the interruption')
     return then.continued(now)
 

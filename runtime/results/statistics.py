@@ -115,14 +115,14 @@ def figure(mean: float, half: float, metric: str) -> str:
     return plus_minus(mean * unit.factor, half * unit.factor, unit.digits)
 
 
-def p_value(one: np.ndarray, other: np.ndarray) -> float:
+def p_value(values: np.ndarray, base: np.ndarray) -> float:
     """The p-value of a two-sided paired t-test on values [tasks].
 
     It is 1 if they are equal but for ROUNDING; nan if one is not finite, or if the difference is the same for all tasks.
     """
-    if np.array_equal(one, other, equal_nan=True):
+    if np.array_equal(values, base, equal_nan=True):
         return 1.0
-    differences = difference(one, other)
+    differences = difference(values, base)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
         if not np.ptp(differences) > ROUNDING * np.abs(differences).max():
@@ -130,18 +130,18 @@ def p_value(one: np.ndarray, other: np.ndarray) -> float:
         return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
-def paired_test(one: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
+def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
     """The p-value of a two-sided paired test on values [tasks], and whether it is Wilcoxon's signed-rank test instead of the t-test.
 
     It is where the differences are FAR_FROM_NORMAL: a few tasks then decide the mean, and the t-test's p-value may be far off. Equal
     values count as half above and half below (Pratt, 1959).
     """
-    differences = difference(one, other)
+    differences = difference(values, base)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
         shape = np.abs([stats.skew(differences), stats.kurtosis(differences)])
         if len(differences) < LEAST_FOR_RANKS or not (shape > FAR_FROM_NORMAL).any():
-            return p_value(one, other), False
+            return p_value(values, base), False
         return float(stats.wilcoxon(differences, zero_method='pratt').pvalue), True
 
 

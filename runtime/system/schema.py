@@ -45,7 +45,7 @@ def _checked_structure(kind, values, field):
     fields = {name: checked(hint, values[name], f'{field}.{name}') for name, hint in typing.get_type_hints(kind).items() if name in values}
     if typing.is_typeddict(kind):
         return {**values, **fields}
-    for one in dataclasses.fields(kind):
-        if one.name not in values and one.default is one.default_factory is dataclasses.MISSING:
-            raise ValueError(f'{field}.{one.name} is missing')
+    for member in dataclasses.fields(kind):
+        if member.name not in values and member.default is member.default_factory is dataclasses.MISSING:
+            raise ValueError(f'{field}.{member.name} is missing')
     return kind(**fields)
