@@ -139,7 +139,7 @@ def _validation_config(request, source, tasks):
     Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
     own images again. A model whose last layer is computed for each task is meant to be trained with more classes than it is tested on.
     """
-    if not (source.image_shape and (source.validate_on_fewer or request.head_init != 'learned')):
+    if not (source.image_shape and (source.validate_on_fewer or request.computes_head)):
         return tasks
     available = len(source.class_folders('val', tasks.data_path))
     return dataclasses.replace(tasks, num_classes=available) if 1 < available < tasks.num_classes else tasks
