@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from runtime.datasets import arrays
 from runtime.datasets.images import BadImages, Contents, ImageFile, decode_images, folder_contents, is_broken, readable_suffixes
@@ -33,6 +33,7 @@ from runtime.datasets.splits import (
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError
 from runtime.system.files import read_csv, read_json
+from runtime.system.schema import checked
 
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
@@ -362,7 +363,7 @@ def _known_bad(cache, fingerprint):
     with contextlib.suppress(Exception):
         record = read_json(cache + '.bad.json')
         if record['fingerprint'] == fingerprint:
-            return [(str(path), str(reason)) for path, reason in record['images']]
+            return checked(list[tuple[str, str]], record['images'], 'images')
     return []
 
 
@@ -391,8 +392,7 @@ def listed_classes(folder: str, split: str) -> set[str]:
 
 def preparation_facts(root: str) -> dict:
     """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
-    facts = preparation_record(root).get('facts')
-    return facts if isinstance(facts, dict) else {}
+    return preparation_record(root).get('facts', {})
 
 
 def subfolders(folder: str) -> list[str]:
@@ -411,11 +411,16 @@ def subfolders(folder: str) -> list[str]:
     return [entry.name for entry in entries if entry.is_dir()]
 
 
-def preparation_record(root: str) -> dict:
+class Preparation(TypedDict, total=False):
+    """What a preparation recorded."""
+    complete: bool
+    facts: dict[str, Any]
+
+
+def preparation_record(root: str) -> Preparation:
     """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
     try:
-        record = read_json(os.path.join(root, PREPARATION_RECORD))
-        return record if isinstance(record, dict) else {}
+        return checked(Preparation, read_json(os.path.join(root, PREPARATION_RECORD)), PREPARATION_RECORD)
     except FileNotFoundError:
         return {'complete': True}
     except (OSError, ValueError):

@@ -31,6 +31,7 @@ from runtime.datasets.splits import (
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
+from runtime.system.schema import checked
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
@@ -49,10 +50,11 @@ class Sheet(NamedTuple):
     decimal_comma: bool  # whether numbers are written as 1,5
 
 
-class Columns(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Columns:
     """The columns of tables, and what standardises them: {name: (mean, standard deviation)}."""
     features: dict[str, tuple[float, float]]
-    targets: dict[str, tuple[float, float]] = {}
+    targets: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def standardise(self, values: np.ndarray) -> np.ndarray:
         """Features, and targets if there are any, [rows, columns], as float32 of mean 0 and deviation 1.
@@ -389,7 +391,7 @@ def _count(things, name):
 
 def write_columns(directory: str, columns: Columns) -> None:
     """Writes the columns of a run into its directory; raises OSError if that cannot be done."""
-    write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(columns._asdict(), indent=1).encode())
+    write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(vars(columns), indent=1).encode())
 
 
 def read_columns(directory: str) -> Columns | None:
@@ -400,15 +402,13 @@ def read_columns(directory: str) -> Columns | None:
     """
     path = os.path.join(directory, COLUMNS_FILE)
     try:
-        record = read_json(path)
-        columns = Columns(*({str(name): (float(mean), float(deviation)) for name, (mean, deviation) in record[part].items()}
-                            for part in Columns._fields))
+        columns = checked(Columns, read_json(path), 'columns')
         if not columns.features or not all(deviation > 0 and math.isfinite(mean + deviation)
-                                           for part in columns for mean, deviation in part.values()):
+                                           for mean, deviation in [*columns.features.values(), *columns.targets.values()]):
             raise ValueError('columns')
         return columns
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); remove it to have the columns of '
                         '--data_path') from error
