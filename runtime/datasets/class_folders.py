@@ -31,7 +31,7 @@ from runtime.datasets.splits import (
     split_flag,
 )
 from runtime.datasets.tasks import SPLITS, Examples
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, counted
 from runtime.system.files import read_csv, read_json
 from runtime.system.schema import checked
 
@@ -256,7 +256,7 @@ class ClassFolders(FolderOptions):
         """Prints how many files of other kinds, and folders, class folders hold."""
         files = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.others]
         inner = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.folders]
-        parts = [f'{len(paths)} {what}{"s" if len(paths) > 1 else ""}{kinds}, first {paths[0]}' for paths, what, kinds in (
+        parts = [f'{counted(len(paths), what)}{kinds}, first {paths[0]}' for paths, what, kinds in (
             (files, 'file', f' of other kinds ({counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
         if parts:
             print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(parts))
@@ -323,10 +323,11 @@ class ClassFolders(FolderOptions):
         """The path of the manifest that splits the classes, if there is one."""
         if self.split_file and self._split_file_is_manifest():
             return self.split_file
-        kept = None if self._split_by_folders() else self.kept_manifest
-        shipped = None if self._split_by_folders() else self.shipped_manifest
-        candidates = [kept if None in self._labelled else None] if self._labelled is not None else [
-            os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), kept, shipped]
+        elsewhere = [] if self._split_by_folders() else [self.kept_manifest, self.shipped_manifest]
+        if self._labelled is not None:
+            candidates = elsewhere if None in self._labelled else []
+        else:
+            candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), *elsewhere]
         return next((path for path in candidates if path and os.path.exists(path)), None)
 
     def _split_source(self):
@@ -371,7 +372,7 @@ def _holds(folder: str) -> str:
     """Text: what a folder holds, with an example of an image below it."""
     images, others, folders = folder_contents(folder, readable_suffixes())
     parts = [counted_kinds([image.name for image in images] + others)] if images or others else []
-    parts += [f'{len(folders)} folder{"s" if len(folders) > 1 else ""}, such as {folders[0]}'] if folders else []
+    parts += [f'{counted(len(folders), "folder")}, such as {folders[0]}'] if folders else []
     tables = [name for name in others if name.endswith('.csv')]
     example = next((os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in sorted(names)
                     if os.path.splitext(name)[1].lower() in readable_suffixes()), None)

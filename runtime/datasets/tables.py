@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from runtime.datasets.splits import (
     split_flag,
 )
 from runtime.datasets.tasks import SPLITS, Examples
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, counted, first_line, listing
 from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
 from runtime.system.schema import checked
 
@@ -98,13 +98,12 @@ class Tables(Splitting):
     def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
         """The names of the columns, and {split: {table: numbers [rows, columns]}}; all splits are read, to find what is wrong at once."""
         sheets = self._sheets
-        every = [sheet for split in SPLITS for sheet in sheets[split].values()]
+        every = [sheet for tables in sheets.values() for sheet in tables.values()]
         if not every:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
         model = _usual(every)
         names = self._names(model)
-        arrays = iter(map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), every))
-        values = {split: {table: next(arrays) for table in sheets[split]} for split in SPLITS}
+        values = map_tables(lambda sheet: sheet_values(sheet, names, model.path), sheets)
         report_numbers(every, names)
         return names, values
 
@@ -118,9 +117,7 @@ class Tables(Splitting):
         files, folders = split_entries(self.root, '.csv'), split_entries(self.root)
         if self.group_column and files:
             return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
-        paths = {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS}
-        read = iter(map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()]))
-        sheets = {split: {table: next(read) for table in paths[split]} for split in SPLITS}
+        sheets = map_tables(read_sheet, {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS})
         return {split: self._groups(list(tables.values())) for split, tables in sheets.items()} if self.group_column else sheets
 
     def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
@@ -154,11 +151,11 @@ class Tables(Splitting):
     def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
         if missing:
-            raise UserError(f'{manifest} lists {missing[0]}, and {len(missing) - 1} more, which the column {self.group_column} of {self.root} '
+            raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
                             'does not have')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
-            print(f'Ignored: {unlisted[0]} and {len(unlisted) - 1} more in the column {self.group_column}, which {manifest} does not list')
+            print(f'Ignored: {listing(unlisted, 1, ", ")} in the column {self.group_column}, which {manifest} does not list')
 
     def _manifest(self):
         return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
@@ -249,10 +246,14 @@ def map_collecting_errors(function: Callable[[object], Result], arguments: Itera
         except UserError as error:
             errors.append(str(error))
     if errors:
-        count = f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else ''
-        more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
-        raise UserError(f'{count}{"; ".join(errors[:SHOWN])}{more}')
+        raise UserError((f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else '') + listing(errors, SHOWN))
     return results
+
+
+def map_tables(function: Callable[[Any], Result], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Result]]:
+    """{split: {table: what a function returns}} of {split: {table: argument}}; raises UserError as `map_collecting_errors`."""
+    results = iter(map_collecting_errors(function, [argument for of_split in tables.values() for argument in of_split.values()]))
+    return {split: {table: next(results) for table in of_split} for split, of_split in tables.items()}
 
 
 def _usual(sheets: Sequence[Sheet]) -> Sheet:
@@ -310,7 +311,7 @@ def _check_form(sheet):
         raise UserError(f'the first line of {sheet.path} must name each column, all differently, and is {",".join(columns)[:100]}')
     ragged = [(number, len(row)) for number, row in zip(sheet.lines, sheet.rows) if len(row) != len(columns)]
     if ragged:
-        raise UserError(f'{sheet.path} has {len(columns)} columns and {_count(ragged, "line")} with another number of cells, first line '
+        raise UserError(f'{sheet.path} has {len(columns)} columns and {counted(len(ragged), "line")} with another number of cells, first line '
                         f'{ragged[0][0]} with {ragged[0][1]}')
 
 
@@ -331,7 +332,7 @@ def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) ->
         row, column = bad[0]
         cell = sheet.rows[row][indices[column]].strip()
         what = 'is not a finite number' if len(bad) == 1 else 'are not finite numbers'
-        raise UserError(f'{sheet.path} has {_count(bad, "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
+        raise UserError(f'{sheet.path} has {counted(len(bad), "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
                         f'column {names[column]}, line {sheet.lines[row]}')
     return values
 
@@ -360,10 +361,10 @@ def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
     if commas:
         print(f'Note: numbers are read with a decimal comma, 1,5 as 1.5, in {commas[0]}'
               + (f' and {len(commas) - 1} more files' if len(commas) > 1 else ''))
-    rounded = [(sheet, name, row) for sheet in sheets for name in names for row in [sheet.columns.index(name)]
-               if any(_is_rounded(cells[row]) for cells in sheet.rows)]
+    rounded = [(sheet, name) for sheet in sheets for name in names for index in [sheet.columns.index(name)]
+               if any(_is_rounded(row[index]) for row in sheet.rows)]
     if rounded:
-        sheet, name, _ = rounded[0]
+        sheet, name = rounded[0]
         print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it numbers '
               'the rows, remove it')
 
@@ -381,10 +382,6 @@ def as_number(text: str, decimal_comma: bool = False) -> float:
         return float(text) if '_' not in text else math.nan  # Python takes 1_000 for a number
     except ValueError:
         return math.nan
-
-
-def _count(things, name):
-    return f'{len(things)} {name}{"s" if len(things) > 1 else ""}'
 
 
 # The columns of a run -----------------------------------------------------------------------------------------------

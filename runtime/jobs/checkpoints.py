@@ -26,7 +26,7 @@ from networks import CLASSIFIER, HEAD_PREFIX
 from runtime.jobs import bundle
 from runtime.results import store
 from runtime.results.provenance import Provenance
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, first_line, listing
 from runtime.system.files import locked, require_regular_file
 from runtime.system.schema import checked
 
@@ -417,9 +417,7 @@ def _assign(prefix, arrays, variables):
     differences = [f'{name} is {saved.get(name, "missing")} there and {expected.get(name, "missing")} here'
                    for name in sorted(saved.keys() | expected.keys()) if saved.get(name) != expected.get(name)]
     if differences:
-        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
-        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: '
-                        f'{", ".join(differences[:3])}{more}')
+        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: {listing(differences, 3, ", ")}')
     for name, variable in variables.items():
         variable.assign(arrays[name])
 

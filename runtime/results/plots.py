@@ -23,7 +23,7 @@ from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
 from runtime.results.render import Table
 from runtime.results.statistics import UNITS, number, over_tasks_and_seeds, statistics
 from runtime.results.store import SPLIT_TITLES
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, counted
 from runtime.system.files import write_atomically
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def paths(model: Navigator, tasks: GoalTasks, heading: str) -> Figure:
             positions, mask = np.asarray(episodes[updates].observations[task]), np.asarray(episodes[updates].mask[task])
             for episode, (places, running) in enumerate(zip(positions[:SHOWN_EPISODES], mask)):
                 walked = places[running > 0]
-                label = f'after {updates} update{"s" if updates > 1 else ""}' if updates else 'before adaptation'
+                label = f'after {counted(updates, "update")}' if updates else 'before adaptation'
                 axes.plot(walked[:, 0], walked[:, 1], label=None if episode else label, **{**style, 'marker': None, 'linewidth': 0.8})
         axes.plot(0, 0, 'ks', markersize=5, label='start')
         axes.plot(*batch.goals[task], 'k*', markersize=12, label='goal')
@@ -311,7 +311,7 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
     shown = names[:SHOWN_CLASSES]
     figure = Figure(figsize=(1.25 * (shots + queries) + 0.8, 1.5 * len(shown) + 1.3), layout='constrained')
     text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query images, '
-            f'with the class predicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and its probability; '
+            f'with the class predicted before → after adaptation ({counted(num_updates, "update")}) and its probability; '
             f'{right} of {total} are right')
     figure.suptitle(_plain('\n'.join(textwrap.wrap(text, int(16 * figure.get_figwidth())))), fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
