@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from runtime.datasets.class_folders import ClassFolders
+from runtime.datasets.class_folders import ClassFolders, FolderOptions
 from runtime.datasets.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
 from runtime.datasets.goals import Navigation
 from runtime.datasets.images import resized
@@ -174,7 +174,7 @@ class FunctionSource(NumberSource):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSource(SupervisedSource):
+class ImageSource(SupervisedSource, FolderOptions):
     """Classification of images in class folders on disk (runtime/datasets/class_folders.py says how they are laid out)."""
     image_shape: tuple[int, int, int]        # height, width, channels
     folder: str | None = None             # below data/; None: --data_path must name it
@@ -185,13 +185,6 @@ class ImageSource(SupervisedSource):
     clip: float | None = None
     train_query_shots: int | None = None  # query examples per class in training; None: K
     validation_updates: int = 10
-    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
-    split_given: bool = False                # the user asked for these ratios: refuse a manifest with others
-    skip_bad_images: bool = False            # leave out images that cannot be used
-    verify: bool = False                     # compare checksums of decoded images
-    split_file: str | None = None            # a manifest, or lists of images
-    label_column: str | None = None          # of these lists
-    kept_manifest: str | None = None         # of a run: has the split where it cannot be written beside the images
     test_only: bool = False                  # there are no classes to train or to validate on
     validate_on_fewer: bool = False          # if val has fewer classes than N, validate on tasks of all of them
     stored_shape: tuple[int, int, int] | None = None  # of the images on disk, if they are resized to image_shape as tasks are drawn
@@ -215,8 +208,7 @@ class ImageSource(SupervisedSource):
     def folders(self, data_path: str | None = None) -> ClassFolders:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
-        return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), self.split_ratios,
-                            self.split_given, self.skip_bad_images, self.verify, self.split_file, self.label_column, self.kept_manifest)
+        return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), **self.options)
 
     def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""

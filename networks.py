@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context  # for the state of the random numbers, which has no public name
 
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, first_line, listing
 from special_grads import exact_statistics
 from utils import conv_block, dense_block, glorot_uniform, truncated_normal
 
@@ -281,8 +281,7 @@ class KerasNetwork:
 
     def _refuse(self, problems):
         if problems:
-            more = f', and {len(problems) - 3} more problems' if len(problems) > 3 else ''
-            raise UserError(f'the model of {self.name} cannot be used: {"; ".join(problems[:3])}{more}')
+            raise UserError(f'the model of {self.name} cannot be used: {listing(problems, 3)}')
 
     def _probe(self):
         """Runs the model once and refuses state that is not swapped, and losses.

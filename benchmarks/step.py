@@ -4,6 +4,7 @@
     python benchmarks/step.py --peer 'torch=/venv/bin/python torch_peer.py {} loop'     and against other programs
     python benchmarks/step.py --vary methods --workloads cifarfs1 omniglot20            each method against MAML
     python benchmarks/step.py --vary sizes --workloads cifarfs1 --plot sweep.png        other meta-batches, shots, updates and filters
+    python benchmarks/step.py --vary networks --workloads cifarfs1 mini1                Conv-4 in Keras against the built-in one
     python benchmarks/step.py --updates 5 20 50 200         many inner updates, with and without --recompute
     python benchmarks/step.py --processes --workloads omniglot5 mini1       two processes on two cores
 
@@ -24,6 +25,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -204,6 +206,13 @@ def vary(workload: Workload, variants: Mapping[str, dict[str, Any]], rounds: int
     return medians
 
 
+def networks(workload: Workload) -> dict[str, dict[str, Any]]:
+    """The built-in network of a workload with max pooling, and the same in Keras, as variants."""
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'examples'))
+    from conv4 import conv4
+    return {'built-in': {}, 'Keras': {'changes': {'network': functools.partial(conv4, filters=workload.num_filters)}}}
+
+
 def draw(seconds: Mapping[str, np.ndarray], workload: Workload, path: str) -> None:
     """Writes a picture of {quantity: seconds a step of its values in SIZES}."""
     from matplotlib.figure import Figure
@@ -251,7 +260,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--steps', type=int, default=10, help='steps timed in each process')
     parser.add_argument('--peer', action='append', default=[], metavar='NAME=COMMAND')
-    parser.add_argument('--vary', choices=['methods', 'sizes'])
+    parser.add_argument('--vary', choices=['methods', 'sizes', 'networks'])
     parser.add_argument('--plot', metavar='FILE', help='draw the curves of --vary sizes')
     parser.add_argument('--updates', nargs='+', type=int, help='numbers of inner updates')
     parser.add_argument('--limit', type=float, default=300, help='seconds for a case of --updates')
@@ -273,8 +282,8 @@ def main() -> None:
         import_tensorflow()
         for name in args.workloads:
             print(f'{name}, {args.rounds} rounds')
-            if args.vary == 'methods':
-                vary(WORKLOADS[name], METHODS, args.rounds)
+            if args.vary != 'sizes':
+                vary(WORKLOADS[name], METHODS if args.vary == 'methods' else networks(WORKLOADS[name]), args.rounds)
                 continue
             seconds = {quantity: vary(WORKLOADS[name], {f'{quantity}={value}': {quantity: value} for value in values}, args.rounds)
                        for quantity, values in SIZES.items()}

@@ -10,8 +10,6 @@ run that fails later is reported, and the next one starts.
 import argparse
 import itertools
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,13 +18,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from absl import flags as absl_flags  # noqa: E402
+from run_files import main_program  # noqa: E402
 
 import main  # noqa: E402
 from runtime.cli.request import Request, resolve  # noqa: E402
 from runtime.cli.rules import check_flags  # noqa: E402
 from runtime.results.store import entries_of  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
-from runtime.system.interruption import TERMINATION_SIGNALS  # noqa: E402
 
 EVALUATION = '--train=False', '--test_set=True'
 
@@ -89,21 +87,8 @@ def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) 
 
 def call(arguments: Sequence[str]) -> int:
     """main.py, to which signals are passed on, so that it saves; returns its status. Ends the program if it was interrupted."""
-    # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], start_new_session=True)
-    received = []
-
-    def pass_on(number, _):
-        received.append(number)
-        process.send_signal(number)
-
-    handlers = {number: signal.signal(number, pass_on) for number in TERMINATION_SIGNALS
-                if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
-    try:
+    with main_program(arguments) as (process, received):
         status = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if received:
         print('Interrupted; the same command continues.', flush=True)
         sys.exit(128 + received[0])

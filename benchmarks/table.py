@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 
-from run_files import TIMES, missing_classes  # noqa: E402
+from run_files import TIMES, main_program, missing_classes  # noqa: E402
 
 import main  # noqa: E402
 from runtime.cli.startup import import_tensorflow  # noqa: E402
@@ -47,7 +47,6 @@ from runtime.system.files import locked, read_json, write_atomically  # noqa: E4
 from runtime.system.schema import checked  # noqa: E402
 from workloads import processor  # noqa: E402
 
-PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 POLL = 1  # seconds between checks of a training's progress
 PAGE, COMMANDS_PAGE = os.path.join('docs', 'results.md'), os.path.join('docs', 'results-commands.md')
 LOCK = os.path.join('logs', '.table.lock')
@@ -176,15 +175,12 @@ def lowest_priority() -> None:
 
 
 def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
-    """main.py at the lowest priority; SIGINT, SIGTERM and SIGHUP are passed on, so that it saves. Returns its status.
+    """main.py at the lowest priority; returns its status.
 
     Args:
         enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
     """
-    # In new sessions: else Ctrl-C would reach main.py twice, from the terminal and from here, and the second ends it unsaved.
-    process = subprocess.Popen([sys.executable, '-u', 'main.py', *arguments], preexec_fn=lowest_priority, start_new_session=True)
-    handlers = {number: signal.signal(number, lambda received, _: process.send_signal(received)) for number in PASSED_ON}
-    try:
+    with main_program(arguments, preexec_fn=lowest_priority) as (process, _):
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(POLL)
@@ -192,9 +188,6 @@ def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int
                 process.send_signal(signal.SIGTERM)
                 process.wait()
                 return 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def times(directory: str) -> dict[str, dict]:

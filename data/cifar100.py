@@ -82,11 +82,11 @@ def _entry(part, name, where, read):
         sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 
 
-def main(description: str, here: str) -> None:
+def main(description: str, folder: str) -> None:
     """Writes <destination>/{train,val,test}/<class>/*.png by the list of classes in the script's folder."""
-    args = arguments(description, os.path.join(os.path.dirname(here), 'cifar100'), here).parse_args()
+    args = arguments(description, os.path.join(os.path.dirname(folder), 'cifar100'), folder).parse_args()
     download.fetch('cifar100', args)
-    split_of = {row['class']: row['split'] for row in read_classes(os.path.join(here, 'classes.csv'))}
+    split_of = {row['class']: row['split'] for row in read_classes(os.path.join(folder, 'classes.csv'))}
     source = find_archive(args, ARCHIVE, FOLDER)
     pictures = [Picture(f'{split_of.get(label, "unknown")}/{label}/{os.path.splitext(name)[0]}.png',
                         lambda image=image: encode(Image.fromarray(image)))

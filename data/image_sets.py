@@ -129,16 +129,16 @@ def encode(archive: Folder | Tar | Zip, name: str, file: str, image_set: ImageSe
     return fit(archive.read(name), (image_set.size, image_set.size), boxes and boxes[file], image_set.formats)
 
 
-def main(description: str, here: str) -> None:
+def main(description: str, folder: str) -> None:
     """Prepares the set that is called like the script's folder, by the list of classes there.
 
     classes.csv has a column `class`, `images` (how many), and `split`, or one column for each of several published splits, the
     first of them being the default.
     """
-    name = os.path.basename(here)
-    image_set, rows = SETS[name], read_classes(os.path.join(here, 'classes.csv'))
+    name = os.path.basename(folder)
+    image_set, rows = SETS[name], read_classes(os.path.join(folder, 'classes.csv'))
     splits = [column for column in rows[0] if column not in ('class', 'images', 'name')]
-    parser = arguments(description, here, here)
+    parser = arguments(description, folder, folder)
     if len(splits) > 1:
         parser.add_argument('--split', choices=splits, default=splits[0], help='which published split (default: %(default)s)')
     if image_set.boxes:

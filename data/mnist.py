@@ -90,11 +90,11 @@ def image_of(digits: list[np.ndarray], number: str, k: int, size: int) -> np.nda
     return image
 
 
-def main(description: str, here: str, size: int) -> None:
+def main(description: str, folder: str, size: int) -> None:
     """Writes <destination>/{train,val,test}.npy by the list of classes in the script's folder."""
-    args = arguments(description, os.path.join(os.path.dirname(here), 'mnist'), here).parse_args()
+    args = arguments(description, os.path.join(os.path.dirname(folder), 'mnist'), folder).parse_args()
     download.fetch('mnist', args)
-    rows = read_classes(os.path.join(here, 'classes.csv'))
+    rows = read_classes(os.path.join(folder, 'classes.csv'))
     digits, paths = read_digits(args)
     lists = {f'{row["split"]}/{row["class"]}': ImageList(
         IMAGES_PER_CLASS, lambda k, number=row['class']: image_of(digits, number, k, size)) for row in rows}

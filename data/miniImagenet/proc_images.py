@@ -67,12 +67,12 @@ def from_images(args: argparse.Namespace) -> Contents:
     same_name, pictures, absent, label_of = collections.defaultdict(list), [], [], {}
     for path in files:
         same_name[os.path.basename(path)].append(path)
-    known = {label for _, label in class_list()}  # `prepare` complains of others
+    labels = {label for _, label in class_list()}  # `prepare` complains of others
     for split, name, label in rows:
-        path = locate(same_name[os.path.basename(name)], name, label, known)
+        path = locate(same_name[os.path.basename(name)], name, label, labels)
         if path is None:
             absent.append(name)
-        elif label in known and label_of.setdefault(path, label) != label:
+        elif label in labels and label_of.setdefault(path, label) != label:
             sys.exit(f'the csv files name {path} as an image of the class {label_of[path]} and of {label}; remove one line')
         else:
             pictures.append(Picture(f'{split}/{label}/{os.path.basename(name)}', lambda path=path: fit(archive.read(path), SIZE)))
@@ -109,16 +109,16 @@ def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, st
     return rows, expected, list(lists.values())
 
 
-def locate(paths: Iterable[str], name: str, label: str, known: Collection[str]) -> str | None:
+def locate(paths: Iterable[str], name: str, label: str, labels: Collection[str]) -> str | None:
     """The path of an image that a csv file calls `name`: in its class's folder, or under that name but in no other class's folder.
 
     Args:
         paths: those of the same last component.
-        known: all classes.
+        labels: all classes.
     """
     folders = {path: os.path.basename(os.path.dirname(path)) for path in paths}
     own = [path for path, folder in folders.items() if folder == label]
-    named = [path for path, folder in folders.items() if folder not in known and f'/{path}'.endswith(f'/{name}')]
+    named = [path for path, folder in folders.items() if folder not in labels and f'/{path}'.endswith(f'/{name}')]
     matches = own or named or [None]
     if len(matches) > 1:
         sys.exit(f'the images hold {name} more than once: {matches[0]} and {matches[1]}; remove one')

@@ -76,6 +76,11 @@ class Request:
         return self.images or (self.tables and not self.targets)
 
     @property
+    def computes_head(self) -> bool:
+        """Whether the last layer is computed for each task, so that the model takes any number of classes."""
+        return self.head_init != 'learned'
+
+    @property
     def is_transfer(self) -> bool:
         """Whether the tasks are those of another source than the training's."""
         return self.datasource != self.trained['datasource']

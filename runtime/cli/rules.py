@@ -127,12 +127,12 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
     (lambda r: r.head_init == 'shared' and r.inner_weights == 'body',
      '--head_init=shared starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
-    (lambda r: r.head_init != 'learned' and r.outer == 'reptile',
+    (lambda r: r.computes_head and r.outer == 'reptile',
      '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),
     (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
      '--pretrain_labels=classes is about pre-training: add --pretrain_iterations'),
     (lambda r: r.pretrain_labels == 'classes' and r.task_chunk > 0, '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
-    (lambda r: r.head_init != 'learned' and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
+    (lambda r: r.computes_head and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
     (lambda r: r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
@@ -170,7 +170,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],
      '--update_lr={update_lr}: the step sizes of this model are learned, and an evaluation cannot change them'),
-    (lambda r: r.classes and r.num_classes > r.trained['num_classes'] and r.head_init == 'learned' and r.head == 'own',
+    (lambda r: r.classes and r.num_classes > r.trained['num_classes'] and not r.computes_head and r.head == 'own',
      '--num_classes={num_classes}: the network was trained with --num_classes={trained[num_classes]} and has no more outputs than '
      'that; evaluate on tasks of at most that many classes'),
     (lambda r: r.head == 'nearest' and not r.classes, '--head=nearest is for classification'),

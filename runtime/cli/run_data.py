@@ -91,7 +91,7 @@ def _with_network_of_training(source, request):
         return source
     if request.resize:
         return dataclasses.replace(source, image_shape=trained.image_shape, stored_shape=source.image_shape)
-    training_shape, shape = ('x'.join(map(str, one.image_shape)) for one in (trained, source))
+    training_shape, shape = ('x'.join(map(str, images.image_shape)) for images in (trained, source))
     raise UserError(f'a model of {request.trained["datasource"]} ({training_shape}) cannot be evaluated on {request.datasource} ({shape}): '
                     f'their images differ in shape; --resize makes those of {request.datasource} fit')
 
@@ -139,7 +139,7 @@ def _validation_config(request, source, tasks):
     Published splits cannot be changed: DoubleMNIST, which is trained 20-way, has 16 classes to validate on. Users can split their
     own images again. A model whose last layer is computed for each task is meant to be trained with more classes than it is tested on.
     """
-    if not (source.image_shape and (source.validate_on_fewer or request.head_init != 'learned')):
+    if not (source.image_shape and (source.validate_on_fewer or request.computes_head)):
         return tasks
     available = len(source.class_folders('val', tasks.data_path))
     return dataclasses.replace(tasks, num_classes=available) if 1 < available < tasks.num_classes else tasks
@@ -152,7 +152,7 @@ def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> N
         UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
     """
     if isinstance(source, TableSource) or source.image_shape and source.user_images:
-        source.folders(tasks.data_path).record_split({split: of.classes.names for split, of in data.items()})
+        source.folders(tasks.data_path).record_split({split: of_split.classes.names for split, of_split in data.items()})
 
 
 def columns_of(source: Source) -> Columns | None:

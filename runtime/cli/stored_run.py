@@ -11,7 +11,7 @@ from runtime.cli.flags import GROUPS, default, parse
 from runtime.cli.network_file import NetworkFile, write_copy
 from runtime.datasets.lists import list_paths
 from runtime.datasets.tables import Columns, write_columns
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, counted, first_line
 from runtime.system.files import write_atomically
 
 FLAG_FILE = 'run.flags'
@@ -63,7 +63,7 @@ def find(name: str) -> str:
     runs = [os.path.basename(run) for run in runs] or sorted(
         os.path.dirname(path) for path in glob.glob(os.path.join('*', '*', FLAG_FILE), root_dir=directory))
     shown = ', '.join(runs[:SHOWN_RUNS]) + (', ...' if len(runs) > SHOWN_RUNS else '')
-    problem = f'holds {len(runs)} run{"s" if len(runs) > 1 else ""} ({shown}): name one' if runs else (
+    problem = f'holds {counted(len(runs), "run")} ({shown}): name one' if runs else (
         f'holds no {FLAG_FILE}, which trainings write: give the flags of the training instead')
     raise UserError(f'--run={name} {problem}')
 

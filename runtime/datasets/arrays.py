@@ -10,12 +10,13 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically
+from runtime.system.schema import checked
 
 RECORD = 'packed.json'
 
@@ -135,18 +136,21 @@ def write_json(path: str, value: object) -> None:
 
 # Packed splits ------------------------------------------------------------------------------------------------------
 
-def read_packed_record(root: str) -> dict[str, dict]:
-    """{split: {'classes': {class: images}, 'crc32': ..., 'bytes': ..., 'mtime_ns': ...}}.
+class PackedSplit(TypedDict):
+    """What the record says of a split: its classes, and what `write_array` returned."""
+    classes: dict[str, int]  # {class: its images}
+    crc32: int
+    bytes: int
+    mtime_ns: int
 
-    Raises:
-        OSError, ValueError: it cannot be read, or is malformed.
-    """
-    record = read_json(os.path.join(root, RECORD))
+
+def read_packed_record(root: str) -> dict[str, PackedSplit]:
+    """{split: what is recorded of it}; raises OSError or ValueError if it cannot be read, or is malformed."""
+    content = read_json(os.path.join(root, RECORD))
     try:
-        numbers = [entry[name] for entry in record.values() for name in ('crc32', 'bytes', 'mtime_ns')]
-        numbers += [count for entry in record.values() for count in entry['classes'].values()]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError('it is malformed') from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError('it is malformed')
+        record = checked(dict[str, PackedSplit], content, RECORD)
+    except ValueError as error:
+        raise ValueError(f'it is malformed: {error}') from error
+    if any(count < 0 for entry in record.values() for count in entry['classes'].values()):
+        raise ValueError('it is malformed: a number of images is negative')
     return record

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from runtime.datasets import arrays
 from runtime.datasets.images import BadImages, Contents, ImageFile, decode_images, folder_contents, is_broken, readable_suffixes
@@ -20,6 +20,8 @@ from runtime.datasets.lists import Labelled, read_image_lists
 from runtime.datasets.splits import (
     MANIFEST,
     EmptySplit,
+    Splitting,
+    by_split,
     counted_kinds,
     keep_split,
     read_manifest,
@@ -29,8 +31,9 @@ from runtime.datasets.splits import (
     split_flag,
 )
 from runtime.datasets.tasks import SPLITS, Examples
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, counted
 from runtime.system.files import read_csv, read_json
+from runtime.system.schema import checked
 
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
 # The partial manifest is written by a preparation with --allow_missing: the classes that were found.
@@ -47,19 +50,25 @@ class ImageClass(NamedTuple):
     images: list[ImageFile]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderOptions(Splitting):
+    """What the user can ask of class folders."""
+    skip_bad_images: bool = False    # leave out images that cannot be used, instead of refusing the split
+    verify: bool = False             # compare checksums of decoded images, which takes time; else sizes and times only
+    label_column: str | None = None  # of lists of images
+
+    @property
+    def options(self) -> dict:
+        """{name: value} of these."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(FolderOptions)}
+
+
 @dataclasses.dataclass(frozen=True)
-class ClassFolders:
+class ClassFolders(FolderOptions):
     """The class folders of a data source, or the classes in a list of images."""
     root: str                       # the data folder
     script: str | None = None       # the preparation script that makes it; None: the user's own images, of any size and format
     shipped_manifest: str | None = None  # to use if root holds neither one nor folders train, val and test
-    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for class folders that are not split yet
-    split_given: bool = False       # the user asked for these ratios: refuse a manifest with others
-    skip_bad_images: bool = False   # leave out images that cannot be used, instead of refusing the split
-    verify: bool = False            # compare checksums of decoded images, which takes time; else sizes and times only
-    split_file: str | None = None   # a manifest, or lists of images; see `read_image_lists`
-    label_column: str | None = None  # of these lists
-    kept_manifest: str | None = None  # of a run: has the split where it cannot be written into the root
 
     @property
     def missing_hint(self) -> str:
@@ -98,7 +107,7 @@ class ClassFolders:
         if not self.unsplit() or not os.path.isdir(self.root):
             return
         rows = self._in_proportions()
-        if any([name for where, name in rows if where == split] != names for split, names in loaded.items()):
+        if not loaded.items() <= by_split(rows).items():
             raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
         if len({split for split, _ in rows}) > 1:
             paths = [None if self._labelled else os.path.join(self.root, MANIFEST), self.kept_manifest]
@@ -134,10 +143,9 @@ class ClassFolders:
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            return {split: read_manifest(manifest, split, self.root if self.script is None else None) for split in SPLITS}
+            return by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
         if self.unsplit():
-            rows = self._in_proportions()
-            return {split: [name for where, name in rows if where == split] for split in SPLITS}
+            return by_split(self._in_proportions())
         if self.split_given and 0 in self.split_ratios:
             raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
                             f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
@@ -248,7 +256,7 @@ class ClassFolders:
         """Prints how many files of other kinds, and folders, class folders hold."""
         files = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.others]
         inner = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.folders]
-        parts = [f'{len(paths)} {what}{"s" if len(paths) > 1 else ""}{kinds}, first {paths[0]}' for paths, what, kinds in (
+        parts = [f'{counted(len(paths), what)}{kinds}, first {paths[0]}' for paths, what, kinds in (
             (files, 'file', f' of other kinds ({counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
         if parts:
             print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(parts))
@@ -309,20 +317,18 @@ class ClassFolders:
         images, checksum = arrays.cached_array(
             cache, self._fingerprint(classes, image_shape), (len(paths), *image_shape),
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
-        return Examples.grouped(images, {name: len(of) for name, _, of in classes}, checksum)
+        return Examples.grouped(images, {name: len(images_of_class) for name, _, images_of_class in classes}, checksum)
 
     def _manifest(self) -> str | None:
         """The path of the manifest that splits the classes, if there is one."""
         if self.split_file and self._split_file_is_manifest():
             return self.split_file
-        kept = None if self._split_by_folders() else self.kept_manifest
-        shipped = None if self._split_by_folders() else self.shipped_manifest
-        candidates = [kept if None in self._labelled else None] if self._labelled is not None else [
-            os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), kept, shipped]
-        manifest = next((path for path in candidates if path and os.path.exists(path)), None)
-        if manifest and self.split_given:
-            self._check_split(manifest)
-        return manifest
+        elsewhere = [] if self._split_by_folders() else [self.kept_manifest, self.shipped_manifest]
+        if self._labelled is not None:
+            candidates = elsewhere if None in self._labelled else []
+        else:
+            candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), *elsewhere]
+        return next((path for path in candidates if path and os.path.exists(path)), None)
 
     def _split_source(self):
         """What says which classes are in which split, for messages."""
@@ -338,13 +344,6 @@ class ClassFolders:
     def _split_by_folders(self) -> bool:
         """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
         return any(subfolders(os.path.join(self.root, name)) for name in split_entries(self.root).values())
-
-    def _check_split(self, manifest: str) -> None:
-        """Raises UserError if a manifest splits its classes in other proportions than the user asked for."""
-        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, self.root)]
-        if rows != split_classes([name for _, name in rows], self.split_ratios, self.root):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to '
-                            'split the classes again')
 
     def _report(self, classes: dict[str, list[str]]) -> None:
         """Prints what is strange about the names of the user's own classes, and which folders are not among them."""
@@ -365,7 +364,7 @@ def _known_bad(cache, fingerprint):
     with contextlib.suppress(Exception):
         record = read_json(cache + '.bad.json')
         if record['fingerprint'] == fingerprint:
-            return [(str(path), str(reason)) for path, reason in record['images']]
+            return checked(list[tuple[str, str]], record['images'], 'images')
     return []
 
 
@@ -373,7 +372,7 @@ def _holds(folder: str) -> str:
     """Text: what a folder holds, with an example of an image below it."""
     images, others, folders = folder_contents(folder, readable_suffixes())
     parts = [counted_kinds([image.name for image in images] + others)] if images or others else []
-    parts += [f'{len(folders)} folder{"s" if len(folders) > 1 else ""}, such as {folders[0]}'] if folders else []
+    parts += [f'{counted(len(folders), "folder")}, such as {folders[0]}'] if folders else []
     tables = [name for name in others if name.endswith('.csv')]
     example = next((os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in sorted(names)
                     if os.path.splitext(name)[1].lower() in readable_suffixes()), None)
@@ -394,8 +393,7 @@ def listed_classes(folder: str, split: str) -> set[str]:
 
 def preparation_facts(root: str) -> dict:
     """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
-    facts = preparation_record(root).get('facts')
-    return facts if isinstance(facts, dict) else {}
+    return preparation_record(root).get('facts', {})
 
 
 def subfolders(folder: str) -> list[str]:
@@ -414,11 +412,16 @@ def subfolders(folder: str) -> list[str]:
     return [entry.name for entry in entries if entry.is_dir()]
 
 
-def preparation_record(root: str) -> dict:
+class Preparation(TypedDict, total=False):
+    """What a preparation recorded."""
+    complete: bool
+    facts: dict[str, Any]
+
+
+def preparation_record(root: str) -> Preparation:
     """What a preparation recorded; of a folder without a record, that it is complete; of one that cannot be read, {}."""
     try:
-        record = read_json(os.path.join(root, PREPARATION_RECORD))
-        return record if isinstance(record, dict) else {}
+        return checked(Preparation, read_json(os.path.join(root, PREPARATION_RECORD)), PREPARATION_RECORD)
     except FileNotFoundError:
         return {'complete': True}
     except (OSError, ValueError):

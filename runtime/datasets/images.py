@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, listing
 from runtime.system.files import require_regular_file
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
@@ -36,10 +36,8 @@ class BadImages(UserError):
 
     def __init__(self, images: Sequence[tuple[str, str]], hint: str):
         self.images, self.hint = list(images), hint
-        shown = '; '.join(f'{path} {reason}' for path, reason in self.images[:SHOWN_BAD_IMAGES])
-        more = len(self.images) - SHOWN_BAD_IMAGES
-        self.listing = (f'{len(self.images)} images: ' if len(self.images) > 1 else '') + shown + (
-            f'; and {more} more' if more > 0 else '')
+        self.listing = (f'{len(self.images)} images: ' if len(self.images) > 1 else '') + listing(
+            [f'{path} {reason}' for path, reason in self.images], SHOWN_BAD_IMAGES)
         super().__init__(f'{self.listing}; {hint}, or leave such images out by --skip_bad_images')
 
 

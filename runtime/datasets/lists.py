@@ -49,7 +49,7 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
                         'remove their lines, or give the folder of the images as --data_path')
     if None in labelled and len(labelled) > 1:
         raise UserError(f'--split_file={paths} gives only some of the images a split')
-    return {split: {label: sorted(images) for label, images in sorted(of.items())} for split, of in labelled.items()}
+    return {split: {label: sorted(images) for label, images in sorted(by_label.items())} for split, by_label in labelled.items()}
 
 
 def list_paths(text: str) -> list[str]:

@@ -4,6 +4,7 @@ A manifest is a csv file with the columns split and class.
 """
 import collections
 import csv
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -40,6 +41,30 @@ def split_entries(folder: str, suffix: str = '') -> dict[str, str]:
         if split and entries.setdefault(split, name) != name:
             raise UserError(f'{folder} holds both {entries[split]} and {name}; rename one')
     return entries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Splitting:
+    """How the user's own classes, or the tables of one file, are split."""
+    split_ratios: tuple[int, int, int] | None = None  # of train, val and test, for what is not split yet
+    split_given: bool = False         # the user asked for these ratios: refuse a manifest with others
+    split_file: str | None = None     # a manifest, or lists of images; see `read_image_lists`
+    kept_manifest: str | None = None  # of a run: has the split where it cannot be written beside the data
+
+    def manifest_rows(self, manifest: str, root: str | None = None) -> list[tuple[str, str]]:
+        """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
+        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root)]
+        if self.split_given and rows != split_classes([name for _, name in rows], self.split_ratios, manifest):
+            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to split again')
+        return rows
+
+
+def by_split(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """{split: its classes} of [(split, class)]."""
+    classes: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for split, name in rows:
+        classes[split].append(name)
+    return classes
 
 
 # Manifests ----------------------------------------------------------------------------------------------------------
@@ -148,7 +173,7 @@ def report_names(classes: Mapping[str, Iterable[str]], root: str) -> None:
     Args:
         classes: {split: names}.
     """
-    names = {split: set(of) for split, of in classes.items()}
+    names = {split: set(of_split) for split, of_split in classes.items()}
     shared = [(name, first, second) for first, second in itertools.combinations(names, 2) for name in sorted(names[first] & names[second])]
     if shared:
         name, first, second = shared[0]

@@ -14,22 +14,24 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from runtime.datasets.splits import (
     EmptySplit,
+    Splitting,
+    by_split,
     keep_split,
-    read_manifest,
     report_names,
     split_classes,
     split_entries,
     split_flag,
 )
 from runtime.datasets.tasks import SPLITS, Examples
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, counted, first_line, listing
 from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
+from runtime.system.schema import checked
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
@@ -48,10 +50,11 @@ class Sheet(NamedTuple):
     decimal_comma: bool  # whether numbers are written as 1,5
 
 
-class Columns(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Columns:
     """The columns of tables, and what standardises them: {name: (mean, standard deviation)}."""
     features: dict[str, tuple[float, float]]
-    targets: dict[str, tuple[float, float]] = {}
+    targets: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def standardise(self, values: np.ndarray) -> np.ndarray:
         """Features, and targets if there are any, [rows, columns], as float32 of mean 0 and deviation 1.
@@ -79,16 +82,13 @@ class Columns(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class Tables(Splitting):
     """The csv files below a folder."""
     root: str = ''
     target_names: tuple[str, ...] = ()      # the columns to predict; (): there are none, and each file is a class
     trained_columns: Columns | None = None  # those that a run was trained with; None: those of the files in train
     group_column: str | None = None         # which says of which task or class each line is; None: its file does
-    split_ratios: tuple[int, int, int] = (64, 16, 20)  # of tasks or classes of one csv file; see ClassFolders for these
-    split_given: bool = False
-    split_file: str | None = None
-    kept_manifest: str | None = None
+    split_ratios: tuple[int, int, int] = dataclasses.field(default=(64, 16, 20), kw_only=True)  # of tasks or classes of one csv file
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
@@ -98,13 +98,12 @@ class Tables:
     def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
         """The names of the columns, and {split: {table: numbers [rows, columns]}}; all splits are read, to find what is wrong at once."""
         sheets = self._sheets
-        every = [sheet for split in SPLITS for sheet in sheets[split].values()]
+        every = [sheet for tables in sheets.values() for sheet in tables.values()]
         if not every:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
         model = _usual(every)
         names = self._names(model)
-        arrays = iter(map_collecting_errors(lambda sheet: sheet_values(sheet, names, model.path), every))
-        values = {split: {table: next(arrays) for table in sheets[split]} for split in SPLITS}
+        values = map_tables(lambda sheet: sheet_values(sheet, names, model.path), sheets)
         report_numbers(every, names)
         return names, values
 
@@ -118,10 +117,8 @@ class Tables:
         files, folders = split_entries(self.root, '.csv'), split_entries(self.root)
         if self.group_column and files:
             return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
-        paths = {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS}
-        read = iter(map_collecting_errors(read_sheet, [path for split in SPLITS for path in paths[split].values()]))
-        sheets = {split: {table: next(read) for table in paths[split]} for split in SPLITS}
-        return {split: self._groups(list(of.values())) for split, of in sheets.items()} if self.group_column else sheets
+        sheets = map_tables(read_sheet, {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS})
+        return {split: self._groups(list(tables.values())) for split, tables in sheets.items()} if self.group_column else sheets
 
     def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
         """The lines of each task or class of some sheets, {name: sheet} in the order of names."""
@@ -146,22 +143,19 @@ class Tables:
     def _divided(self, groups: dict[str, Sheet]) -> dict[str, dict[str, Sheet]]:
         """The tasks or classes of one file, by split."""
         manifest = self._manifest()
-        rows = self._in_proportions(groups) if not manifest else [
-            (split, name) for split in SPLITS for name in read_manifest(manifest, split)]
+        rows = self.manifest_rows(manifest) if manifest else self._in_proportions(groups)
         if manifest:
             self._check_manifest(manifest, rows, groups)
-        return {split: {name: groups[name] for where, name in rows if where == split} for split in SPLITS}
+        return {split: {name: groups[name] for name in names} for split, names in by_split(rows).items()}
 
     def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
         if missing:
-            raise UserError(f'{manifest} lists {missing[0]}, and {len(missing) - 1} more, which the column {self.group_column} of {self.root} '
+            raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
                             'does not have')
-        if self.split_given and rows != self._in_proportions([name for _, name in rows]):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
-            print(f'Ignored: {unlisted[0]} and {len(unlisted) - 1} more in the column {self.group_column}, which {manifest} does not list')
+            print(f'Ignored: {listing(unlisted, 1, ", ")} in the column {self.group_column}, which {manifest} does not list')
 
     def _manifest(self):
         return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
@@ -176,7 +170,8 @@ class Tables:
             UserError: it cannot be written.
         """
         if self.group_column and self.kept_manifest and os.path.isfile(self.root) and not self._manifest():
-            keep_split(self._in_proportions([name for of in self._sheets.values() for name in of]), [self.kept_manifest], f'values of {self.group_column}')
+            keep_split(self._in_proportions([name for groups in self._sheets.values() for name in groups]), [self.kept_manifest],
+                       f'values of {self.group_column}')
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
@@ -251,10 +246,14 @@ def map_collecting_errors(function: Callable[[object], Result], arguments: Itera
         except UserError as error:
             errors.append(str(error))
     if errors:
-        count = f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else ''
-        more = f'; and {len(errors) - SHOWN} more' if len(errors) > SHOWN else ''
-        raise UserError(f'{count}{"; ".join(errors[:SHOWN])}{more}')
+        raise UserError((f'{len(errors)} tables cannot be used: ' if len(errors) > 1 else '') + listing(errors, SHOWN))
     return results
+
+
+def map_tables(function: Callable[[Any], Result], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Result]]:
+    """{split: {table: what a function returns}} of {split: {table: argument}}; raises UserError as `map_collecting_errors`."""
+    results = iter(map_collecting_errors(function, [argument for of_split in tables.values() for argument in of_split.values()]))
+    return {split: {table: next(results) for table in of_split} for split, of_split in tables.items()}
 
 
 def _usual(sheets: Sequence[Sheet]) -> Sheet:
@@ -312,7 +311,7 @@ def _check_form(sheet):
         raise UserError(f'the first line of {sheet.path} must name each column, all differently, and is {",".join(columns)[:100]}')
     ragged = [(number, len(row)) for number, row in zip(sheet.lines, sheet.rows) if len(row) != len(columns)]
     if ragged:
-        raise UserError(f'{sheet.path} has {len(columns)} columns and {_count(ragged, "line")} with another number of cells, first line '
+        raise UserError(f'{sheet.path} has {len(columns)} columns and {counted(len(ragged), "line")} with another number of cells, first line '
                         f'{ragged[0][0]} with {ragged[0][1]}')
 
 
@@ -333,7 +332,7 @@ def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) ->
         row, column = bad[0]
         cell = sheet.rows[row][indices[column]].strip()
         what = 'is not a finite number' if len(bad) == 1 else 'are not finite numbers'
-        raise UserError(f'{sheet.path} has {_count(bad, "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
+        raise UserError(f'{sheet.path} has {counted(len(bad), "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
                         f'column {names[column]}, line {sheet.lines[row]}')
     return values
 
@@ -362,10 +361,10 @@ def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
     if commas:
         print(f'Note: numbers are read with a decimal comma, 1,5 as 1.5, in {commas[0]}'
               + (f' and {len(commas) - 1} more files' if len(commas) > 1 else ''))
-    rounded = [(sheet, name, row) for sheet in sheets for name in names for row in [sheet.columns.index(name)]
-               if any(_is_rounded(cells[row]) for cells in sheet.rows)]
+    rounded = [(sheet, name) for sheet in sheets for name in names for index in [sheet.columns.index(name)]
+               if any(_is_rounded(row[index]) for row in sheet.rows)]
     if rounded:
-        sheet, name, _ = rounded[0]
+        sheet, name = rounded[0]
         print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it numbers '
               'the rows, remove it')
 
@@ -385,15 +384,11 @@ def as_number(text: str, decimal_comma: bool = False) -> float:
         return math.nan
 
 
-def _count(things, name):
-    return f'{len(things)} {name}{"s" if len(things) > 1 else ""}'
-
-
 # The columns of a run -----------------------------------------------------------------------------------------------
 
 def write_columns(directory: str, columns: Columns) -> None:
     """Writes the columns of a run into its directory; raises OSError if that cannot be done."""
-    write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(columns._asdict(), indent=1).encode())
+    write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(vars(columns), indent=1).encode())
 
 
 def read_columns(directory: str) -> Columns | None:
@@ -404,15 +399,13 @@ def read_columns(directory: str) -> Columns | None:
     """
     path = os.path.join(directory, COLUMNS_FILE)
     try:
-        record = read_json(path)
-        columns = Columns(*({str(name): (float(mean), float(deviation)) for name, (mean, deviation) in record[part].items()}
-                            for part in Columns._fields))
+        columns = checked(Columns, read_json(path), 'columns')
         if not columns.features or not all(deviation > 0 and math.isfinite(mean + deviation)
-                                           for part in columns for mean, deviation in part.values()):
+                                           for mean, deviation in [*columns.features.values(), *columns.targets.values()]):
             raise ValueError('columns')
         return columns
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f'{path} cannot be read, or no training wrote it ({first_line(error)}); remove it to have the columns of '
                         '--data_path') from error

@@ -39,7 +39,7 @@ class UserTask(NamedTuple):
     """A task that a user made, of images or of rows of numbers: examples to learn from, and queries to predict for."""
     batch: TaskBatch        # of this one task; query_y is 0 where the answer is not known
     classes: list[str]      # their names, in the order of the labels; [] in regression
-    known: np.ndarray       # bool [queries]: whether the answer is known
+    has_answer: np.ndarray  # bool [queries]: whether the answer is known
     unit: str               # what an example is: 'image' | 'row'
     support: str            # the flag that names the support examples, and its value
     name: str               # of the task, for the names of files
@@ -50,7 +50,7 @@ class UserTask(NamedTuple):
     @property
     def labels(self) -> list[int | None]:
         """The label of each query, None if it is not known; in classification."""
-        return [int(np.argmax(row)) if known else None for row, known in zip(self.batch.query_y[0], self.known)]
+        return [int(np.argmax(row)) if answered else None for row, answered in zip(self.batch.query_y[0], self.has_answer)]
 
 
 def task_name(support: str, query: str) -> str:

@@ -21,18 +21,18 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
     support, queries = map_collecting_errors(read_sheet, [support_csv, query_csv])
     report_numbers([support, queries], [])
     targets, classes = list(columns.targets), []
-    known = np.full(len(queries.rows), bool(targets) and set(targets) <= set(queries.columns))
-    columns_of = [(support, targets), (queries, targets if known.all() else [])]
+    has_answer = np.full(len(queries.rows), bool(targets) and set(targets) <= set(queries.columns))
+    columns_of = [(support, targets), (queries, targets if has_answer.all() else [])]
     values = map_collecting_errors(lambda pair: columns.standardise(sheet_values(pair[0], [*columns.features, *pair[1]])), columns_of)
     (support_x, support_y), (query_x, query_y) = (np.split(rows, [len(columns.features)], axis=1) for rows in values)
     if not targets:
         column = source.files.group_column or CLASS
         classes = _classes(support, column)
         support_y, query_y = (one_hot(_class_column(sheet, column), classes) for sheet in (support, queries))
-        known = query_y.any(axis=1)
-    elif not known.all():
+        has_answer = query_y.any(axis=1)
+    elif not has_answer.all():
         query_y = np.zeros((len(query_x), len(targets)), np.float32)
-    return UserTask(TaskBatch(*(rows[None] for rows in (support_x, support_y, query_x, query_y))), classes, known, 'row',
+    return UserTask(TaskBatch(*(rows[None] for rows in (support_x, support_y, query_x, query_y))), classes, has_answer, 'row',
                     f'--support_csv={support_csv}', task_name(support_csv, query_csv), [f'line {number}' for number in queries.lines],
                     queries.columns, queries.rows)
 

@@ -26,7 +26,7 @@ from networks import CLASSIFIER, HEAD_PREFIX
 from runtime.jobs import bundle
 from runtime.results import store
 from runtime.results.provenance import Provenance
-from runtime.system.errors import UserError, first_line
+from runtime.system.errors import UserError, first_line, listing
 from runtime.system.files import locked, require_regular_file
 from runtime.system.schema import checked
 
@@ -198,23 +198,23 @@ def newest(directory: str) -> Checkpoint | None:
     return None
 
 
-def find(directory: str, wanted: int | str | None) -> Checkpoint:
+def find(directory: str, selection: int | str | None) -> Checkpoint:
     """The checkpoint of an iteration; None: the newest; 'best': the one that the newest records as best on meta-validation.
 
     Raises UserError as `newest`, or if it is not there; the message names the directory and what it holds.
     """
     what, saved = 'checkpoint', iterations(directory)
-    if wanted is None or wanted == 'best':
+    if selection is None or selection == 'best':
         checkpoint = newest(directory)
-        if checkpoint and wanted is None:
+        if checkpoint and selection is None:
             return checkpoint
         best = checkpoint and checkpoint.record['best']
-        wanted = best and best['iteration']
+        selection = best and best['iteration']
         what = 'checkpoint that was validated' if checkpoint else 'checkpoint'
-    if wanted in saved:
-        return load(path(directory, wanted))
-    if wanted is not None:
-        what = f'checkpoint model{wanted}'
+    if selection in saved:
+        return load(path(directory, selection))
+    if selection is not None:
+        what = f'checkpoint model{selection}'
     if saved:
         hint = f'there {"are" if len(saved) > 1 else "is"} {", ".join(f"model{number}" for number in saved)}. Give one of these'
     else:
@@ -412,14 +412,12 @@ def _reference_weights(arrays, variables):
 
 
 def _assign(prefix, arrays, variables):
-    there = {name: f'{array.dtype.name}{list(array.shape)}' for name, array in arrays.items()}
-    here = {name: f'{variable.dtype.name}{list(variable.shape)}' for name, variable in variables.items()}
-    differences = [f'{name} is {there.get(name, "missing")} there and {here.get(name, "missing")} here'
-                   for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    saved = {name: f'{array.dtype.name}{list(array.shape)}' for name, array in arrays.items()}
+    expected = {name: f'{variable.dtype.name}{list(variable.shape)}' for name, variable in variables.items()}
+    differences = [f'{name} is {saved.get(name, "missing")} there and {expected.get(name, "missing")} here'
+                   for name in sorted(saved.keys() | expected.keys()) if saved.get(name) != expected.get(name)]
     if differences:
-        more = f', and {len(differences) - 3} more' if len(differences) > 3 else ''
-        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: '
-                        f'{", ".join(differences[:3])}{more}')
+        raise UserError(f'the checkpoint {prefix} does not fit the network that the flags describe: {listing(differences, 3, ", ")}')
     for name, variable in variables.items():
         variable.assign(arrays[name])
 

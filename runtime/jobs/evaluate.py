@@ -82,15 +82,15 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         record_split(run.source, run.tasks, data)
     tasks = data[run.split]
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
-    known = known_classes(run, restored, tasks)
-    print(heading(run, tasks, restored, known), flush=True)
+    seen_classes = known_classes(run, restored, tasks)
+    print(heading(run, tasks, restored, seen_classes), flush=True)
     results, written, models = [], [store.FILE], models_of(run, restored)
     for variant, model in models.items():
         of_model = results_of(run, tasks, variant, model, variant.label if len(models) > 1 else None)
         results += of_model
         for result in of_model if run.replicas.chief else ():
             name = reference_name(run, restored, result.variant)
-            save(run.directory, entry_of(run, tasks, restored, known, result), result.values, name, lambda: check_still_there(restored))
+            save(run.directory, entry_of(run, tasks, restored, seen_classes, result), result.values, name, lambda: check_still_there(restored))
             written += [f'{name}.csv and .pkl'] if name else []
     report(run, results, written)
     if run.plot and run.replicas.chief:
@@ -127,24 +127,24 @@ def results_of(run: Evaluation, tasks: Tasks, variant: Variant, model: MAML | En
             Result(variant._replace(orders='averaged'), seconds, metrics.averaged.T)]
 
 
-def heading(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str]) -> str:
-    """Text: which checkpoint is evaluated on which tasks, and how many of their classes, `known`, may have been trained on."""
+def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Sequence[str]) -> str:
+    """Text: which checkpoint is evaluated on which tasks, and how many of their classes, `seen_classes`, may have been trained on."""
     described = {None: 'weights of another run', 0: 'the initial weights'}.get(restored.iterations, f'{restored.iterations} iterations')
     if restored.ensemble:
         described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
     lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
              f'{restored.prefix} ({described})']
-    if known:
+    if seen_classes:
         what = 'have the names of classes that' if run.datasource != restored.trained_on else 'are among those that'
-        lines.append(f'Note: {len(known)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} {what} '
-                     f'the model was trained on, such as {known[0]}')
+        lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} {what} '
+                     f'the model was trained on, such as {seen_classes[0]}')
     if restored.provenance and run.datasource == restored.trained_on:
         now, examples = Provenance({run.split: tasks.fingerprint}), 'images' if run.source.image_shape else 'data'
         lines += [f'Note: {sentence}' for sentence in differences(restored.provenance, now, 'the model', examples).values()]
     return '\n'.join([*lines, ''])
 
 
-def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[str], result: Result) -> store.Entry:
+def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Sequence[str], result: Result) -> store.Entry:
     """The entry of results.json for a result of an evaluation."""
     variant, values = result.variant, result.values
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
@@ -165,7 +165,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, known: Sequence[
             query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders,
             update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates, headline_updates=run.headline_updates,
             load_from=run.load_from and os.path.abspath(run.load_from)),
-        known_classes=list(known), metric=run.metric, seconds=result.seconds,
+        known_classes=list(seen_classes), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
                   **arithmetic(restored.model.config.engine, run.replicas.count)},
         figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums.get(restored.prefix))

@@ -23,6 +23,7 @@ from runtime.datasets.tables import Columns
 from runtime.datasets.tasks import TaskBatch
 from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file, write_atomically
+from runtime.system.schema import checked
 
 if TYPE_CHECKING:
     from maml import MAML, ModelConfig
@@ -167,7 +168,7 @@ class Predictor:
         columns = self.inputs.columns
         config = {**dataclasses.asdict(self.config), 'network': self.config.network and network_of(self.config).name}
         facts = {'config': config, 'classes': self.classes,
-                 'inputs': {**self.inputs._asdict(), 'columns': columns and columns._asdict()}}
+                 'inputs': {**self.inputs._asdict(), 'columns': columns and vars(columns)}}
         arrays = {f'{number}/{name}': array for number, member in enumerate(self.members) for name, array in member.items()}
         write_atomically(path, lambda file: np.savez(file, facts=json.dumps(facts), support_x=self.support_x, **arrays))
 
@@ -192,8 +193,8 @@ def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> 
         if bool(fields.get('network')) != bool(network):
             made_by = f'{fields["network"]}, which network= must give' if fields.get('network') else 'this program: leave out network='
             raise UserError(f'{os.fspath(path)} has a network made by {made_by}')
-        columns = facts['inputs'].pop('columns')
-        inputs = Inputs(**facts['inputs'], columns=columns and Columns(**columns))
+        columns = checked(Columns | None, facts['inputs'].pop('columns'), 'columns')
+        inputs = Inputs(**facts['inputs'], columns=columns)
         return Predictor(ModelConfig(**{**fields, 'network': network}), list(members.values()), support_x, facts['classes'], inputs)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it '

@@ -76,7 +76,7 @@ def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
 def of_targets(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
     """Predictions of targets, in their own units, [queries, targets]."""
     summary = ''
-    if task.known.all():
+    if task.has_answer.all():
         errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
         texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
         summary = f'Root mean squared error: {", ".join(texts)}\n'

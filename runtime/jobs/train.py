@@ -30,8 +30,8 @@ from runtime.jobs.models import Model, new_model
 from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
-from runtime.results.statistics import HIGHER_IS_BETTER
-from runtime.system.errors import UserError
+from runtime.results.statistics import UNITS
+from runtime.system.errors import UserError, counted
 from runtime.system.interruption import Interruption
 from runtime.system.progress import Progress
 
@@ -120,16 +120,16 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     hint = 'start from scratch by --resume=False or in another --logdir'
     checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']
-    found = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
-    refused = [(found.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in found]
+    changes = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
+    refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in changes]
     if refused:
         sentences, cures = zip(*refused)
         raise UserError(f'{"; ".join(sentences)}; {" and ".join(cures)}, or {hint}')
     if run.load_from and not then.is_known:
-        found['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
-    for sentence in found.values():
+        changes['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
+    for sentence in changes.values():
         print(f'Note: {sentence}')
-    if 'arithmetic' in found:
+    if 'arithmetic' in changes:
         print('      From here on the run is not, bit for bit, what it would be without the interruption')
     return then.continued(now)
 
@@ -190,7 +190,7 @@ def description(run: Training, data: dict[str, Tasks], model: Model) -> str:
     config, replicas = model.config, run.replicas
     parameters = sum(math.prod(variable.shape) for variable in [*model.weights.values(), *model.norm_params.values()])
     gpus = len(tf.config.list_physical_devices('GPU'))
-    device = f'{gpus} GPU{"s" if gpus > 1 else ""}' if gpus else f'{os.cpu_count()} CPU cores'
+    device = counted(gpus, 'GPU') if gpus else f'{os.cpu_count()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *data_description(run, data),
              f'  network  {model.description}; {parameters:,} parameters',
@@ -346,7 +346,7 @@ def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
     """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
-    sign = -1 if run.metric in HIGHER_IS_BETTER else 1
+    sign = -1 if UNITS[run.metric].higher_is_better else 1
     best_first = sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))
     return best_first[:max(run.ensemble, len(ranking))]  # a training that goes on without --ensemble keeps what it has
 

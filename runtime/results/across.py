@@ -92,7 +92,7 @@ class Matrix:
         evaluation = self.cells[row, column]
         mark = ('' if evaluation.is_transfer else OWN_SOURCE) + (KNOWN_CLASSES if evaluation.entry.known_classes else '')
         mean, _, half = self.statistics[row, column]
-        return plus_minus(mean, half, UNITS[self.metric][2]) + mark
+        return plus_minus(mean, half, UNITS[self.metric].digits) + mark
 
     def means(self) -> np.ndarray:
         """[models, targets]; nan where there is no evaluation."""
@@ -108,7 +108,7 @@ class Matrix:
             notes.append(f'{KNOWN_CLASSES}: the model was trained on some of the classes, or on classes of these names')
         rows = [[label, model.updates, *(self.text(row, column) for column in range(len(self.targets)))]
                 for row, (label, model) in enumerate(zip(self.labels, self.models))]
-        return render.Table(f'{UNITS[self.metric][0]}, with its 95% interval, after the updates of each method'
+        return render.Table(f'{UNITS[self.metric].title}, with its 95% interval, after the updates of each method'
                             + (f'; {self.common}' if self.common else ''), ['model', 'updates', *self.targets], rows, notes=notes)
 
 
@@ -139,8 +139,8 @@ def records(matrices: Sequence[Matrix]) -> render.Table:
     rows = []
     for matrix in matrices:
         for (row, column), evaluation in sorted(matrix.cells.items(), key=lambda item: item[0]):
-            known = len(evaluation.entry.known_classes)
+            num_known = len(evaluation.entry.known_classes)
             tasks = ', '.join(filter(None, [matrix.targets[column], matrix.common]))
-            rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, known, tasks, UNITS[matrix.metric][0],
+            rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, num_known, tasks, UNITS[matrix.metric].title,
                          evaluation.headline_updates, *matrix.statistics[row, column], evaluation.path])
     return render.Table('', COLUMNS, rows)

@@ -42,7 +42,7 @@ class Evaluation:
     @property
     def values(self) -> np.ndarray:
         """[tasks, columns], in the unit that is shown."""
-        return np.array(self.entry.scores) * UNITS[self.entry.metric][1]
+        return np.array(self.entry.scores) * UNITS[self.entry.metric].factor
 
     @property
     def headline_updates(self) -> int:

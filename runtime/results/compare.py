@@ -136,7 +136,7 @@ class Comparison:
     def __init__(self, evaluations: Sequence[Evaluation]):
         self.evaluations = evaluations
         self.tasks, self.metric = describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
-        self.unit, _, self.digits = UNITS[self.metric]
+        self.unit, self.digits = UNITS[self.metric].title, UNITS[self.metric].digits
         self.title = f'{self.tasks}: {self.unit}'
         letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(evaluations))]
         self.lines = [Line(letters[index], label, evaluation.path, evaluation.flag('seed'), evaluation.headline_updates, (index,))
@@ -245,7 +245,7 @@ def sweep_of(comparison: Comparison, flag: str) -> Sweep:
     evaluations = comparison.evaluations
     described = [{name: value for name, value in setting.items() if name not in (flag, f'evaluation {flag}', 'seed', 'checkpoint')}
                  | {'': method_without(evaluation, flag)} for evaluation, setting in zip(evaluations, settings(evaluations))]
-    labels = [', '.join(parts) for parts in _label_parts([evaluation.user_label for evaluation in evaluations], described)]
+    labels = [', '.join(parts) for parts in _label_parts(evaluations, described)]
     seeds: dict[str, dict[Any, dict[Any, np.ndarray]]] = {}
     for evaluation, label, setting, values in zip(evaluations, labels, described, comparison.headline):
         of_line = seeds.setdefault(label or setting[''], {}).setdefault(swept_value(evaluation, flag), {})
@@ -315,19 +315,19 @@ def _beyond_the_flags(evaluation):
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
     """For each evaluation its label: as `_label_parts`, and where these do not tell evaluations apart, the parts of their paths that do."""
-    parts_of_each = _label_parts([evaluation.user_label for evaluation in evaluations], settings(evaluations))
+    parts_of_each = _label_parts(evaluations, settings(evaluations))
     if len({tuple(parts) for parts in parts_of_each}) < len(parts_of_each):
         for parts, path in zip(parts_of_each, differing_parts([evaluation.path for evaluation in evaluations])):
             parts.append(path)
     return [', '.join(parts) or evaluation.method for parts, evaluation in zip(parts_of_each, evaluations)]
 
 
-def _label_parts(user_labels, settings_of_each):
-    """For each evaluation the name that the user gave it, and the settings in which it differs from others of that name.
+def _label_parts(evaluations, settings_of_each):
+    """For each evaluation the name that the user gave it, and those of its settings in which it differs from others of that name.
 
     Where these have different methods, the usual value of another setting is not stated, and not what the name of its method says.
     """
-    named = list(zip(user_labels, settings_of_each))
+    named = [(evaluation.user_label, setting) for evaluation, setting in zip(evaluations, settings_of_each)]
     parts_of_each = []
     for user_label, setting in named:
         alike = [other for label, other in named if label == user_label]
@@ -362,7 +362,7 @@ def _setting_text(user_label, name, value):
 
 def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
     """The name of a group of evaluations, and what else their labels have in common."""
-    parts_of_each = _label_parts([evaluation.user_label for evaluation in evaluations], settings(evaluations))
+    parts_of_each = _label_parts(evaluations, settings(evaluations))
     first = evaluations[group[0]]
     common = [part for part in parts_of_each[group[0]] if all(part in parts_of_each[index] for index in group)]
     best = ['best checkpoint of each seed'] if len({evaluations[index].entry.checkpoint for index in group}) > 1 else []

@@ -21,9 +21,9 @@ from runtime.datasets.goals import LARGEST as LARGEST_GOAL
 from runtime.datasets.goals import GoalTasks
 from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
 from runtime.results.render import Table
-from runtime.results.statistics import HIGHER_IS_BETTER, UNITS, number, over_tasks_and_seeds, statistics
+from runtime.results.statistics import UNITS, number, over_tasks_and_seeds, statistics
 from runtime.results.store import SPLIT_TITLES
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, counted
 from runtime.system.files import write_atomically
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
 def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updates: Collection[str] = ()) -> Figure:
     """A metric of query rows against the number of updates, with bands of the 95% interval of the mean, like figures 3 and 4 of the paper.
 
-    Unless these are returns, the first column of the values is another quantity, of support rows before adaptation: it is a separate mark
-    at 0. It may lie outside the axes, so its value is in the legend.
+    If the first column of the values is another quantity, of support rows before adaptation, it is a separate mark at 0. It may lie outside
+    the axes, so its value is in the legend.
 
     Args:
         runs: {label: values [tasks, 1 + updates], or [seeds, tasks, 1 + updates], whose bands cover seeds too}.
@@ -76,26 +76,26 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
         heading: what was evaluated.
         without_updates: the labels of runs whose second column is of query rows without an inner update: a filled mark at 0.
     """
-    title, factor, digits = UNITS[metric]
-    first = 0 if metric == 'return' else 1
+    unit = UNITS[metric]
+    first = int(unit.starts_with_support)
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(runs)), layout='constrained')
     axes, drawn, bounds, marks = figure.subplots(), [], [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
-        mean, half = _mean_and_half(values * factor, values.ndim == 3)
+        mean, half = _mean_and_half(values * unit.factor, values.ndim == 3)
         updates, low, high = np.arange(len(mean)) - (label in without_updates), mean - half, mean + half
         drawn += axes.plot(updates[first:], mean[first:], markersize=4, zorder=3,
-                           label=f'{_plain(label)} (before adaptation: {number(mean[0], digits)})', **style)
+                           label=f'{_plain(label)} (before adaptation: {number(mean[0], unit.digits)})', **style)
         axes.fill_between(updates[first:], low[first:], high[first:], color=style['color'], alpha=0.2, linewidth=2 * (label in without_updates))
         if first:
             axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
         bounds.append(np.array([low, high])[:, 1:])
         marks.append(mean[0])
-    _limit(axes, metric, drawn, bounds)
+    _limit(axes, unit, drawn, bounds)
     longest = max(values.shape[-1] - 1 - (label in without_updates) for label, values in runs.items())
     bottom, top = axes.get_ylim()
     has_mark = first and any(bottom <= mark <= top for mark in marks)
     axes.set(xlabel='inner updates' + (f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''),
-             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'{"query " if first else ""}{title}\n(band: 95% interval)',
+             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'{"query " * first}{unit.title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     _finish(figure, axes, heading, runs)
     return figure
@@ -116,8 +116,8 @@ def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, headi
         mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for values in values_of_each]).T
         drawn.append(axes.errorbar(places, mean, half, markersize=4, capsize=2, label=_plain(label) + _seeds(values_of_each), **style))
         bounds.append(np.array([mean - half, mean + half]))
-    _limit(axes, metric, drawn, bounds)
-    axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric][0]}\n(bars: 95% interval)')
+    _limit(axes, UNITS[metric], drawn, bounds)
+    axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric].title}\n(bars: 95% interval)')
     _finish(figure, axes, heading, lines)
     return figure
 
@@ -170,7 +170,7 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
         shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
     figure = Figure(figsize=(4.5 + 1.5 * len(targets), 1.7 + 0.45 * len(models)), layout='constrained')
     axes = figure.subplots()
-    axes.imshow(shade if metric in HIGHER_IS_BETTER else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
+    axes.imshow(shade if UNITS[metric].higher_is_better else 1 - shade, cmap='Blues', vmin=-0.1, vmax=1.7, aspect='auto')
     for row, cells in enumerate(table.rows):
         for column, text in enumerate(cells[-len(targets):]):
             axes.text(column, row, text, ha='center', va='center', fontsize='small')
@@ -183,38 +183,39 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
     return figure
 
 
-def _limit(axes, metric, drawn, bounds):
+def _limit(axes, unit, drawn, bounds):
     """Sets the range of y so that the intervals can be seen, and says in the legend which curves leave the axes.
 
     Args:
         drawn: the curves.
         bounds: for each of them the ends of its intervals, [2, points].
     """
-    if metric == 'return':
-        return  # returns are bounded, and all of the axes' own range is theirs
+    if not unit.limits:
+        return
     finite = [ends[np.isfinite(ends)] for ends in bounds]
     highest = [values.max(initial=-np.inf) for values in finite]
     positive = sorted(high for high in highest if high > 0)
     top = DIVERGED * positive[(len(positive) - 1) // 2] if positive else np.inf  # curves that diverged must not squash the others
     for line, high, ends in zip(drawn, highest, bounds):
-        if metric == 'loss' and (high > top or not np.isfinite(ends).all()):
+        if unit.limits[1] is None and (high > top or not np.isfinite(ends).all()):
             line.set_label(line.get_label() + ', leaves the axes')
     shown = [values for values, high in zip(finite, highest) if high <= top and values.size]
     if shown:
-        _set_range(axes, metric, shown)
+        _set_range(axes, unit.limits, shown)
 
 
-def _set_range(axes, metric, shown):
+def _set_range(axes, limits, shown):
     """Sets the range of y for the ends of intervals, an array for each curve."""
     low, high = min(values.min() for values in shown), max(values.max() for values in shown)
-    if metric == 'accuracy':
+    lowest, highest = limits
+    if highest is not None:
         margin = 0.15 * max(high - low, 1.0)
-        axes.set_ylim(max(low - margin, 0), min(high + margin, 100 + margin / 3))
+        axes.set_ylim(max(low - margin, lowest), min(high + margin, highest + margin / 3))
     elif high > WIDE * max(min(np.percentile(values, 50, method='lower') for values in shown), 1e-9):
         axes.set_yscale('log', nonpositive='clip')  # nothing would be seen of the smaller values on a linear axis
         axes.set_ylim(top=2 * high)
     else:
-        axes.set_ylim(0, 1.05 * high if high > 0 else None)
+        axes.set_ylim(lowest, 1.05 * high if high > 0 else None)
 
 
 def functions(model: MAML, tasks: FunctionTasks, heading: str) -> Figure:
@@ -262,7 +263,7 @@ def paths(model: Navigator, tasks: GoalTasks, heading: str) -> Figure:
             positions, mask = np.asarray(episodes[updates].observations[task]), np.asarray(episodes[updates].mask[task])
             for episode, (places, running) in enumerate(zip(positions[:SHOWN_EPISODES], mask)):
                 walked = places[running > 0]
-                label = f'after {updates} update{"s" if updates > 1 else ""}' if updates else 'before adaptation'
+                label = f'after {counted(updates, "update")}' if updates else 'before adaptation'
                 axes.plot(walked[:, 0], walked[:, 1], label=None if episode else label, **{**style, 'marker': None, 'linewidth': 0.8})
         axes.plot(0, 0, 'ks', markersize=5, label='start')
         axes.plot(*batch.goals[task], 'k*', markersize=12, label='goal')
@@ -310,7 +311,7 @@ def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -
     shown = names[:SHOWN_CLASSES]
     figure = Figure(figsize=(1.25 * (shots + queries) + 0.8, 1.5 * len(shown) + 1.3), layout='constrained')
     text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query images, '
-            f'with the class predicted before → after adaptation ({num_updates} update{"s" if num_updates > 1 else ""}) and its probability; '
+            f'with the class predicted before → after adaptation ({counted(num_updates, "update")}) and its probability; '
             f'{right} of {total} are right')
     figure.suptitle(_plain('\n'.join(textwrap.wrap(text, int(16 * figure.get_figwidth())))), fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)

@@ -64,20 +64,20 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         model: what to call it.
         examples: what to call the data.
     """
-    found = {}
+    sentences = {}
     compared = then.data.keys() | now.data.keys() if now.is_known else then.data.keys() & now.data.keys()
     splits = [split for split in sorted(compared) if then.data.get(split) != now.data.get(split)]
     if splits:
         moved = f' (then in {then.data_path}, now in {now.data_path})' if None not in {then.data_path, now.data_path} and then.data_path != now.data_path else ''
-        found['data'] = f'the {examples} of the {" and ".join(splits)} split are not those that {model} was trained on{moved}'
+        sentences['data'] = f'the {examples} of the {" and ".join(splits)} split are not those that {model} was trained on{moved}'
     if then.is_known and now.weights:
-        found.update(_weights_differ(then.weights, now.weights, model))
+        sentences.update(_weights_differ(then.weights, now.weights, model))
     if then.is_known and now.is_known and then.arithmetic[-1] != now.arithmetic[-1]:
         before, after = then.arithmetic[-1], now.arithmetic[-1]
         what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
                          for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
-        found['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
-    return found
+        sentences['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
+    return sentences
 
 
 def _weights_differ(then, given, model):

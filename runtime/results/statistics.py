@@ -1,6 +1,7 @@
 """Means over tasks and their intervals."""
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -11,8 +12,20 @@ ROUNDING = 1e-6       # values of single precision that differ by no more than t
 NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the results
 FAR_FROM_NORMAL = 1, 3  # skewness and excess kurtosis, each without its sign
 LEAST_FOR_RANKS = 10  # differences for a signed-rank test
-UNITS = {'accuracy': ('accuracy in %', 100, 2), 'loss': ('mean squared error', 1, 4), 'return': ('average return', 1, 2)}  # title, factor, digits
-HIGHER_IS_BETTER = {'accuracy', 'return'}
+
+
+class Unit(NamedTuple):
+    """How a metric is shown."""
+    title: str
+    factor: int                     # from the unit of the scores to the one that is shown
+    digits: int                     # after the point
+    higher_is_better: bool
+    limits: tuple[int, int | None] | None  # of the axis of a picture; None at the top: diverged values must be cut off; no limits: matplotlib's
+    starts_with_support: bool = True  # the first column is of support rows, another quantity than the others
+
+
+UNITS = {'accuracy': Unit('accuracy in %', 100, 2, True, (0, 100)), 'loss': Unit('mean squared error', 1, 4, False, (0, None)),
+         'return': Unit('average return', 1, 2, True, None, starts_with_support=False)}
 
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
@@ -98,18 +111,18 @@ def plus_minus(mean: float, half: float, digits: int) -> str:
 
 def figure(mean: float, half: float, metric: str) -> str:
     """Text: a mean and the half-width of its interval, both of UNITS[metric] before its factor, as tables show them."""
-    _, factor, digits = UNITS[metric]
-    return plus_minus(mean * factor, half * factor, digits)
+    unit = UNITS[metric]
+    return plus_minus(mean * unit.factor, half * unit.factor, unit.digits)
 
 
-def p_value(one: np.ndarray, other: np.ndarray) -> float:
+def p_value(values: np.ndarray, base: np.ndarray) -> float:
     """The p-value of a two-sided paired t-test on values [tasks].
 
     It is 1 if they are equal but for ROUNDING; nan if one is not finite, or if the difference is the same for all tasks.
     """
-    if np.array_equal(one, other, equal_nan=True):
+    if np.array_equal(values, base, equal_nan=True):
         return 1.0
-    differences = difference(one, other)
+    differences = difference(values, base)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
         if not np.ptp(differences) > ROUNDING * np.abs(differences).max():
@@ -117,18 +130,18 @@ def p_value(one: np.ndarray, other: np.ndarray) -> float:
         return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
-def paired_test(one: np.ndarray, other: np.ndarray) -> tuple[float, bool]:
+def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
     """The p-value of a two-sided paired test on values [tasks], and whether it is Wilcoxon's signed-rank test instead of the t-test.
 
     It is where the differences are FAR_FROM_NORMAL: a few tasks then decide the mean, and the t-test's p-value may be far off. Equal
     values count as half above and half below (Pratt, 1959).
     """
-    differences = difference(one, other)
+    differences = difference(values, base)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
         shape = np.abs([stats.skew(differences), stats.kurtosis(differences)])
         if len(differences) < LEAST_FOR_RANKS or not (shape > FAR_FROM_NORMAL).any():
-            return p_value(one, other), False
+            return p_value(values, base), False
         return float(stats.wilcoxon(differences, zero_method='pratt').pvalue), True
 
 

@@ -133,7 +133,7 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
         metric: one of UNITS.
         without_updates: whether they are evaluations without inner updates.
     """
-    lines = [f'  updates  {UNITS[metric][0]}, with its 95% interval']
+    lines = [f'  updates  {UNITS[metric].title}, with its 95% interval']
     width = max(24, *(2 + len(label) for label in evaluations)) if len(evaluations) > 1 else 24
     if len(evaluations) > 1:
         lines.append(' ' * 11 + ''.join(f'{label:{width}}' for label in evaluations))
@@ -141,7 +141,7 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
     titles = column_titles(0 if without_updates else len(columns[0]) - 1)
     for updates, cells in zip(titles, zip(*columns)):
         lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:{width}}' for cell in cells).rstrip())
-    lines.append('  (0: before adaptation)' if metric == 'return' else '  (0: support examples, before adaptation)')
+    lines.append(f'  (0: {"support examples, " * UNITS[metric].starts_with_support}before adaptation)')
     for label, values in evaluations.items():
         diverged = np.sum(~np.isfinite(values).all(axis=1))
         if diverged:

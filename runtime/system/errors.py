@@ -1,5 +1,7 @@
-"""The one exception for mistakes that a user can correct. It is raised where the mistake is found and printed by main.py."""
+"""The one exception for mistakes that a user can correct. It is raised where the mistake is found and printed by main.py. And words for
+its messages."""
 import re
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -9,3 +11,13 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without TensorFlow's decoration."""
     return re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', str(error).splitlines()[0]).strip() if str(error) else type(error).__name__
+
+
+def counted(number: int, name: str) -> str:
+    """Text: '1 file', '2 files'."""
+    return f'{number} {name}{"s" if number > 1 else ""}'
+
+
+def listing(texts: Sequence[str], shown: int, separator: str = '; ') -> str:
+    """Text: the first of some texts, and how many more there are."""
+    return separator.join([*texts[:shown], *([f'and {len(texts) - shown} more'] if len(texts) > shown else [])])

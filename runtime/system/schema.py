@@ -9,7 +9,7 @@ def checked(kind: Any, value: Any, field: str) -> Any:
     """A value as the annotation `kind` says; raises ValueError, which names the field.
 
     Of a dataclass, fields without a default must be there, and others than its fields are left out; a typed dictionary keeps what it does
-    not know, and its fields are checked where they are there.
+    not know, and must have its required fields.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or type(value) is kind:
@@ -20,6 +20,8 @@ def checked(kind: Any, value: Any, field: str) -> Any:
         return float(value)
     if (origin, type(value)) == (list, list):
         return [checked(arguments[0], item, f'{field}[{index}]') for index, item in enumerate(value)]
+    if (origin, type(value)) == (tuple, list) and len(arguments) == len(value):
+        return tuple(checked(argument, item, f'{field}[{index}]') for index, (argument, item) in enumerate(zip(arguments, value)))
     if (origin, type(value)) == (dict, dict):
         return {name: checked(arguments[1], item, f'{field}.{name}') for name, item in value.items()}
     if _is_structure(kind) and type(value) is dict:
@@ -43,9 +45,9 @@ def _checked_union(kinds, value, field):
 
 def _checked_structure(kind, values, field):
     fields = {name: checked(hint, values[name], f'{field}.{name}') for name, hint in typing.get_type_hints(kind).items() if name in values}
-    if typing.is_typeddict(kind):
-        return {**values, **fields}
-    for one in dataclasses.fields(kind):
-        if one.name not in values and one.default is one.default_factory is dataclasses.MISSING:
-            raise ValueError(f'{field}.{one.name} is missing')
-    return kind(**fields)
+    required = kind.__required_keys__ if typing.is_typeddict(kind) else [
+        member.name for member in dataclasses.fields(kind) if member.default is member.default_factory is dataclasses.MISSING]
+    for name in required:
+        if name not in values:
+            raise ValueError(f'{field}.{name} is missing')
+    return {**values, **fields} if typing.is_typeddict(kind) else kind(**fields)
