@@ -308,6 +308,11 @@ def test_baselines(tmp_path, eager):
         assert 'Pretrain Iteration 1: ' in printed and f'{inputs}-4-4-2' in printed
         assert weights_of(tmp_path / str(inputs), 1)['w1'].shape == (inputs, 4)
         run_ok(*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False', *TEST)
+    run_ok(f'--run={tmp_path / "4"}', *TEST, '--test_updates=0', '--log=False')
+    with_updates, without = results_of(glob.glob(f'{tmp_path}/4/*/')[0])
+    assert (without.headline_column, np.shape(without.scores)) == (0, (4, 1))
+    np.testing.assert_allclose(without.scores, np.array(with_updates.scores)[:, :1])
+    assert f'{tmp_path}/2' in run_ok('--compare', f'{tmp_path / "4"}', f'{tmp_path / "2"}')
 
 
 def test_divergence_ends_in_a_sentence(tmp_path, eager):

@@ -95,8 +95,8 @@ class Entry:
 
     @property
     def headline_column(self) -> int:
-        """The column of `scores` at which the method is reported."""
-        return self.setting.headline_updates if self.setting.test_updates else 1
+        """The column of `scores` at which the method is reported; without updates the last, of query rows or of the only episodes."""
+        return self.setting.headline_updates if self.setting.test_updates else len(self.figures) - 1
 
     def is_after(self, iteration: int) -> bool:
         """Whether a checkpoint of its own run that is newer than that was evaluated."""
