@@ -225,6 +225,16 @@ def test_of_equal_corners_one_is_taken():
     assert len(set(gradient[1:4])) == 1 and gradient[0] > gradient[1] + 0.5
 
 
+def test_tapes_make_no_derivatives_of_compiled_loops():
+    """For these the tapes of the inner and the outer loop would have functions compiled that return all intermediate values too."""
+    image, pooled = tf.TensorSpec([2, 4, 4, 1]), tf.TensorSpec([2, 2, 2, 1])
+    function = tf.function(lambda x, g, w: twice(lambda x: batch_standardize(x, 1e-3, pool=True), x, g, w), autograph=False)
+    library = function.get_concrete_function(image, pooled, image).graph.as_graph_def().library.function
+    loops = {re.sub(r'_\d+$', '', definition.signature.name) for definition in library}
+    assert loops == {f'__inference__{name}' for name in ('row_sum_of_squares', 'shift_and_scale', 'winner_and_sum', 'first', 'pick_and_sums',
+                                                         'second')}
+
+
 def test_third_derivatives_are_refused():
     x = tf.ones([2, 4, 4, 1], tf.float64)
     with tf.GradientTape() as tape:

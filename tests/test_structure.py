@@ -3,6 +3,8 @@ import ast
 import glob
 import os
 import re
+import subprocess
+import sys
 import traceback
 
 import pytest
@@ -81,6 +83,12 @@ def test_each_room_is_known():
 def test_the_algorithm_needs_neither_pillow_nor_tqdm():
     for name in {'maml'} | reachable('maml'):
         assert not {other.split('.')[0] for other in imports(modules()[name])} & {'PIL', 'tqdm', 'absl'}, name
+
+
+def test_scipy_stats_is_imported_when_it_is_used():
+    """It is slow to import, and a training does not need it."""
+    code = 'import sys, runtime.results.statistics as s; print("scipy.stats" in sys.modules); s.scipy.stats.t; print("scipy.stats" in sys.modules)'
+    assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, text=True).split() == ['False', 'True']
 
 
 @pytest.mark.parametrize('name, most', [('main', 250), ('maml', 450), ('navigation', 399), ('data_generator', 299), ('README.md', 220)])

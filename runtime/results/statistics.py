@@ -4,7 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # not scipy.stats, which is slow to import: it is imported when it is first used, which a training never does
 
 RESAMPLES = 2000
 LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
@@ -63,7 +63,7 @@ def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     errors = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(seeds), values.mean(axis=0).std(axis=0, ddof=1) / np.sqrt(tasks)
 
     def half_width(level):
-        return np.hypot(*(stats.t.isf(level / 2, count - 1) * error for count, error in zip((seeds, tasks), errors)))
+        return np.hypot(*(scipy.stats.t.isf(level / 2, count - 1) * error for count, error in zip((seeds, tasks), errors)))
 
     low, high = np.full(mean.shape, -300.0), np.zeros(mean.shape)  # logarithms of the level; halved until they meet
     for _ in range(50):
@@ -88,8 +88,8 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     batch = min(max(NUMBERS_AT_A_TIME // values.size, 2), 100)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
-        interval = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=batch,
-                                   random_state=np.random.default_rng(0)).confidence_interval
+        interval = scipy.stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method='percentile', batch=batch,
+                                         random_state=np.random.default_rng(0)).confidence_interval
     return np.stack([interval.low, interval.high], axis=1)
 
 
@@ -127,7 +127,7 @@ def p_value(values: np.ndarray, base: np.ndarray) -> float:
         warnings.simplefilter('ignore')
         if not np.ptp(differences) > ROUNDING * np.abs(differences).max():
             return math.nan if differences.any() else 1.0
-        return float(stats.ttest_1samp(differences, 0).pvalue)
+        return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
 
 
 def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
@@ -139,10 +139,10 @@ def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
     differences = difference(values, base)
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
-        shape = np.abs([stats.skew(differences), stats.kurtosis(differences)])
+        shape = np.abs([scipy.stats.skew(differences), scipy.stats.kurtosis(differences)])
         if len(differences) < LEAST_FOR_RANKS or not (shape > FAR_FROM_NORMAL).any():
             return p_value(values, base), False
-        return float(stats.wilcoxon(differences, zero_method='pratt').pvalue), True
+        return float(scipy.stats.wilcoxon(differences, zero_method='pratt').pvalue), True
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
