@@ -208,7 +208,8 @@ class ImageSource(SupervisedSource, FolderOptions):
     def folders(self, data_path: str | None = None) -> ClassFolders:
         """The class folders, in data_path or else in the source's own folder."""
         own = None if self.user_images else os.path.join(DATA_FOLDER, self.folder)
-        return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), **self.options)
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(FolderOptions)}
+        return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), **options)
 
     def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
         """Names of the split's class folders; see `ClassFolders.names`."""

@@ -34,6 +34,8 @@ RANDOM_OPERATIONS = {'RandomUniform', 'RandomUniformInt', 'RandomStandardNormal'
                      'RandomGamma'}
 HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
 CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
+RIDGE = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
+NEIGHBOURS = f'{HEAD_PREFIX}features', f'{HEAD_PREFIX}labels'  # the support rows of `nearest_neighbour`
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
 Tensors = dict[str, tf.Tensor]
 
@@ -479,8 +481,8 @@ def shared_weights(config: ModelConfig, seed: int) -> Tensors:
 
 def layers(config: ModelConfig, weights: Tensors) -> Tensors:
     """Of the shared weights those of the network, without what a last layer has besides; the network may have a layer named head."""
-    others = {'ridge': ['lambda', 'scale', 'bias'], 'neighbours': ['features', 'labels']}.get(config.head_init, [])
-    others = {HEAD_PREFIX + name for name in others}.difference(network_of(config).head_names)
+    extra = HEADS[config.head_init].extra if config.head_init in HEADS else ()
+    others = {*extra}.difference(network_of(config).head_names)
     return {name: value for name, value in weights.items() if name not in others and not name.startswith(CLASSIFIER)}
 
 
@@ -500,25 +502,22 @@ def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, sup
         support_y: [rows, dim_output].
 
     Returns:
-        {name of the matrix: [features, dim_output], name of the bias: [dim_output]}; for 'neighbours' the arguments.
+        {name of the matrix: [features, dim_output], name of the bias: [dim_output]}; of a head with outputs of its own its `extra`.
     """
-    if config.head_init == 'neighbours':
-        return {f'{HEAD_PREFIX}features': features, f'{HEAD_PREFIX}labels': support_y}
-    return dict(zip(network_of(config).head_names, HEADS[config.head_init].compute(config, weights, features, support_y)))
+    head = HEADS[config.head_init]
+    names = head.extra if head.outputs else network_of(config).head_names
+    return dict(zip(names, head.compute(config, weights, features, support_y)))
 
 
 def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
     """The outputs for rows with features [rows, features]: of the last layer, or with 'cosine' logits of its matrix without the bias, or
-    for 'neighbours' for each class minus the squared distance to its nearest support row, but for a constant of the row;
-    [rows, outputs]."""
-    if config.head_init != 'neighbours' and config.logits == 'linear':
+    as the head says; [rows, outputs]."""
+    if config.head_init in HEADS and HEADS[config.head_init].outputs:
+        return HEADS[config.head_init].outputs(tensors, features)
+    if config.logits == 'linear':
         return network_of(config).head(tensors, features)
-    if config.head_init != 'neighbours':
-        matrix = tensors[network_of(config).head_names[0]]
-        return COSINE_SCALE * tf.matmul(tf.math.l2_normalize(features, axis=1), tf.math.l2_normalize(matrix, axis=0))
-    support, labels = tensors[f'{HEAD_PREFIX}features'], tensors[f'{HEAD_PREFIX}labels']
-    closeness = 2 * tf.matmul(features, support, transpose_b=True) - tf.reduce_sum(tf.square(support), axis=1)
-    return tf.reduce_max(tf.where(labels[None] > 0, closeness[:, :, None], closeness.dtype.min), axis=1)
+    matrix = tensors[network_of(config).head_names[0]]
+    return COSINE_SCALE * tf.matmul(tf.math.l2_normalize(features, axis=1), tf.math.l2_normalize(matrix, axis=0))
 
 
 def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:
@@ -555,33 +554,41 @@ def prototypes(config, weights, features, support_y):
 
 def ridge_scalars(config: ModelConfig, seed: int) -> Tensors:
     """What `ridge_regression` learns, initially: scalars."""
-    return {f'{HEAD_PREFIX}lambda': tf.constant(config.ridge_lambda), f'{HEAD_PREFIX}scale': tf.constant(config.ridge_scale),
-            f'{HEAD_PREFIX}bias': tf.constant(0.0)}
+    return dict(zip(RIDGE, map(tf.constant, (config.ridge_lambda, config.ridge_scale, 0.0))))
 
 
 def ridge_regression(config, weights, features, support_y):
     """The ridge regression of y on the features and a column of ones, in closed form, scaled (R2-D2: Bertinetto et al., 2019, equations
     4 to 6). With X and Y divided by the root of the number of rows it is X'(XX' + lambda)^-1 Y, or where there are more rows than
     columns (X'X + lambda)^-1 X'Y."""
-    rows = features.shape[0]
+    rows, (penalty, scale, bias) = features.shape[0], (weights[name] for name in RIDGE)
     x, y = (values / math.sqrt(rows) for values in (tf.concat([features, tf.ones_like(features[:, :1])], axis=1), support_y))
     by_rows = rows <= x.shape[1]
     gram = tf.matmul(x, x, transpose_a=not by_rows, transpose_b=by_rows)
-    gram += weights[f'{HEAD_PREFIX}lambda'] * tf.eye(gram.shape[0], dtype=gram.dtype)
+    gram += penalty * tf.eye(gram.shape[0], dtype=gram.dtype)
     # TensorFlow ends the program if it cannot solve; where training diverged, the result shall be nan, as elsewhere.
     gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.eye(gram.shape[0], dtype=gram.dtype))
     solution = tf.matmul(x, tf.linalg.solve(gram, y), transpose_a=True) if by_rows else (
         tf.linalg.solve(gram, tf.matmul(x, y, transpose_a=True)))
-    solution *= weights[f'{HEAD_PREFIX}scale']
-    return solution[:-1], solution[-1] + weights[f'{HEAD_PREFIX}bias']
+    solution *= scale
+    return solution[:-1], solution[-1] + bias
+
+
+def nearest_neighbour(tensors, features):
+    """For each class minus the squared distance to its nearest support row, but for a constant of the row."""
+    support, labels = (tensors[name] for name in NEIGHBOURS)
+    closeness = 2 * tf.matmul(features, support, transpose_b=True) - tf.reduce_sum(tf.square(support), axis=1)
+    return tf.reduce_max(tf.where(labels[None] > 0, closeness[:, :, None], closeness.dtype.min), axis=1)
 
 
 class Head(NamedTuple):
     """A way to compute the last layer of a task."""
-    learned: Callable[[ModelConfig, int], Tensors]  # function of config and seed: the shared weights that it needs, initially
-    compute: Callable[..., Iterable[tf.Tensor]]     # function of the arguments of `initial_head`: matrix and bias
+    compute: Callable[..., Iterable[tf.Tensor]]  # function of the arguments of `initial_head`: matrix and bias, or with `outputs` the `extra`
+    learned: Callable[[ModelConfig, int], Tensors] = lambda config, seed: {}  # the shared weights that it needs, initially
+    extra: tuple[str, ...] = ()                  # names of the tensors that it has besides the network's
+    outputs: Callable[[Tensors, tf.Tensor], tf.Tensor] | None = None  # of tensors and features; None: those of the network's last layer
 
 
-HEADS = {'shared': Head(head_column, repeated_column), 'new': Head(lambda config, seed: {}, new_layer),
-         'prototypes': Head(lambda config, seed: {}, prototypes), 'ridge': Head(ridge_scalars, ridge_regression),
-         'neighbours': Head(lambda config, seed: {}, lambda *_: ())}
+HEADS = {'shared': Head(repeated_column, head_column), 'new': Head(new_layer), 'prototypes': Head(prototypes),
+         'ridge': Head(ridge_regression, ridge_scalars, RIDGE),
+         'neighbours': Head(lambda config, weights, *examples: examples, extra=NEIGHBOURS, outputs=nearest_neighbour)}

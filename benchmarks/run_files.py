@@ -1,7 +1,6 @@
 """What the scripts share that train and evaluate runs."""
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of trainin
 def main_program(arguments: Sequence[str], **options: Any) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """main.py in a process of its own, with further options of Popen; and the signals that this process gets while the context is entered,
     each of which is passed on, so that main.py saves."""
-    from runtime.system.interruption import TERMINATION_SIGNALS
+    from runtime.system.interruption import signals_handled_by
     # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
     process = subprocess.Popen([sys.executable, '-u', MAIN, *arguments], start_new_session=True, **options)
     received = []
@@ -24,13 +23,8 @@ def main_program(arguments: Sequence[str], **options: Any) -> Iterator[tuple[sub
         received.append(number)
         process.send_signal(number)
 
-    handlers = {number: signal.signal(number, pass_on) for number in TERMINATION_SIGNALS
-                if signal.getsignal(number) != signal.SIG_IGN}  # as under nohup
-    try:
+    with signals_handled_by(pass_on):
         yield process, received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def missing_classes(request, split: str) -> str:

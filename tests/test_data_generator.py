@@ -480,6 +480,8 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
     assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
     with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
         dataclasses.replace(source, split_ratios=(40, 30, 30)).class_folders('val', str(tmp_path))
+    with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
+        dataclasses.replace(source, split_ratios=(40, 30, 30), split_file=str(tmp_path / 'splits.csv')).class_folders('val', str(tmp_path))
     assert dataclasses.replace(source, split_ratios=(40, 30, 30), split_given=False).class_folders('val', str(tmp_path)) == first
 
 

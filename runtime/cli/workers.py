@@ -14,7 +14,7 @@ import numpy as np
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
 from runtime.system.files import require_regular_file, write_atomically
-from runtime.system.interruption import TERMINATION_SIGNALS
+from runtime.system.interruption import signals_handled_by
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
 
@@ -74,18 +74,12 @@ def _connect():
     TensorFlow has a handler of its own.
     """
     import tensorflow as tf
-    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        with signals_handled_by(signal.SIG_DFL):
+            return tf.distribute.MultiWorkerMirroredStrategy()
     except tf.errors.OpError as error:
         raise UserError(f'the workers of TF_CONFIG cannot connect ({type(error).__name__}); start all of them, and '
                         'check that they reach each other at these addresses') from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def report_waiting(cluster: Cluster) -> None:

@@ -14,22 +14,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, TypedDict
 
-from runtime.datasets import arrays
+from runtime.datasets import arrays, splits
 from runtime.datasets.images import BadImages, Contents, ImageFile, decode_images, folder_contents, is_broken, readable_suffixes
 from runtime.datasets.lists import Labelled, read_image_lists
-from runtime.datasets.splits import (
-    MANIFEST,
-    EmptySplit,
-    Splitting,
-    by_split,
-    counted_kinds,
-    keep_split,
-    read_manifest,
-    report_names,
-    split_classes,
-    split_entries,
-    split_flag,
-)
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, counted
 from runtime.system.files import read_csv, read_json
@@ -51,16 +38,11 @@ class ImageClass(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderOptions(Splitting):
+class FolderOptions(splits.Splitting):
     """What the user can ask of class folders."""
     skip_bad_images: bool = False    # leave out images that cannot be used, instead of refusing the split
     verify: bool = False             # compare checksums of decoded images, which takes time; else sizes and times only
     label_column: str | None = None  # of lists of images
-
-    @property
-    def options(self) -> dict:
-        """{name: value} of these."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(FolderOptions)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +63,14 @@ class ClassFolders(FolderOptions):
         if not self.split_ratios:
             return 'lower it'
         enough = math.ceil(num_classes * sum(self.split_ratios) / min(filter(None, self.split_ratios)))
-        return (f'lower it, or have {enough} class folders or more (for {split_flag(self.split_ratios)}) and delete '
-                f'{MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
+        return (f'lower it, or have {enough} class folders or more (for {splits.split_flag(self.split_ratios)}) and delete '
+                f'{splits.MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
 
     def names(self, split: str) -> list[str]:
         """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
 
         Raises:
-            EmptySplit: the split has no classes.
+            splits.EmptySplit: the split has no classes.
             UserError: the root or a class folder is missing, or the preparation was not completed.
         """
         self.record_split({})
@@ -107,11 +89,11 @@ class ClassFolders(FolderOptions):
         if not self.unsplit() or not os.path.isdir(self.root):
             return
         rows = self._in_proportions()
-        if not loaded.items() <= by_split(rows).items():
+        if not loaded.items() <= splits.by_split(rows).items():
             raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
         if len({split for split, _ in rows}) > 1:
-            paths = [None if self._labelled else os.path.join(self.root, MANIFEST), self.kept_manifest]
-            keep_split(rows, [path for path in paths if path], 'classes')
+            paths = [None if self._labelled else os.path.join(self.root, splits.MANIFEST), self.kept_manifest]
+            splits.keep_split(rows, [path for path in paths if path], 'classes')
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -128,9 +110,9 @@ class ClassFolders(FolderOptions):
         if self.split_ratios and split == 'train':  # of the user's own images, once a run
             self._report(classes)
         if not classes[split]:
-            folder = os.path.join(self.root, split_entries(self.root).get(split, split))
+            folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
             contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
-            raise EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
+            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
         missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
         if self.script and missing == classes[split]:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
@@ -143,32 +125,32 @@ class ClassFolders(FolderOptions):
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            return by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
+            return splits.by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
         if self.unsplit():
-            return by_split(self._in_proportions())
+            return splits.by_split(self._in_proportions())
         if self.split_given and 0 in self.split_ratios:
             raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
-                            f'{split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
+                            f'{splits.split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
         if self._labelled:
             return {split: [f'{split}/{label}' for label in self._labelled.get(split, ())] for split in SPLITS}
         return self._in_split_folders()
 
     def _in_split_folders(self):
         """{split: class folders} in folders train, val and test."""
-        folders = split_entries(self.root)
+        folders = splits.split_entries(self.root)
         return {split: sorted(f'{folders[split]}/{name}' for name in subfolders(os.path.join(self.root, folders[split])))
                 if split in folders else [] for split in SPLITS}
 
     def _in_proportions(self) -> list[tuple[str, str]]:
         """[(split, class)] of classes that nothing else divides."""
         if self._labelled:
-            return split_classes(list(self._labelled[None]), self.split_ratios, self.split_file)
+            return splits.split_classes(list(self._labelled[None]), self.split_ratios, self.split_file)
         names = subfolders(self.root)
-        if names and set(names) <= set(split_entries(self.root).values()):
+        if names and set(names) <= set(splits.split_entries(self.root).values()):
             raise UserError(f'{self.root} holds folders {" and ".join(sorted(names))} without class folders in them; {LAYOUT}; '
                             + '; '.join(_holds(os.path.join(self.root, name)) for name in sorted(names)))
         try:
-            return split_classes(names, self.split_ratios, self.root)
+            return splits.split_classes(names, self.split_ratios, self.root)
         except UserError as error:
             perhaps = f'; perhaps --data_path={os.path.join(self.root, names[0])} is meant' if len(names) == 1 else ''
             raise UserError(f'{error}; {LAYOUT}; {_holds(self.root)}{perhaps}') from error
@@ -257,7 +239,7 @@ class ClassFolders(FolderOptions):
         files = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.others]
         inner = [f'{name}/{entry}' for name, contents in classes.items() for entry in contents.folders]
         parts = [f'{counted(len(paths), what)}{kinds}, first {paths[0]}' for paths, what, kinds in (
-            (files, 'file', f' of other kinds ({counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
+            (files, 'file', f' of other kinds ({splits.counted_kinds(files)})'), (inner, 'folder', ' within class folders')) if paths]
         if parts:
             print(f'Left out in the {split} split, in {self.root}: ' + ' and '.join(parts))
 
@@ -268,7 +250,7 @@ class ClassFolders(FolderOptions):
         if deeper:
             folder, image = deeper[0]
             return (f'its {len(contents.folders)} folders do, such as {name}/{folder}/{image}: if they are the classes, move them one level '
-                    f'up, or list them in {os.path.join(self.root, MANIFEST)}, in lines like {split},{name}/{folder} below split,class')
+                    f'up, or list them in {os.path.join(self.root, splits.MANIFEST)}, in lines like {split},{name}/{folder} below split,class')
         if contents.folders or contents.others:
             return f'{_holds(os.path.join(self.root, name))}; convert what are images to PNG or JPEG, or move the folder elsewhere'
         return 'remove it'
@@ -327,7 +309,7 @@ class ClassFolders(FolderOptions):
         if self._labelled is not None:
             candidates = elsewhere if None in self._labelled else []
         else:
-            candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, MANIFEST), *elsewhere]
+            candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *elsewhere]
         return next((path for path in candidates if path and os.path.exists(path)), None)
 
     def _split_source(self):
@@ -343,13 +325,13 @@ class ClassFolders(FolderOptions):
 
     def _split_by_folders(self) -> bool:
         """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
-        return any(subfolders(os.path.join(self.root, name)) for name in split_entries(self.root).values())
+        return any(subfolders(os.path.join(self.root, name)) for name in splits.split_entries(self.root).values())
 
     def _report(self, classes: dict[str, list[str]]) -> None:
         """Prints what is strange about the names of the user's own classes, and which folders are not among them."""
         manifest = self._manifest()
         divided = not manifest and not self.unsplit()  # names begin with the split
-        report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()}, self.root)
+        splits.report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()}, self.root)
         listed = {name.split('/')[0] for names in classes.values() for name in names}
         unlisted = [] if self._labelled or self.split_file else sorted(set(subfolders(self.root)) - listed)
         if unlisted:
@@ -371,7 +353,7 @@ def _known_bad(cache, fingerprint):
 def _holds(folder: str) -> str:
     """Text: what a folder holds, with an example of an image below it."""
     images, others, folders = folder_contents(folder, readable_suffixes())
-    parts = [counted_kinds([image.name for image in images] + others)] if images or others else []
+    parts = [splits.counted_kinds([image.name for image in images] + others)] if images or others else []
     parts += [f'{counted(len(folders), "folder")}, such as {folders[0]}'] if folders else []
     tables = [name for name in others if name.endswith('.csv')]
     example = next((os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in sorted(names)
@@ -386,7 +368,7 @@ def listed_classes(folder: str, split: str) -> set[str]:
     None of a source without such a list, or of one with several published splits.
     """
     try:
-        return set(read_manifest(os.path.join(folder, CLASS_LIST), split))
+        return set(splits.read_manifest(os.path.join(folder, CLASS_LIST), split))
     except UserError:
         return set()
 

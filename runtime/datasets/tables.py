@@ -18,16 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.datasets.splits import (
-    EmptySplit,
-    Splitting,
-    by_split,
-    keep_split,
-    report_names,
-    split_classes,
-    split_entries,
-    split_flag,
-)
+from runtime.datasets import splits
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, counted, first_line, listing
 from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
@@ -82,7 +73,7 @@ class Columns:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables(Splitting):
+class Tables(splits.Splitting):
     """The csv files below a folder."""
     root: str = ''
     target_names: tuple[str, ...] = ()      # the columns to predict; (): there are none, and each file is a class
@@ -92,7 +83,7 @@ class Tables(Splitting):
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
-        return 'lower it, or add csv files' if not self.group_column else f'lower it, or change {split_flag(self.split_ratios)}'
+        return 'lower it, or add csv files' if not self.group_column else f'lower it, or change {splits.split_flag(self.split_ratios)}'
 
     @cached_property
     def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
@@ -114,7 +105,7 @@ class Tables(Splitting):
             return self._divided(self._groups([read_sheet(self.root)]))
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
-        files, folders = split_entries(self.root, '.csv'), split_entries(self.root)
+        files, folders = splits.split_entries(self.root, '.csv'), splits.split_entries(self.root)
         if self.group_column and files:
             return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
         sheets = map_tables(read_sheet, {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS})
@@ -146,7 +137,7 @@ class Tables(Splitting):
         rows = self.manifest_rows(manifest) if manifest else self._in_proportions(groups)
         if manifest:
             self._check_manifest(manifest, rows, groups)
-        return {split: {name: groups[name] for name in names} for split, names in by_split(rows).items()}
+        return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
 
     def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
@@ -161,7 +152,7 @@ class Tables(Splitting):
         return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
 
     def _in_proportions(self, names):
-        return split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}')
+        return splits.split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}')
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes the split of the tasks or classes of one file into the run's directory, if it is not written anywhere yet.
@@ -170,8 +161,8 @@ class Tables(Splitting):
             UserError: it cannot be written.
         """
         if self.group_column and self.kept_manifest and os.path.isfile(self.root) and not self._manifest():
-            keep_split(self._in_proportions([name for groups in self._sheets.values() for name in groups]), [self.kept_manifest],
-                       f'values of {self.group_column}')
+            splits.keep_split(self._in_proportions([name for groups in self._sheets.values() for name in groups]), [self.kept_manifest],
+                              f'values of {self.group_column}')
 
     def _names(self, sheet: Sheet) -> list[str]:
         """The names of the columns, features before targets."""
@@ -214,10 +205,10 @@ class Tables(Splitting):
         """
         tables = self._values[1][split]
         if not tables:
-            raise EmptySplit(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}' if not self.group_column else
-                             f'the {split} split of {self.root} is empty')
+            raise splits.EmptySplit(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}' if not self.group_column else
+                                    f'the {split} split of {self.root} is empty')
         if split == 'train' and not self.target_names:
-            report_names(self._values[1], self.root)
+            splits.report_names(self._values[1], self.root)
         values = np.concatenate(list(tables.values()))
         checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
         return Examples.grouped(self.columns.standardise(values), {name: len(rows) for name, rows in tables.items()}, checksum)

@@ -148,9 +148,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
     """The entry of results.json for a result of an evaluation."""
     variant, values = result.variant, result.values
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
-    facts = {**run.source.task_facts}
-    if preparation:  # such as which of several published splits
-        facts['preparation'] = preparation
+    facts = {**run.source.task_facts, **({'preparation': preparation} if preparation else {})}  # such as which of several published splits
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
