@@ -132,7 +132,7 @@ def split_again(images):
      'classes are among those that the model was trained on, such as'),
     ('weights', None, ['--load_from={other}'], 'was trained from random weights, and --load_from={other} holds others', None),
 ])
-def test_what_a_run_says_when_something_else_is_there(thing, change, more, refused, said, images, tmp_path):
+def test_what_a_run_says_when_something_else_present(thing, change, more, refused, said, images, tmp_path):
     """Resuming refuses what would make another model; evaluation says it."""
     flags = [*IMAGES, f'--data_path={images}']
     run = train(*flags, logdir=tmp_path / 'logs')
@@ -224,6 +224,17 @@ def test_the_best_of_unequally_many_checkpoints(one, other, tmp_path):
 
 
 # Resuming
+
+def test_an_older_numpy_names_the_instructions(monkeypatch):
+    """NumPy before 1.25, which TensorFlow 2.12 needs, cannot return its configuration."""
+    def show_config():
+        raise AssertionError('called without mode, it prints')
+
+    monkeypatch.setattr(np, 'show_config', show_config)
+    monkeypatch.setattr(np, 'core', types.SimpleNamespace(_multiarray_umath=types.SimpleNamespace(
+        __cpu_features__={'SSE2': True, 'AVX512F': False, 'AVX2': True})), raising=False)
+    assert provenance.arithmetic('map', 1)['instructions'].split()[:2] == ['SSE2', 'AVX2']
+
 
 def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
     run = train(*SINUSOID, logdir=tmp_path)

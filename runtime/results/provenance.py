@@ -105,10 +105,18 @@ def arithmetic(engine: str, replicas: int) -> dict[str, str]:
     from tensorflow.python.util import _pywrap_util_port
     devices = tf.config.list_physical_devices('GPU')
     names = [tf.config.experimental.get_device_details(device).get('device_name', 'GPU') for device in devices]
-    simd: Mapping[str, list[str]] = np.show_config(mode='dicts')['SIMD Extensions']  # type: ignore[call-overload, index, assignment]
-    instructions = [*simd.get('baseline', []), *simd.get('found', []), *(f'{name}={os.environ[name]}' for name in LIMITS if name in os.environ)]
+    instructions = [*_instructions(), *(f'{name}={os.environ[name]}' for name in LIMITS if name in os.environ)]
     return {'tensorflow': tf.__version__, 'device': ', '.join(names) or 'CPU', 'instructions': ' '.join(instructions),
             'oneDNN': 'on' if _pywrap_util_port.IsMklEnabled() else 'off', 'engine': engine, 'replicas': str(replicas)}
+
+
+def _instructions() -> list[str]:
+    """The extensions of the instruction set that the processor has, as far as NumPy knows them."""
+    try:
+        simd: Mapping[str, list[str]] = np.show_config(mode='dicts')['SIMD Extensions']  # type: ignore[call-overload, index, assignment]
+    except TypeError:  # NumPy before 1.25
+        return [name for name, present in np.core._multiarray_umath.__cpu_features__.items() if present]  # type: ignore[attr-defined]
+    return [*simd.get('baseline', []), *simd.get('found', [])]
 
 
 @functools.cache
