@@ -18,6 +18,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+try:
+    from tensorflow.python.eager.record import stop_recording  # which has no public name
+except ImportError:  # TensorFlow before 2.13
+    from tensorflow.python.eager.tape import stop_recording
+
 Structure = Any  # nested tensors
 
 
@@ -123,10 +128,12 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
         def m(x):
             return _sum(x, axes) / _size(z, axes)
 
-        x = tf.stop_gradient(z)  # so that tapes do not make derivatives of the loops
-        mean = m(x)
-        scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(x, mean)) + epsilon)
-        u = fused(_shift_and_scale)(x, mean, scale, pool)
+        # Tapes must not make derivatives of these loops, which they would compile. (`tf.stop_gradient` does not do: `tf.vectorized_map`
+        # drops custom gradients, and what then differentiates the operations themselves would meet it.)
+        with stop_recording():
+            mean = m(z)
+            scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
+            u = fused(_shift_and_scale)(z, mean, scale, pool)
 
         @tf.custom_gradient
         def backward(z, g):

@@ -235,6 +235,20 @@ def test_tapes_make_no_derivatives_of_compiled_loops():
                                                          'second')}
 
 
+@pytest.mark.parametrize('pool', [False, True])
+def test_normalisation_within_vectorized_map(pool):
+    """tf.vectorized_map drops custom gradients; tapes around it then differentiate the operations, as those of --query_norm=each do."""
+    images, weights = (tf.constant(np.random.default_rng(0).random(shape)) for shape in ([3, 2, 4, 4, 1], [2, 2, 2, 1] if pool else [2, 4, 4, 1]))
+    gradients = []
+    for mapped in tf.vectorized_map, lambda function, values: tf.stack([function(value) for value in values]):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            total = tf.reduce_sum(mapped(lambda x: batch_standardize(x, 1e-3, pool), images) * weights)
+        gradients.append(tape.gradient(total, images))
+    np.testing.assert_allclose(*gradients, atol=1e-10)
+    assert np.abs(gradients[0]).max() > 0.1
+
+
 def test_third_derivatives_are_refused():
     x = tf.ones([2, 4, 4, 1], tf.float64)
     with tf.GradientTape() as tape:
