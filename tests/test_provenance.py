@@ -132,7 +132,7 @@ def split_again(images):
      'classes are among those that the model was trained on, such as'),
     ('weights', None, ['--load_from={other}'], 'was trained from random weights, and --load_from={other} holds others', None),
 ])
-def test_what_a_run_says_when_something_else_present(thing, change, more, refused, said, images, tmp_path):
+def test_what_a_run_says_when_something_else_is_there(thing, change, more, refused, said, images, tmp_path):
     """Resuming refuses what would make another model; evaluation says it."""
     flags = [*IMAGES, f'--data_path={images}']
     run = train(*flags, logdir=tmp_path / 'logs')
