@@ -270,8 +270,8 @@ def cells(row: Row, state: State) -> tuple[str, ...]:
 
 def scores(entry: store.Entry) -> str:
     """The scores of an evaluation after the number of updates at which the method is reported, and after 10, or the last before that."""
-    last = min(10, len(entry.figures) - 1)
-    columns = {entry.headline_column: entry.setting.headline_updates, last: last}
+    last, columns = min(10, len(entry.figures) - 1), {entry.headline_column: entry.setting.headline_updates}
+    columns.setdefault(last, last)
     return ', '.join(f'{figure(figures.mean, figures.ci95, entry.metric)} after {updates}'
                      for column, updates in columns.items() for figures in entry.figures[column:column + 1])
 
