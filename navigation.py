@@ -294,7 +294,7 @@ def walk(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Te
     return rollouts(parameters, tf.cast(goals, config.dtype), noise, sees_goal=config.dim_input > 2)
 
 
-def weighted(trajectories: Trajectories) -> Batch:
+def with_advantages(trajectories: Trajectories) -> Batch:
     """Episodes, and their advantages with the paper's constants."""
     return trajectories, advantages(trajectories, DISCOUNT, GAE_LAMBDA)
 
@@ -305,9 +305,9 @@ def iteration(config: ModelConfig, phase: str, parameters: Tensors, batch: GoalB
 
     Returns the new parameters, and scalars to report.
     """
-    before = weighted(walk(config, parameters, batch.goals, batch.support_keys))
+    before = with_advantages(walk(config, parameters, batch.goals, batch.support_keys))
     adapted = adapt(parameters, *before, config.update_lr, config.stop_grad)
-    after = weighted(walk(config, adapted, batch.goals, batch.query_keys))
+    after = with_advantages(walk(config, adapted, batch.goals, batch.query_keys))
     step = trpo_step(parameters, *{'metatrain': (before, after, adapted, config.update_lr, config.stop_grad),
                                    'pretrain': (before, before, parameters, 0.0, True)}[phase])
     returns = {f'{when}_return': tf.reduce_mean(average_return(episodes[0])) for when, episodes in (('pre', before), ('post', after))}
@@ -321,7 +321,7 @@ def evaluation_update(config: ModelConfig, parameters: Tensors, episodes: Trajec
 
     def update(task):  # one after the other: many short episodes are long arrays
         parameters, episodes = tf.nest.map_structure(lambda value: value[None], task)
-        return tf.nest.map_structure(lambda value: value[0], adapt(parameters, *weighted(episodes), update_lr))
+        return tf.nest.map_structure(lambda value: value[0], adapt(parameters, *with_advantages(episodes), update_lr))
 
     signature = {name: tf.TensorSpec(value.shape[1:], value.dtype) for name, value in parameters.items()}
     return tf.map_fn(update, (parameters, episodes), fn_output_signature=signature, parallel_iterations=2)
