@@ -184,7 +184,7 @@ class ImageSource(SupervisedSource, FolderOptions):
     head: str = 'flatten'
     clip: float | None = None
     train_query_shots: int | None = None  # query examples per class in training; None: K
-    validation_updates: int = 10
+    validation_updates: int = 1           # or as many as a training step has; Reference behaviour: 10 for Omniglot
     test_only: bool = False                  # there are no classes to train or to validate on
     validate_on_fewer: bool = False          # if val has fewer classes than N, validate on tasks of all of them
     stored_shape: tuple[int, int, int] | None = None  # of the images on disk, if they are resized to image_shape as tasks are drawn
@@ -278,9 +278,9 @@ SOURCES: dict[str, Source] = {
     'harmonic': FunctionSource(Harmonic()),
     'navigation': Navigation(),
     'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
-                            invert=True, head='mean'),
+                            invert=True, head='mean', validation_updates=10),
     'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,
-                                train_query_shots=15, validation_updates=1),
+                                train_query_shots=15),
     **{name: ImageSource((side, side, 3), name, f'data/{name}/proc_images.py', clip=10.0, train_query_shots=15)
        for side, names in ((32, 'cifarfs fc100'), (84, 'tieredimagenet cub flowers aircraft dtd')) for name in names.split()},
     **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py',
