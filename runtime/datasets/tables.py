@@ -28,7 +28,7 @@ COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what sta
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
 LAYOUT = ('it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class; or be a csv '
           'file with a column that says it, --task_column or --label_column')
-SHOWN = 10                     # bad tables by name in a message
+SHOWN = 10                     # bad tables, or columns, by name in a message
 Result = TypeVar('Result')
 
 
@@ -64,7 +64,7 @@ class Columns:
     @property
     def text(self) -> str:
         """What is predicted from what."""
-        return ', '.join(self.features) + (' → ' + ', '.join(self.targets) if self.targets else '')
+        return ' → '.join(listing(list(names), SHOWN, ', ') for names in (self.features, self.targets) if names)
 
     def restore_targets(self, values: np.ndarray) -> np.ndarray:
         """The inverse of `standardise` for targets only."""
