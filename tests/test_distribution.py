@@ -240,6 +240,7 @@ def test_tasks_that_cannot_be_divided(tasks, replicas, words):
     workers.check_meta_batch(replicas * 3, 0, replicas)
 
 
+@pytest.mark.slow
 def test_strategies_that_are_refused(tmp_path):
     found = finish(start('main', '--strategy=mirrored', '--meta_batch_size=25', f'--logdir={tmp_path}', devices=2))
     assert found[0][0] == 1 and 'the nearest that can are 24 and 26' in found[0][2]

@@ -26,6 +26,7 @@ def noise(config, query_rows=7, tasks=2):
                      np.repeat(labels[:, :1], query_rows, axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', [CONV, POOLED, DENSE], ids=['conv', 'pooled', 'dense'])
 def test_support_statistics(config):
     """Each query row is answered by itself, and as the support row that it may be; under 'batch' that is not so."""
@@ -72,6 +73,7 @@ def trained(small_omniglot, tmp_path_factory):
     return flags, directory
 
 
+@pytest.mark.slow
 def test_both_norms_in_one_table(trained):
     flags, directory = trained
     output = run_ok(*flags, '--train=False', '--query_norm=both')
@@ -130,6 +132,7 @@ def seen(folder):
             for event in tf.compat.v1.train.summary_iterator(path) for value in event.summary.value}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', [pytest.param('sinusoid', marks=pytest.mark.slow), 'omniglot'])
 def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_path):
     data = [] if source == 'sinusoid' else [f'--data_path={small_data[source]}', '--num_filters=2']

@@ -182,6 +182,7 @@ def test_gradients(golden, group):
     assert_agrees(golden, compute, [expected.values()])
 
 
+@pytest.mark.slow
 def test_five_meta_updates(golden):
     """Adam, and clipping where the source has it: objective and parameters to 1e-4."""
     after1, after5 = golden.determined('after1'), golden.determined('after5')
@@ -207,8 +208,8 @@ def test_five_meta_updates_in_double_precision(golden):
         assert relative([after5[name]], [expected]) < tolerance, name
 
 
-@pytest.mark.parametrize('name', ['sinusoid_10shot_first_order', 'omniglot_5way1shot',
-                                  pytest.param('miniimagenet_5way1shot', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', [
+    'sinusoid_10shot_first_order', *(pytest.param(name, marks=pytest.mark.slow) for name in ('omniglot_5way1shot', 'miniimagenet_5way1shot'))])
 def test_engines(name):
     """One task per core, the same in chunks, and all in one graph: the same gradients to 1e-5."""
     golden = Golden(FIXTURES[name])

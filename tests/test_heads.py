@@ -34,11 +34,12 @@ def assert_agrees(name, dtype, tolerance, **changes):
 
 
 @pytest.mark.usefixtures('eager')
-@pytest.mark.parametrize('name', fixtures(['protonet_conv', 'protomaml_first_order', 'ridge_conv_1shot', 'ridge_conv_5shot', 'unicorn_fc'], FIXTURES))
+@pytest.mark.parametrize('name', fixtures(['protonet_conv', 'ridge_conv_1shot'], FIXTURES))
 def test_fixtures_in_double_precision(name):
     assert_agrees(name, 'float64', 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, engine', [('ridge_conv_1shot', 'map'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
     ('unicorn_fc', 'vmap'), ('ridge_conv_5shot', 'vmap'), ('protomaml_conv', 'map')))])
 def test_fixtures_in_single_precision(name, engine):
@@ -189,6 +190,7 @@ def trained(small_data, tmp_path_factory):
     return [next(path for path in (root / name).iterdir() if path.is_dir()) for name in ('protonet', 'maml')]
 
 
+@pytest.mark.slow
 def test_protonet_of_the_program(trained, tmp_path):
     """Trained with more classes than it is tested with; evaluated without inner updates and with some; compared with MAML."""
     protonet, maml = trained
@@ -207,6 +209,7 @@ def test_protonet_of_the_program(trained, tmp_path):
     print(table)
 
 
+@pytest.mark.slow
 def test_the_nearest_of_the_program(trained):
     """Nearest class mean and nearest neighbour on the features of a MAML, of more classes than it has outputs too; beside its own results."""
     maml = trained[1]
@@ -274,6 +277,7 @@ def test_examples_of_all_classes(small_data):
         assert (images == row).all(axis=1).any()
 
 
+@pytest.mark.slow
 def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_data):
     """A body is evaluated with another last layer, and a training starts from it; but not with a last layer that nobody has trained."""
     protonet, maml = trained

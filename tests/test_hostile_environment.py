@@ -141,6 +141,7 @@ def test_what_cannot_be_written_is_left_out():
         print('a line', file=console.Console(open(writer, 'w')), flush=True)
 
 
+@pytest.mark.slow
 def test_printing_where_nothing_can_be_printed(trained, tmp_path):
     """Each by a whole program, side by side: a full disk, closed outputs, an encoding without ±; all do their work."""
     train = ' '.join([*WHOLE_PROGRAM, *SINUSOID, '--metatrain_iterations=100'])
@@ -413,6 +414,7 @@ def test_a_closed_terminal(hangup):
         assert stopped.signal is None
 
 
+@pytest.mark.slow
 def test_hangups_of_a_training(tmp_path):
     """One training gets SIGHUP, another ignores it as under nohup; the terminal is resized as well."""
     def start(name, before=signal.SIG_DFL):

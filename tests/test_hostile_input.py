@@ -93,6 +93,7 @@ def test_any_flag(name):
         assert sentence(f'--{name}=1')
 
 
+@pytest.mark.slow
 def test_numbers_without_measure(tmp_path):
     """Too large for any machine."""
     names = [f'{split}/class{number}' for split in ('train', 'val') for number in range(5)]

@@ -19,6 +19,7 @@ from runtime.cli.run import make_run
 from runtime.cli.run_data import source_and_tasks
 from runtime.jobs import checkpoints
 from runtime.jobs import evaluate as evaluation
+from runtime.jobs import train as training
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
 # A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.
@@ -47,8 +48,8 @@ def arguments(request, small_data, tmp_path):
 
 
 def every_source(function):
-    """The slow ones differ from --datasource=cifarfs in their entries of SOURCES only."""
-    quick = 'sinusoid', 'omniglot', 'cifarfs'
+    """The slow ones differ from these in their entries of SOURCES only."""
+    quick = 'sinusoid', 'omniglot'
     sources = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
     return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
@@ -62,6 +63,7 @@ def test_every_source_has_a_run():
     assert RUNS.keys() == {name for name, source in SOURCES.items() if source.supervised and not getattr(source, 'test_only', False)}
 
 
+@pytest.mark.slow
 def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     """A model of another one is evaluated on it; results.json says how its images were chosen, where the preparation did."""
     data = shutil.copytree(small_data['gtsrb'], tmp_path / 'data')
@@ -121,6 +123,7 @@ def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, 
     assert row['known_classes'] == '2'
 
 
+@pytest.mark.slow
 def test_fewer_classes_to_validate_on_than_to_train_on(small_data, tmp_path, few_tasks):
     """DoubleMNIST's published split is trained 20-way and has 16 classes to validate on: validation is 16-way, and says so."""
     flags = [*RUNS['doublemnist'], f'--data_path={small_data["doublemnist"]}', f'--logdir={tmp_path}', '--num_classes=6',
@@ -153,18 +156,24 @@ def iteration_lines(output):
 
 
 @every_source
-def test_train_resume_evaluate(arguments, tmp_path, request):
+def test_train_resume_evaluate(arguments, tmp_path, request, monkeypatch):
     """An interrupted and resumed run ends with the very numbers of an uninterrupted one, and can be evaluated."""
     source = arguments[0].split('=')[1]
-    if source in ('sinusoid', 'sinusoid_line', 'harmonic', 'omniglot'):
-        first, last = 1000, 1050
+    is_function = source in ('sinusoid', 'sinusoid_line', 'harmonic')
+    several_checkpoints = is_function or source == 'omniglot'
+    if not is_function:
+        request.getfixturevalue('few_tasks')
+    if several_checkpoints:
+        first, last = 200, 210
+        arguments = [*arguments, f'--save_interval={first}']
+        monkeypatch.setitem(vars(SOURCES[source]), 'print_interval', 100)
+        monkeypatch.setattr(training, 'PRINTS_PER_VALIDATION', 1)
     else:
         first, last = 3, 5
-        request.getfixturevalue('few_tasks')
     arguments = [*arguments, '--meta_batch_size=2']
     whole = run_ok(*arguments, f'--metatrain_iterations={last}')
     directory = experiment(tmp_path)
-    saved = {f'model{iteration}.index' for iteration in ([first, last] if first == 1000 else [last])}
+    saved = {f'model{iteration}.index' for iteration in ([first, last] if several_checkpoints else [last])}
     assert {path.name for path in directory.glob('*.index')} == saved
     numbers = variables(directory / f'model{last}')
 
@@ -174,7 +183,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     assert 'Resuming from' in resumed and f'model{first}' in resumed
     again = variables(experiment(tmp_path / 'resumed') / f'model{last}')
     assert numbers.keys() == again.keys() and {'record', 'metatrain/adam/step', 'pretrain/adam/step'} <= numbers.keys()
-    for name in numbers.keys() - ({'record'} if first < 1000 else set()):  # where the first saving made another best
+    for name in numbers.keys() - (set() if several_checkpoints else {'record'}):  # where the first saving made another best
         np.testing.assert_array_equal(numbers[name], again[name], err_msg=name)
     assert 'Nothing to do' in run_ok(*other, f'--metatrain_iterations={last}')
 
@@ -191,7 +200,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request):
     path, = directory.glob('test_ubs*_stepsize*.csv')
     with open(path.with_suffix('.pkl'), 'rb') as file:
         values = pickle.load(file)['mses']
-    assert values.shape == (600 if first == 1000 else 40, 11)
+    assert values.shape == (600 if is_function else 40, 11)
     with open(path, newline='') as file:
         header, *rows = csv.reader(file)
     assert header == [f'update{j}' for j in range(11)]
@@ -246,6 +255,7 @@ def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     assert 'model100 cannot be read' in error_of(*evaluate, '--test_iter=100')
 
 
+@pytest.mark.slow
 @of('sinusoid')
 def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_path):
     arguments, pretrain = [*arguments, '--engine=map'], ['--pretrain_iterations=1000', '--metatrain_iterations=0']
@@ -291,9 +301,9 @@ def test_summaries(arguments, tmp_path):
 @of('omniglot')
 @pytest.mark.parametrize('flags, name', [
     (['--conv=False', '--engine=map'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4batchnorm'),
-    (['--max_pool', '--norm=layer_norm'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm'),
-    (['--num_classes=20', '--num_updates=2', '--stop_grad=True', '--norm=None', '--update_lr=0.1'],
-     'cls_20.mbs_4.ubs_1.numstep2.updatelr0.1hidden4stopgradnonorm'),
+    pytest.param(['--max_pool', '--norm=layer_norm'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm', marks=pytest.mark.slow),
+    pytest.param(['--num_classes=20', '--num_updates=2', '--stop_grad=True', '--norm=None', '--update_lr=0.1'],
+                 'cls_20.mbs_4.ubs_1.numstep2.updatelr0.1hidden4stopgradnonorm', marks=pytest.mark.slow),
 ])
 def test_networks(arguments, flags, name, tmp_path, few_tasks):
     run_ok(*arguments, *flags, '--metatrain_iterations=2')
@@ -423,6 +433,7 @@ def test_your_own_images_need_a_place(arguments):
     assert '--datasource=folder needs --data_path' in error_of(*without)
 
 
+@pytest.mark.slow
 @of('cifarfs')
 def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
     """--test_query=Q evaluates with Q query images of a class, which is not what the reference writes to files; training is as ever."""

@@ -151,6 +151,7 @@ def test_adam_against_its_formula():
         np.testing.assert_allclose(variable, [value], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_equal_single_steps():
     config = ModelConfig(norm='None', **DENSE)
     batches = [problem(config, seed)[2] for seed in range(6)]
@@ -285,6 +286,7 @@ def test_the_check_of_gradients_sees_a_wrong_one(factor, small):
     assert (max(errors) < 1e-5) == small
 
 
+@pytest.mark.slow
 def test_gradients_of_a_shipped_model():
     printed = subprocess.run([sys.executable, os.path.join(ROOT, 'benchmarks', 'gradient_check.py'), 'logs/sine', '--tasks=1'], cwd=ROOT,
                              check=True, capture_output=True, text=True).stdout

@@ -209,6 +209,7 @@ def test_reptile_with_inner_adam_goes_on_with_its_moments():
     assert float(model.state()['inner/t']) == 2
 
 
+@pytest.mark.slow
 def test_reptile_is_what_the_official_program_computes():
     """Five meta-steps, second moments and both ways to evaluate: tests/golden_reptile/record.py, which ran that program."""
     golden = np.load(os.path.join(ROOT, 'tests', 'golden_reptile', 'official.npz'))
@@ -266,6 +267,7 @@ def test_rows_are_those_of_earlier_versions():
         assert np.array_equal(rows_of_step(rows, rows, 0, iteration), floats)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('kind', ['no', pytest.param('layer', marks=pytest.mark.slow)])
 def test_parts_of_the_support_rows(kind):
@@ -283,6 +285,7 @@ def test_parts_of_the_support_rows(kind):
         assert all(close) if same else not all(close)
 
 
+@pytest.mark.slow
 def test_each_query_row_by_itself():
     """With query_norm='each', a query row's output is that in a batch with the support rows, whatever other query rows there are."""
     fixture = Fixture(FIXTURES['train_support_norm'])
@@ -303,6 +306,7 @@ def test_each_query_row_by_itself():
 RECOMPUTED = ['anil_conv', 'maml_plus_plus', 'meta_sgd_mse', 'layer_rates_fc', 'reptile_adam_mse', 'step_rates_conv']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', fixtures(RECOMPUTED[1:3], among=RECOMPUTED))
 def test_recomputed_steps_give_the_same(name):
     fixture = Fixture(FIXTURES[name])
@@ -385,6 +389,7 @@ def test_features_that_stay_are_computed_once_or_again(monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 def test_equal_norm_sets_are_one_set():
     fixture = Fixture(FIXTURES['norm_scale_stride'])
@@ -487,6 +492,7 @@ def trained_variables(logdir):
     return {name: tf.train.load_variable(prefix, name) for name, _ in tf.train.list_variables(prefix)}
 
 
+@pytest.mark.slow
 def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
     """An interruption within a stage and at its end; the first stage ends within what is one call else."""
     flags = [*SINUSOID, '--num_updates=2', '--learn_lr=step', '--multi_step_loss=5', '--first_order_iterations=2']
@@ -499,6 +505,7 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
         assert np.array_equal(whole[name], parts[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'], id='norms'),
     pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile', marks=pytest.mark.slow)])
@@ -523,6 +530,7 @@ def test_a_run_with_another_end_is_another_run(tmp_path):
     assert 'made with --metatrain_iterations=2, and not with' in error_of(*flags, '--metatrain_iterations=4')
 
 
+@pytest.mark.slow
 def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
     """Learned rates start at --update_lr, scales at 1, and each inner step's offsets at the trained ones."""
     data = [*IMAGES, f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
@@ -537,6 +545,7 @@ def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
     assert np.allclose(read('lr/conv1'), 0.4) and np.array_equal(read('conv1'), tf.train.load_variable(str(prefix), 'conv1'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method, name, label', [pytest.param('anil', 'ANIL', '.innerhead', marks=pytest.mark.slow), pytest.param(
     'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
     'metasgd', 'Meta-SGD', '.learnlrweight'), pytest.param(
@@ -574,6 +583,7 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
     """Several times the same; two different ones are the mean of their outputs; with fewer outputs too."""
@@ -595,6 +605,7 @@ def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
     np.testing.assert_allclose(found.pre, (first.pre + second.pre) / 2, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_norms_of_query_rows_in_training(tmp_path):
     """A directory of its own, found by the same command with --train=False; --run=DIR evaluates otherwise than it was trained."""
     flags = [flag for flag in SINUSOID if 'norm' not in flag] + [f'--logdir={tmp_path}']
@@ -764,6 +775,7 @@ assert abs(float(plain.evaluate(batch, 2).post_losses[-1, 0]) - float(model.eval
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flag, changes', EXAMPLES.items(), ids=EXAMPLES)
 def test_the_examples_of_methods_work(flag, changes, tmp_path):
     """docs/changing-the-algorithm.md: the printed lines in a copy of the program, in both engines and recomputed; finite differences."""

@@ -223,6 +223,7 @@ def test_whole_episodes_fill_the_steps():
     np.testing.assert_allclose(navigation.average_return(episodes), [-(3 + 9 + 38) / 3, -(70 + 86) / 2])
 
 
+@pytest.mark.slow
 def test_an_evaluation_collects_steps():
     """Where the robot arrives early, more episodes are walked than `query_keys` has; a task's are those that it has alone."""
     config = ModelConfig(dim_input=2, dim_output=2, loss='return', update_batch_size=2, update_lr=0., dim_hidden=(4, 4))
@@ -273,6 +274,7 @@ def interrupted_after(monkeypatch, number):
     monkeypatch.setattr(Navigator, 'train_steps', train_steps)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path, monkeypatch, eager):
     """Training, resuming bit for bit after an interruption within an iteration, evaluation, comparison, pictures."""
     whole = run_ok(*FLAGS, '--metatrain_iterations=3', f'--logdir={tmp_path / "whole"}')
@@ -301,6 +303,7 @@ def test_the_program(tmp_path, monkeypatch, eager):
     assert len(glob.glob(f'{tmp_path}/whole/*/evaluation_test_model3_*.png')) == 2
 
 
+@pytest.mark.slow
 def test_baselines(tmp_path, eager):
     """The oracle and pre-training are trained jointly; the oracle's observations have the goal."""
     for flags, inputs in ([], 2), (['--baseline=oracle'], 4):

@@ -433,6 +433,7 @@ def tables(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command', [pytest.param(command, id=re.search(r'--network=\S*:(\w+)', command)[1],
                                                   marks=[] if 'mlp_skip' in command else pytest.mark.slow) for command in COMMANDS])
 def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch, few_tasks):
@@ -462,6 +463,7 @@ def test_sizes_of_resnet12(name, millions):
     assert network.random == (name == 'wide_dropblock')
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 def test_conv4_in_keras_is_the_built_in_one():
     assert max(stock_keras.errors(updates=2, alphas=[0.05])[1]) < 1e-10

@@ -46,6 +46,7 @@ def predict(flags, support, query, *more):
     return output, rows
 
 
+@pytest.mark.slow
 def test_prediction(trained, folders):
     output, (header, *rows) = predict(trained, *folders)
     assert header == ['image', 'class', 'predicted', *(f'probability of {name}' for name in ('cat', 'dog, big', 'ünï'))] and len(rows) == 9

@@ -452,6 +452,7 @@ def many_parts(tmp_path):
     return write_cifar(tmp_path / 'cifar100', cifar_parts(per_class=25))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kill, status', [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_run_that_was_interrupted_goes_on(kill, status, tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'data/fc100/proc_images.py'), '--source', str(many_parts(tmp_path)),

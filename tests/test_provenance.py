@@ -52,6 +52,7 @@ def manifest(folder):
 
 # The record
 
+@pytest.mark.slow
 def test_what_is_recorded(images, tmp_path, monkeypatch):
     """In the checkpoint, in run.flags and in results.json; paths are absolute, whatever was given."""
     first = train(*SINUSOID, logdir=tmp_path / 'first')
@@ -89,6 +90,7 @@ def test_a_line_break_makes_no_flag_of_its_own(tmp_path):
         assert f'{flag.partition("=")[0]} contains a line break' in error_of(*SINUSOID, flag, f'--logdir={tmp_path}')
 
 
+@pytest.mark.slow
 def test_an_earlier_run_loads_and_is_compared(tmp_path):
     """Its checkpoint has the checksums of the data only, and results.json no provenance; what is not known is taken to be alike."""
     runs = [train(*SINUSOID, f'--seed={seed}', logdir=tmp_path / str(seed)) for seed in (0, 1)]
@@ -236,6 +238,7 @@ def test_an_older_numpy_names_the_instructions(monkeypatch):
     assert provenance.arithmetic('map', 1)['instructions'].split()[:2] == ['SSE2', 'AVX2']
 
 
+@pytest.mark.slow
 def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
     run = train(*SINUSOID, logdir=tmp_path)
     as_it_was = provenance.arithmetic
@@ -246,6 +249,7 @@ def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
     assert 'Note' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
 
 
+@pytest.mark.slow
 def test_starting_weights_of_a_resumed_run(tmp_path):
     """The same again, moved ones and the same from elsewhere go on; others are refused."""
     one, other = (train(*SINUSOID, f'--seed={seed}', logdir=tmp_path / f'start{seed}') / 'model1' for seed in (0, 1))
@@ -274,6 +278,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
     assert f'{run}/model1 (1 iterations)' in run_ok(f'--run={run}', '--train=False', '--num_test_tasks=3')
 
 
+@pytest.mark.slow
 def test_fewer_classes_than_the_starting_weights(images, tmp_path):
     """The first outputs, as an evaluation takes them, in training and evaluation."""
     flags = [*IMAGES, f'--data_path={images}']
@@ -288,6 +293,7 @@ def test_fewer_classes_than_the_starting_weights(images, tmp_path):
     assert 'b2 is float32[2] there and float32[3] here' in error_of(*flags, '--num_classes=3', f'--load_from={two}/model1', f'--logdir={tmp_path}/more')
 
 
+@pytest.mark.slow
 def test_a_ranking_is_kept(tmp_path):
     """A training that goes on without --ensemble keeps the checkpoints that one with it had ranked."""
     run = train(*SINUSOID, '--ensemble=3', '--save_interval=1', iterations=3, logdir=tmp_path)
@@ -305,6 +311,7 @@ def test_whose_run_is_continued_in_the_default_folder(tmp_path, monkeypatch):
 
 # Results of checkpoints that have gone
 
+@pytest.mark.slow
 def test_results_go_with_their_checkpoints(tmp_path):
     run = train(*SINUSOID, '--save_interval=1', iterations=3, logdir=tmp_path)
     evaluate = [f'--run={run}', '--train=False', '--num_test_tasks=40', '--update_lr=0.001']
@@ -333,6 +340,7 @@ def test_an_evaluation_of_a_checkpoint_that_is_replaced_meanwhile(tmp_path, monk
     assert not (run / 'results.json').exists()
 
 
+@pytest.mark.slow
 def test_one_relative_path_from_two_folders(tmp_path, monkeypatch):
     """Two checkpoints, two evaluations."""
     for seed in 0, 1:
@@ -344,6 +352,7 @@ def test_one_relative_path_from_two_folders(tmp_path, monkeypatch):
 
 # What a run leaves for reading
 
+@pytest.mark.slow
 def test_a_run_keeps_its_own_log(tmp_path, monkeypatch):
     """metrics.csv of an interrupted run is that of one that was not; nobody needs to keep the console's output."""
     from data_generator import SOURCES

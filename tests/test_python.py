@@ -54,6 +54,7 @@ def test_the_numbers_of_predict(learner, drawings, tmp_path):
     np.testing.assert_allclose(learner.adapt(support[..., 0], names)(query[..., 0]), probabilities, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_model():
     """A regression, with the paper's inner steps."""
     learner = load(SINE)
@@ -75,6 +76,7 @@ def test_more_shots_than_in_training_learn_at_the_same_pace(learner, drawings):
                                atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_saved_predictor(learner, drawings, tmp_path):
     support, query, names = drawings
     predictor = learner.adapt(support, names)
@@ -88,6 +90,7 @@ def test_a_saved_predictor(learner, drawings, tmp_path):
             load_predictor(tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('targets', [['--targets=c'], ['--num_classes=3']], ids=['regression', 'classification'])
 def test_tables_in_their_own_units(targets, small_data, tmp_path):
     """The same as --predict from csv files."""
@@ -133,6 +136,7 @@ def test_what_cannot_be_loaded(tmp_path):
             load(run, **more)
 
 
+@pytest.mark.slow
 def test_the_page(drawings, tmp_path, monkeypatch):
     """The code of docs/python.md, one block after the other, with arrays under the names that it does not define."""
     page = pathlib.Path(ROOT, 'docs', 'python.md').read_text(encoding='utf-8')

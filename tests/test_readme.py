@@ -68,7 +68,7 @@ def test_commands_of_the_docs_parse(monkeypatch):
 
 
 @pytest.mark.parametrize('command', [
-    pytest.param(command, marks=pytest.mark.slow) if re.search('=(miniimagenet|fc100|folder|navigation) ', command) else command
+    pytest.param(command, marks=pytest.mark.slow) if command != TRAINING[0] else command
     for command in TRAINING])
 def test_training_commands_run(command, small_data, tmp_path, few_tasks):
     """Two iterations of whichever phase the command asks for, of a small network, then its evaluation on few tasks."""
@@ -81,6 +81,7 @@ def test_training_commands_run(command, small_data, tmp_path, few_tasks):
     assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command', PREDICTION)
 def test_prediction_command(command, small_omniglot, tmp_path):
     """As printed, of the shipped model, in a folder with examples and images of characters."""
@@ -93,6 +94,7 @@ def test_prediction_command(command, small_omniglot, tmp_path):
     assert process.returncode == 0 and 'predict_examples_images.csv and .png' in process.stdout, process.stderr
 
 
+@pytest.mark.slow
 def test_comparison_command(tmp_path):
     command, = re.findall(r'^python main\.py (--compare .*)$', README, re.M)
     for name in 'one', 'other':
@@ -104,6 +106,7 @@ def test_comparison_command(tmp_path):
     assert process.returncode == 0 and 'Drawn: logs/sine/comparison.png' in process.stdout, process.stderr
 
 
+@pytest.mark.slow
 def test_a_command_as_printed(tmp_path):
     """In a process of its own, and all of its evaluation."""
     flags = [*shlex.split(TRAINING[0])[1:], f'--logdir={tmp_path}', '--metatrain_iterations=2']

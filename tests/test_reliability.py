@@ -105,6 +105,7 @@ def test_signals_that_are_ignored_stay_so(sigint):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
+@pytest.mark.slow
 def test_console_means_survive(tmp_path, monkeypatch):
     """A line's mean covers the iterations before an interruption as well."""
     lines = {}
@@ -122,6 +123,7 @@ def test_save_interval(tmp_path):
 
 # Flags that contradict a checkpoint
 
+@pytest.mark.slow
 def test_contradictions_are_spelt_out(tmp_path):
     run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
     on = [*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=200']
@@ -136,6 +138,7 @@ def test_contradictions_are_spelt_out(tmp_path):
     assert 'Resuming from' in output
 
 
+@pytest.mark.slow
 def test_an_evaluation_without_the_pretraining_of_its_run_is_refused(tmp_path, few_tasks):
     """And a training goes on without ranking checkpoints that are gone."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--pretrain_iterations=1', '--log=False']
@@ -162,6 +165,7 @@ def test_schedules_are_those_of_meta_training(schedule):
         np.testing.assert_array_equal(weights, scheduled.parameters()[name])
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(tmp_path, few_tasks):
     """A run on images that have changed since is another run."""
     write_image_tree(tmp_path / 'data', [f'class{number:02d}' for number in range(8)], images=3, size=(20, 20, 3))
@@ -210,6 +214,7 @@ def test_a_score_that_is_no_number_is_not_the_best():
     assert ranked(3, 0.5, 0.4, math.inf, 0.5, 0.6) == [1, 0, 3] and ranked(2, 0.5, 0.4, 0.6, metric='accuracy') == [2, 0]
 
 
+@pytest.mark.slow
 def test_another_network_is_refused(small_data, tmp_path, few_tasks):
     """Also where all weights have the same shapes."""
     flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2',
@@ -284,6 +289,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert 'Saving works again' in output and checkpoints.newest(str(directory_of(tmp_path))).record['best']['iteration'] == 200
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path):
     """The system's own limit on the size of files stands in for it; the summaries fail as well."""
     limit = 'import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); ' \

@@ -40,6 +40,7 @@ def two_runs(tmp_path_factory):
     return directory_of(root / 'short'), directory_of(root / 'long')
 
 
+@pytest.mark.slow
 def test_results_hold_all_that_a_paper_needs(two_runs):
     directory = two_runs[0]
     content = json.loads((directory / 'results.json').read_text())
@@ -63,6 +64,7 @@ def test_results_hold_all_that_a_paper_needs(two_runs):
     assert 'tensorflow' in entry['versions'] and entry['seconds'] > 0
 
 
+@pytest.mark.slow
 def test_further_evaluations_are_added(tmp_path, small_omniglot):
     flags = [*IMAGES, f'--data_path={small_omniglot}', f'--logdir={tmp_path}', '--metatrain_iterations=2', '--num_test_tasks=7']
     run_ok(*flags)
@@ -317,6 +319,7 @@ def test_comparisons_look_at_every_level_and_overwrite_no_picture(two_runs, tmp_
     assert (tmp_path / 'comparison.png').read_text() == 'mine' and (tmp_path / 'comparison.svg').read_text().startswith('<?xml')
 
 
+@pytest.mark.slow
 def test_evaluations_live_side_by_side(tmp_path, few_tasks):
     """An entry for each checkpoint and setting; the reference's files are of the last standard evaluation of the newest checkpoint."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--save_interval=2']
@@ -380,6 +383,7 @@ def test_evaluations_of_a_shipped_run_change_no_file_that_ships(tmp_path):
         assert len(ignored.stdout.splitlines()) == len(list(run.iterdir())) - len(before) >= 3
 
 
+@pytest.mark.slow
 def test_seeds_are_evaluated_on_the_same_tasks(tmp_path):
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--num_test_tasks=5', '--metatrain_iterations=2']
     for seed in 0, 1, 2:
@@ -467,6 +471,7 @@ def test_pictures_of_sinusoids(two_runs):
     assert 'cannot be written' in error_of(*flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['omniglot', pytest.param('folder', marks=pytest.mark.slow)])
 def test_pictures_of_images(source, small_data, tmp_path):
     flags = {'omniglot': IMAGES, 'folder': ['--datasource=folder', '--update_batch_size=1', '--num_filters=4', '--image_size=20',

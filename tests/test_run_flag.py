@@ -29,11 +29,13 @@ def evaluation(directory):
     return results_of(directory)[-1]
 
 
+@pytest.mark.slow
 def test_the_flags_of_a_training_are_written_down(trained):
     assert [line for line in (trained[1] / 'run.flags').read_text().splitlines() if not line.startswith('# ')] == [
         '--metatrain_iterations=2', '--meta_batch_size=2', '--update_batch_size=3', '--num_updates=2', '--norm=None']
 
 
+@pytest.mark.slow
 def test_evaluation_by_run_is_that_by_all_flags(trained):
     logdir, directory = trained
     run_ok(*TRAINED, f'--logdir={logdir}', '--train=False', '--num_test_tasks=5')
@@ -43,6 +45,7 @@ def test_evaluation_by_run_is_that_by_all_flags(trained):
         assert evaluation(directory).scores == by_flags
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_renamed_to(trained):
     logdir, directory = trained
     directory = directory.rename(logdir / 'another name')
@@ -85,6 +88,7 @@ def test_folders_that_are_no_run(trained, tmp_path):
     assert 'holds 2 runs' in error_of(f'--run={trained[0]}') and 'twin' in error_of(f'--run={trained[0]}')
 
 
+@pytest.mark.slow
 def test_files_of_flags(tmp_path):
     path = tmp_path / 'x.flags'
     path.write_text('# a comment\n--norm=None\n--metatrain_iterations=2\n--meta_batch_size=2\n')
@@ -99,6 +103,7 @@ def test_files_of_flags(tmp_path):
     assert 'a name of thousands of characters' in error_of(f'--flagfile={path}')
 
 
+@pytest.mark.slow
 def test_the_shipped_sinusoid(tmp_path):
     """As the README prints it, in a copy."""
     shutil.copytree(os.path.join(ROOT, 'logs', 'sine'), tmp_path / 'logs' / 'sine')

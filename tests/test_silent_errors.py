@@ -163,6 +163,7 @@ def test_accuracies_are_not_compared_with_losses(tmp_path):
     assert 'no two evaluations were made on the same tasks' in error_of(f'--compare={tmp_path}')
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_how_its_tasks_were_drawn(small_data, tmp_path):
     flags = ['--datasource=folder', f'--data_path={small_data["folder"]}', '--image_size=20', '--num_classes=2', '--num_filters=2',
              '--update_batch_size=1', '--meta_batch_size=2', '--metatrain_iterations=1', '--num_test_tasks=3', '--max_pool',
@@ -182,6 +183,7 @@ def test_evaluations_that_end_together_lose_nothing(tmp_path):
 SINUSOID = ['--norm=None', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_test_tasks=3']
 
 
+@pytest.mark.slow
 def test_starting_anew_leaves_no_old_results(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, 'TEST_TASKS', 3)  # those of SINUSOID: the reference's files are written, too
     run_ok(*SINUSOID, f'--logdir={tmp_path}')
@@ -366,6 +368,7 @@ def test_curves_of_different_lengths():
         assert axes.get_xlim()[1] > 50 and len(axes.get_xticks()) == 11 and axes.get_yscale() == 'linear'
 
 
+@pytest.mark.slow
 def test_step_sizes_that_are_learned_stay(tmp_path):
     """Those of a model that --load_from names, too."""
     flags = ['--norm=None', '--meta_batch_size=2', '--log=False', '--learn_lr=layer']
@@ -377,6 +380,7 @@ def test_step_sizes_that_are_learned_stay(tmp_path):
     assert 'are learned' in error_of(f'--run={run}', '--train=False', '--update_lr=0.5')
 
 
+@pytest.mark.slow
 def test_weights_of_another_source_are_no_home_match(tmp_path):
     """A model of the sinusoid, given by --load_from, is not one of the source that it is evaluated on."""
     flags = ['--norm=None', '--meta_batch_size=2', '--log=False']
@@ -401,6 +405,7 @@ def test_links_to_what_is_not_there(tmp_path):
         class_folders.subfolders(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_evaluations_with_other_updates_do_not_overwrite_each_other(tmp_path):
     flags = ['--norm=None', '--update_batch_size=2', '--meta_batch_size=2', f'--logdir={tmp_path}', '--log=False']
     run_ok(*flags, '--metatrain_iterations=1')

@@ -182,6 +182,7 @@ def test_links_of_the_docs_lead_somewhere():
                     assert os.path.exists(os.path.join(os.path.dirname(page), link)), f'{page}: {link}'
 
 
+@pytest.mark.slow
 def test_the_example_of_a_source_works(tmp_path):
     """docs/adding-a-source.md, as printed: the code block, then a training and an evaluation."""
     import subprocess

@@ -111,6 +111,7 @@ def lines_after_write(start, tmp_path):
     return lines(tmp_path)['tiny sinusoid']
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_exist(start):
     status, printed = end(start('--only', 'nothing'))
     assert status == 1 and "no row has 'nothing' in its name; there are: sinusoid_10shot" in printed

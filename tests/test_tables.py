@@ -118,6 +118,7 @@ def test_a_constant_column_stays_as_it_is(constant, tmp_path, capsys):
     assert 'has a class a in train and in val, and 2 more such names' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, data', [pytest.param(REGRESSION, 'regression', marks=pytest.mark.slow), (CLASSES, 'classes')])
 def test_a_run(flags, data, tmp_path, few_tasks, request):
     """It learns; evaluation repeats exactly although the split train has changed since; --run needs no flags."""
@@ -264,6 +265,7 @@ def test_nonsense(flags, words):
     assert words in error_of(*flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('config', ['table_regression', 'table_classes'])
 def test_commands_of_the_configs(config, regression, classes, tmp_path, few_tasks):
     flags = [f'--flagfile={ROOT}/configs/{config}.flags', f'--data_path={regression if config == "table_regression" else classes}',
@@ -308,6 +310,7 @@ def test_two_files_of_one_table(regression):
         source(regression, ['y']).load('train')
 
 
+@pytest.mark.slow
 def test_hidden_layers(tmp_path):
     """In the network and in the directory's name; the default leaves both as they were."""
     flags = ['--datasource=sinusoid', '--norm=None', '--metatrain_iterations=1', f'--logdir={tmp_path}', '--log=False']

@@ -34,6 +34,7 @@ def test_all_bad_images_are_named_before_training(damaged, tmp_path):
     assert not (tmp_path / 'logs').exists()
 
 
+@pytest.mark.slow
 def test_bad_images_can_be_left_out(damaged, tmp_path):
     flags = [*SMALL, f'--data_path={damaged}', f'--logdir={tmp_path / "logs"}', '--skip_bad_images']
     output = run_ok(*flags)
@@ -103,17 +104,20 @@ def test_no_split_is_written_for_a_checkpoint_that_is_not_there(tmp_path):
     assert not (tmp_path / 'data' / 'splits.csv').exists()
 
 
+@pytest.mark.slow
 def test_a_training_needs_no_test_split(tmp_path):
     write_image_tree(tmp_path / 'data', [name for name in class_names(3, 2, 2) if 'test' not in name], images=4, size=(8, 8, 3))
     assert 'Training' in run_ok(*SMALL, f'--data_path={tmp_path / "data"}', f'--logdir={tmp_path / "logs"}')
 
 
+@pytest.mark.slow
 def test_every_validation_is_shown(tmp_path):
     """Below 500 iterations too: --test_best chooses among them."""
     output = run_ok(*SMALL, f'--data_path={tree(tmp_path)}', f'--logdir={tmp_path / "logs"}', '--save_interval=1')
     assert 'Validation of model1: ' in output and 'Validation of model2: ' in output and 'did best (--test_best), with an accuracy of' in output
 
 
+@pytest.mark.slow
 def test_what_hardly_learns_is_said(tmp_path):
     flags = ['--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
     assert 'hardly learns' in run_ok(*flags) and 'hardly learns' not in run_ok(*flags, '--norm=None')
@@ -147,6 +151,7 @@ def test_pictures_of_runs_that_diverged():
     assert low > 90 and high - low < 10, 'the band can be seen'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image_format', ['pdf', pytest.param('svg', marks=pytest.mark.slow)])
 def test_formats_of_pictures(tmp_path, image_format):
     flags = ['--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
@@ -161,6 +166,7 @@ def test_formats_of_pictures(tmp_path, image_format):
     assert not [name for name in os.listdir(os.path.dirname(paths[0])) if name.endswith('.png')]
 
 
+@pytest.mark.slow
 def test_both_norms_in_one_picture(small_omniglot, tmp_path):
     flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', f'--logdir={tmp_path}',
              f'--data_path={small_omniglot}', '--metatrain_iterations=1']
