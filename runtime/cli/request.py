@@ -242,13 +242,6 @@ def _own_network(values, directory=None, given=None):
     return network
 
 
-def _values(line, stored):
-    """{flag: value}: as given, else as the run has it, else --method, else the source, else its default."""
-    source = SOURCES[line.values['datasource'] if 'datasource' in line.given or not stored else stored['datasource']]
-    others = {**source.usual_flags, **methods.settings(line.values['method'], line.given), **stored}
-    return {**line.values, **{name: value for name, value in others.items() if name not in line.given}}
-
-
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):
     if 'datasource' in may_differ and values['datasource'] != learnt['datasource']:
         may_differ += OF_IMAGES
