@@ -31,7 +31,7 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data.preparation import read_classes  # noqa: E402
+from data.reading import read_classes  # noqa: E402
 from runtime.datasets.class_folders import PREPARATION_RECORD, ClassFolders  # noqa: E402
 
 SHARES = {'preparation': 0.24, 'cache': 0.16, 'sinusoid': 0.16, 'images': 0.16, 'evaluation': 0.16, 'comparison': 0.12}

@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 
-from data.preparation import DAMAGE, LARGEST_PICTURE, MEGABYTE, read_picture, reason
+from data.reading import DAMAGE, LARGEST_PICTURE, MEGABYTE, read_picture, reason
 from runtime.system.files import require_regular_file
 
 STASH_BYTES = 256 * MEGABYTE

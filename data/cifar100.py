@@ -7,18 +7,8 @@ from PIL import Image
 
 from data import download, pickles
 from data.archives import find_archive, read_tar_members
-from data.preparation import (
-    MEGABYTE,
-    Class,
-    Picture,
-    arguments,
-    encode,
-    is_plain_name,
-    load_pickle,
-    prepare,
-    read_classes,
-    read_part,
-)
+from data.preparation import Class, Picture, arguments, prepare
+from data.reading import MEGABYTE, encode, is_plain_name, load_pickle, read_classes, read_part
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
 SIZE = (32, 32)

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import filelock
 from tqdm import tqdm
 
-from data.preparation import is_prepared, locked_folder, reason
+from data.preparation import is_prepared, locked_folder
+from data.reading import reason
 from runtime.system.files import read_csv
 
 CHUNK_BYTES = 2 ** 16

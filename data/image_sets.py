@@ -13,19 +13,8 @@ from typing import NamedTuple
 from data import download
 from data.archives import Folder, Tar, Zip, open_archive, read_text
 from data.mat_files import read_array
-from data.preparation import (
-    DAMAGE,
-    MEGABYTE,
-    Class,
-    Picture,
-    arguments,
-    fit,
-    is_plain_name,
-    prepare,
-    read_classes,
-    read_file,
-    reason,
-)
+from data.preparation import Class, Picture, arguments, prepare
+from data.reading import DAMAGE, MEGABYTE, fit, is_plain_name, read_classes, read_file, reason
 from runtime.datasets.images import PREPARED_FORMATS
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels

@@ -17,7 +17,8 @@ import numpy as np
 
 from data import download
 from data.packing import ImageList, pack
-from data.preparation import Class, arguments, read_classes, read_file, reason
+from data.preparation import Class, arguments
+from data.reading import read_classes, read_file, reason
 
 SEED = 123
 SIDE = 28

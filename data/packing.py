@@ -17,21 +17,21 @@ import numpy as np
 from tqdm import tqdm
 
 from data.preparation import (
-    DAMAGE,
     Class,
     deferred_interrupt,
     describe_classes,
     differences,
-    remove_parts,
     sentences,
     start,
     summary,
     write_preparation_record,
     write_under_lock,
 )
+from data.reading import DAMAGE
 from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_json
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.datasets.tasks import SPLITS
+from runtime.system.files import remove_parts
 
 
 class ImageList(NamedTuple):

@@ -19,7 +19,7 @@ from PIL import Image
 
 import main
 from conftest import ROOT, error_of, run_main, write_image_tree
-from data import cifar100, preparation
+from data import cifar100, reading
 from data_generator import SOURCES
 from runtime.cli import request, rules
 from runtime.cli.flags import FLAGS
@@ -147,7 +147,7 @@ def test_class_folders_of_any_name_come_back(tmp_path, names):
 @EACH
 @given(st.text(max_size=40))
 def test_plain_names_stay_where_they_are_put(name):
-    if preparation.is_plain_name(name):
+    if reading.is_plain_name(name):
         assert os.path.dirname(os.path.normpath(os.path.join('/data/train', name))) == '/data/train'
 
 
@@ -276,14 +276,14 @@ def test_any_csv_row(tmp_path, rows, header):
     except SystemExit as error:
         assert str(path) in error.code
     else:
-        assert all(preparation.is_plain_name(label) for _, label in found)
+        assert all(reading.is_plain_name(label) for _, label in found)
 
 
 @EACH
 @given(st.binary(max_size=300))
 def test_any_pickle(content):
     try:
-        assert isinstance(preparation.load_pickle(content, 'it'), dict)
+        assert isinstance(reading.load_pickle(content, 'it'), dict)
     except SystemExit as error:
         assert str(error.code).startswith('it ')
 

@@ -18,7 +18,7 @@ from test_hostile_input import MINI, refusal
 from test_preparation import SPLITS, WNIDS, cifar_parts, write_cifar
 
 from conftest import ROOT
-from data import cifar100, preparation
+from data import cifar100, preparation, reading
 
 SCRIPTS = {'miniImagenet': 'miniImagenet/proc_images.py', 'cifarfs': 'cifarfs/proc_images.py', 'fc100': 'fc100/proc_images.py',
            'omniglot': 'omniglot_resized/resize_images.py', 'doublemnist': 'doublemnist/proc_images.py',
@@ -42,9 +42,9 @@ def load(content):
     The peak is from /proc: that of getrusage may be this process's, from before the other program was started.
     """
     process = subprocess.run(
-        [sys.executable, '-c', f'import sys; sys.path.insert(0, {ROOT!r})\nimport re, resource\nfrom data import preparation\n'
+        [sys.executable, '-c', f'import sys; sys.path.insert(0, {ROOT!r})\nimport re, resource\nfrom data import reading\n'
          'resource.setrlimit(resource.RLIMIT_AS, (2 ** 32, 2 ** 32))\n'
-         'try:\n    preparation.load_pickle(sys.stdin.buffer.read(), "it")\n'
+         'try:\n    reading.load_pickle(sys.stdin.buffer.read(), "it")\n'
          'finally:\n    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024)'],
         input=content, capture_output=True, timeout=60)
     return process.returncode, process.stderr.decode(), int(process.stdout or 0)
@@ -110,7 +110,7 @@ def test_plain_data_are_read_in_every_protocol(protocol):
     plain = {'numbers': [0, -1, 2 ** 31, 10 ** 30, 1.5, True, None], 'texts': ['Ünï\n\\', ''], 'bytes': [b'\xff', b'x' * 300, b''],
              'nested': {'a': (1, (2, (), [3]))}, 'from numpy': [3, 0.5, True]}
     scalars = {'from numpy': [np.int64(3), np.float32(0.5), np.bool_(True)]}
-    found = preparation.load_pickle(pickle.dumps({'arrays': data, **plain, **scalars}, protocol=protocol), 'it')
+    found = reading.load_pickle(pickle.dumps({'arrays': data, **plain, **scalars}, protocol=protocol), 'it')
     arrays = found.pop('arrays')
     assert found == plain and [type(value) for value in found['from numpy']] == [int, float, bool]
     for name, wanted in data.items():
@@ -121,7 +121,7 @@ def test_plain_data_are_read_in_every_protocol(protocol):
 def test_python_2_wrote_arrays_as_texts():
     content = (b"(dp0\nS'data'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\ntp6\nRp7\n"
                b"(I1\n(L2L\nI2\ntp8\n" + DTYPE % b'u1' + b"p9\nI00\nS'\\xff\\x00\\n\\''\np10\ntp11\nbp12\nsS'again'\ng7\ns.")
-    found = preparation.load_pickle(content, 'it')
+    found = reading.load_pickle(content, 'it')
     assert found['data'].tolist() == [[255, 0], [10, 39]] and found['again'] is found['data']
 
 
@@ -343,9 +343,9 @@ def test_any_record_of_an_earlier_preparation(record, tmp_path):
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_ctrl_c_before_anything_is_written(name, tmp_path):
     """Here while the script reads the list of classes; it might as well be the download."""
-    program = (f'import os, runpy, signal, sys; sys.path.insert(0, {ROOT!r})\nfrom data import preparation\n'
+    program = (f'import os, runpy, signal, sys; sys.path.insert(0, {ROOT!r})\nfrom data import reading\n'
                'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
-               'preparation.read_classes = lambda path: os.kill(os.getpid(), signal.SIGINT)\n'
+               'reading.read_classes = lambda path: os.kill(os.getpid(), signal.SIGINT)\n'
                f'sys.argv = ["script", "--source", {str(tmp_path)!r}]\n'
                f'runpy.run_path({os.path.join(ROOT, "data", SCRIPTS[name])!r}, run_name="__main__")')
     if name == 'miniImagenet':
@@ -367,7 +367,7 @@ def test_little_memory_and_unreadable_files_are_sentences():
 
 def test_names_too_long_for_a_disk_are_no_plain_names():
     """With the temporary name's host and process number."""
-    assert preparation.is_plain_name('é' * 75) and not preparation.is_plain_name('é' * 76)
+    assert reading.is_plain_name('é' * 75) and not reading.is_plain_name('é' * 76)
 
 
 # Where nothing can be printed

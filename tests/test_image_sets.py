@@ -17,7 +17,7 @@ import scipy.io
 from PIL import Image
 
 from conftest import ROOT
-from data import archives, image_sets, mat_files, preparation
+from data import archives, image_sets, mat_files, preparation, reading
 from data_generator import SOURCES
 from runtime.datasets.class_folders import preparation_facts
 
@@ -38,7 +38,7 @@ def test_class_lists(source, split):
     rows = rows_of(source)
     assert tuple(sum(row[split] == name for row in rows) for name in ('train', 'val', 'test')) == SPLIT_COUNTS[source, split]
     assert sum(int(row['images']) for row in rows) == IMAGES[source]
-    assert len({row['class'] for row in rows}) == len(rows) and all(preparation.is_plain_name(row['class']) for row in rows)
+    assert len({row['class'] for row in rows}) == len(rows) and all(reading.is_plain_name(row['class']) for row in rows)
 
 
 def test_two_splits_of_cub_swap_their_roles():

@@ -13,7 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from conftest import ROOT, an_entry, class_names, error_of, results_of, run_ok, write_image_tree, write_manifest
-from data import preparation
+from data import preparation, reading
 from data_generator import SOURCES
 from runtime.datasets import class_folders, images
 from runtime.jobs import evaluate as evaluation
@@ -25,7 +25,7 @@ OMNIGLOT = SOURCES['omniglot']
 
 
 def png(value):
-    return preparation.encode(Image.new('RGB', (4, 4), (value, value, value)))
+    return reading.encode(Image.new('RGB', (4, 4), (value, value, value)))
 
 
 def prepare(destination, count=4, names=None, **more):
@@ -250,7 +250,7 @@ def test_prepared_images_are_decoded_in_a_fresh_process(small_omniglot):
 def test_no_interpreter_is_run_on_a_download(script, tmp_path, monkeypatch):
     from test_hostile_input import load_script
     monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_, **__: pytest.fail('Ghostscript was run'))
-    with pytest.raises(preparation.DAMAGE):
+    with pytest.raises(reading.DAMAGE):
         if script == 'omniglot':
             load_script('omniglot_resized/resize_images.py').resize(EPS, antialias=False)
         else:

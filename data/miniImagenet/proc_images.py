@@ -30,19 +30,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
 from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
-from data.preparation import (  # noqa: E402
-    Class,
-    Picture,
-    arguments,
-    encode,
-    fit,
-    is_plain_name,
-    load_pickle,
-    prepare,
-    read_classes,
-    read_part,
-    run_script,
-)
+from data.preparation import Class, Picture, arguments, prepare, run_script  # noqa: E402
+from data.reading import encode, fit, is_plain_name, load_pickle, read_classes, read_part  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
 from runtime.system.files import read_csv  # noqa: E402
 

@@ -20,18 +20,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download  # noqa: E402
 from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
-from data.preparation import (  # noqa: E402
-    PREPARED_FORMATS,
-    Class,
-    Picture,
-    arguments,
-    encode,
-    is_plain_name,
-    prepare,
-    read_classes,
-    run_script,
-)
-from runtime.datasets.images import open_image  # noqa: E402
+from data.preparation import Class, Picture, arguments, prepare, run_script  # noqa: E402
+from data.reading import encode, is_plain_name, read_classes  # noqa: E402
+from runtime.datasets.images import PREPARED_FORMATS, open_image  # noqa: E402
 
 PARTS = ('images_background', 'images_evaluation')
 SIZE = (28, 28)

@@ -31,22 +31,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
 from data.packing import ImageList, pack  # noqa: E402
-from data.preparation import (  # noqa: E402
-    DAMAGE,
-    LARGEST_PICTURE,
-    PREPARED_FORMATS,
-    Class,
-    arguments,
-    is_plain_name,
-    load_pickle,
-    read_classes,
-    read_part,
-    read_picture,
-    reason,
-    run_script,
-)
+from data.preparation import Class, arguments, run_script  # noqa: E402
+from data.reading import DAMAGE, LARGEST_PICTURE, is_plain_name, load_pickle, read_classes, read_part, read_picture, reason  # noqa: E402
 from runtime.datasets.arrays import map_array  # noqa: E402
-from runtime.datasets.images import open_image  # noqa: E402
+from runtime.datasets.images import PREPARED_FORMATS, open_image  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
 from runtime.system.files import require_regular_file  # noqa: E402
 
