@@ -16,22 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.preparation import (
-    Class,
-    deferred_interrupt,
-    describe_classes,
-    differences,
-    sentences,
-    start,
-    summary,
-    write_preparation_record,
-    write_under_lock,
-)
+from data.preparation import Class, deferred_interrupt, describe_classes, differences, run_preparation, summary
 from data.reading import DAMAGE
-from runtime.datasets.arrays import RECORD, read_packed_record, write_array, write_json
+from runtime.datasets.arrays import RECORD, read_packed_record, write_array
 from runtime.datasets.images import CHUNK_BYTES
 from runtime.datasets.tasks import SPLITS
-from runtime.system.files import remove_parts
+from runtime.system.files import write_json
 
 
 class ImageList(NamedTuple):
@@ -59,12 +49,11 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
     Raises:
         SystemExit: with one sentence for each problem found.
     """
-    def write(destination, source):
-        if start(destination, recipe, source, args.force):
+    def write(destination, again):
+        if again:
             for name in RECORD, *(split + '.npy' for split in SPLITS):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(destination, name))
-        remove_parts(destination)
         record, damaged = _earlier(destination), {}
         for split in SPLITS:
             own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}
@@ -77,14 +66,12 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         counts = dict.fromkeys(lists, 0) | {name: count for entry in record.values() for name, count in entry['classes'].items()}
         counts = {name: count for name, count in counts.items() if count or name not in classes}  # those left out are missing
         named = [(f'image {number} of {name}', error) for (name, number), error in sorted(damaged.items())]
-        complaints = sentences(differences(counts, classes, named, []))
         sizes = {split: record[split]['bytes'] / 1e6 if split in record else 0.0 for split in SPLITS}
         print(summary(counts, classes, sizes, shape[1::-1]))
         print(describe_classes(counts), 'in', destination, flush=True)
-        write_preparation_record(destination, recipe, source, complaints, args.allow_missing)
-        return complaints
+        return differences(counts, classes, named)
 
-    write_under_lock(args, inputs, write)
+    run_preparation(args, recipe, inputs, write)
 
 
 def _earlier(destination: str) -> dict[str, dict]:

@@ -6,7 +6,6 @@ should be; `prepare` writes those that are not there yet, checks the counts and 
 import argparse
 import collections
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -27,7 +26,7 @@ from runtime.datasets.splits import MANIFEST, write_manifest
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
-from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically
+from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically, write_json
 
 LOCK = '.lock'
 DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
@@ -105,21 +104,17 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     """
     facts = facts or {}
 
-    def write(destination, source):
-        again = start(destination, recipe, source, args.force)
+    def write(destination, again):
         refuse_duplicates(picture.name for picture in pictures)
-        remove_parts(destination)  # of killed preparations: no other process holds the lock
         for folder in sorted({os.path.join(destination, os.path.dirname(picture.name)) for picture in pictures}):
             os.makedirs(folder, exist_ok=True)
             remove_parts(folder)
         damaged = write_all(pictures, destination, again)
         counts = dict(collections.Counter(os.path.dirname(picture.name) for picture in pictures
                                           if os.path.isfile(os.path.join(destination, picture.name))))
-        files, folders = left_over_files(pictures, counts, destination), left_over_folders(counts, classes, destination)
-        complaints = sentences([
-            *differences(counts, classes, damaged, absent),
-            (f'{destination} holds ', files, 'further files in its class folders', '; remove them'),
-            (f'{destination} holds ', folders, 'further class folders', '; remove them')])
+        left_over = [*first_of(left_over_files(pictures, counts, destination), 'further files in its class folders'),
+                     *first_of(left_over_folders(counts, classes, destination), 'further class folders')]
+        complaints = differences(counts, classes, damaged, absent) + [f'{destination} holds {text}; remove them' for text in left_over]
         print(summary(counts, classes, megabytes(counts, classes, destination), size))
         facts_text = ''.join(f', {name} {value}' for name, value in facts.items())
         print((describe or describe_classes)(counts), 'in', destination + facts_text, flush=True)
@@ -130,11 +125,9 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.join(destination, name))
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
-        # Last: if anything stops this function earlier, the record says incomplete.
-        write_preparation_record(destination, recipe, source, complaints, args.allow_missing, facts)
         return complaints
 
-    write_under_lock(args, inputs, write)
+    run_preparation(args, recipe, inputs, write, facts)
 
 
 def is_prepared(args: argparse.Namespace, recipe: str, facts: Mapping[str, object]) -> bool:
@@ -158,8 +151,14 @@ def checksum(path: str) -> int:
         return file_checksum(file)
 
 
-def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Callable[[str, list[list]], list[str]]) -> None:
-    """Calls `write`, a function of the destination and the identity of the inputs that returns complaints, under a lock.
+def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str], write: Callable[[str, bool], list[str]],
+                    facts: Mapping[str, object] | None = None) -> None:
+    """Calls `write` under a lock, and records in the destination what the program reads before it uses the images there.
+
+    Args:
+        recipe, inputs, facts: as for `prepare`.
+        write: function of the destination and of whether all files must be made again: by force, or of another recipe or source.
+            It returns complaints.
 
     Raises:
         SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
@@ -168,9 +167,17 @@ def write_under_lock(args: argparse.Namespace, inputs: Sequence[str], write: Cal
     for folder in map(os.path.realpath, inputs):
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
+    record_path = os.path.join(destination, PREPARATION_RECORD)
     try:
         with locked_folder(destination):
-            complaints = write(destination, source)
+            record = preparation_record(destination)  # one of an earlier version has no source
+            again = args.force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
+            # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
+            write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
+            remove_parts(destination)  # of killed preparations: no other process holds the lock
+            complaints = write(destination, again)
+            write_json(record_path, {'recipe': recipe, 'source': source, 'complete': not complaints or args.allow_missing,
+                                     **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
     except filelock.Timeout:
         sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
                  '--destination')
@@ -198,30 +205,6 @@ def locked_folder(folder: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # some systems cannot remove open files
                 os.remove(path)
-
-
-def start(destination: str, recipe: str, source: list[list], force: bool) -> bool:
-    """Records that a preparation is running; returns whether its files must all be made: by force, or of another recipe or source.
-
-    Args:
-        source: as from `identity`. Records of earlier versions have none.
-    """
-    record = preparation_record(destination)
-    again = force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
-    # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
-    _write_record(destination, {'recipe': None if again else recipe, 'source': source, 'complete': False})
-    return again
-
-
-def write_preparation_record(destination: str, recipe: str, source: list[list], complaints: Sequence[str], allow_missing: bool,
-                             facts: Mapping[str, object] | None = None) -> None:
-    """Writes what the program reads before it uses the images: whether they are complete, and how they were chosen."""
-    _write_record(destination, {'recipe': recipe, 'source': source, 'complete': not complaints or allow_missing,
-                                **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
-
-
-def _write_record(destination, record):
-    write_atomically(os.path.join(destination, PREPARATION_RECORD), json.dumps(record).encode())
 
 
 def write_all(pictures: Sequence[Picture], destination: str, again: bool) -> list[tuple[str, Exception]]:
@@ -283,22 +266,22 @@ def refuse_duplicates(names: Iterable[str]) -> None:
                  'source again')
 
 
-def differences(counts: Mapping[str, int], classes: Mapping[str, Class], damaged: Sequence[tuple[str, Exception]],
-                absent: Sequence[str]) -> list[tuple[str, Sequence[str], str, str]]:
-    """Differences between the expected images and those found, for `sentences`."""
+def differences(counts: Mapping[str, int], classes: Mapping[str, Class], damaged: Sequence[tuple[str, Exception]] = (),
+                absent: Sequence[str] = ()) -> list[str]:
+    """Sentences on how the images found differ from the expected ones."""
     missing, unknown = sorted(classes.keys() - counts.keys()), sorted(counts.keys() - classes.keys())
-    wrong = sorted(name for name in counts.keys() & classes.keys() if counts[name] != classes[name].images)
-    return [('', [f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded', ''),
-            ('', absent, 'images are missing', ''),
-            ('', missing, f'of {len(classes)} classes are missing', ''),
-            ('', unknown, 'classes are not known', ''),
-            ('', [f'{name} with {counts[name]} instead of {classes[name].images}' for name in wrong],
-             'classes have another number of images than they should', '')]
+    wrong = [f'{name} with {counts[name]} instead of {classes[name].images}' for name in sorted(counts.keys() & classes.keys())
+             if counts[name] != classes[name].images]
+    return [*first_of([f'{name} ({reason(error)})' for name, error in damaged], 'images cannot be decoded'),
+            *first_of(absent, 'images are missing'),
+            *first_of(missing, f'of {len(classes)} classes are missing'),
+            *first_of(unknown, 'classes are not known'),
+            *first_of(wrong, 'classes have another number of images than they should')]
 
 
-def sentences(problems: Sequence[tuple[str, Sequence[str], str, str]]) -> list[str]:
-    """A sentence for each kind of problem with any names, from (text before, names, what they are, text after)."""
-    return [f'{before}{len(names)} {what}, first {names[0]}{after}' for before, names, what, after in problems if names]
+def first_of(names: Sequence[str], what: str) -> list[str]:
+    """A sentence that counts names and shows the first; none if there are no names."""
+    return [f'{len(names)} {what}, first {names[0]}'] if names else []
 
 
 def left_over_files(pictures: Sequence[Picture], counts: Mapping[str, int], destination: str) -> list[str]:

@@ -5,7 +5,6 @@ There are two kinds. The preparation of a large source packs each split: <folder
 a fingerprint of the image files.
 """
 import contextlib
-import json
 import os
 import sys
 import zlib
@@ -15,7 +14,7 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
-from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically
+from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically, write_json
 from runtime.system.schema import checked
 
 RECORD = 'packed.json'
@@ -127,11 +126,6 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
         print(f'The decoded images could not be kept for the next run: {error}', file=sys.stderr)
         array = np.concatenate(list(make()))
         return array, zlib.crc32(array)
-
-
-def write_json(path: str, value: object) -> None:
-    """Writes a record, atomically."""
-    write_atomically(path, json.dumps(value).encode())
 
 
 # Packed splits ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from runtime.datasets.images import BadImages, Contents, ImageFile, decode_image
 from runtime.datasets.lists import Labelled, read_image_lists
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, counted
-from runtime.system.files import read_csv, read_json
+from runtime.system.files import read_csv, read_json, write_json
 from runtime.system.schema import checked
 
 PREPARED_SUFFIXES = {'.png', '.jpg', '.jpeg'}
@@ -183,7 +183,7 @@ class ClassFolders(FolderOptions):
                     raise
                 bad = sorted(bad + error.images)
                 with contextlib.suppress(OSError):  # so that the next run need not decode them to know
-                    arrays.write_json(cache + '.bad.json', {'fingerprint': fingerprint, 'images': bad})
+                    write_json(cache + '.bad.json', {'fingerprint': fingerprint, 'images': bad})
 
     @cached_property
     def _labelled(self) -> Labelled | None:
@@ -275,7 +275,7 @@ class ClassFolders(FolderOptions):
         counts = record[split]['classes']
         try:
             images = arrays.read_array(path, (sum(counts.values()), *image_shape), record[split], self.verify,
-                                       lambda: arrays.write_json(os.path.join(self.root, arrays.RECORD), record))
+                                       lambda: write_json(os.path.join(self.root, arrays.RECORD), record))
         except Exception as error:
             reason = ' '.join(str(error).split())
             raise UserError(f'{path} is damaged ({reason}); make it again: python {self.script} --force') from error

@@ -86,6 +86,11 @@ def read_json(path: str | os.PathLike) -> Any:
             raise ValueError('it is malformed: nested too deeply') from error
 
 
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Writes a value to a json file, atomically; raises OSError if that cannot be done."""
+    write_atomically(path, json.dumps(value).encode())
+
+
 def remove_parts(folder: str, unused_for: float = 0) -> None:
     """Removes the part files in a folder that killed processes left.
 
