@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 
-from data.reading import DAMAGE, LARGEST_PICTURE, MEGABYTE, read_picture, reason
+from data.reading import LARGEST_PICTURE, MEGABYTE, read_picture, refusing
 from runtime.system.files import require_regular_file
 
 STASH_BYTES = 256 * MEGABYTE
@@ -40,11 +40,9 @@ class Zip:
 
     def __init__(self, path: str):
         """Raises SystemExit if it is missing or damaged."""
-        try:
+        with refusing(f'{path} is damaged'):
             require_regular_file(path)
             self.path, self._file, self._lock = path, zipfile.ZipFile(path), threading.Lock()
-        except DAMAGE as error:
-            sys.exit(f'{path} is damaged ({reason(error)}); download it again')
         refuse_twice(path, self._file.namelist())
 
     def names(self) -> list[str]:
@@ -70,14 +68,12 @@ class Tar:
     def __init__(self, path: str):
         """Raises SystemExit if it is missing or damaged."""
         self.path, self._lock, self._texts, names, room = path, threading.Lock(), {}, [], TEXT_BYTES
-        try:
+        with refusing(f'{path} is damaged'):
             for member, archive in tar_members(path):
                 names.append(member.name)
                 if member.name.endswith('.txt') and member.size <= min(room, LONGEST_TEXT):
                     self._texts[member.name] = archive.extractfile(member).read()
                     room -= member.size
-        except DAMAGE as error:
-            sys.exit(f'{path} is damaged ({reason(error)}); download it again')
         refuse_twice(path, names)
         self._order = {name: index for index, name in enumerate(names)}
         self._start()
@@ -135,7 +131,7 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
         SystemExit: the file is missing or damaged, a member is there twice, or one is larger than the limit in bytes.
     """
     contents = {}
-    try:
+    with refusing(f'{path} is damaged'):
         for member, archive in tar_members(path):
             name = member.name.rsplit('/', 1)[-1]
             if name not in names:
@@ -145,8 +141,6 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
                 sys.exit(f'{name} in {path} would unpack to {member.size // MEGABYTE} MB, which is more than it should; '
                          'download it again')
             contents[name] = archive.extractfile(member).read()
-    except DAMAGE as error:
-        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
     return contents
 
 
@@ -187,7 +181,5 @@ def read_text(archive: Folder | Tar | Zip, end: str) -> list[list[str]]:
     paths = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
     if len(paths) != 1:
         sys.exit(f'the download holds {end} {len(paths)} times instead of once; download it again')
-    try:
+    with refusing(f'{paths[0]} in the download cannot be read'):
         return [line.split(maxsplit=1) for line in archive.read(paths[0]).decode().splitlines() if line.strip()]
-    except DAMAGE as error:
-        sys.exit(f'{paths[0]} in the download cannot be read ({reason(error)}); download it again')

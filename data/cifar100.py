@@ -8,7 +8,7 @@ from PIL import Image
 from data import download, pickles
 from data.archives import find_archive, read_tar_members
 from data.preparation import Class, Picture, arguments, prepare
-from data.reading import MEGABYTE, encode, is_plain_name, load_pickle, read_classes, read_part
+from data.reading import MEGABYTE, encode, is_plain_name, load_pickle, read_classes, read_part, refusing
 
 ARCHIVE, FOLDER, PARTS = 'cifar-100-python.tar.gz', 'cifar-100-python', ('train', 'test', 'meta')
 SIZE = (32, 32)
@@ -66,10 +66,8 @@ def _entry(part, name, where, read):
     """An entry as `read`, a function that may raise pickles.Refused, returns it."""
     if name not in part:
         sys.exit(f'{where} has no entry {name}; download CIFAR-100 again')
-    try:
+    with refusing(f'the entry {name} of {where} cannot be used', pickles.Refused, 'download CIFAR-100 again'):
         return read(part[name])
-    except pickles.Refused as error:
-        sys.exit(f'the entry {name} of {where} cannot be used ({error}); download CIFAR-100 again')
 
 
 def main(description: str, folder: str) -> None:

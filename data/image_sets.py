@@ -14,7 +14,7 @@ from data import download
 from data.archives import Folder, Tar, Zip, open_archive, read_text
 from data.mat_files import read_array
 from data.preparation import Class, Picture, arguments, prepare
-from data.reading import DAMAGE, MEGABYTE, fit, is_plain_name, read_classes, read_file, reason
+from data.reading import MEGABYTE, fit, is_plain_name, read_classes, read_file, refusing
 from runtime.datasets.images import PREPARED_FORMATS
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
@@ -55,11 +55,9 @@ def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
 def flowers_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
     """Numbers from 001 to 102, of imagelabels.mat beside the archive: there are no official names."""
     path = os.path.join(source, 'imagelabels.mat')
-    try:
+    with refusing(f'{path} cannot be read', advice='fetch it by --download'):
         labels = read_array(read_file(path, MEGABYTE // 16), 'labels')
         return {f'image_{number:05d}': f'{int(label):03d}' for number, label in enumerate(labels, start=1)}
-    except DAMAGE as error:
-        sys.exit(f'{path} cannot be read ({reason(error)}); fetch it by --download')
 
 
 def pairs(lines: Sequence[list[str]]) -> list[tuple[str, str]]:

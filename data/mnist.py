@@ -18,7 +18,7 @@ import numpy as np
 from data import download
 from data.packing import ImageList, pack
 from data.preparation import Class, arguments
-from data.reading import read_classes, read_file, reason
+from data.reading import read_classes, read_file, refusing
 
 SEED = 123
 SIDE = 28
@@ -60,12 +60,10 @@ def read_idx(path: str, shape: tuple[int, ...]) -> np.ndarray:
     """An array of bytes from an idx file, packed (.gz) or not. Raises SystemExit if it is damaged or of another shape."""
     head = bytes([0, 0, 8, len(shape)]) + np.array(shape, '>i4').tobytes()
     size = len(head) + math.prod(shape)
-    try:
+    with refusing(f'{path} is damaged', (OSError, EOFError, zlib.error)):
         content = read_file(path, 2 ** 26)
         if path.endswith('.gz'):
             content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        sys.exit(f'{path} is damaged ({reason(error)}); download it again')
     if len(content) != size or not content.startswith(head):
         sys.exit(f'{path} does not hold bytes of shape {list(shape)}; download it again')
     return np.frombuffer(content, np.uint8, offset=len(head)).reshape(shape)

@@ -44,12 +44,7 @@ def load(content: bytes) -> object:
     Raises:
         Refused: it is damaged, asks for anything but plain data, or is too large.
     """
-    try:
-        return _Reader(io.BytesIO(content), len(content)).execute(MOST_INSTRUCTIONS)
-    except (Refused, MemoryError):
-        raise
-    except Exception as error:  # damaged pickles raise almost anything
-        raise Refused('it is damaged') from error
+    return _Reader(io.BytesIO(content), len(content)).execute(MOST_INSTRUCTIONS)
 
 
 class Span(NamedTuple):
@@ -65,12 +60,7 @@ def spans(file: BinaryIO) -> list[Span]:
         Refused: it is damaged, or holds anything else.
         OSError: it cannot be read.
     """
-    try:
-        images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).execute(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
-    except (Refused, MemoryError, OSError):
-        raise
-    except Exception as error:
-        raise Refused('it is damaged') from error
+    images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).execute(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
     _require(type(images) is list and len(images) <= MOST_IMAGES and all(type(item) is Span for item in images),
              'it is not a list of images')
     return images
@@ -85,12 +75,11 @@ def texts(values: object) -> list[str]:
 
 def integers(values: object, most: int) -> list[int]:
     """A list or a one-dimensional array of at most `most` integers, as a list. Raises Refused if it is anything else."""
-    if type(values) is np.ndarray:
-        _require(values.ndim == 1 and values.dtype.kind in 'iu', 'it is not a list of integers')
-    else:
-        _require(type(values) in (list, tuple) and all(type(value) is int for value in values), 'it is not a list of integers')
+    if type(values) is np.ndarray and values.ndim == 1:
+        values = values.tolist()
+    _require(type(values) in (list, tuple) and all(type(value) is int for value in values), 'it is not a list of integers')
     _require(len(values) <= most, f'it lists more than {most:,} integers')
-    return values.tolist() if type(values) is np.ndarray else list(values)
+    return list(values)
 
 
 def with_text_keys(entries: dict) -> dict:
@@ -163,15 +152,20 @@ class _Reader(pickle._Unpickler):
                             f'{core}.numeric _frombuffer': self.array}
 
     def execute(self, most):
-        """Executes at most `most` instructions; returns the object."""
-        for _ in range(most):
-            code = self.read(1)
-            if code == pickle.STOP:
-                return self.stack[-1]
-            if code not in _INSTRUCTIONS:
-                raise Refused(_unknown(code))
-            if not (self._spans and code in _LENGTHS and self._skip(_LENGTHS[code])):
-                self.dispatch[code[0]](self)
+        """Executes at most `most` instructions; returns the object. Raises Refused, or OSError if the file cannot be read."""
+        try:
+            for _ in range(most):
+                code = self.read(1)
+                if code == pickle.STOP:
+                    return self.stack[-1]
+                if code not in _INSTRUCTIONS:
+                    raise Refused(_unknown(code))
+                if not (self._spans and code in _LENGTHS and self._skip(_LENGTHS[code])):
+                    self.dispatch[code[0]](self)
+        except (Refused, MemoryError, OSError):
+            raise
+        except Exception as error:  # damaged pickles raise almost anything
+            raise Refused('it is damaged') from error
         raise Refused(f'it has more than {most:,} instructions')
 
     def _skip(self, width):

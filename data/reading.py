@@ -1,9 +1,10 @@
 """Reads files of downloads without trusting them: pictures, pickles and names."""
+import contextlib
 import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
@@ -55,6 +56,15 @@ def reason(error: BaseException) -> str:
     text = text if ' ' in text else f'{type(error).__name__} {text}'.strip()
     text = ''.join(character if character.isprintable() else '?' for character in text)
     return text if len(text) <= 200 else text[:200] + '...'
+
+
+@contextlib.contextmanager
+def refusing(problem: str, errors: type[Exception] | tuple[type[Exception], ...] = DAMAGE, advice: str = 'download it again') -> Iterator[None]:
+    """While entered, raises SystemExit instead of some errors: with the problem, its reason and what to do."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f'{problem} ({reason(error)}); {advice}')
 
 
 def is_plain_name(name: str) -> bool:
@@ -110,10 +120,8 @@ def load_pickle(content: bytes, path: str) -> dict:
     Raises:
         SystemExit: it is damaged, asks for anything but plain data, or is not a dict.
     """
-    try:
+    with refusing(f'{path} cannot be read as a pickle of plain data', pickles.Refused):
         data = pickles.load(content)
         if not isinstance(data, dict):
             sys.exit(f'{path} holds a {type(data).__name__} instead of a dict; download it again')
         return pickles.with_text_keys(data)
-    except pickles.Refused as error:
-        sys.exit(f'{path} cannot be read as a pickle of plain data ({error}); download it again')

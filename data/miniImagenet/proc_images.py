@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
 from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
 from data.preparation import Class, Picture, arguments, prepare, run_script  # noqa: E402
-from data.reading import encode, fit, is_plain_name, load_pickle, read_classes, read_part  # noqa: E402
+from data.reading import encode, fit, is_plain_name, load_pickle, read_classes, read_part, refusing  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
 from runtime.system.files import read_csv  # noqa: E402
 
@@ -195,7 +195,7 @@ def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:
             isinstance(classes, dict)):
         sys.exit(f'{path} does not hold image_data, bytes of shape [images, 84, 84, 3], and class_dict; download it again')
     seen = set()
-    try:
+    with refusing(f'class_dict in {path} cannot be used', pickles.Refused):
         members = pickles.with_text_keys(classes)
         for label, indices in members.items():
             members[label] = indices = pickles.integers(indices, most=len(images))
@@ -204,8 +204,6 @@ def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:
             if len(set(indices)) < len(indices) or not seen.isdisjoint(indices):
                 sys.exit(f'the class {label!r} in {path} lists an image that is listed already; download it again')
             seen.update(indices)
-    except pickles.Refused as error:
-        sys.exit(f'class_dict in {path} cannot be used ({error}); download it again')
     return images, members
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
 from data.packing import ImageList, pack  # noqa: E402
 from data.preparation import Class, arguments, run_script  # noqa: E402
-from data.reading import DAMAGE, LARGEST_PICTURE, is_plain_name, load_pickle, read_classes, read_part, read_picture, reason  # noqa: E402
+from data.reading import LARGEST_PICTURE, is_plain_name, load_pickle, read_classes, read_part, read_picture, refusing  # noqa: E402
 from runtime.datasets.arrays import map_array  # noqa: E402
 from runtime.datasets.images import PREPARED_FORMATS, open_image  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
@@ -58,12 +58,10 @@ def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -
     path = os.path.join(source, f'{split}_images_png.pkl')
     if not os.path.exists(path):
         return None
-    try:
-        require_regular_file(path)
-        file = open(path, 'rb')
+    require_regular_file(path)
+    file = open(path, 'rb')
+    with refusing(f'{path} cannot be read as a pickled list of images', pickles.Refused):
         spans = pickles.spans(file)
-    except pickles.Refused as error:
-        sys.exit(f'{path} cannot be read as a pickled list of images ({error}); download it again')
     return {name: ImageList(len(indices), lambda number, indices=indices: decode(read_span(file, spans[indices[number]])))
             for name, indices in read_labels(source, split, rows, len(spans)).items()}
 
@@ -90,7 +88,7 @@ def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> L
 
 def map_npz(path: str, name: str) -> np.memmap:
     """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
-    try:
+    with refusing(f'{path} cannot be used'):
         require_regular_file(path)
         with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
             member = archive.getinfo(name + '.npy')
@@ -100,8 +98,6 @@ def map_npz(path: str, name: str) -> np.memmap:
             lengths = file.read(4)
             file.seek(int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little'), os.SEEK_CUR)
             return map_array(file)
-    except DAMAGE as error:
-        sys.exit(f'{path} cannot be used ({reason(error)}); download it again')
 
 
 def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, list[int]]:
@@ -109,10 +105,8 @@ def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, li
     path = os.path.join(source, f'{split}_labels.pkl')
     entries = load_pickle(read_part(path), path)
     wnids = {row['name']: row['class'] for row in rows} | {row['class']: row['class'] for row in rows}
-    try:
+    with refusing(f'label_specific or label_specific_str in {path} cannot be used', pickles.Refused):
         labels, names = pickles.integers(entries.get('label_specific'), count), pickles.texts(entries.get('label_specific_str'))
-    except pickles.Refused as error:
-        sys.exit(f'label_specific or label_specific_str in {path} cannot be used ({error}); download it again')
     if len(labels) != count or not all(0 <= label < len(names) for label in set(labels)):
         sys.exit(f'the labels in {path} do not fit its {count} images and {len(names)} names; download it again')
     hostile = [name for name in names if not is_plain_name(name)]
