@@ -5,12 +5,12 @@ grows as <name>.part, from which an interrupted transfer resumes. It gets its na
 <name>.rejected.
 """
 import argparse
-import contextlib
 import csv
 import hashlib
 import http.client
 import io
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import filelock
 from tqdm import tqdm
 
 from data.preparation import is_prepared, locked_folder
@@ -192,16 +191,10 @@ def fetch_files(files: Sequence[File], folder: str) -> None:
     """
     if not files:
         return
-    try:
-        with locked_folder(folder):
-            missing = [file for file in files if not is_complete(file, folder)]
-            check_space(missing, folder)
-            complaints = [complaint for file in missing if (complaint := fetch_file(file, folder))]
-    except filelock.Timeout:
-        sys.exit(f'another download is writing to {folder}; wait for its end, or stop it')
-    except OSError as error:
-        sys.exit(f'writing to {folder} failed: {error}; make room or name another folder with --source, and run the same '
-                 'command to resume')
+    with locked_folder(folder, f'another download is writing to {folder}; wait for its end, or stop it', '--source'):
+        missing = [file for file in files if not is_complete(file, folder)]
+        check_space(missing, folder)
+        complaints = [complaint for file in missing if (complaint := fetch_file(file, folder))]
     if complaints:
         sys.exit('\n'.join(complaints) + '\nRun the same command to resume. If you have the files from elsewhere, '
                  f'put them into {folder} and leave out --download.')
@@ -290,7 +283,7 @@ def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
         offset = re.match(r'bytes (\d{1,18})-', response.headers.get('Content-Range', ''))
         begin = int(offset[1]) if response.status == 206 and offset else 0  # servers may ignore Range
         if begin not in (0, start):
-            _remove(part)
+            pathlib.Path(part).unlink(missing_ok=True)
             raise Interrupted('sent another part of the file than it was asked for')
         announced, received, most = response.length, 0, file.bytes + 1 - begin  # one extra byte detects an oversized file
         with open(part, 'ab' if begin else 'wb') as output, tqdm(
@@ -306,11 +299,6 @@ def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
     return begin > 0
 
 
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-
-
 def _open(url, start, part, pace):
     """The answer to a request for a file from the byte `start` on."""
     headers = {'User-Agent': 'maml', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-'} if start else {})
@@ -318,7 +306,7 @@ def _open(url, start, part, pace):
         return _opener(pace).open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing there
-            _remove(part)
+            pathlib.Path(part).unlink(missing_ok=True)
         kind = Interrupted if error.code in AGAIN | {416} or error.code >= 500 else Unavailable
         raise kind(f'answered with status {error.code} ({reason(error)})') from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError

@@ -4,11 +4,11 @@ A script lists its classes, each with a function that makes an image, and says h
 writes one array for each split, checks the counts and prints a summary.
 """
 import argparse
-import contextlib
 import functools
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -52,8 +52,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
     def write(destination, again):
         if again:
             for name in RECORD, *(split + '.npy' for split in SPLITS):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(destination, name))
+                pathlib.Path(destination, name).unlink(missing_ok=True)
         record, damaged = _earlier(destination), {}
         for split in SPLITS:
             own = {name: lists[name] for name in sorted(lists) if name.split('/')[0] == split}

@@ -7,6 +7,7 @@ import argparse
 import collections
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -168,22 +169,17 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
         if os.path.commonpath([folder, destination]) == folder:
             sys.exit(f'the destination {destination} lies within the originals in {folder}; name another with --destination')
     record_path = os.path.join(destination, PREPARATION_RECORD)
-    try:
-        with locked_folder(destination):
-            record = preparation_record(destination)  # one of an earlier version has no source
-            again = args.force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
-            # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
-            write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
-            remove_parts(destination)  # of killed preparations: no other process holds the lock
-            complaints = write(destination, again)
-            write_json(record_path, {'recipe': recipe, 'source': source, 'complete': not complaints or args.allow_missing,
-                                     **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
-    except filelock.Timeout:
-        sys.exit(f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
-                 '--destination')
-    except OSError as error:
-        sys.exit(f'writing to {destination} failed: {error}; make room or name another folder with --destination, and run '
-                 'the same command to resume')
+    busy = (f'another preparation is writing to {destination}; wait for its end, stop it, or name another folder with '
+            '--destination')
+    with locked_folder(destination, busy, '--destination'):
+        record = preparation_record(destination)  # one of an earlier version has no source
+        again = args.force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
+        # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
+        write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
+        remove_parts(destination)  # of killed preparations: no other process holds the lock
+        complaints = write(destination, again)
+        write_json(record_path, {'recipe': recipe, 'source': source, 'complete': not complaints or args.allow_missing,
+                                 **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
     if complaints:
         text = 'Problems found:\n' + '\n'.join('  ' + line for line in complaints)
         if not args.allow_missing:
@@ -192,19 +188,29 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
 
 
 @contextlib.contextmanager
-def locked_folder(folder: str) -> Iterator[None]:
-    """Creates the folder and, while entered, keeps other preparations out. Raises filelock.Timeout if one is running there.
+def locked_folder(folder: str, busy: str, flag: str) -> Iterator[None]:
+    """Creates the folder and, while entered, keeps other preparations out.
 
     The lock file is removed before the lock is released, so that nothing is left; the file of a killed process locks nothing.
+
+    Raises:
+        SystemExit: with the sentence `busy` if another is running there; or if, while entered, the folder, which the flag names,
+            cannot be written to.
     """
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, LOCK)
-    with locked(path, wait=False):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # some systems cannot remove open files
-                os.remove(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, LOCK)
+        with locked(path, wait=False):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # some systems cannot remove open files
+                    os.remove(path)
+    except filelock.Timeout:
+        sys.exit(busy)
+    except OSError as error:
+        sys.exit(f'writing to {folder} failed: {error}; make room or name another folder with {flag}, and run '
+                 'the same command to resume')
 
 
 def write_all(pictures: Sequence[Picture], destination: str, again: bool) -> list[tuple[str, Exception]]:
@@ -217,8 +223,7 @@ def write_all(pictures: Sequence[Picture], destination: str, again: bool) -> lis
         try:
             content = picture.encode()
         except DAMAGE as error:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+            pathlib.Path(path).unlink(missing_ok=True)
             return picture.name, error
         write_atomically(path, content)
         return None
@@ -329,5 +334,5 @@ def write_partial_manifest(counts: Mapping[str, int], classes: Mapping[str, Clas
     path = os.path.join(destination, PARTIAL_MANIFEST)
     if needed and any(not name.startswith(expected.split + '/') for name, expected in classes.items()):
         write_manifest(path, sorted((expected.split, name) for name, expected in classes.items() if name in counts))
-    elif os.path.exists(path):
-        os.remove(path)
+    else:
+        pathlib.Path(path).unlink(missing_ok=True)

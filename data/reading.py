@@ -59,7 +59,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def refusing(problem: str, errors: type[Exception] | tuple[type[Exception], ...] = DAMAGE, advice: str = 'download it again') -> Iterator[None]:
+def refusing(problem: str, errors: type[Exception] | tuple = DAMAGE, advice: str = 'download it again') -> Iterator[None]:
     """While entered, raises SystemExit instead of some errors: with the problem, its reason and what to do."""
     try:
         yield

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import re
 import secrets
 import stat
@@ -38,8 +39,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
         os.replace(part, path)
         return result
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
+        pathlib.Path(part).unlink(missing_ok=True)
         raise
 
 
