@@ -122,13 +122,9 @@ def tar_members(path: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
 
 
 def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, bytes]:
-    """Reads members of a tar file, found by their last component, into memory.
+    """{name: content} of those members of a tar file, found by their last component, that are there.
 
-    Returns:
-        {name: bytes} of those that are there.
-
-    Raises:
-        SystemExit: the file is missing or damaged, a member is there twice, or one is larger than the limit in bytes.
+    Raises SystemExit if the file is missing or damaged, a member is there twice, or one is larger than the limit in bytes.
     """
     contents = {}
     with refusing(f'{path} is damaged'):

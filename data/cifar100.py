@@ -17,11 +17,7 @@ IMAGES = 60_000
 
 
 def read_parts(path: str) -> dict[str, tuple[str, dict]]:
-    """The three pickles, from the archive or its unpacked folder.
-
-    Returns:
-        {'train' | 'test' | 'meta': (its name in messages, dict)}
-    """
+    """{'train' | 'test' | 'meta': (its name in messages, dict)} of the archive or its unpacked folder."""
     if os.path.isdir(path):
         contents = {name: read_part(os.path.join(path, name)) for name in PARTS if os.path.exists(os.path.join(path, name))}
     else:
@@ -33,11 +29,7 @@ def read_parts(path: str) -> dict[str, tuple[str, dict]]:
 
 
 def read_images(path: str) -> list[tuple[str, str, np.ndarray]]:
-    """Every image of both parts.
-
-    Returns:
-        [(class, file name, uint8 [32, 32, 3])], the names being the archive's, unique within a class.
-    """
+    """[(class, file name, uint8 [32, 32, 3])] of both parts; the names are the archive's, unique within a class."""
     parts = read_parts(path)
     where, meta = parts.pop('meta')
     labels = _entry(meta, 'fine_label_names', where, pickles.texts)

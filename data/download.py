@@ -129,13 +129,10 @@ def fetch(group: str, args: argparse.Namespace, recipe: str = '', facts: Mapping
     Files that are there, and right, are not fetched again. For files that need a manual download, prints where to get them and
     checks those present.
 
-    Args:
-        args: as parsed by `preparation.arguments`.
-        recipe, facts: as for `preparation.prepare`.
+    args, recipe, facts: as for `preparation.prepare`.
 
-    Raises:
-        SystemExit: with a sentence for each file that could not be fetched; without an error if none is there, because the images
-            are prepared already.
+    Raises SystemExit with a sentence for each file that could not be fetched; without an error if none is there, because the
+    images are prepared already.
     """
     if not args.download:
         return
@@ -184,11 +181,7 @@ def check_by_hand(files: Sequence[File], folder: str) -> None:
 
 
 def fetch_files(files: Sequence[File], folder: str) -> None:
-    """Fetches the files that are missing or wrong in the folder.
-
-    Raises:
-        SystemExit: with a sentence for each file that could not be fetched.
-    """
+    """Fetches the files that are missing or wrong in the folder; raises SystemExit with a sentence for each that it could not."""
     if not files:
         return
     with locked_folder(folder, f'another download is writing to {folder}; wait for its end, or stop it', '--source'):
@@ -242,8 +235,7 @@ def fetch_file(file: File, folder: str) -> str | None:
 def fetch_from(url: str, file: File, path: str) -> None:
     """Completes <path>.part, resuming from what is there.
 
-    Raises:
-        Unavailable: this URL does not deliver the file. A wrong one is at <path>.rejected.
+    Raises Unavailable if this URL does not deliver the file. A wrong one is at <path>.rejected.
     """
     part, largest, idle = path + '.part', 0, 0
     pace = Pace(file, size(part))
@@ -267,14 +259,9 @@ def fetch_from(url: str, file: File, path: str) -> None:
 
 
 def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
-    """One request for the missing rest of a file, appended to `part`.
+    """Appends the missing rest of a file to `part`, by one request; returns whether `part` began with bytes of an earlier one.
 
-    Returns:
-        Whether `part` began with bytes of an earlier request.
-
-    Raises:
-        Interrupted: another attempt may continue.
-        Unavailable: it may not.
+    Raises Interrupted if another attempt may continue, Unavailable if it may not.
     """
     start = size(part) if size(part) <= file.bytes else 0
     if start == file.bytes:

@@ -17,8 +17,7 @@ LARGEST = 2 ** 20   # bytes of an array
 def read_array(content: bytes, name: str) -> np.ndarray:
     """The numbers of the array of a name, in the order of the file.
 
-    Raises:
-        ValueError, struct.error, zlib.error: it is not there, or the file is damaged.
+    Raises ValueError, struct.error or zlib.error if it is not there, or the file is damaged.
     """
     if content[HEADER - 2:HEADER] != b'IM':
         raise ValueError('it is not a little-endian MATLAB 5 file')

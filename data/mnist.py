@@ -29,8 +29,7 @@ IMAGES_PER_CLASS = 1000
 def read_digits(args: argparse.Namespace) -> tuple[list[np.ndarray], list[str]]:
     """The images of each digit from 0 to 9, of both parts, uint8 [images, 28, 28] each; and the paths of the files.
 
-    Raises:
-        SystemExit: a file is missing, damaged, or of other counts.
+    Raises SystemExit if a file is missing, damaged, or of other counts.
     """
     images, labels, paths = [], [], []
     for part, count in PARTS.items():
@@ -70,15 +69,12 @@ def read_idx(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def image_of(digits: list[np.ndarray], number: str, k: int, size: int) -> np.ndarray:
-    """Image k of a class.
+    """Image k of a class, uint8 [size, size, 1].
 
     Args:
         digits: as from `read_digits`.
         number: the class, as text with its leading zeros.
         size: height and width; each digit's cell is size / len(number) wide, which 28 pixels must fit.
-
-    Returns:
-        uint8 [size, size, 1].
     """
     rng = np.random.default_rng([SEED, len(number), int(number), k])
     image, cell = np.zeros([size, size, 1], np.uint8), size // len(number)

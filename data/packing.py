@@ -40,14 +40,12 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
 
     A split that is there already is left as it is, unless it was made by another recipe or of other classes. Each is written
     atomically. An image that cannot be made leaves no array of its split, or with args.allow_missing one without it.
+    Raises SystemExit with one sentence for each problem found.
 
     Args:
-        lists, classes: {'<split>/<class>': ImageList} and {'<split>/<class>': Class}.
+        lists, classes: by '<split>/<class>'.
         shape: (height, width, channels) of every image.
         args, recipe, inputs: as for `preparation.prepare`.
-
-    Raises:
-        SystemExit: with one sentence for each problem found.
     """
     def write(destination, again):
         if again:
@@ -87,8 +85,7 @@ def write_split(path: str, lists: Mapping[str, ImageList], shape: tuple[int, int
                 damaged: dict[tuple[str, int], Exception], allow_missing: bool) -> dict | None:
     """Writes the images of a split; adds those that cannot be made to `damaged`, {(class, number): error}.
 
-    Returns:
-        The split's entry in the record, or None if images cannot be made and that is not allowed.
+    Returns the split's entry in the record, or None if images cannot be made and that is not allowed.
     """
     while True:
         counts = {name: images.count - sum(other == name for other, _ in damaged) for name, images in lists.items()}
@@ -108,8 +105,7 @@ def make_images(lists: Mapping[str, ImageList], damaged: dict[tuple[str, int], E
                 total: int, label: str) -> Iterator[np.ndarray]:
     """Yields uint8 [count, *shape], class after class except damaged ones, CHUNK_BYTES at a time.
 
-    Raises:
-        Damaged: there are more of these, which are added, at the end.
+    Raises Damaged at the end if there are more of these, which are added.
     """
     def work(member):
         name, number = member

@@ -39,10 +39,8 @@ class Refused(ValueError):
 def load(content: bytes) -> object:
     """The object in a pickle of protocol 0 to 5, as Python 2 or 3 wrote it. Strings of Python 2 are decoded as Latin-1.
 
-    Arrays are read-only, and numbers of numpy's become Python's.
-
-    Raises:
-        Refused: it is damaged, asks for anything but plain data, or is too large.
+    Arrays are read-only, and numbers of numpy's become Python's. Raises Refused if it is damaged, asks for anything but plain data,
+    or is too large.
     """
     return _Reader(io.BytesIO(content), len(content)).execute(MOST_INSTRUCTIONS)
 
@@ -56,9 +54,7 @@ class Span(NamedTuple):
 def spans(file: BinaryIO) -> list[Span]:
     """The places in its file of a pickled list's images, each bytes, or an array of bytes, that are an image file.
 
-    Raises:
-        Refused: it is damaged, or holds anything else.
-        OSError: it cannot be read.
+    Raises Refused if it is damaged, or holds anything else; OSError if it cannot be read.
     """
     images = _Reader(file, os.fstat(file.fileno()).st_size, spans=True).execute(MOST_IMAGES * INSTRUCTIONS_PER_IMAGE)
     _require(type(images) is list and len(images) <= MOST_IMAGES and all(type(item) is Span for item in images),

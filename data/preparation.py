@@ -85,11 +85,10 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
     """Writes pictures, checks them against the known counts, and prints a summary.
 
     A file that is there already is left as it is, unless it was made by another recipe: interrupted runs resume. Each file is
-    written atomically.
+    written atomically. Raises SystemExit with one sentence for each problem found.
 
     Args:
-        pictures: list of Picture.
-        classes: {class folder: Class}.
+        classes: by their folders below the destination.
         size: (width, height) of every picture, for the summary.
         args: as parsed by `arguments`.
         recipe: what the content depends on besides the source.
@@ -99,9 +98,6 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         describe: function of {class folder: images written} that returns the end of the summary.
         facts: how the images were chosen, for the summary and for the results of evaluations on them: JSON values.
         manifest: write which class belongs to which split into a manifest, for class folders whose paths do not say it.
-
-    Raises:
-        SystemExit: with one sentence for each problem found.
     """
     facts = facts or {}
 
@@ -156,13 +152,12 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
                     facts: Mapping[str, object] | None = None) -> None:
     """Calls `write` under a lock, and records in the destination what the program reads before it uses the images there.
 
+    Raises SystemExit if the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
+
     Args:
         recipe, inputs, facts: as for `prepare`.
         write: function of the destination and of whether all files must be made again: by force, or of another recipe or source.
             It returns complaints.
-
-    Raises:
-        SystemExit: the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
     """
     destination, source = os.path.realpath(args.destination), identity(inputs)
     for folder in map(os.path.realpath, inputs):
@@ -193,9 +188,8 @@ def locked_folder(folder: str, busy: str, flag: str) -> Iterator[None]:
 
     The lock file is removed before the lock is released, so that nothing is left; the file of a killed process locks nothing.
 
-    Raises:
-        SystemExit: with the sentence `busy` if another is running there; or if, while entered, the folder, which the flag names,
-            cannot be written to.
+    Raises SystemExit, with the sentence `busy`, if another is running there; and if the folder, which the flag names, cannot be
+    written to while this is entered.
     """
     try:
         os.makedirs(folder, exist_ok=True)

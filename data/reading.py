@@ -27,8 +27,7 @@ def read_classes(path: str) -> list[dict[str, str]]:
 def read_file(path: str, limit: int | None = None) -> bytes:
     """A file's content.
 
-    Raises:
-        OSError: it cannot be read, is larger than the limit in bytes, or is not a regular file: a pipe may never end.
+    Raises OSError if it cannot be read, is larger than the limit in bytes, or is not a regular file: a pipe may never end.
     """
     require_regular_file(path)
     if limit is not None and os.path.getsize(path) > limit:
@@ -84,13 +83,12 @@ def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, f
         formats: Sequence[str] = PREPARED_FORMATS) -> bytes:
     """The content of an image file of a given size, from another: the same content where nothing has to be changed.
 
+    Raises one of DAMAGE if it cannot be decoded, or the box lies outside the image.
+
     Args:
         size: (width, height), to which it is resized with a Lanczos filter.
         box: (left, upper, right, lower) in pixels, to which it is cropped before.
         formats: what the file may be.
-
-    Raises:
-        One of DAMAGE: it cannot be decoded, or the box lies outside the image.
     """
     with open_image(io.BytesIO(content), formats) as image:
         image.load()
@@ -108,17 +106,9 @@ def fit(content: bytes, size: tuple[int, int], box: tuple[float, float, float, f
 
 
 def load_pickle(content: bytes, path: str) -> dict:
-    """Reads a pickle of plain data, as Python 2 or 3 wrote it, without being able to run code.
+    """The dict in a pickle of plain data, as Python 2 or 3 wrote it, with its keys as strings; runs no code.
 
-    Args:
-        content: bytes.
-        path: its name in messages.
-
-    Returns:
-        The object, with the keys of its outermost dict as strings.
-
-    Raises:
-        SystemExit: it is damaged, asks for anything but plain data, or is not a dict.
+    Raises SystemExit if it is damaged, asks for anything but plain data, or is not a dict. `path` is its name in messages.
     """
     with refusing(f'{path} cannot be read as a pickle of plain data', pickles.Refused):
         data = pickles.load(content)

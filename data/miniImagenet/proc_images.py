@@ -43,11 +43,8 @@ Contents = tuple[list[Picture], Mapping[tuple[str, str], int], list[str], list[s
 
 
 def from_images(args: argparse.Namespace) -> Contents:
-    """Pictures from images.zip or images/, by the csv files or else by names.
-
-    Returns:
-        [Picture], {(split, class): expected images}, names of missing images, and the paths of what was read.
-    """
+    """From images.zip or images/, by the csv files or else by names: the pictures, {(split, class): expected images}, names of
+    missing images, and the paths of what was read."""
     archive = open_originals(args)
     files = sorted(name for name in archive.names() if IMAGE.search(name) and is_plain_name(name.rsplit('/', 1)[-1]))
     if not files:
@@ -101,9 +98,7 @@ def expected_rows(source: str, files: Iterable[str]) -> tuple[list[tuple[str, st
 def locate(paths: Iterable[str], name: str, label: str, labels: Collection[str]) -> str | None:
     """The path of an image that a csv file calls `name`: in its class's folder, or under that name but in no other class's folder.
 
-    Args:
-        paths: those of the same last component.
-        labels: all classes.
+    `paths` are those of the same last component, `labels` all classes.
     """
     folders = {path: os.path.basename(os.path.dirname(path)) for path in paths}
     own = [path for path, folder in folders.items() if folder == label]
@@ -186,8 +181,7 @@ def from_pickles(args: argparse.Namespace) -> Contents:
 def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:
     """The images of a cached pickle, uint8 [images, 84, 84, 3], and {class: indices of its images}.
 
-    Raises:
-        SystemExit: it is not such a pickle; or an image belongs to two classes, or twice to one.
+    Raises SystemExit if it is not such a pickle; or an image belongs to two classes, or twice to one.
     """
     data = load_pickle(read_part(path), path)
     images, classes = data.get('image_data'), data.get('class_dict')
