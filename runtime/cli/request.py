@@ -160,10 +160,8 @@ def resolve(line: CommandLine) -> Request:
     """The request that a command line makes.
 
     With --run=DIR the flags are those of the training there. An evaluation may have other tasks; without --run, it is of the run
-    whose training has the same flags.
-
-    Raises:
-        UserError: the run's file of flags cannot be read, or flags on the command line contradict what was learnt.
+    whose training has the same flags. Raises UserError if the run's file of flags cannot be read, or flags on the command line
+    contradict what was learnt.
     """
     _check_declarations()
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])

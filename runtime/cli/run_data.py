@@ -98,11 +98,7 @@ def _with_network_of_training(source, request):
 
 def read_data(request: Request, source: Source, tasks: TaskConfig) -> dict[str, Tasks] | UserTask:
     """{split: tasks}: for a training those of train and val, for an evaluation those of its split; for a prediction the user's task.
-
-    Raises:
-        BadImages: images of any of these splits cannot be used.
-        UserError: the data are not there or do not suffice.
-    """
+    Raises BadImages if images of any of these splits cannot be used; UserError if the data are not there or do not suffice."""
     if request.mode == 'predict':
         if source.image_shape:
             return read_user_images(source, os.path.expanduser(request.support_dir), os.path.expanduser(request.query_dir))
@@ -147,10 +143,7 @@ def _validation_config(request, source, tasks):
 
 def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> None:
     """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them.
-
-    Raises:
-        UserError: they are not those that `data`, from `read_data`, was read from, or it cannot be written.
-    """
+    Raises UserError if they are not those that `data`, from `read_data`, was read from, or it cannot be written."""
     if isinstance(source, TableSource) or source.image_shape and source.user_images:
         source.folders(tasks.data_path).record_split({split: of_split.classes.names for split, of_split in data.items()})
 

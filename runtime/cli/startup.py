@@ -20,10 +20,7 @@ _STARTED = b'\0started\0'
 
 def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     """The run that a command line asks for, and the data that `read_data` reads for it.
-
-    Raises:
-        UserError: the flags or the data are wrong.
-    """
+    Raises UserError if the flags or the data are wrong."""
     if line.rest:
         raise UserError(f'{line.rest[0]!r} is not a flag; write --name=value')
     request = resolve(line)

@@ -55,8 +55,7 @@ def make_strategy(name: str, cluster: Cluster) -> Any:
     Args:
         name: one of STRATEGIES. 'auto' is 'multiworker' if there is a cluster, 'mirrored' on several GPUs, else 'one'.
 
-    Raises:
-        UserError: the other workers cannot be reached.
+    Raises UserError if the other workers cannot be reached.
     """
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:

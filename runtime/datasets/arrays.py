@@ -31,8 +31,7 @@ def write_array(path: str, shape: tuple[int, ...], parts: Callable[[], Iterable[
         The array, memory-mapped, and what `read_array` checks: the CRC-32 (of the numbers alone), the size in bytes, and the time
         of the very file that was written, even if another process has replaced it meanwhile.
 
-    Raises:
-        OSError: it cannot be written; and whatever `parts` raises. No part of it is left then.
+    Raises OSError if it cannot be written; and whatever `parts` raises. No part of it is left then.
     """
     def write(file):
         checksum = 0
@@ -68,8 +67,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
         record: what `write_array` returned, in which the time may be changed.
         update: writes the changed record.
 
-    Raises:
-        Exception: the file is not there, of another shape, or damaged; numpy raises almost any exception then.
+    Raises Exception if the file is not there, of another shape, or damaged; numpy raises almost any exception then.
     """
     require_regular_file(path)
     with open(path, 'rb') as file:

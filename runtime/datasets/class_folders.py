@@ -68,11 +68,8 @@ class ClassFolders(FolderOptions):
 
     def names(self, split: str) -> list[str]:
         """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
-
-        Raises:
-            splits.EmptySplit: the split has no classes.
-            UserError: the root or a class folder is missing, or the preparation was not completed.
-        """
+        Raises splits.EmptySplit if the split has no classes; UserError if the root or a class folder is missing, or the
+        preparation was not completed."""
         self.record_split({})
         return self._names(split)
 
@@ -83,8 +80,7 @@ class ClassFolders(FolderOptions):
         Args:
             loaded: {split: its class folders}, as `load` returned them.
 
-        Raises:
-            UserError: there are too few classes, they are not those that were loaded, or the manifest cannot be written.
+        Raises UserError if there are too few classes, they are not those that were loaded, or the manifest cannot be written.
         """
         if not self.unsplit() or not os.path.isdir(self.root):
             return
@@ -158,11 +154,8 @@ class ClassFolders(FolderOptions):
     def load(self, split: str, image_shape: tuple[int, int, int]) -> Examples:
         """The split's images, decoded and cached beside them on first use.
 
-        Class folders that are not split yet are split in the same way as by `names`, but nothing is written beside them.
-
-        Raises:
-            BadImages: images cannot be decoded or have the wrong size.
-            UserError: as for `names`.
+        Class folders that are not split yet are split in the same way as by `names`, but nothing is written beside them. Raises
+        BadImages if images cannot be decoded or have the wrong size; UserError as for `names`.
         """
         if self._is_packed():
             return self._load_packed(split, image_shape)
@@ -206,10 +199,7 @@ class ClassFolders(FolderOptions):
     def _in_folders(self, split: str, names: list[str]) -> list[ImageClass]:
         """The classes in folders. Of the user's own images, prints how many other files there are.
 
-        If a class folder holds no images but one folder, its images are in there.
-
-        Raises:
-            UserError: a folder holds no image.
+        If a class folder holds no images but one folder, its images are in there. Raises UserError if a folder holds no image.
         """
         own = self.script is None
         suffixes = readable_suffixes() if own else PREPARED_SUFFIXES
@@ -380,10 +370,7 @@ def preparation_facts(root: str) -> dict:
 
 def subfolders(folder: str) -> list[str]:
     """Names of the folders in a folder, except hidden ones; [] if it does not exist.
-
-    Raises:
-        UserError: it holds a broken symbolic link, which may have been a folder.
-    """
+    Raises UserError if it holds a broken symbolic link, which may have been a folder."""
     if not os.path.isdir(folder):
         return []
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]

@@ -132,8 +132,7 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
     Yields:
         uint8 arrays [count, height, width, channels], in the order of `paths`, CHUNK_BYTES or one image at a time.
 
-    Raises:
-        BadImages: some files are not images or have another size; all have been tried.
+    Raises BadImages if some files are not images or have another size; all have been tried.
     """
     height, width, channels = image_shape
     formats = available_formats(USER_FORMATS if resize else PREPARED_FORMATS)

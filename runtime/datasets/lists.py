@@ -28,8 +28,7 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
     Returns:
         {split or None: {label: images}}; labels and images are sorted, and the images' names are relative to the root.
 
-    Raises:
-        UserError: a file cannot be used, or names images that are not there, or one image twice.
+    Raises UserError if a file cannot be used, or names images that are not there, or one image twice.
     """
     index, line_of, missing = _index(root, suffixes), {}, []
     labelled: Labelled = collections.defaultdict(lambda: collections.defaultdict(list))

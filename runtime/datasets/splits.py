@@ -31,10 +31,7 @@ def split_named(name: str) -> str | None:
 
 def split_entries(folder: str, suffix: str = '') -> dict[str, str]:
     """{split: name} of the entries of a folder that are called like a split, and end in the suffix.
-
-    Raises:
-        UserError: two of them stand for the same split.
-    """
+    Raises UserError if two of them stand for the same split."""
     entries = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         split = split_named(name[:-len(suffix)] if suffix else name) if name.lower().endswith(suffix) else None
@@ -75,8 +72,7 @@ def read_manifest(path: str, split: str, root: str | None = None) -> list[str]:
     Args:
         root: the data folder; a name without a folder there is read without blanks around it and slashes at its end.
 
-    Raises:
-        UserError: the file cannot be read, or a line is malformed.
+    Raises UserError if the file cannot be read, or a line is malformed.
     """
     try:
         columns, rows = read_csv(path)
@@ -121,8 +117,7 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str)
     Returns:
         [(split, class)].
 
-    Raises:
-        UserError: there are too few classes.
+    Raises UserError if there are too few classes.
     """
     parts = sum(ratio > 0 for ratio in ratios)
     if len(names) < parts:
@@ -145,10 +140,7 @@ def split_flag(ratios: tuple[int, int, int]) -> str:
 
 def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str) -> None:
     """Writes a manifest to the first of some paths that can be written, and prints where it is.
-
-    Raises:
-        UserError: to none of them.
-    """
+    Raises UserError if it can be written to none of them."""
     reasons = []
     for path in paths:
         try:

@@ -49,10 +49,7 @@ class Columns:
 
     def standardise(self, values: np.ndarray) -> np.ndarray:
         """Features, and targets if there are any, [rows, columns], as float32 of mean 0 and deviation 1.
-
-        Raises:
-            UserError: a number is too large.
-        """
+        Raises UserError if a number is too large."""
         scales = np.array([*self.features.values(), *self.targets.values()])[:values.shape[1]]
         with np.errstate(over='ignore', invalid='ignore'):
             standardised = ((values - scales[:, 0]) / scales[:, 1]).astype(np.float32)
@@ -156,10 +153,7 @@ class Tables(splits.Splitting):
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes the split of the tasks or classes of one file into the run's directory, if it is not written anywhere yet.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        Raises UserError if it cannot be written."""
         if self.group_column and self.kept_manifest and os.path.isfile(self.root) and not self._manifest():
             splits.keep_split(self._in_proportions([name for groups in self._sheets.values() for name in groups]), [self.kept_manifest],
                               f'values of {self.group_column}')
@@ -183,10 +177,7 @@ class Tables(splits.Splitting):
     @cached_property
     def columns(self) -> Columns:
         """The columns, with the means and deviations of the split train if there are no others.
-
-        Raises:
-            UserError: the files cannot be used.
-        """
+        Raises UserError if the files cannot be used."""
         if self.trained_columns:
             return self.trained_columns
         names, values = self._values
@@ -198,11 +189,7 @@ class Tables(splits.Splitting):
         return Columns(features, {name: scales[name] for name in self.target_names})
 
     def load(self, split: str) -> Examples:
-        """The rows of a split.
-
-        Raises:
-            UserError: the split or a column is missing, or files cannot be used.
-        """
+        """The rows of a split. Raises UserError if the split or a column is missing, or files cannot be used."""
         tables = self._values[1][split]
         if not tables:
             raise splits.EmptySplit(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}' if not self.group_column else
@@ -255,10 +242,7 @@ def _usual(sheets: Sequence[Sheet]) -> Sheet:
 
 def table_files(folder: str) -> dict[str, str]:
     """{table: path of its csv file} of a folder, sorted; {} if it does not exist. Hidden files and others are ignored.
-
-    Raises:
-        UserError: two tables have the same name.
-    """
+    Raises UserError if two tables have the same name."""
     tables = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         table, suffix = os.path.splitext(name)
@@ -273,10 +257,7 @@ def table_files(folder: str) -> dict[str, str]:
 
 def read_sheet(path: str) -> Sheet:
     """Reads a csv file: names of columns in the first line, then rows of as many cells. Empty lines are ignored.
-
-    Raises:
-        UserError: it cannot be read, or is not of this form.
-    """
+    Raises UserError if it cannot be read, or is not of this form."""
     try:
         require_regular_file(path)
         with open(path, newline='', encoding='utf-8-sig') as file:
@@ -312,8 +293,7 @@ def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) ->
     Args:
         like: the file that has these columns and no others; None: the sheet may have others too.
 
-    Raises:
-        UserError: there are other columns, or cells that are not finite numbers.
+    Raises UserError if there are other columns, or cells that are not finite numbers.
     """
     _check_columns(sheet, names, like)
     indices = [sheet.columns.index(name) for name in names]
@@ -383,11 +363,7 @@ def write_columns(directory: str, columns: Columns) -> None:
 
 
 def read_columns(directory: str) -> Columns | None:
-    """The columns of the run in a directory; None if there are none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The columns of the run in a directory; None if there are none. Raises UserError if the file is damaged."""
     path = os.path.join(directory, COLUMNS_FILE)
     try:
         columns = checked(Columns, read_json(path), 'columns')

@@ -17,9 +17,8 @@ def read_user_images(source: Source, support_dir: str, query_dir: str, skipped: 
         query_dir: has images to classify, directly or in folders; the images in a folder named like a class are of that class.
         skipped: paths of images to ignore.
 
-    Raises:
-        BadImages: images cannot be read, and the source does not ask to leave them out.
-        UserError: a folder or its images are missing.
+    Raises BadImages if images cannot be read, and the source does not ask to leave them out; UserError if a folder or its images
+    are missing.
     """
     classes, support, queries = _find_images(support_dir, query_dir, skipped)
     arrays, bad = [], []

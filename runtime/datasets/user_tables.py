@@ -14,8 +14,7 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
             training.
         query_csv: has the features; where it has the targets or classes too, predictions are compared with them.
 
-    Raises:
-        UserError: a file cannot be used.
+    Raises UserError if a file cannot be used.
     """
     columns = source.files.columns
     support, queries = map_collecting_errors(read_sheet, [support_csv, query_csv])

@@ -29,8 +29,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryI
     Args:
         content: the bytes, or a function that writes them to a file open for writing; what it returns is returned.
 
-    Raises:
-        OSError: the file cannot be written; the old one, if any, is still there and no part is left.
+    Raises OSError if the file cannot be written; the old one, if any, is still there and no part is left.
     """
     part = f'{os.fspath(path)}.{secrets.randbelow(10 ** 15):015}{PART_SUFFIX}'
     try:
@@ -106,11 +105,7 @@ def remove_parts(folder: str, unused_for: float = 0) -> None:
 @contextlib.contextmanager
 def locked(path: str, wait: bool = True) -> Iterator[None]:
     """While entered, holds the lock of a file against other processes. The lock ends with the process, however that ends.
-
-    Raises:
-        filelock.Timeout: another process has the lock, and `wait` is False.
-        OSError: the file cannot be made.
-    """
+    Raises filelock.Timeout if another process has the lock, and `wait` is False; OSError if the file cannot be made."""
     lock = filelock.FileLock(path)
     with contextlib.suppress(NotImplementedError):  # file systems without locks
         lock.acquire(timeout=-1 if wait else 0)
