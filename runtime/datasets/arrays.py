@@ -21,15 +21,10 @@ RECORD = 'packed.json'
 
 
 def write_array(path: str, shape: tuple[int, ...], parts: Callable[[], Iterable[np.ndarray]]) -> tuple[np.memmap, dict[str, int]]:
-    """Writes a uint8 array to an .npy file.
+    """Writes a uint8 array to an .npy file: that of which `parts` returns pieces along the first axis.
 
-    Args:
-        shape: of the array.
-        parts: returns arrays which, concatenated along the first axis, are the array.
-
-    Returns:
-        The array, memory-mapped, and what `read_array` checks: the CRC-32 (of the numbers alone), the size in bytes, and the time
-        of the very file that was written, even if another process has replaced it meanwhile.
+    Returns the array, memory-mapped, and what `read_array` checks: the CRC-32 (of the numbers alone), the size in bytes, and the time
+    of the very file that was written, even if another process has replaced it meanwhile.
 
     Raises OSError if it cannot be written; and whatever `parts` raises. No part of it is left then.
     """
@@ -61,11 +56,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
     """A uint8 array from the .npy file that `write_array` wrote, memory-mapped.
 
     A file with the recorded size and time is trusted, unless `verify` asks for its checksum. With another time, as of a copy, its
-    checksum is verified, and the new time is recorded, so that this need not be done again.
-
-    Args:
-        record: what `write_array` returned, in which the time may be changed.
-        update: writes the changed record.
+    checksum is verified, and the new time is put into the record, which `update` writes, so that this need not be done again.
 
     Raises Exception if the file is not there, of another shape, or damaged; numpy raises almost any exception then.
     """
@@ -98,17 +89,14 @@ def file_checksum(file: BinaryIO, start: int = 0) -> int:
 
 def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Callable[[], Iterable[np.ndarray]],
                  verify: bool = False) -> tuple[np.ndarray, int]:
-    """A uint8 array from <path>.npy, or from make() if that file is missing, damaged or was made from something else.
+    """A uint8 array, memory-mapped (in memory if the cache cannot be written), and its CRC-32.
+
+    It is read from <path>.npy, or made if that file is missing, damaged or was made from something else.
 
     Args:
-        path: of the cache, without suffix.
         fingerprint: identifies what the array is made from.
-        shape: of the array.
-        make: returns an iterable of arrays which, concatenated along the first axis, are the array.
+        make: returns pieces of the array along the first axis.
         verify: compare the checksum in any case.
-
-    Returns:
-        The array, memory-mapped (in memory if the cache cannot be written), and its CRC-32.
     """
     with contextlib.suppress(Exception):  # an unreadable cache is made again
         record = read_json(path + '.json')

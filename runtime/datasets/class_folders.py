@@ -18,7 +18,7 @@ from runtime.datasets import arrays, splits
 from runtime.datasets.images import BadImages, Contents, ImageFile, decode_images, folder_contents, is_broken, readable_suffixes
 from runtime.datasets.lists import Labelled, read_image_lists
 from runtime.datasets.tasks import SPLITS, Examples
-from runtime.system.errors import UserError, counted
+from runtime.system.errors import UserError, counted, listing
 from runtime.system.files import read_csv, read_json, write_json
 from runtime.system.schema import checked
 
@@ -77,10 +77,8 @@ class ClassFolders(FolderOptions):
         """Writes a manifest into the root, or else to `kept_manifest`, if class folders there are not split yet. `load` does not
         depend on it. If all classes are in one split there is nothing to write.
 
-        Args:
-            loaded: {split: its class folders}, as `load` returned them.
-
-        Raises UserError if there are too few classes, they are not those that were loaded, or the manifest cannot be written.
+        Raises UserError if there are too few classes, they are not {split: its class folders} as `load` returned them, or the
+        manifest cannot be written.
         """
         if not self.unsplit() or not os.path.isdir(self.root):
             return
@@ -108,7 +106,9 @@ class ClassFolders(FolderOptions):
         if not classes[split]:
             folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
             contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
-            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
+            manifest = self._manifest()
+            place = f'the manifest {manifest}' if manifest else self.split_file or self.root
+            raise splits.EmptySplit(f'the {split} split in {place} has no classes; {self.missing_hint}{contents}')
         missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
         if self.script and missing == classes[split]:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
@@ -129,10 +129,6 @@ class ClassFolders(FolderOptions):
                             f'{splits.split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
         if self._labelled:
             return {split: [f'{split}/{label}' for label in self._labelled.get(split, ())] for split in SPLITS}
-        return self._in_split_folders()
-
-    def _in_split_folders(self):
-        """{split: class folders} in folders train, val and test."""
         folders = splits.split_entries(self.root)
         return {split: sorted(f'{folders[split]}/{name}' for name in subfolders(os.path.join(self.root, folders[split])))
                 if split in folders else [] for split in SPLITS}
@@ -302,11 +298,6 @@ class ClassFolders(FolderOptions):
             candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *elsewhere]
         return next((path for path in candidates if path and os.path.exists(path)), None)
 
-    def _split_source(self):
-        """What says which classes are in which split, for messages."""
-        manifest = self._manifest()
-        return f'the manifest {manifest}' if manifest else self.split_file or self.root
-
     def unsplit(self) -> bool:
         """Whether there are classes that neither a manifest, nor folders train, val and test, nor lists divide."""
         if not self.split_ratios or self._manifest():
@@ -325,10 +316,10 @@ class ClassFolders(FolderOptions):
         listed = {name.split('/')[0] for names in classes.values() for name in names}
         unlisted = [] if self._labelled or self.split_file else sorted(set(subfolders(self.root)) - listed)
         if unlisted:
-            more = f' and {len(unlisted) - 1} more' if len(unlisted) > 1 else ''
             advice = ('Add a line for each, or delete that file to split all of them again' if manifest else
                       'They are beside the folders train, val and test')
-            print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest or "a split"}: {unlisted[0]}{more}. {advice}')
+            print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest or "a split"}: '
+                  f'{listing(unlisted, 1, " ")}. {advice}')
 
 
 def _known_bad(cache, fingerprint):

@@ -122,15 +122,13 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
                   progress_label: str) -> Iterator[np.ndarray]:
     """Decodes image files on all cores, to grey for one channel and to RGB for three.
 
+    Yields uint8 arrays [count, *image_shape], in the order of `paths`, CHUNK_BYTES or one image at a time.
+
     Args:
         image_shape: (height, width, channels).
         resize: True: turn images upright, put transparent ones on white and resize them with a Lanczos filter, not keeping
             the aspect ratio. False: refuse images of another size.
         hint: what to do about a bad image; the end of the error message.
-        progress_label: shown beside the progress bar.
-
-    Yields:
-        uint8 arrays [count, height, width, channels], in the order of `paths`, CHUNK_BYTES or one image at a time.
 
     Raises BadImages if some files are not images or have another size; all have been tried.
     """

@@ -14,7 +14,7 @@ Labelled = dict[str | None, dict[str, list[ImageFile]]]
 
 
 def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: set[str]) -> Labelled:
-    """The images that csv files name, by split and label.
+    """{split or None: {label: images}} that csv files name; labels and images are sorted, and the images' names relative to the root.
 
     An image is named by its path below the root or by its last component, with its suffix or without. Its split is in a column
     `split`, or is the name of its csv file; else it has none.
@@ -24,9 +24,6 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
         root: the folder of the images, in any folders below it.
         label_column: None: a column of LABELS, or the only one that does not name images or splits.
         suffixes: of files that are images.
-
-    Returns:
-        {split or None: {label: images}}; labels and images are sorted, and the images' names are relative to the root.
 
     Raises UserError if a file cannot be used, or names images that are not there, or one image twice.
     """

@@ -69,10 +69,8 @@ def by_split(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def read_manifest(path: str, split: str, root: str | None = None) -> list[str]:
     """Class folders of a split, sorted, from a csv file with the columns split and class.
 
-    Args:
-        root: the data folder; a name without a folder there is read without blanks around it and slashes at its end.
-
-    Raises UserError if the file cannot be read, or a line is malformed.
+    A name without a folder in the root is read without blanks around it and slashes at its end. Raises UserError if the file cannot
+    be read, or a line is malformed.
     """
     try:
         columns, rows = read_csv(path)
@@ -107,15 +105,11 @@ def _is_below(name: str) -> bool:
 # Proportions --------------------------------------------------------------------------------------------------------
 
 def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
-    """Splits classes in an order that depends on their names only.
+    """[(split, class)]: splits classes in an order that depends on their names only.
 
     Args:
-        names: class folders.
         ratios: proportions of train, val and test; each that is not 0 gets at least one class.
         root: what to call the folder in an error.
-
-    Returns:
-        [(split, class)].
 
     Raises UserError if there are too few classes.
     """
@@ -160,11 +154,7 @@ def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str)
 
 def report_names(classes: Mapping[str, Iterable[str]], root: str) -> None:
     """Prints which names of classes are in two splits, or differ only in capitals or in how Unicode writes them: meta-test is about
-    classes that training has not seen.
-
-    Args:
-        classes: {split: names}.
-    """
+    classes that training has not seen. `classes` are {split: names}."""
     names = {split: set(of_split) for split, of_split in classes.items()}
     shared = [(name, first, second) for first, second in itertools.combinations(names, 2) for name in sorted(names[first] & names[second])]
     if shared:
