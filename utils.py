@@ -19,9 +19,8 @@ BATCH_NORM_EPSILON, LAYER_NORM_EPSILON = 1e-3, 1e-12
 ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8  # of the inner optimizer
 
 
-def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor],
-              stats_rows: int | None = None) -> tf.Tensor:
-    """Normalises hidden activations with the statistics of the current rows; there are no running averages.
+def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Tensor], stats_rows: int | None = None) -> tf.Tensor:
+    """Normalises hidden activations, which keep their shape, with the statistics of the current rows; there are no running averages.
 
     `batch_norm` takes mean and biased variance over all axes but the last, scales by gamma if there is one, and adds beta.
     `layer_norm` takes them over all axes but the first, then scales by gamma and adds beta.
@@ -31,17 +30,13 @@ def normalize(x: tf.Tensor, norm: str, scope: str, norm_params: dict[str, tf.Ten
         norm: 'batch_norm', 'layer_norm' or 'None', which returns x.
         scope: the layer's name in norm_params, which holds '<scope>/beta' and '<scope>/gamma', each [channels].
         stats_rows: batch norm takes its statistics from the first `stats_rows` rows; None: from all.
-
-    Returns:
-        A tensor shaped like x.
     """
     axes = list(range(len(x.shape)))
     if norm == 'batch_norm':
         x, scale = standardize(x, axes[:-1], BATCH_NORM_EPSILON, stats_rows), norm_params.get(f'{scope}/gamma')
         return (x if scale is None else x * scale) + norm_params[f'{scope}/beta']
     if norm == 'layer_norm':
-        return (standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma']
-                + norm_params[f'{scope}/beta'])
+        return standardize(x, axes[1:], LAYER_NORM_EPSILON) * norm_params[f'{scope}/gamma'] + norm_params[f'{scope}/beta']
     return x
 
 
@@ -69,14 +64,13 @@ def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scop
                max_pool: bool, as_matmul: bool = False, stats_rows: int | None = None) -> tf.Tensor:
     """Convolution, normalisation, ReLU; the image is halved by stride 2 or, with max_pool, by 2x2 pooling.
 
+    Returns [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
+
     Args:
         x: [rows, height, width, channels].
         kernel, bias: [3, 3, channels, filters] and [filters].
         norm, scope, norm_params, stats_rows: as for `normalize`.
         as_matmul: as for `conv2d`.
-
-    Returns:
-        [rows, height', width', filters]: half the size, rounded up with stride (SAME), down with pooling (VALID).
     """
     scale = norm_params.get(f'{scope}/gamma')
     if norm == 'batch_norm' and stats_rows is None:

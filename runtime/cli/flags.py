@@ -30,15 +30,12 @@ flags.disclaim_key_flags()  # main.py's flags are its own, although they are dec
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """How a flag that changes what is learnt identifies a run.
-
-    Attributes:
-        label: what a value other than the default adds to the directory's name, {} being the value; or a function of the value; or
-            {value: text}, which applies to the default too. '': nothing.
-        network: the networks that differ by this flag, whose weights fit no others: 'all', or a key of request.PURPOSES; None: it
-            says how they are trained.
-    """
+    """How a flag that changes what is learnt identifies a run."""
+    # What a value other than the default adds to the directory's name, {} being the value; or a function of the value; or
+    # {value: text}, which applies to the default too. '': nothing.
     label: str | Mapping[str, str] | Callable[[Any], str] = ''
+    # The networks that differ by it, whose weights fit no others: 'all', or a key of request.PURPOSES; None: it says how they are
+    # trained.
     network: str | None = None
 
 

@@ -24,17 +24,12 @@ FOLDER = 'network'  # of the copy, in a run's directory
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFile:
-    """A function that makes a network.
-
-    Attributes:
-        folder, name, function: the file <folder>/<name> defines the function.
-        checksum: SHA-256 of the names and contents of `files`.
-        files: {path in the folder: content} of the file and of the modules of its folder that it imports, one from the other.
-    """
-    folder: str
-    name: str
+    """A function that makes a network."""
+    folder: str    # of the file that defines it
+    name: str      # of that file
     function: str
-    checksum: str
+    checksum: str  # SHA-256 of the names and contents of `files`
+    # {path in the folder: content} of the file and of the modules of its folder that it imports, one from the other
     files: dict[str, bytes] = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -63,11 +58,8 @@ def read(value: str) -> NetworkFile:
 
 
 def read_copy(directory: str, identity: str, trusted: bool) -> NetworkFile:
-    """The copy in a run's directory of the network with which it was trained. Raises UserError if it has changed or is not to be run.
-
-    Args:
-        trusted: whether to run it even if this user has not trained with it.
-    """
+    """The copy in a run's directory of the network with which it was trained. Raises UserError if it has changed, or if this user
+    has not trained with it and it is not trusted."""
     network = read(os.path.join(directory, FOLDER, os.path.basename(identity)))
     if not trusted and network.checksum not in _trusted():
         raise UserError(f'{os.path.join(network.folder, network.name)} is code, and you have not trained with it as this user: read it, and '

@@ -49,10 +49,8 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
 
     Its notices (on processor features, missing GPUs, XLA) are hidden. They come while it is imported, while it looks for devices
     and when XLA first compiles, and before its log levels are obeyed, so all of that is done here. If TF_CPP_MIN_LOG_LEVEL is
-    set in the environment, it alone decides what is hidden.
-
-    Args:
-        strategy, cluster: as for `workers.make_strategy`, which must come before the first computation.
+    set in the environment, it alone decides what is hidden. `strategy` and `cluster` are those of `workers.make_strategy`, which
+    must come before the first computation.
     """
     silent = 'TF_CPP_MIN_LOG_LEVEL' not in os.environ
     # With several workers, TensorFlow reports a lost worker at length; this program reports it in one line.

@@ -50,12 +50,10 @@ def _is_address(text: str) -> bool:
 
 
 def make_strategy(name: str, cluster: Cluster) -> Any:
-    """A tf.distribute.Strategy. Call this before TensorFlow computes anything.
+    """The tf.distribute.Strategy of this name, one of STRATEGIES. Call this before TensorFlow computes anything.
 
-    Args:
-        name: one of STRATEGIES. 'auto' is 'multiworker' if there is a cluster, 'mirrored' on several GPUs, else 'one'.
-
-    Raises UserError if the other workers cannot be reached.
+    'auto' is 'multiworker' if there is a cluster, 'mirrored' on several GPUs, else 'one'. Raises UserError if the other workers
+    cannot be reached.
     """
     import tensorflow as tf
     if name == 'multiworker' or cluster.workers > 1:

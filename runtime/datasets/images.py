@@ -27,12 +27,7 @@ warnings.filterwarnings('ignore', 'Palette images with Transparency')
 
 
 class BadImages(UserError):
-    """Images that cannot be used.
-
-    Attributes:
-        images: [(path, reason)].
-        listing: text that counts and names them.
-    """
+    """Images that cannot be used: [(path, reason)]. `listing` is a text that counts and names them."""
 
     def __init__(self, images: Sequence[tuple[str, str]], hint: str):
         self.images, self.hint = list(images), hint

@@ -290,10 +290,8 @@ def _check_form(sheet):
 def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
     """The numbers in some columns, float64 [rows, names].
 
-    Args:
-        like: the file that has these columns and no others; None: the sheet may have others too.
-
-    Raises UserError if there are other columns, or cells that are not finite numbers.
+    `like` is the file that has these columns and no others; None: the sheet may have others too. Raises UserError if there are
+    other columns, or cells that are not finite numbers.
     """
     _check_columns(sheet, names, like)
     indices = [sheet.columns.index(name) for name in names]

@@ -10,12 +10,11 @@ from runtime.system.errors import UserError
 
 
 def read_user_images(source: Source, support_dir: str, query_dir: str, skipped: frozenset[str] = frozenset()) -> UserTask:
-    """Reads the images of two folders.
+    """Reads the images of two folders, but for those skipped.
 
     Args:
         support_dir: has one folder of images for each class.
         query_dir: has images to classify, directly or in folders; the images in a folder named like a class are of that class.
-        skipped: paths of images to ignore.
 
     Raises BadImages if images cannot be read, and the source does not ask to leave them out; UserError if a folder or its images
     are missing.

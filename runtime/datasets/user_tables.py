@@ -7,14 +7,12 @@ from runtime.system.errors import UserError
 
 
 def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTask:
-    """Reads the rows of two files, standardised as in training.
+    """Reads the rows of two files, standardised as in training. Raises UserError if a file cannot be used.
 
     Args:
         support_csv: has the columns of the training; in classification also one called class, or like the column of labels of the
             training.
         query_csv: has the features; where it has the targets or classes too, predictions are compared with them.
-
-    Raises UserError if a file cannot be used.
     """
     columns = source.files.columns
     support, queries = map_collecting_errors(read_sheet, [support_csv, query_csv])

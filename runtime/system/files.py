@@ -24,10 +24,8 @@ Result = TypeVar('Result')
 def write_atomically(path: str | os.PathLike, content: bytes | Callable[[BinaryIO], Result]) -> Result:
     """Writes a file under a temporary name and renames it.
 
-    Each write has a random temporary name, so that no two threads, processes or hosts write to the same file.
-
-    Args:
-        content: the bytes, or a function that writes them to a file open for writing; what it returns is returned.
+    Each write has a random temporary name, so that no two threads, processes or hosts write to the same file. `content` may be a
+    function that writes to a file open for writing; what it returns is returned.
 
     Raises OSError if the file cannot be written; the old one, if any, is still there and no part is left.
     """
@@ -91,11 +89,8 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def remove_parts(folder: str, unused_for: float = 0) -> None:
-    """Removes the part files in a folder that killed processes left.
-
-    Args:
-        unused_for: seconds in which nobody has written to them; 0: all of them, under a lock that keeps others from writing there.
-    """
+    """Removes the part files in a folder that killed processes left: those to which nobody has written for some seconds; with 0
+    all of them, under a lock that keeps others from writing there."""
     for path in (os.path.join(folder, name) for name in os.listdir(folder) if _PART.search(name)):
         with contextlib.suppress(OSError):
             if not unused_for or time.time() - os.path.getmtime(path) > unused_for:

@@ -28,15 +28,12 @@ class Interruption(contextlib.ExitStack):
     """While entered, the first SIGINT, SIGTERM or SIGHUP is recorded in `signal`; another SIGINT or SIGTERM ends at once.
 
     Another SIGHUP is ignored: the shell and the system may both send one when a terminal is closed.
-
-    Attributes:
-        signal: number of the signal, or None.
-        agreed: whether all workers know that one of them was interrupted.
     """
 
     def __init__(self):
         super().__init__()
-        self.signal, self.agreed = None, False
+        self.signal = None   # its number
+        self.agreed = False  # whether all workers know that one of them was interrupted
 
     def agree(self) -> None:
         """Records that some worker was interrupted; all workers learn so after the same iteration."""
