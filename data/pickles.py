@@ -16,7 +16,7 @@ import math
 import os
 import pickle
 import pickletools
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Span(NamedTuple):
     length: int
 
 
-def spans(file: BinaryIO) -> list[Span]:
+def spans(file: IO[bytes]) -> list[Span]:
     """The places in its file of a pickled list's images, each bytes, or an array of bytes, that are an image file.
 
     Raises Refused if it is damaged, or holds anything else; OSError if it cannot be read.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import pickles
 from runtime.datasets.images import PREPARED_FORMATS, open_image
-from runtime.system.files import read_csv, require_regular_file
+from runtime.system.files import open_regular, read_csv
 
 MEGABYTE = 2 ** 20
 LARGEST_PICTURE = 64 * MEGABYTE  # as a file; more is an attempt to fill the memory
@@ -29,10 +29,9 @@ def read_file(path: str, limit: int | None = None) -> bytes:
 
     Raises OSError if it cannot be read, is larger than the limit in bytes, or is not a regular file: a pipe may never end.
     """
-    require_regular_file(path)
-    if limit is not None and os.path.getsize(path) > limit:
-        raise OSError(errno.EFBIG, f'Larger than {limit // MEGABYTE} MB', path)
-    with open(path, 'rb') as file:
+    with open_regular(path, 'rb') as file:
+        if limit is not None and os.path.getsize(path) > limit:
+            raise OSError(errno.EFBIG, f'Larger than {limit // MEGABYTE} MB', path)
         return file.read()
 
 

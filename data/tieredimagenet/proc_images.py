@@ -22,7 +22,7 @@ import io
 import os
 import sys
 import zipfile
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ from data.reading import LARGEST_PICTURE, is_plain_name, load_pickle, read_class
 from runtime.datasets.arrays import map_array  # noqa: E402
 from runtime.datasets.images import PREPARED_FORMATS, open_image  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
-from runtime.system.files import require_regular_file  # noqa: E402
+from runtime.system.files import open_regular  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')
@@ -58,15 +58,14 @@ def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -
     path = os.path.join(source, f'{split}_images_png.pkl')
     if not os.path.exists(path):
         return None
-    require_regular_file(path)
-    file = open(path, 'rb')
+    file = open_regular(path, 'rb')
     with refusing(f'{path} cannot be read as a pickled list of images', pickles.Refused):
         spans = pickles.spans(file)
     return {name: ImageList(len(indices), lambda number, indices=indices: decode(read_span(file, spans[indices[number]])))
             for name, indices in read_labels(source, split, rows, len(spans)).items()}
 
 
-def read_span(file: BinaryIO, span: pickles.Span) -> bytes:
+def read_span(file: IO[bytes], span: pickles.Span) -> bytes:
     """The bytes of a picture within a pickle. Raises ValueError if they are too many for one."""
     if span.length > LARGEST_PICTURE:
         raise ValueError(f'it has {span.length:,} bytes')
@@ -89,8 +88,7 @@ def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> L
 def map_npz(path: str, name: str) -> np.memmap:
     """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
     with refusing(f'{path} cannot be used'):
-        require_regular_file(path)
-        with zipfile.ZipFile(path) as archive, open(path, 'rb') as file:
+        with open_regular(path, 'rb') as file, zipfile.ZipFile(file) as archive:
             member = archive.getinfo(name + '.npy')
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError('it is compressed; write it again by numpy.savez')

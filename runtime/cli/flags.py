@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from runtime.system.errors import UserError
-from runtime.system.files import require_regular_file
+from runtime.system.files import open_regular
 
 FLAGS = flags.FLAGS
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
@@ -113,8 +113,7 @@ def _refuse_pipes(arguments, seen):
         if path.startswith(('/dev/fd/', '/dev/stdin')) or path in seen:  # a shell's <(...) is a pipe, but somebody writes into it
             continue
         seen.add(path)
-        require_regular_file(path)
-        with open(path, encoding='utf-8') as file:
+        with open_regular(path, encoding='utf-8') as file:
             _refuse_pipes(file.read(), seen)
 
 

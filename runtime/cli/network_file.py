@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import require_regular_file, write_atomically
+from runtime.system.files import open_regular, write_atomically
 
 FOLDER = 'network'  # of the copy, in a run's directory
 
@@ -104,8 +104,7 @@ def _add_file(files, folder, path):
     """Adds a file of a folder to {path: content}, and the files of the folder that it imports."""
     full = os.path.join(folder, path)
     try:
-        require_regular_file(full)
-        with open(full, 'rb') as file:
+        with open_regular(full, 'rb') as file:
             files[path] = file.read()
         tree = ast.parse(files[path])
     except OSError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.compute.distribution import ALONE, Cluster, Replicas
 from runtime.system.errors import UserError
-from runtime.system.files import require_regular_file, write_atomically
+from runtime.system.files import open_regular, write_atomically
 from runtime.system.interruption import signals_handled_by
 
 STRATEGIES = ('auto', 'one', 'mirrored', 'multiworker')
@@ -121,8 +121,7 @@ def check_shared(replicas: Replicas, directory: str) -> None:
         write_atomically(path, secrets.token_bytes(8))
     check_in_sync(replicas, 'written')
     try:
-        require_regular_file(path)
-        with open(path, 'rb') as file:
+        with open_regular(path, 'rb') as file:
             token = file.read()
     except OSError:
         token = b''

@@ -9,12 +9,12 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, TypedDict
+from typing import IO, TypedDict
 
 import numpy as np
 
 from runtime.datasets.images import CHUNK_BYTES
-from runtime.system.files import STALE_SECONDS, read_json, remove_parts, require_regular_file, write_atomically, write_json
+from runtime.system.files import STALE_SECONDS, open_regular, read_json, remove_parts, write_atomically, write_json
 from runtime.system.schema import checked
 
 RECORD = 'packed.json'
@@ -42,7 +42,7 @@ def write_array(path: str, shape: tuple[int, ...], parts: Callable[[], Iterable[
     return write_atomically(path, write)
 
 
-def map_array(file: BinaryIO) -> np.memmap:
+def map_array(file: IO[bytes]) -> np.memmap:
     """The array in .npy format that begins at a file's position, memory-mapped. Raises ValueError if there is none of numbers."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -60,8 +60,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
 
     Raises Exception if the file is not there, of another shape, or damaged; numpy raises almost any exception then.
     """
-    require_regular_file(path)
-    with open(path, 'rb') as file:
+    with open_regular(path, 'rb') as file:
         array, status = map_array(file), os.fstat(file.fileno())
         if array.shape != shape or array.dtype != np.uint8:
             raise ValueError(f'it holds {array.dtype} {list(array.shape)}')
@@ -76,7 +75,7 @@ def read_array(path: str, shape: tuple[int, ...], record: dict, verify: bool, up
     return array
 
 
-def file_checksum(file: BinaryIO, start: int = 0) -> int:
+def file_checksum(file: IO[bytes], start: int = 0) -> int:
     """CRC-32 of a file from a position on, read in pieces to save memory."""
     checksum = 0
     file.seek(start)

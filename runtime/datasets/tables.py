@@ -21,7 +21,7 @@ import numpy as np
 from runtime.datasets import splits
 from runtime.datasets.tasks import SPLITS, Examples
 from runtime.system.errors import UserError, counted, first_line, listing
-from runtime.system.files import delimiter_of, read_json, require_regular_file, write_atomically
+from runtime.system.files import delimiter_of, open_regular, read_json, write_atomically
 from runtime.system.schema import checked
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
@@ -259,8 +259,7 @@ def read_sheet(path: str) -> Sheet:
     """Reads a csv file: names of columns in the first line, then rows of as many cells. Empty lines are ignored.
     Raises UserError if it cannot be read, or is not of this form."""
     try:
-        require_regular_file(path)
-        with open(path, newline='', encoding='utf-8-sig') as file:
+        with open_regular(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file, strict=True, delimiter=delimiter_of(file), skipinitialspace=True)
             lines = [(reader.line_num, row) for row in reader if row]
             decimal_comma = reader.dialect.delimiter != ',' and _has_decimal_commas(cell for _, row in lines[1:] for cell in row)

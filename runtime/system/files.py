@@ -11,7 +11,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, TextIO, TypeVar
+from typing import IO, Any, BinaryIO, TextIO, TypeVar
 
 import filelock
 
@@ -56,10 +56,15 @@ def require_regular_file(path: str | os.PathLike) -> None:
         raise OSError(errno.EINVAL, 'not a regular file', os.fspath(path))
 
 
+def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO[Any]:
+    """A file opened as by `open`; raises OSError as `require_regular_file`."""
+    require_regular_file(path)
+    return open(path, mode, **options)
+
+
 def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
     """The names of the columns of a csv file in UTF-8, and its rows; raises OSError, UnicodeDecodeError or csv.Error."""
-    require_regular_file(path)
-    with open(path, newline='', encoding='utf-8-sig') as file:
+    with open_regular(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, delimiter=delimiter_of(file))
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = list(reader)
@@ -75,8 +80,7 @@ def delimiter_of(file: TextIO) -> str:
 
 def read_json(path: str | os.PathLike) -> Any:
     """The value in a json file; raises OSError if it cannot be read, ValueError if it is no json file, or nested too deeply."""
-    require_regular_file(path)
-    with open(path, encoding='utf-8') as file:
+    with open_regular(path, encoding='utf-8') as file:
         try:
             return json.load(file)
         except RecursionError as error:
