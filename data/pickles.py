@@ -130,6 +130,8 @@ _INSTRUCTIONS = {getattr(pickle, name) for name in (
 # {instruction that holds bytes: bytes of their length, which comes first}
 _LENGTHS = {pickle.SHORT_BINSTRING: 1, pickle.SHORT_BINBYTES: 1, pickle.BINSTRING: 4, pickle.BINBYTES: 4, pickle.BINBYTES8: 8,
             pickle.BYTEARRAY8: 8}
+# {instruction that adds to a dict: where the keys are on the stack}
+_KEYS = {pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: slice(None, None, 2), pickle.DICT: slice(None, None, 2)}
 
 
 class _Reader(pickle._Unpickler):
@@ -156,6 +158,8 @@ class _Reader(pickle._Unpickler):
                     return self.stack[-1]
                 if code not in _INSTRUCTIONS:
                     raise Refused(_unknown(code))
+                if code in _KEYS:
+                    _require(all(type(key) in (str, bytes) for key in self.stack[_KEYS[code]]), 'a key of a dict in it is not text')
                 if not (self._spans and code in _LENGTHS and self._skip(_LENGTHS[code])):
                     self.dispatch[code[0]](self)
         except (Refused, MemoryError, OSError):
@@ -181,18 +185,6 @@ class _Reader(pickle._Unpickler):
     def load_frame(self):
         self.read(8)
 
-    def load_setitem(self):
-        _require_texts(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self):
-        _require_texts(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self):
-        _require_texts(self.stack[::2])
-        super().load_dict()
-
     def find_class(self, module, name):
         if f'{module} {name}' not in self._names:
             raise Refused(f'it asks for {ascii(f"{module}.{name}"[:100])}, which data do not need')
@@ -212,8 +204,7 @@ class _Reader(pickle._Unpickler):
             self.stack[-1] = unbuilt.array = self.array(content, kind, shape, 'F' if columns_first is True else 'C')
 
     dispatch = pickle._Unpickler.dispatch | {
-        pickle.FRAME[0]: load_frame, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
+        pickle.FRAME[0]: load_frame, pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     # What a pickle may call.
@@ -254,10 +245,6 @@ class _Reader(pickle._Unpickler):
             return value.encode('latin1')
         _require(type(value) is bytes, 'it has no bytes where there should be some')
         return value
-
-
-def _require_texts(keys):
-    _require(all(type(key) in (str, bytes) for key in keys), 'a key of a dict in it is not text')
 
 
 def _unknown(code):
