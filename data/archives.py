@@ -1,7 +1,8 @@
 """Reads the pictures of zip and tar files and of unpacked folders one by one; nothing is ever unpacked.
 
-All three have `path`, names(), the paths of their files in an order in which they are read fast, and read(name). An archive that
-holds two files of one path is refused: which of them is read would depend on who reads it.
+All three have `path`, names(), the paths of their files in an order in which they are read fast, and read(name), which returns a
+file's content or raises one of DAMAGE. SystemExit is raised of an archive that is missing or damaged, or that holds two files of one
+path: which of them is read would depend on who reads it.
 """
 import argparse
 import collections
@@ -26,12 +27,10 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        """The paths of its files, sorted."""
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(self.path) for name in names]
         return sorted(os.path.relpath(path, self.path).replace(os.sep, '/') for path in paths)
 
     def read(self, name: str) -> bytes:
-        """A file's content; raises one of DAMAGE."""
         return read_picture(os.path.join(self.path, name))
 
 
@@ -39,18 +38,15 @@ class Zip:
     """A zip file."""
 
     def __init__(self, path: str):
-        """Raises SystemExit if it is missing or damaged."""
         with refusing(f'{path} is damaged'):
             require_regular_file(path)
             self.path, self._file, self._lock = path, zipfile.ZipFile(path), threading.Lock()
         refuse_twice(path, self._file.namelist())
 
     def names(self) -> list[str]:
-        """The paths of its files."""
         return [name for name in self._file.namelist() if not name.endswith('/') and not name.startswith('__MACOSX/')]
 
     def read(self, name: str) -> bytes:
-        """A member's content; raises one of DAMAGE."""
         if self._file.getinfo(name).file_size > LARGEST_PICTURE:
             raise ValueError(f'it would unpack to more than {LARGEST_PICTURE // MEGABYTE} MB')
         with self._lock, self._file.open(name) as file:
@@ -66,7 +62,6 @@ class Tar:
     """
 
     def __init__(self, path: str):
-        """Raises SystemExit if it is missing or damaged."""
         self.path, self._lock, self._texts, names, room = path, threading.Lock(), {}, [], TEXT_BYTES
         with refusing(f'{path} is damaged'):
             for member, archive in tar_members(path):
@@ -79,11 +74,9 @@ class Tar:
         self._start()
 
     def names(self) -> list[str]:
-        """The paths of its files, in their order in the archive."""
         return list(self._order)
 
     def read(self, name: str) -> bytes:
-        """A member's content; raises one of DAMAGE."""
         if name in self._texts:
             return self._texts[name]
         with self._lock:
