@@ -56,7 +56,11 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
     # With several workers, TensorFlow reports a lost worker at length; this program reports it in one line.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3' if cluster.workers > 1 else '2')
     with _hidden_stderr() if silent and hasattr(os, 'fork') else contextlib.nullcontext():
-        tf = _tensorflow()
+        try:
+            import tensorflow as tf
+        except (ImportError, MemoryError, OSError) as error:
+            raise UserError(f'TensorFlow cannot be imported ({first_line(error)}); is there enough memory (ulimit -v), and is it '
+                            'installed?') from error
         if silent:
             tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is intended here.
         with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
@@ -67,15 +71,6 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
     if silent:
         del os.environ['TF_CPP_MIN_LOG_LEVEL']  # It has been read; child processes decide for themselves.
     return replicas
-
-
-def _tensorflow():
-    """The module; raises UserError if it cannot be imported."""
-    try:
-        import tensorflow
-        return tensorflow
-    except (ImportError, MemoryError, OSError) as error:
-        raise UserError(f'TensorFlow cannot be imported ({first_line(error)}); is there enough memory (ulimit -v), and is it installed?') from error
 
 
 @contextlib.contextmanager
