@@ -106,9 +106,7 @@ class ClassFolders(FolderOptions):
         if not classes[split]:
             folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
             contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
-            manifest = self._manifest()
-            place = f'the manifest {manifest}' if manifest else self.split_file or self.root
-            raise splits.EmptySplit(f'the {split} split in {place} has no classes; {self.missing_hint}{contents}')
+            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
         missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
         if self.script and missing == classes[split]:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
@@ -297,6 +295,11 @@ class ClassFolders(FolderOptions):
         else:
             candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *elsewhere]
         return next((path for path in candidates if path and os.path.exists(path)), None)
+
+    def _split_source(self):
+        """What says which classes are in which split, for messages."""
+        manifest = self._manifest()
+        return f'the manifest {manifest}' if manifest else self.split_file or self.root
 
     def unsplit(self) -> bool:
         """Whether there are classes that neither a manifest, nor folders train, val and test, nor lists divide."""
