@@ -34,8 +34,11 @@ def class_name(folder: str) -> str:
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
 class ClassTasks:
-    """N-way classification: N distinct classes labelled 0..N-1 in random order, K + Q distinct examples of each."""
-    unit, examples = 'class', 'row'
+    """N-way classification: N distinct classes labelled 0..N-1 in random order, K + Q distinct examples of each.
+
+    If the source has rotations, each class of each task is rotated by a random multiple of 90 degrees, the same one for all its rows.
+    """
+    unit = 'class'
 
     def __init__(self, source: 'ImageSource | TableSource', config: TaskConfig, split: str):
         self.source, self.config, self.way = source, config, config.num_classes
@@ -54,7 +57,7 @@ class ClassTasks:
                             f'{split} split in {folders.root}; {folders.too_few_hint(self.way)}')
         fewest = int(np.argmin(counts))
         if counts[fewest] < self._shots:
-            raise UserError(f'a task needs {self._shots} {self.examples}s of a {self.unit} ({config.update_batch_size} support, '
+            raise UserError(f'a task needs {self._shots} {self.source.example}s of a {self.unit} ({config.update_batch_size} support, '
                             f'{config.query_shots} query), but {names[fewest]} in '
                             f'{folders.root} has {counts[fewest]}; ask for fewer, or remove the {self.unit}')
 
@@ -68,7 +71,7 @@ class ClassTasks:
     def size(self) -> str:
         """Text: how many classes and examples there are."""
         units = {'class': 'classes', 'table': 'tables'}[self.unit]
-        return f'{len(self.classes.names):,} {units}, {self.classes.counts.sum():,} {self.examples}s'
+        return f'{len(self.classes.names):,} {units}, {self.classes.counts.sum():,} {self.source.example}s'
 
     def draw(self, start: int, count: int) -> TaskBatch:
         """Tasks start to start + count - 1."""
@@ -111,20 +114,8 @@ class ClassTasks:
         rng, labels[:], chosen_classes = self._choose(task)
         for label, class_index in enumerate(chosen_classes):
             chosen = examples[starts[class_index] + rng.choice(counts[class_index], self._shots, replace=False)]
-            x[np.arange(self._shots), np.argmax(labels == label, axis=1)] = self._augment(chosen, rng)
-
-    def _augment(self, examples, rng):
-        return examples
-
-
-class ImageTasks(ClassTasks):
-    """Classification of images. If the source has rotations, each class of each task is rotated by a random multiple of 90 degrees,
-    the same one for all its rows. Pixels are in [0, 1], inverted (1 - x) if the source says so.
-    """
-    examples = 'image'
-
-    def _augment(self, examples, rng):
-        return np.rot90(examples, rng.integers(4), axes=(1, 2)) if self.source.rotations else examples
+            rotated = np.rot90(chosen, rng.integers(4), axes=(1, 2)) if self.source.rotations else chosen
+            x[np.arange(self._shots), np.argmax(labels == label, axis=1)] = rotated
 
 
 class TableTasks(ClassTasks):
@@ -189,7 +180,7 @@ class ImageSource(SupervisedSource, FolderOptions):
     validate_on_fewer: bool = False          # if val has fewer classes than N, validate on tasks of all of them
     stored_shape: tuple[int, int, int] | None = None  # of the images on disk, if they are resized to image_shape as tasks are drawn
     print_interval: int = 100
-    loss = 'xent'
+    loss, example = 'xent', 'image'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
     baselines = ()
 
@@ -202,8 +193,8 @@ class ImageSource(SupervisedSource, FolderOptions):
         """Whether the images are the user's own, so that flags say what shape they get."""
         return self.folder is None
 
-    def tasks(self, config: TaskConfig, split: str) -> ImageTasks:
-        return ImageTasks(self, config, split)
+    def tasks(self, config: TaskConfig, split: str) -> ClassTasks:
+        return ClassTasks(self, config, split)
 
     def folders(self, data_path: str | None = None) -> ClassFolders:
         """The class folders, in data_path or else in the source's own folder."""
@@ -220,7 +211,8 @@ class ImageSource(SupervisedSource, FolderOptions):
         return self.folders(data_path).load(split, self.stored_shape or self.image_shape)
 
     def preprocess(self, images: np.ndarray) -> np.ndarray:
-        """The network's input: uint8 [..., height, width, channels] -> float32 [..., dim_input] in [0, 1]."""
+        """The network's input: uint8 [..., height, width, channels] -> float32 [..., dim_input] in [0, 1], inverted (1 - x) if the
+        source says so."""
         images = resized(images, self.image_shape) if self.stored_shape else images
         images = images.reshape(*images.shape[:-3], -1)
         return (255 - images if self.invert else images).astype(np.float32) / np.float32(255)
@@ -240,7 +232,7 @@ class ImageSource(SupervisedSource, FolderOptions):
 class TableSource(NumberSource):
     """Regression or classification of rows of numbers in csv files (runtime/datasets/tables.py says how they are laid out)."""
     files: Tables = Tables()
-    print_interval = 100
+    print_interval, example, rotations = 100, 'row', False
 
     @property
     def loss(self) -> str:

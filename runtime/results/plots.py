@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-from data_generator import FunctionTasks, ImageSource, ImageTasks, TableTasks
+from data_generator import ClassTasks, FunctionTasks, ImageSource, TableTasks
 from runtime.cli.run import Run
 from runtime.datasets.goals import LARGEST as LARGEST_GOAL
 from runtime.datasets.goals import GoalTasks
@@ -293,7 +293,7 @@ def _label_panels(figure, panels, xlabel, ylabel, legend_columns):
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=legend_columns, fontsize='small', frameon=False)
 
 
-def task_sheet(model: MAML, tasks: ImageTasks, num_updates: int, heading: str) -> Figure:
+def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -> Figure:
     """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
 
     Args:
