@@ -130,12 +130,6 @@ def from_folders(source: str, split: str, rows: Rows, args: argparse.Namespace) 
     return images or None
 
 
-def existing_inputs(source: str) -> list[str]:
-    """The paths of the files and folders that the above read."""
-    names = [split + end for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
-    return [path for path in (os.path.join(source, name) for name in names) if os.path.exists(path)]
-
-
 def main() -> None:
     parser = arguments(__doc__, HERE, HERE)
     parser.add_argument('--channels', choices=['bgr', 'rgb'], default='bgr',
@@ -151,8 +145,10 @@ def main() -> None:
     if not lists:
         sys.exit(f'{args.source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
                  'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')
+    inputs = [os.path.join(args.source, split + end)
+              for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
     pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
-         recipe=f'channels={args.channels}', inputs=existing_inputs(args.source))
+         recipe=f'channels={args.channels}', inputs=list(filter(os.path.exists, inputs)))
 
 
 if __name__ == '__main__':

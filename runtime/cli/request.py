@@ -7,7 +7,7 @@ from typing import Any
 
 from data_generator import SOURCES, TableSource
 from runtime.cli import methods, network_file, stored_run
-from runtime.cli.flags import LEARNING, ONLY, CommandLine, default, labels
+from runtime.cli.flags import LEARNING, ONLY, CommandLine, labels
 from runtime.cli.network_file import NetworkFile
 from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
@@ -40,10 +40,6 @@ class Request:
     def source(self) -> Source:
         """The entry of SOURCES."""
         return SOURCES[self.datasource]
-
-    def usual(self, name: str) -> Any:
-        """The default of a flag: the source's own, if it has one."""
-        return self.source.usual_flags.get(name, default(name))
 
     @property
     def images(self) -> bool:

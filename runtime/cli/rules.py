@@ -47,7 +47,9 @@ def check_flags(request: Request) -> None:
 
 def _misplaced(request):
     """Messages about flags that were given and are not for what is asked; one at its default asks for nothing."""
-    for name in sorted(name for name in request.given & ONLY.keys() if request.values[name] != request.usual(name)):
+    for name in sorted(request.given & ONLY.keys()):
+        if request.values[name] == request.source.usual_flags.get(name, default(name)):
+            continue
         unmet = [text for text, holds in (PURPOSES[purpose] for purpose in ONLY[name]) if not holds(request)]
         if unmet:
             yield f'--{name} is for {unmet[0]}'

@@ -89,7 +89,9 @@ class Tables(splits.Splitting):
         every = [sheet for tables in sheets.values() for sheet in tables.values()]
         if not every:
             raise UserError(f'{self.root} holds no csv files in folders train, val and test; {LAYOUT}')
-        model = _usual(every)
+        # Those of most are right, so that an odd one is blamed and not all others.
+        counts = collections.Counter(frozenset(sheet.columns) for sheet in every)
+        model = max(every, key=lambda sheet: counts[frozenset(sheet.columns)])
         names = self._names(model)
         values = map_tables(lambda sheet: sheet_values(sheet, names, model.path), sheets)
         report_numbers(every, names)
@@ -132,11 +134,6 @@ class Tables(splits.Splitting):
         """The tasks or classes of one file, by split."""
         manifest = self._manifest()
         rows = self.manifest_rows(manifest) if manifest else self._in_proportions(groups)
-        if manifest:
-            self._check_manifest(manifest, rows, groups)
-        return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
-
-    def _check_manifest(self, manifest, rows, groups):
         missing = [name for _, name in rows if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
@@ -144,6 +141,7 @@ class Tables(splits.Splitting):
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
             print(f'Ignored: {listing(unlisted, 1, ", ")} in the column {self.group_column}, which {manifest} does not list')
+        return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
 
     def _manifest(self):
         return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
@@ -232,12 +230,6 @@ def map_tables(function: Callable[[Any], Result], tables: Mapping[str, Mapping[s
     """{split: {table: what a function returns}} of {split: {table: argument}}; raises UserError as `map_collecting_errors`."""
     results = iter(map_collecting_errors(function, [argument for of_split in tables.values() for argument in of_split.values()]))
     return {split: {table: next(results) for table in of_split} for split, of_split in tables.items()}
-
-
-def _usual(sheets: Sequence[Sheet]) -> Sheet:
-    """The first sheet whose columns most have, so that an odd one is blamed and not all others."""
-    counts = collections.Counter(frozenset(sheet.columns) for sheet in sheets)
-    return max(sheets, key=lambda sheet: counts[frozenset(sheet.columns)])
 
 
 def table_files(folder: str) -> dict[str, str]:
