@@ -1,10 +1,9 @@
 """Families of functions of one number, and regression tasks drawn from them.
 
-A family builds each function from `num_uniforms` uniform random numbers, and each of its inputs from one more. All arrays are
-[tasks, rows, 1]; parameters are tuples of arrays [tasks, 1, 1].
+A family, such as `Sinusoid`, builds each function from `num_uniforms` uniform random numbers, and each of its inputs from one
+more. All arrays are [tasks, rows, 1]; parameters are tuples of arrays [tasks, 1, 1].
 """
 import math
-from typing import Protocol
 
 import numpy as np
 
@@ -13,46 +12,31 @@ from runtime.datasets.tasks import SPLITS, TaskBatch, TaskConfig, split_rows
 Parameters = tuple[np.ndarray, ...]
 
 
-class Family(Protocol):
-    """What a family must provide."""
-    num_uniforms: int  # uniform random numbers per function
-
-    def parameters(self, uniform: np.ndarray) -> Parameters:
-        """Of functions, from numbers in [0, 1), [tasks, num_uniforms, 1]."""
-
-    def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
-        """x, from numbers in [0, 1), [tasks, points, 1]."""
-
-    def plot_range(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-        """The ends of the x over which the functions are drawn, [tasks, 1] each."""
-
-    def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
-        """y at each x."""
-
-    def describe(self, parameters: Parameters) -> str:
-        """The parameters of one function, for the title of its picture."""
-
-
 class Sinusoid:
     """y = amplitude * sin(x - phase) with amplitude U[0.1, 5], phase U[0, pi], x U[-5, 5] (section 5.1 of the paper)."""
-    num_uniforms = 2
+    num_uniforms = 2  # uniform random numbers per function
     AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 
     def parameters(self, uniform: np.ndarray) -> Parameters:
+        """Of functions, from numbers in [0, 1), [tasks, num_uniforms, 1]."""
         return _between(self.AMPLITUDES, uniform[:, 0:1]), _between(self.PHASES, uniform[:, 1:2])
 
     def inputs(self, parameters: Parameters, uniform: np.ndarray) -> np.ndarray:
+        """x, from numbers in [0, 1), [tasks, points, 1]."""
         return _between(self.INPUTS, uniform)
 
     def plot_range(self, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+        """The ends of the x over which the functions are drawn, [tasks, 1] each."""
         low, high = self.INPUTS
         return np.full(parameters[0].shape[:2], low), np.full(parameters[0].shape[:2], high)
 
     def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
+        """y at each x."""
         amplitude, phase = parameters
         return amplitude * np.sin(x - phase)
 
     def describe(self, parameters: Parameters) -> str:
+        """The parameters of one function, for the title of its picture."""
         amplitude, phase = parameters
         return f'amplitude {amplitude.item():.2f}, phase {phase.item():.2f} rad'
 
@@ -108,6 +92,9 @@ class Harmonic:
     def describe(self, parameters: Parameters) -> str:
         first, second, frequency = (parameter.item() for parameter in parameters[:3])
         return f'amplitudes {first:.2f} and {second:.2f}, frequency {frequency:.2f}'
+
+
+Family = Sinusoid | Harmonic
 
 
 def _between(bounds, uniform):
