@@ -69,8 +69,7 @@ def conv_block(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, norm: str, scop
     Args:
         x: [rows, height, width, channels].
         kernel, bias: [3, 3, channels, filters] and [filters].
-        norm, scope, norm_params, stats_rows: as for `normalize`.
-        as_matmul: as for `conv2d`.
+        norm, scope, norm_params, stats_rows: as for `normalize`; as_matmul: as for `conv2d`.
     """
     scale = norm_params.get(f'{scope}/gamma')
     if norm == 'batch_norm' and stats_rows is None:
@@ -123,11 +122,8 @@ def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | t
 def adam_step(gradients: dict[str, tf.Tensor], state: dict[str, tf.Tensor]) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
     """Adam without momentum: {name: update direction, to be multiplied by the step size and subtracted}, and the new state.
 
-    Reptile's inner optimizer (openai/supervised-reptile), with epsilon added to the uncorrected root as TensorFlow 1 did.
-
-    Args:
-        gradients: {name: tensor}.
-        state: {'inner/t': steps so far, 'inner/v/<name>': decaying mean of squared gradients}.
+    Reptile's inner optimizer (openai/supervised-reptile), with epsilon added to the uncorrected root as TensorFlow 1 did. Its
+    state is {'inner/t': steps so far, 'inner/v/<name>': decaying mean of squared gradients}.
     """
     steps = state['inner/t'] + 1
     squares = {name: ADAM_BETA2 * state[f'inner/v/{name}'] + (1 - ADAM_BETA2) * tf.square(gradient)
