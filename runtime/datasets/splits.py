@@ -56,12 +56,9 @@ class Splitting:
         return rows
 
 
-def by_split(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def by_split(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """{split: its classes} of [(split, class)]."""
-    classes: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for split, name in rows:
-        classes[split].append(name)
-    return classes
+    return {split: [name for of_split, name in rows if of_split == split] for split in SPLITS}
 
 
 # Manifests ----------------------------------------------------------------------------------------------------------
