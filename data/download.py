@@ -127,9 +127,7 @@ def fetch(group: str, args: argparse.Namespace, recipe: str = '', facts: Mapping
     """Fetches the files of a group of the table into args.source, if args.download asks for it.
 
     Files that are there, and right, are not fetched again. For files that need a manual download, prints where to get them and
-    checks those present.
-
-    args, recipe, facts: as for `preparation.prepare`.
+    checks those present. `args`, `recipe` and `facts` are those of `preparation.prepare`.
 
     Raises SystemExit with a sentence for each file that could not be fetched; without an error if none is there, because the
     images are prepared already.

@@ -157,7 +157,9 @@ class _Reader(pickle._Unpickler):
                 if code == pickle.STOP:
                     return self.stack[-1]
                 if code not in _INSTRUCTIONS:
-                    raise Refused(_unknown(code))
+                    opcode = pickletools.code2op.get(code.decode('latin1'))
+                    raise Refused(f'it uses the instruction {opcode.name}, which data do not need' if opcode else
+                                  'it is damaged or cut off')
                 if code in _KEYS:
                     _require(all(type(key) in (str, bytes) for key in self.stack[_KEYS[code]]), 'a key of a dict in it is not text')
                 if not (self._spans and code in _LENGTHS and self._skip(_LENGTHS[code])):
@@ -245,8 +247,3 @@ class _Reader(pickle._Unpickler):
             return value.encode('latin1')
         _require(type(value) is bytes, 'it has no bytes where there should be some')
         return value
-
-
-def _unknown(code):
-    opcode = pickletools.code2op.get(code.decode('latin1'))
-    return f'it uses the instruction {opcode.name}, which data do not need' if opcode else 'it is damaged or cut off'

@@ -207,8 +207,7 @@ def main() -> None:
     has_images = any(os.path.exists(os.path.join(args.source, name)) for name in ('images', 'images.zip'))
     has_pickles = any(find_pickle(args.source, split) for split in SPLITS)
     pictures, expected, absent, inputs = (from_pickles if has_pickles and not has_images else from_images)(args)
-    classes = {f'{split}/{label}': Class(split, expected.get((split, label), IMAGES_PER_CLASS))
-               for split, label in class_list()}
+    classes = {f'{split}/{label}': Class(split, expected.get((split, label), IMAGES_PER_CLASS)) for split, label in class_list()}
     prepare(pictures, classes, SIZE, args, inputs=inputs, absent=absent)
 
 
