@@ -136,9 +136,7 @@ class TableTasks(ClassTasks):
 class NumberSource(SupervisedSource):
     """The common part of sources of numbers, not of images."""
     image_shape = head = clip = None
-    dim_hidden = (40, 40)
-    validation_updates = 5
-    baselines = ()
+    dim_hidden, validation_updates = (40, 40), 5
 
     def query_shots(self, update_batch_size: int, train: bool) -> int:
         """As many query as support examples."""
@@ -150,9 +148,7 @@ class FunctionSource(NumberSource):
     """Regression on the functions of a family. It needs no data on disk."""
     family: Family
     baselines: tuple[str, ...] = ()
-    loss = 'mse'
-    print_interval = 1000
-    task_facts = {}
+    loss, print_interval, task_facts = 'mse', 1000, {}
 
     def tasks(self, config: TaskConfig, split: str) -> FunctionTasks:
         return FunctionTasks(self.family, config, split)
@@ -182,7 +178,6 @@ class ImageSource(SupervisedSource, FolderOptions):
     print_interval: int = 100
     loss, example = 'xent', 'image'
     dim_hidden = (256, 128, 64, 64)          # --conv=False
-    baselines = ()
 
     @property
     def task_facts(self) -> dict:

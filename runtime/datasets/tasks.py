@@ -90,7 +90,7 @@ class Tasks(Protocol):
 
 class SupervisedSource:
     """What sources of labelled examples have in common."""
-    supervised, test_updates, usual_flags, reported = True, 10, {}, ()
+    supervised, test_updates, usual_flags, reported, baselines = True, 10, {}, (), ()
 
 
 class Source(Protocol):
