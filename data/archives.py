@@ -12,6 +12,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from data.reading import LARGEST_PICTURE, MEGABYTE, read_picture, refusing
 from runtime.system.files import require_regular_file
@@ -20,11 +21,9 @@ STASH_BYTES = 256 * MEGABYTE
 TEXT_BYTES, LONGEST_TEXT = 64 * MEGABYTE, 4 * MEGABYTE  # of the text files of a tar file that are kept in memory: of all, of each
 
 
-class Folder:
+class Folder(NamedTuple):
     """The files of a folder."""
-
-    def __init__(self, path: str):
-        self.path = path
+    path: str
 
     def names(self) -> list[str]:
         paths = [os.path.join(parent, name) for parent, _, names in os.walk(self.path) for name in names]

@@ -72,8 +72,7 @@ def image_of(digits: list[np.ndarray], number: str, k: int, size: int) -> np.nda
     """Image k of a class, uint8 [size, size, 1].
 
     Args:
-        digits: as from `read_digits`.
-        number: the class, as text with its leading zeros.
+        digits, number: as from `read_digits`, and the class, as text with its leading zeros.
         size: height and width; each digit's cell is size / len(number) wide, which 28 pixels must fit.
     """
     rng = np.random.default_rng([SEED, len(number), int(number), k])
