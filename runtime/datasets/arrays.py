@@ -84,8 +84,6 @@ def file_checksum(file: IO[bytes], start: int = 0) -> int:
     return checksum
 
 
-# The cache ----------------------------------------------------------------------------------------------------------
-
 def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Callable[[], Iterable[np.ndarray]],
                  verify: bool = False) -> tuple[np.ndarray, int]:
     """A uint8 array, memory-mapped (in memory if the cache cannot be written), and its CRC-32.
@@ -112,8 +110,6 @@ def cached_array(path: str, fingerprint: str, shape: tuple[int, ...], make: Call
         array = np.concatenate(list(make()))
         return array, zlib.crc32(array)
 
-
-# Packed splits ------------------------------------------------------------------------------------------------------
 
 class PackedSplit(TypedDict):
     """What the record says of a split: its classes, and what `write_array` returned."""

@@ -344,8 +344,6 @@ def as_number(text: str, decimal_comma: bool = False) -> float:
         return math.nan
 
 
-# The columns of a run -----------------------------------------------------------------------------------------------
-
 def write_columns(directory: str, columns: Columns) -> None:
     """Writes the columns of a run into its directory; raises OSError if that cannot be done."""
     write_atomically(os.path.join(directory, COLUMNS_FILE), json.dumps(vars(columns), indent=1).encode())
