@@ -254,7 +254,7 @@ def test_no_interpreter_is_run_on_a_download(script, tmp_path, monkeypatch):
         if script == 'omniglot':
             load_script('omniglot_resized/resize_images.py').resize(EPS, antialias=False)
         else:
-            load_script('miniImagenet/proc_images.py').fit(EPS)
+            load_script('miniImagenet/proc_images.py').fit(EPS, (84, 84))
     shutil.rmtree(tmp_path)
 
 
