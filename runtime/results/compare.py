@@ -14,17 +14,7 @@ from runtime.cli.flags import default
 from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import provenance, render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
-from runtime.results.statistics import (
-    UNITS,
-    difference,
-    holm,
-    number,
-    over_tasks_and_seeds,
-    p_text,
-    paired_test,
-    plus_minus,
-    statistics,
-)
+from runtime.results.statistics import UNITS, difference, holm, number, over_tasks_and_seeds, paired_test, plus_minus, statistics
 from runtime.results.store import column_titles
 from runtime.system.errors import UserError
 
@@ -107,8 +97,9 @@ class Figures(NamedTuple):
 
     def cells(self, digits: int, titles: Sequence[str]) -> list[str]:
         """Texts: the mean, the difference, and p-values as `p_titles` says."""
-        p_values = [p_text(self.p) + '*' * self.signed_rank, p_text(self.p_holm)]
-        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), *p_values[:len(titles)]]
+        p, p_holm = ('-' if math.isnan(p) else f'{p:.2g}' for p in (self.p, self.p_holm))
+        p_values = [p + '*' * self.signed_rank, p_holm][:len(titles)]
+        return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), *p_values]
 
 
 def corrected(figures: Sequence[Sequence[Figures]]) -> list[list[Figures]]:

@@ -115,34 +115,23 @@ def figure(mean: float, half: float, metric: str) -> str:
     return plus_minus(mean * unit.factor, half * unit.factor, unit.digits)
 
 
-def p_value(values: np.ndarray, base: np.ndarray) -> float:
-    """The p-value of a two-sided paired t-test on values [tasks].
-
-    It is 1 if they are equal but for ROUNDING; nan if one is not finite, or if the difference is the same for all tasks.
-    """
-    if np.array_equal(values, base, equal_nan=True):
-        return 1.0
-    differences = difference(values, base)
-    with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
-        warnings.simplefilter('ignore')
-        if not np.ptp(differences) > ROUNDING * np.abs(differences).max():
-            return math.nan if differences.any() else 1.0
-        return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
-
-
 def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
     """The p-value of a two-sided paired test on values [tasks], and whether it is Wilcoxon's signed-rank test instead of the t-test.
 
-    It is where the differences are FAR_FROM_NORMAL: a few tasks then decide the mean, and the t-test's p-value may be far off. Equal
-    values count as half above and half below (Pratt, 1959).
+    It is where the differences are FAR_FROM_NORMAL: a few tasks then decide the mean, and the t-test's p-value may be far off.
+    Equal values count as half above and half below (Pratt, 1959). The p-value is 1 if all are equal but for ROUNDING; nan if one
+    is not finite, or if the difference is the same for all tasks.
     """
     differences = difference(values, base)
+    if not differences.any() or np.array_equal(values, base, equal_nan=True):
+        return 1.0, False
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
         shape = np.abs([scipy.stats.skew(differences), scipy.stats.kurtosis(differences)])
-        if len(differences) < LEAST_FOR_RANKS or not (shape > FAR_FROM_NORMAL).any():
-            return p_value(values, base), False
-        return float(scipy.stats.wilcoxon(differences, zero_method='pratt').pvalue), True
+        if len(differences) >= LEAST_FOR_RANKS and (shape > FAR_FROM_NORMAL).any():
+            return float(scipy.stats.wilcoxon(differences, zero_method='pratt').pvalue), True
+        varies = np.ptp(differences) > ROUNDING * np.abs(differences).max()
+        return float(scipy.stats.ttest_1samp(differences, 0).pvalue) if varies else math.nan, False
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -153,7 +142,3 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1)
     return corrected.reshape(np.shape(p_values))
 
-
-def p_text(p: float) -> str:
-    """Text: a p-value, or '-' where there is none."""
-    return '-' if math.isnan(p) else f'{p:.2g}'
