@@ -226,7 +226,8 @@ def test_methods_are_compared_over_tasks_and_seeds():
     assert float(row['difference']) == pytest.approx(pairs.mean()) and float(row['difference_ci95']) == pytest.approx(half)
     assert [line.split(' & ')[0] for line in render.as_latex(compare.method_table(comparison)).splitlines() if ' & ' in line] == [
         'method', 'MAML', 'ANIL']
-    assert [values.shape for values in compare.curves_of(comparison).values()] == [(3, 50, 2), (3, 50, 2)], 'a line for each method'
+    curves, _ = compare.curves_of(comparison)
+    assert [values.shape for values in curves.values()] == [(3, 50, 2), (3, 50, 2)], 'a line for each method'
 
 
 def test_intervals_cover_tasks_and_seeds():

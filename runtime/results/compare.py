@@ -68,7 +68,10 @@ def draw(comparisons: Sequence['Comparison'], stem: str, plot_format: str, again
     if against:
         pictures = [plots.sweep(lines, against, metric, tasks) for lines, metric, tasks in sweeps(comparisons, against)]
     else:
-        pictures = [plots.curves(curves_of(each), each.metric, each.tasks, without_updates(each)) for each in comparisons]
+        pictures = []
+        for comparison in comparisons:
+            curves, without_updates = curves_of(comparison)
+            pictures.append(plots.curves(curves, comparison.metric, comparison.tasks, without_updates))
     return [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
 
 
@@ -187,23 +190,16 @@ def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
     return list(groups)
 
 
-def _curves(comparison):
-    """{label: entries} of what a picture shows: methods with several seeds, and the other evaluations."""
-    grouped = set().union(*(group.indices for group in comparison.groups))
-    indices = {f'{group.letters}: {group.label}, {len(group.indices)} seeds': group.indices for group in comparison.groups} | {
-        f'{line.letters}: {line.label}': line.indices for line in comparison.lines if line.indices[0] not in grouped}
-    return {label: [comparison.evaluations[index].entry for index in numbers] for label, numbers in indices.items()}
-
-
-def curves_of(comparison: Comparison) -> dict[str, np.ndarray]:
-    """{label: scores} of what a picture shows: [seeds, tasks, columns] of methods with several seeds, [tasks, columns] of others."""
-    return {label: np.array([entry.scores for entry in entries] if len(entries) > 1 else entries[0].scores)
-            for label, entries in _curves(comparison).items()}
-
-
-def without_updates(comparison: Comparison) -> list[str]:
-    """The labels of `curves_of` of evaluations without inner updates."""
-    return [label for label, entries in _curves(comparison).items() if not entries[0].setting.test_updates]
+def curves_of(comparison: Comparison) -> tuple[dict[str, np.ndarray], list[str]]:
+    """{label: scores} of what a picture shows: [seeds, tasks, columns] of methods with several seeds, [tasks, columns] of the
+    other evaluations; and the labels of those without inner updates."""
+    lines = {f'{group.letters}: {group.label}, {len(group.indices)} seeds': group for group in comparison.groups}
+    grouped = {index for group in comparison.groups for index in group.indices}
+    lines |= {f'{line.letters}: {line.label}': line for line in comparison.lines if line.indices[0] not in grouped}
+    entries = {label: [comparison.evaluations[index].entry for index in line.indices] for label, line in lines.items()}
+    scores = {label: np.array([entry.scores for entry in alike]) for label, alike in entries.items()}
+    return ({label: values if len(values) > 1 else values[0] for label, values in scores.items()},
+            [label for label, alike in entries.items() if not alike[0].setting.test_updates])
 
 
 # The picture of a sweep ---------------------------------------------------------------------------------------------
