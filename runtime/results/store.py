@@ -17,7 +17,7 @@ import numpy as np
 from runtime.results.provenance import Provenance
 from runtime.results.statistics import UNITS, bootstrap, figure, statistics
 from runtime.system.errors import UserError, first_line
-from runtime.system.files import STALE_SECONDS, locked, remove_parts, require_regular_file, write_atomically, write_csv
+from runtime.system.files import STALE_SECONDS, locked, read_json, remove_parts, write_atomically, write_csv
 from runtime.system.schema import checked
 
 FILE, SHIPPED_FILE = 'results.json', 'shipped_results.json'
@@ -228,9 +228,7 @@ def read(path: str) -> list[Entry]:
         UserError: it cannot be read, or a field has another type than the schema says; names the file and the field.
     """
     try:
-        require_regular_file(path)
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
+        content = read_json(path)
         version = content.get('version', 1) if isinstance(content, dict) else None
         if version != VERSION:
             raise ValueError(f'version is {version!r:.40}, and this program reads version {VERSION}')
@@ -238,7 +236,7 @@ def read(path: str) -> list[Entry]:
         for index, entry in enumerate(entries):
             _check_consistency(entry, f'evaluations[{index}]')
         return entries
-    except (OSError, ValueError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f'{path} cannot be read: {first_line(error)}; remove it and evaluate again') from error
 
 
