@@ -137,9 +137,8 @@ def task_parts(tasks: EvaluationTasks) -> list[str]:
 
 def describe_tasks(tasks: EvaluationTasks) -> str:
     """Text: which tasks these are."""
-    way = f'{tasks.num_classes}-way ' if tasks.num_classes else ''
-    return (f'{tasks.count} tasks of {tasks.datasource}, {SPLIT_TITLES[tasks.split]}, {way}{tasks.update_batch_size}-shot, '
-            f'{tasks.query_shots} query, seed {tasks.seed}')
+    source, split, *way_and_shots, query, count, seed = task_parts(tasks)
+    return f'{count} of {source}, {split}, {" ".join(way_and_shots)}, {query}, {seed}'
 
 
 def differing_parts(paths: Sequence[str]) -> list[str]:
