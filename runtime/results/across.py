@@ -19,15 +19,9 @@ COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metri
 def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all') -> str:
     """The evaluations of several runs as a table: a row for each model, a column for each source and kind of task.
 
-    Values are those after as many updates as each method is reported at; means over tasks with their 95% intervals. There is a table
-    for each kind of score.
-
-    Args:
-        plot: also draw the tables, into new files across*.png in the first folder.
-        others: as for `compare`.
-
-    Raises:
-        UserError: there are no results.
+    Values are those after as many updates as each method is reported at; means over tasks with their 95% intervals. There is a
+    table for each kind of score; `plot` also draws it, into a new file across*.png in the first folder. The other arguments are
+    those of `compare`. Raises UserError if there are no results.
     """
     matrices, remarks = matrices_of(read_evaluations(folders, checkpoints)), []
     if plot:

@@ -76,14 +76,11 @@ class Evaluation:
 
 
 def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[Evaluation]:
-    """The evaluations in some folders, those of each run once.
+    """The evaluations in some folders, those of each run once; raises UserError if one does not exist, or none has any.
 
     Args:
         folders: 'name=folder' says what the user calls its runs.
         checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
-
-    Raises:
-        UserError: one of the folders does not exist, or no folder has any.
     """
     evaluations, without = {}, []
     absent = [folder for _, folder in map(split_name, folders) if not os.path.isdir(folder)]

@@ -37,11 +37,8 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
         against: a flag; the picture shows the values at each method's own number of updates against it.
 
-    Returns:
-        The tables. What was left out and what was drawn is added as text, or in the other styles printed to stderr.
-
-    Raises:
-        UserError: there are no results, no two evaluations were made on the same tasks, or they do not differ in `against`.
+    Returns the tables; what was left out and what was drawn is added as text, or in the other styles printed to stderr. Raises
+    UserError if there are no results, no two evaluations were made on the same tasks, or they do not differ in `against`.
     """
     groups = {}
     for evaluation in read_evaluations(folders, checkpoints):
@@ -224,11 +221,8 @@ def swept_value(evaluation: Evaluation, flag: str) -> Any:
 
 
 def sweep_of(comparison: Comparison, flag: str) -> Sweep:
-    """A line for each method, or for whatever else evaluations differ in beside a flag and their training's seed.
-
-    Raises:
-        UserError: several evaluations are of one line, value and seed.
-    """
+    """A line for each method, or for whatever else evaluations differ in beside a flag and their training's seed; raises
+    UserError if several are of one line, value and seed."""
     evaluations = comparison.evaluations
     described = [{name: value for name, value in setting.items() if name not in (flag, f'evaluation {flag}', 'seed', 'checkpoint')}
                  | {'': method_without(evaluation, flag)} for evaluation, setting in zip(evaluations, settings(evaluations))]

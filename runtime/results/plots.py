@@ -294,13 +294,8 @@ def _label_panels(figure, panels, xlabel, ylabel, legend_columns):
 
 
 def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -> Figure:
-    """A task's images, one row for each of the first SHOWN_CLASSES: support images, then query images with predicted classes.
-
-    Args:
-        tasks: the first of them is shown.
-        num_updates: inner updates before query images are classified.
-        heading: which run it is.
-    """
+    """The images of the first task, one row for each of the first SHOWN_CLASSES: support images, then query images with the
+    classes predicted after `num_updates` inner updates."""
     batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
     after = np.argmax(probabilities, axis=-1)
@@ -335,11 +330,8 @@ def _first_classes(count):
 
 
 def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndarray) -> Figure:
-    """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions.
-
-    Args:
-        probabilities: [query images, classes].
-    """
+    """The images that a model was adapted to, of the first SHOWN_CLASSES, and those that it classified, with the predictions,
+    whose probabilities are [query images, classes]."""
     classes, batch, columns, shown_query = task.classes, task.batch, 6, 36
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
     marks = ['' if label is None else ' ✓' if label == guess else f' ✗ {_clipped(classes[label], 12)}'

@@ -59,10 +59,7 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
     """{'data' | 'weights' | 'weights changed' | 'arithmetic': a sentence about what differs now from when a model was trained}.
 
     What is not known now or then is not compared: `now` of an evaluation has data of its split only. Nor are weights if none are named.
-
-    Args:
-        model: what to call it.
-        examples: what to call the data.
+    `model` and `examples` are what to call the model and its data.
     """
     sentences = {}
     compared = then.data.keys() | now.data.keys() if now.is_known else then.data.keys() & now.data.keys()

@@ -25,9 +25,6 @@ def output(style: str, tables: Sequence[Table], records: Table, remarks: Sequenc
         tables: for text and LaTeX.
         records: for csv: a row for each evaluation and number of updates.
         remarks: lines for the user; added to the text, in the other styles printed to stderr.
-
-    Returns:
-        The text.
     """
     if style == 'text':
         return '\n\n'.join([*map(as_text, tables), *(['\n'.join(remarks)] if remarks else [])])

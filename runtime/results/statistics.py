@@ -30,14 +30,11 @@ UNITS = {'accuracy': Unit('accuracy in %', 100, 2, True, (0, 100)), 'loss': Unit
 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and half-width of the 95% interval of the mean over tasks.
+    """Mean over tasks, standard deviation, and half-width of the 95% interval of the mean, [...] in double precision, of values
+    [tasks, ...].
 
-    Args:
-        values: [tasks, ...].
-
-    Returns:
-        Three arrays [...] in double precision; the standard deviation divides by the number of tasks, the last is 1.96 * std / sqrt(tasks),
-        and nan of one task, which says nothing about others.
+    The standard deviation divides by the number of tasks; the half-width is 1.96 * std / sqrt(tasks), and nan of one task, which
+    says nothing about others.
     """
     values = np.ascontiguousarray(values, np.float64)  # sums depend on the order in memory
     std = values.std(axis=0)
@@ -48,15 +45,9 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over seeds and tasks, half-width of a 95% interval that covers other seeds and other tasks, and the p-value of a mean of 0.
 
-    The half-width is the root of the sum of squares of those of two t-intervals, of the mean of the seeds and of the mean of the tasks. It
-    counts what depends on both twice: in simulations 95 to 99.7% of the intervals hold the true mean. The p-value is the level whose
-    interval ends at 0.
-
-    Args:
-        values: [seeds, tasks, ...], two seeds or more, all on the same tasks.
-
-    Returns:
-        Three arrays [...].
+    All are [...], of values [seeds, tasks, ...], two seeds or more, all on the same tasks. The half-width is the root of the sum
+    of squares of those of two t-intervals, of the mean of the seeds and of the mean of the tasks. It counts what depends on both
+    twice: in simulations 95 to 99.7% of the intervals hold the true mean. The p-value is the level whose interval ends at 0.
     """
     seeds, tasks = values.shape[:2]
     mean = values.mean(axis=(0, 1))
@@ -75,14 +66,8 @@ def over_tasks_and_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 
 
 def bootstrap(values: np.ndarray) -> np.ndarray:
-    """95% interval of the mean over tasks by the percentile bootstrap (Efron & Tibshirani, 1993, chapter 13).
-
-    Args:
-        values: [tasks, columns].
-
-    Returns:
-        Array [columns, 2] of its ends; a function of the values.
-    """
+    """95% interval of the mean over tasks by the percentile bootstrap (Efron & Tibshirani, 1993, chapter 13): its ends, [columns,
+    2], a function of the values, [tasks, columns]."""
     if len(values) < 2:
         return np.repeat(values.T, 2, axis=1)
     batch = min(max(NUMBERS_AT_A_TIME // values.size, 2), 100)
@@ -141,4 +126,3 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     corrected = np.empty(p.size)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1)
     return corrected.reshape(np.shape(p_values))
-

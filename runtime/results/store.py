@@ -153,12 +153,8 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
 def add(directory: str, entry: Entry, check: Callable[[], None] = lambda: None) -> None:
     """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
 
-    Args:
-        check: called before; raises an error if what was evaluated is gone.
-
-    Raises:
-        OSError: it cannot be written.
-        UserError: there is a results.json that cannot be read.
+    `check` is called before; it raises an error if what was evaluated is gone. Raises OSError if the file cannot be written,
+    UserError if there is one that cannot be read.
     """
     path = os.path.join(directory, FILE)
     with changing(directory):
@@ -192,23 +188,17 @@ def write(path: str, entries: list[Entry]) -> None:
 
 @np.errstate(over='ignore')  # adaptation diverged on some tasks
 def write_reference_files(stem: str, values: np.ndarray) -> None:
-    """Writes <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot.
+    """Writes values [tasks, 1 + updates] to <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot.
 
     The csv file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}.
-
-    Args:
-        values: [tasks, 1 + updates].
     """
     write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *np.float32(statistics(values))])  # float32 is written with the digits it has
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
 
 def entries_of(directory: str) -> list[Entry]:
-    """The evaluations of a run, those that shipped with it first, each replaced by one's own of the same key.
-
-    Raises:
-        UserError: as `read`.
-    """
+    """The evaluations of a run, those that shipped with it first, each replaced by one's own of the same key; errors as of
+    `read`."""
     paths = [os.path.join(directory, name) for name in (SHIPPED_FILE, FILE)]
     return _last_of_each_key(entry for path in paths for entry in _read_if_present(path))
 
@@ -222,11 +212,8 @@ def _read_if_present(path):
 
 
 def read(path: str) -> list[Entry]:
-    """The entries of a results.json, every field checked.
-
-    Raises:
-        UserError: it cannot be read, or a field has another type than the schema says; names the file and the field.
-    """
+    """The entries of a results.json, every field checked; raises UserError, which names file and field, if it cannot be read, or
+    a field has another type than the schema says."""
     try:
         content = read_json(path)
         version = content.get('version', 1) if isinstance(content, dict) else None
