@@ -27,9 +27,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from PIL import Image
+from run_files import ROOT, request_of
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 SECONDS = 10
 ACCEPTED, REFUSED = 'accepted', 'refused'
 WORDS = [b'', b'\0', b'\xff' * 8, b'-1', b'1e999', b'nan', b'99999999999999999999', b'../', b'/', b'"', b'[' * 2000, b'{', b'\n',
@@ -192,12 +191,10 @@ def check_command_line(*arguments: str) -> None:
     """What main.py does with flags before it reads data."""
     from absl import flags
 
-    import main
-    from runtime.cli.request import resolve
     from runtime.cli.rules import check_flags
     from runtime.cli.run_data import source_and_tasks
     try:
-        request = resolve(main.parse(['main.py', *arguments]))
+        request = request_of(arguments)
         check_flags(request)
         source_and_tasks(request)
     except flags.Error as error:

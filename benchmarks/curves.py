@@ -3,20 +3,17 @@
     python benchmarks/curves.py docs/images/curves.png MAML=logs/cifarfs1shot ANIL=logs/cifarfs1shot_anil
 """
 import argparse
-import glob
 import os
 import re
 import sys
 
 import numpy as np
+import run_files  # noqa: F401  (puts the program on the path)
+from matplotlib.figure import Figure
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from matplotlib.figure import Figure  # noqa: E402
-
-from runtime.jobs.journal import CONSOLE  # noqa: E402
-from runtime.results import plots  # noqa: E402
-from runtime.results.collect import split_name  # noqa: E402
+from runtime.jobs.journal import CONSOLE
+from runtime.results import plots
+from runtime.results.collect import result_directories, split_name
 
 WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
@@ -38,11 +35,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def draw(logs: dict[str, str], path: str) -> None:
-    """Writes the picture.
-
-    Args:
-        logs: {label: text of a console log}.
-    """
+    """Writes the picture of {label: text of a console log}."""
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for label, text in logs.items():
@@ -56,12 +49,11 @@ def draw(logs: dict[str, str], path: str) -> None:
 
 
 def console_log(folder: str) -> str:
-    """The text of the console log in a run's directory, or in the only directory in it that has one."""
-    paths = [path for path in (os.path.join(folder, CONSOLE), *glob.glob(os.path.join(glob.escape(folder), '*', CONSOLE)))
-             if os.path.exists(path)]
-    if len(paths) != 1:
-        sys.exit(f'{folder} should hold one {CONSOLE}, and holds {len(paths)}')
-    with open(paths[0], encoding='utf-8') as file:
+    """The text of the only console log in a folder, or below it."""
+    directories = result_directories(folder, [CONSOLE])
+    if len(directories) != 1:
+        sys.exit(f'{folder} should hold one {CONSOLE}, and holds {len(directories)}')
+    with open(os.path.join(directories[0], CONSOLE), encoding='utf-8') as file:
         return file.read()
 
 

@@ -1,14 +1,12 @@
 """Writes docs/flags.md from the declarations in main.py: python benchmarks/flags_page.py"""
 import os
 import re
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from run_files import ROOT
 
-import main  # noqa: E402, F401  (declares the flags)
-from runtime.cli.flags import FLAGS, GROUPS, LEARNING  # noqa: E402
-from runtime.system.files import write_atomically  # noqa: E402
+import main  # noqa: F401  (declares the flags)
+from runtime.cli.flags import FLAGS, GROUPS, LEARNING
+from runtime.system.files import write_atomically
 
 
 def markdown() -> str:

@@ -6,15 +6,13 @@ With the flags and the newest checkpoint of the run, on the first meta-batch of 
 """
 import argparse
 import functools
-import os
 import sys
 
 import numpy as np
+import run_files  # noqa: F401  (puts the program on the path)
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from main import parse, run_and_data  # noqa: E402
-from runtime.system.errors import UserError  # noqa: E402
+from main import parse, run_and_data
+from runtime.system.errors import UserError
 
 DIRECTIONS = 3
 STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss jumps

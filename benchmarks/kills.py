@@ -28,14 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from run_files import MAIN, ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from data.reading import read_classes  # noqa: E402
-from runtime.datasets.class_folders import PREPARATION_RECORD, ClassFolders  # noqa: E402
+from data.reading import read_classes
+from runtime.datasets.class_folders import PREPARATION_RECORD, ClassFolders
 
 SHARES = {'preparation': 0.24, 'cache': 0.16, 'sinusoid': 0.16, 'images': 0.16, 'evaluation': 0.16, 'comparison': 0.12}
-MAIN = os.path.join(ROOT, 'main.py')
 SINUSOID = ['--datasource=sinusoid', '--norm=None', '--update_batch_size=10', '--save_interval=500']
 IMAGES = ['--datasource=folder', '--image_size=28', '--image_channels=1', '--num_filters=8', '--num_classes=3', '--update_batch_size=1',
           '--meta_batch_size=4', '--update_lr=0.4', '--save_interval=30']

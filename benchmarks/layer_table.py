@@ -3,18 +3,14 @@
 A small network with the layer takes two inner steps; its meta-gradient, along a random direction in all weights, is compared with
 central differences, in float64. Kinds that are refused say so instead.
 """
-import os
 import re
-import sys
 from collections.abc import Callable
 
 import numpy as np
+import run_files  # noqa: F401  (puts the program on the path)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from runtime.cli import startup  # noqa: E402
-from runtime.system.errors import UserError  # noqa: E402
+from runtime.cli import startup
+from runtime.system.errors import UserError
 
 STEPS = 1e-6, 1e-7, 1e-5  # of the central differences; one of them is too large if a ReLU is switched on or off between the sides
 IMAGE, SEQUENCE, VECTOR = (6, 6, 3), (5, 4), (6,)

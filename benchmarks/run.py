@@ -23,10 +23,10 @@ import sys
 import tempfile
 import time
 
+from run_files import MAIN
+
 from workloads import in_process
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-MAIN = os.path.join(ROOT, 'main.py')
 OMNIGLOT = '--datasource=omniglot --update_batch_size=1'
 CONV = '--meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_filters=32 --max_pool=True'
 TRAINING = {

@@ -1,4 +1,4 @@
-"""What the scripts share that train and evaluate runs."""
+"""What the scripts share that run the program; it puts the program on the path, so that they import it first."""
 import contextlib
 import os
 import subprocess
@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-MAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'main.py')
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MAIN = os.path.join(ROOT, 'main.py')
+EVALUATION = '--train=False', '--test_set=True'
 TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of training}
+sys.path.insert(0, ROOT)
 
 
 @contextlib.contextmanager
@@ -27,12 +30,16 @@ def main_program(arguments: Sequence[str], **options: Any) -> Iterator[tuple[sub
         yield process, received
 
 
-def missing_classes(request, split: str) -> str:
-    """'', or why a split's classes of images cannot be listed, as where the data are not prepared; reads no image.
+def request_of(arguments: Sequence[str]):
+    """What a command line asks for, a runtime.cli.request.Request; raises UserError or absl.flags.Error if flags are wrong."""
+    import main
+    from runtime.cli.request import resolve
+    return resolve(main.parse(['main.py', *arguments]))
 
-    Args:
-        request: a runtime.cli.request.Request.
-    """
+
+def missing_classes(request, split: str) -> str:
+    """'', or why a split's classes of images cannot be listed, as where the data are not prepared; reads no image. `request` is a
+    runtime.cli.request.Request."""
     from runtime.cli.run_data import source_and_tasks
     from runtime.system.errors import UserError
     try:

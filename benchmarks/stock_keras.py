@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+from run_files import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'examples')]
+from runtime.cli import startup
 
-from runtime.cli import startup  # noqa: E402
+sys.path.insert(0, os.path.join(ROOT, 'examples'))
 
 ALPHAS = 0.01, 0.05, 0.2, 0.5
 FILTERS, SIZE = 8, 32

@@ -14,19 +14,13 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from absl import flags as absl_flags
+from run_files import EVALUATION, main_program, request_of
 
-from absl import flags as absl_flags  # noqa: E402
-from run_files import main_program  # noqa: E402
-
-import main  # noqa: E402
-from runtime.cli.request import Request, resolve  # noqa: E402
-from runtime.cli.rules import check_flags  # noqa: E402
-from runtime.results.store import entries_of  # noqa: E402
-from runtime.system.errors import UserError  # noqa: E402
-
-EVALUATION = '--train=False', '--test_set=True'
+from runtime.cli.request import Request
+from runtime.cli.rules import check_flags
+from runtime.results.store import entries_of
+from runtime.system.errors import UserError
 
 
 class StudyRun(NamedTuple):
@@ -69,7 +63,7 @@ def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) 
     for file, *values in itertools.product(files, *choices):
         arguments = [f'--flagfile={file}', *others, *values]
         try:
-            requests = [resolve(main.parse(['main.py', *arguments, *more])) for more in ((), EVALUATION)]
+            requests = [request_of([*arguments, *more]) for more in ((), EVALUATION)]
             for request in requests:
                 check_flags(request)
             runs.append(StudyRun(arguments, *requests))

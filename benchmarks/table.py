@@ -24,18 +24,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import filelock
+from run_files import EVALUATION, ROOT, TIMES, main_program, missing_classes, request_of
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from runtime.cli.startup import import_tensorflow
+
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
-
-from run_files import TIMES, main_program, missing_classes  # noqa: E402
-
-import main  # noqa: E402
-from runtime.cli.startup import import_tensorflow  # noqa: E402
-
 import_tensorflow()
-from runtime.cli.request import Request, resolve  # noqa: E402
 from runtime.cli.run import headline_updates  # noqa: E402
 from runtime.cli.run_data import source_and_tasks  # noqa: E402
 from runtime.datasets.tasks import TaskConfig  # noqa: E402
@@ -58,7 +52,6 @@ The first command of a row trains it. In a clone it continues the shipped run, u
 evaluates the newest checkpoint (MAML++: the five best together). Add `--test_best` for the checkpoint that did best on
 meta-validation. For MAML++, add `--ensemble=1` for the newest checkpoint, or both flags for the best one.
 '''
-EVALUATION = '--train=False', '--test_set=True'
 HEADS = ('run', 'published', 'reference', 'newest checkpoint, after updates', 'best on meta-validation', 'iterations', 'training',
          'best peer')
 BEGIN, END = '<!-- the table: written by benchmarks/table.py -->', '<!-- end of the table -->'
@@ -146,11 +139,6 @@ class State(NamedTuple):
     tasks: TaskConfig       # of its evaluations
     count: int              # of their tasks
     inner: tuple            # of these: step size, support rows of a step, number of updates
-
-
-def request_of(arguments: list[str]) -> Request:
-    """What a command line asks for."""
-    return resolve(main.parse(['main.py', *arguments]))
 
 
 def state_of(row: Row) -> State:

@@ -1,7 +1,6 @@
 """Standard meta-training steps: their arithmetic cost, and this program's model and a fixed random batch of each."""
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -10,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import run_files  # noqa: F401  (puts the program on the path)
 
 
 @dataclass(frozen=True)

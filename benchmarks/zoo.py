@@ -22,16 +22,11 @@ import subprocess
 import sys
 import tempfile
 
-from run_files import TIMES, missing_classes
+from run_files import MAIN, ROOT, TIMES, missing_classes, request_of
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-import main  # noqa: E402
-from runtime.cli.startup import import_tensorflow  # noqa: E402
+from runtime.cli.startup import import_tensorflow
 
 import_tensorflow()
-from runtime.cli.request import resolve  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
@@ -64,12 +59,6 @@ def flags_of(entry: store.Entry) -> list[str]:
     return ['--train=False', '--log=False', *(f'--{name}={value}' for name, value in values.items())]
 
 
-def missing_data(evaluation: Evaluation, flags: list[str]) -> str:
-    """'', or why the images of an evaluation cannot be used."""
-    request = resolve(main.parse(['main.py', f'--run={evaluation.directory}', *flags]))
-    return missing_classes(request, 'test' if request.test_set else 'val')
-
-
 def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
     """The entry of results.json that the same evaluation makes now, in a temporary copy of the run.
 
@@ -80,7 +69,7 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
         for name in os.listdir(evaluation.directory):
             if is_checkpoint(name) or name in COPIED:
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
-        subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), f'--run={folder}', *flags], check=True,
+        subprocess.run([sys.executable, MAIN, f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         entry, = store.read(os.path.join(folder, store.FILE))
         return entry
@@ -97,7 +86,7 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
     if entry.setting.load_from:
         return LEFT_OUT, "not the run's own weights"
     flags = flags_of(entry)
-    missing = missing_data(evaluation, flags)
+    missing = missing_classes(request_of([f'--run={evaluation.directory}', *flags]), entry.tasks.split)
     if missing:
         return LEFT_OUT, missing
     try:
