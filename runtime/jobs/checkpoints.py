@@ -326,9 +326,20 @@ def without_optimizer(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if _OPTIMIZER not in name and not name.startswith(CLASSIFIER)}
 
 
-def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str] = (),
-                 starts: bool = False) -> Checkpoint:
-    """Assigns the values of a checkpoint, of this program or of the reference under TensorFlow 1, to a model's parameters.
+def load_any(prefix: str) -> Checkpoint:
+    """Reads a checkpoint of this program, or of the reference under TensorFlow 1, whose record is {}. Raises UserError, which
+    says what is there instead, if there is none; Damaged if it cannot be read."""
+    if not os.path.exists(prefix + _INDEX):
+        folder = os.path.abspath(os.path.dirname(prefix))
+        others = ', '.join(sorted(name.removesuffix(_INDEX) for name in glob.glob('*' + _INDEX, root_dir=folder)))
+        raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {others or "no checkpoint"}')
+    return _read(prefix)
+
+
+def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str],
+                    starts: bool) -> None:
+    """Assigns the values of what `load_any` read to a model's parameters; raises UserError, which lists the differences, if
+    names, shapes or flags differ.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
     of batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
@@ -338,13 +349,8 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
         last_layer: the names of the network's last layer.
-
-    Returns the Checkpoint; its record is {} if the reference wrote it. Raises UserError if there is no such checkpoint, it cannot be
-    read, or names, shapes or flags differ; lists the differences.
     """
-    _check_there(prefix)
-    checkpoint = _read(prefix)
-    arrays, record = checkpoint.arrays, checkpoint.record
+    prefix, arrays, record, _ = checkpoint
     if record:  # the state of an inner optimizer is left out if the model has none
         arrays = {name: array for name, array in without_optimizer(arrays).items()
                   if name in variables or not name.startswith('inner/')}
@@ -356,14 +362,11 @@ def load_weights(prefix: str, variables: dict[str, tf.Variable], network_flags: 
     _add_what_plain_maml_lacks(arrays, variables, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
-    return checkpoint
 
 
-def outputs(prefix: str, last_layer: Sequence[str]) -> int | None:
-    """The number of outputs of a classifier's checkpoint, of this program or of the reference; None if it does not tell, or has no last
-    layer, whose names are given. Errors as of `load_weights`."""
-    _check_there(prefix)
-    checkpoint = _read(prefix)
+def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
+    """The number of outputs of a classifier that `load_any` read; None if it does not tell, or has no last layer, whose names are
+    given."""
     if checkpoint.record:
         return checkpoint.record.get('flags', {}).get('num_classes') if set(last_layer) <= checkpoint.arrays.keys() else None
     numbered = [name for name in checkpoint.arrays if re.fullmatch(r'model/Variable_\d+', name)]
@@ -385,15 +388,6 @@ def _add_what_plain_maml_lacks(arrays, variables, scaled):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)
-
-
-def _check_there(prefix):
-    """Raises UserError, which says what is there instead, if there is no checkpoint."""
-    if os.path.exists(prefix + _INDEX):
-        return
-    folder = os.path.abspath(os.path.dirname(prefix))
-    others = ', '.join(sorted(name.removesuffix(_INDEX) for name in glob.glob('*' + _INDEX, root_dir=folder)))
-    raise UserError(f'there is no checkpoint {prefix} (no file {prefix}.index); {folder} holds {others or "no checkpoint"}')
 
 
 def _reference_weights(arrays, variables):

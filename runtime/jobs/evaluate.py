@@ -44,11 +44,6 @@ class Restored(NamedTuple):
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
 
-    @property
-    def is_newest(self) -> bool:
-        """Whether it is the run's newest checkpoint."""
-        return self.newest is not None and self.iterations == self.newest
-
 
 class Variant(NamedTuple):
     """One of the ways in which an evaluation uses a model."""
@@ -226,7 +221,8 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
     updates. The files are named after the number of shots and the step size, which may be any.
     """
-    is_standard = (restored.is_newest and not restored.ensemble and variant == ('batch', 'own', '') and run.datasource == run.trained_on
+    is_newest = restored.newest is not None and restored.iterations == restored.newest and not restored.ensemble
+    is_standard = (is_newest and variant == ('batch', 'own', '') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
                    and run.test_updates == max(run.model.num_updates, run.source.test_updates) and run.model.inner_batch == run.learning_flags['inner_batch'])
@@ -294,14 +290,15 @@ def restore(run: Trained) -> Restored:
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:
-    """`checkpoints.load_weights` into a model, which gets the first outputs of a classifier that has more."""
-    last_layer = network_of(model.config).head_names
-    outputs, classes = checkpoints.outputs(prefix, last_layer), network_flags.get('num_classes')
+    """`checkpoints.load_any`, and its weights into a model, which gets the first outputs of a classifier that has more."""
+    checkpoint, last_layer = checkpoints.load_any(prefix), network_of(model.config).head_names
+    outputs, classes = checkpoints.outputs(checkpoint, last_layer), network_flags.get('num_classes')
     if classes is None or outputs is None or outputs <= classes:
-        return checkpoints.load_weights(prefix, model.parameters(), network_flags, last_layer, starts)
-    wide = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas)
-    checkpoint = checkpoints.load_weights(prefix, wide.parameters(), {**network_flags, 'num_classes': outputs}, last_layer, starts)
-    model.copy_parameters(wide)
+        checkpoints.restore_weights(checkpoint, model.parameters(), network_flags, last_layer, starts)
+    else:
+        wide = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas)
+        checkpoints.restore_weights(checkpoint, wide.parameters(), {**network_flags, 'num_classes': outputs}, last_layer, starts)
+        model.copy_parameters(wide)
     return checkpoint
 
 
