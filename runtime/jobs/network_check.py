@@ -18,11 +18,8 @@ Tensors = dict[str, tf.Tensor]
 
 
 def check(config: ModelConfig) -> None:
-    """Compares a Hessian-vector product of the support loss with central differences, in float64 on few rows.
-
-    Raises:
-        UserError: they differ, or there is no second derivative; names the layer. First-order methods need none, and pass.
-    """
+    """Compares a Hessian-vector product of the support loss with central differences, in float64 on few rows; raises UserError,
+    which names the layer, if they differ, or there is no second derivative. First-order methods need none, and pass."""
     if config.stop_grad or config.outer == 'reptile':
         return
     config = dataclasses.replace(config, dtype='float64')

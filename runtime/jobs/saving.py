@@ -40,11 +40,7 @@ class Saver:
     """Saves checkpoints; after a failure it reports the error and retries every RETRY_SECONDS."""
 
     def __init__(self, run: Training, model: Model, provenance: Provenance, iteration: int, log: Callable[[str], None]):
-        """
-        Args:
-            iteration: of the newest checkpoint, an attribute too; 0: there is none.
-            log: shows the user a line.
-        """
+        """`iteration` is that of the newest checkpoint, an attribute too; 0: there is none. `log` shows the user a line."""
         self.iteration, self._run, self._model, self._log, self._provenance = iteration, run, model, log, provenance
         self._failed_at = None
 

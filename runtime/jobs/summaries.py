@@ -14,12 +14,7 @@ class Summaries(contextlib.AbstractContextManager):
     """TensorBoard summaries under the reference's tags. If they cannot be written, one line reports it; it is not an error."""
 
     def __init__(self, directory: str, enabled: bool, start: int, log: Callable[[str], None]):
-        """
-        Args:
-            enabled: False: nothing is written.
-            start: the iteration from which the run continues; TensorBoard discards later events.
-            log: shows the user a line.
-        """
+        """Of a run that continues from iteration `start`; TensorBoard discards later events. `log` shows the user a line."""
         self._log, self._writer = log, tf.summary.create_noop_writer()
         with self._failure_reported():
             if enabled:
