@@ -202,7 +202,7 @@ def test_runs_that_differ_by_seed_only_are_averaged():
     together, = averaged.groups
     assert together.indices == (0, 1, 2)
     means = scores[:3, :, 1].mean(axis=1)
-    assert averaged.figures(together, averaged.rows['1'])[:2] == pytest.approx((means.mean(), means.std(ddof=1)))
+    assert averaged.figures([together], [averaged.rows['1']])[0][0][:2] == pytest.approx((means.mean(), means.std(ddof=1)))
     text = render.as_text(compare.update_table(averaged))
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
     assert r'MAML, num\_updates=1 & $3$ & $1$ &' in render.as_latex(compare.method_table(averaged))

@@ -1,11 +1,12 @@
 """Evaluations of several runs side by side."""
 import collections
+import itertools
 import json
 import math
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,12 +103,6 @@ class Figures(NamedTuple):
         return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), *p_values]
 
 
-def corrected(figures: Sequence[Sequence[Figures]]) -> list[list[Figures]]:
-    """The figures of a table, [rows][lines], with the corrected p-values of all lines but the first."""
-    p_holm = holm(np.array([[of_line.p for of_line in row[1:]] for row in figures]))
-    return [[row[0], *(of_line._replace(p_holm=float(p)) for of_line, p in zip(row[1:], of_row))] for row, of_row in zip(figures, p_holm)]
-
-
 def p_titles(figures: Sequence[Sequence[Figures]]) -> list[str]:
     """The titles of the p-values of a table, [rows][lines]: there are corrected ones if there are several."""
     return ['p', 'Holm'] if sum(len(row) - 1 for row in figures) > 1 else ['p']
@@ -145,8 +140,14 @@ class Comparison:
         return Line(''.join(line.letters for line in lines), group_label(self.evaluations, indices), '',
                     ' '.join(str(line.seed) for line in lines), lines[0].updates, indices)
 
-    def figures(self, line: Line, row: Sequence[np.ndarray]) -> Figures:
-        """The statistics of a line in one of the rows."""
+    def figures(self, lines: Sequence[Line], rows: Iterable[Sequence[np.ndarray]]) -> list[list[Figures]]:
+        """The statistics of a table, [rows][lines], with the p-values of all lines but the first corrected for their number."""
+        figures = [[self._figures_of(line, row) for line in lines] for row in rows]
+        p_holm = holm(np.array([[of_line.p for of_line in of_row[1:]] for of_row in figures]))
+        return [[*of_row[:1], *(of_line._replace(p_holm=float(p)) for of_line, p in zip(of_row[1:], p_of_row))]
+                for of_row, p_of_row in zip(figures, p_holm)]
+
+    def _figures_of(self, line, row):
         if len(line.indices) > 1:
             return self._figures_of_seeds(line, row)
         values = row[line.indices[0]]
@@ -355,11 +356,13 @@ def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
 def update_table(comparison: Comparison) -> render.Table:
     """A row for each number of updates, a column for each evaluation, and for each but the first its difference from the first."""
     lines, groups, notes = comparison.lines, comparison.groups, []
-    figures = corrected([[comparison.figures(line, row) for line in lines] for row in comparison.rows.values()])
+    figures, figures_of_groups = (comparison.figures(each, comparison.rows.values()) for each in (lines, groups))
+    titles = p_titles(figures)
     columns = ['updates', *(line.letters for line in lines),
-               *(title for line in lines[1:] for title in (f'{line.letters} - A', *p_titles(figures))),
+               *(title for line in lines[1:] for title in (f'{line.letters} - A', *titles)),
                *(f'{group.letters} over seeds' for group in groups)]
-    rows = [[title, *_update_cells(comparison, row, of_row, p_titles(figures))] for (title, row), of_row in zip(comparison.rows.items(), figures)]
+    rows = [[updates, *_update_cells(of_lines, of_groups, comparison.digits, titles)]
+            for updates, of_lines, of_groups in zip(comparison.rows, figures, figures_of_groups)]
     if 'own' in comparison.rows:
         notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
@@ -377,19 +380,15 @@ def test_note(figures: Sequence[Sequence[Figures]]) -> str:
     return f'p: a paired t-test{ranks}' + (f"; Holm: corrected for the table's {len(counted)} tests" if len(p_titles(figures)) > 1 else '')
 
 
-def _update_cells(comparison, row, figures, titles):
-    digits = comparison.digits
-    cells_of_each = [of_line.cells(digits, titles) for of_line in figures]
-    cells = [mean for mean, *_ in cells_of_each] + [cell for _, *others in cells_of_each[1:] for cell in others]
-    for group in comparison.groups:
-        mean, std, *_ = comparison.figures(group, row)
-        cells.append(f'{number(mean, digits)} ({number(std, digits)})')
-    return cells
+def _update_cells(of_lines, of_groups, digits, titles):
+    cells = [of_line.cells(digits, titles) for of_line in of_lines]
+    return [*(mean for mean, *_ in cells), *(cell for _, *differences in cells[1:] for cell in differences),
+            *(f'{number(of_group.mean, digits)} ({number(of_group.std, digits)})' for of_group in of_groups)]
 
 
 def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
-    figures = corrected([[comparison.figures(line, comparison.headline) for line in comparison.lines]])
+    figures = comparison.figures(comparison.lines, [comparison.headline])
     titles = ['difference', *p_titles(figures)]
     rows = [[line.label, line.updates, *of_line.cells(comparison.digits, titles[1:])] for line, of_line in zip(comparison.lines, figures[0])]
     rows[0][-len(titles):] = [''] * len(titles)
@@ -398,7 +397,7 @@ def headline_table(comparison: Comparison) -> render.Table:
 
 def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
-    rows, figures = [], corrected([[comparison.figures(group, comparison.headline) for group in comparison.groups]])
+    rows, figures = [], comparison.figures(comparison.groups, [comparison.headline])
     titles = ['difference', *p_titles(figures)]
     for group, of_group in zip(comparison.groups, figures[0]):
         mean, *difference_and_p = of_group.cells(comparison.digits, titles[1:])
@@ -413,11 +412,10 @@ def records(comparisons: Sequence[Comparison]) -> render.Table:
     """A row for each evaluation and number of updates, and for each group of seeds; of each kind the p-values are corrected together."""
     rows = []
     for comparison in comparisons:
-        of_lines, of_groups = ([[comparison.figures(line, row) for line in lines] for row in comparison.rows.values()]
-                               for lines in (comparison.lines, comparison.groups))
-        of_groups = corrected(of_groups) if comparison.groups else of_groups
-        for row, *figures in zip(comparison.rows, corrected(of_lines), of_groups):
-            for line, of_line in zip([*comparison.lines, *comparison.groups], [*figures[0], *figures[1]]):
-                seeds = ', over seeds' if line in comparison.groups else ''
-                rows.append([comparison.tasks, comparison.unit, line.letters, line.label + seeds, line.path, line.seed, row, *of_line])
+        lines, groups = comparison.lines, comparison.groups
+        of_lines, of_groups = (comparison.figures(each, comparison.rows.values()) for each in (lines, groups))
+        for updates, *figures in zip(comparison.rows, of_lines, of_groups):
+            for line, of_line in zip([*lines, *groups], itertools.chain(*figures)):
+                label = f'{line.label}, over seeds' if line in groups else line.label
+                rows.append([comparison.tasks, comparison.unit, line.letters, label, line.path, line.seed, updates, *of_line])
     return render.Table('', COLUMNS, rows)
