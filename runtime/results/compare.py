@@ -61,15 +61,17 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
 
 
 def draw(comparisons: Sequence['Comparison'], stem: str, plot_format: str, against: str | None) -> list[str]:
-    """Draws each into a new file, against updates or a flag, and returns lines that say so."""
+    """Draws each into a new file, against updates, or those that differ in a flag against it, and returns lines that say so."""
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-    if against:
-        pictures = [plots.sweep(lines, against, metric, tasks) for lines, metric, tasks in sweeps(comparisons, against)]
-    else:
-        pictures = []
-        for comparison in comparisons:
+    pictures = []
+    for comparison in comparisons:
+        if not against:
             curves, without_updates = curves_of(comparison)
             pictures.append(plots.curves(curves, comparison.metric, comparison.tasks, without_updates))
+        elif len({str(swept_value(evaluation, against)) for evaluation in comparison.evaluations}) > 1:
+            pictures.append(plots.sweep(sweep_of(comparison, against), against, comparison.metric, comparison.tasks))
+    if not pictures:
+        raise UserError(f'--against={against}: these runs do not differ in it')
     return [f'Drawn: {plots.save_new(picture, stem, plot_format)}' for picture in pictures]
 
 
@@ -202,17 +204,6 @@ def curves_of(comparison: Comparison) -> tuple[dict[str, np.ndarray], list[str]]
 
 # The picture of a sweep ---------------------------------------------------------------------------------------------
 
-Sweep = dict[str, dict[Any, np.ndarray]]  # {line: {value of a flag: values [seeds, tasks] at the line's own number of updates}}
-
-
-def sweeps(comparisons: Sequence[Comparison], flag: str) -> list[tuple[Sweep, str, str]]:
-    """(lines, metric, tasks) of each comparison whose evaluations differ in a flag; raises UserError if there is none."""
-    varied = [comparison for comparison in comparisons if len({str(swept_value(evaluation, flag)) for evaluation in comparison.evaluations}) > 1]
-    if not varied:
-        raise UserError(f'--against={flag}: these runs do not differ in it')
-    return [(sweep_of(comparison, flag), comparison.metric, comparison.tasks) for comparison in varied]
-
-
 def swept_value(evaluation: Evaluation, flag: str) -> Any:
     """What a flag was in an evaluation, or else in its training."""
     for part in evaluation.entry.setting, evaluation.entry.training:
@@ -221,9 +212,10 @@ def swept_value(evaluation: Evaluation, flag: str) -> Any:
     return evaluation.flag(flag)
 
 
-def sweep_of(comparison: Comparison, flag: str) -> Sweep:
-    """A line for each method, or for whatever else evaluations differ in beside a flag and their training's seed; raises
-    UserError if several are of one line, value and seed."""
+def sweep_of(comparison: Comparison, flag: str) -> dict[str, dict[Any, np.ndarray]]:
+    """{line: {value of a flag: values [seeds, tasks] at the line's own number of updates}}, a line for each method, or for
+    whatever else evaluations differ in beside the flag and their training's seed; raises UserError if several are of one line,
+    value and seed."""
     evaluations = comparison.evaluations
     described = [{name: value for name, value in setting.items() if name not in (flag, f'evaluation {flag}', 'seed', 'checkpoint')}
                  | {'': method_without(evaluation, flag)} for evaluation, setting in zip(evaluations, settings(evaluations))]
