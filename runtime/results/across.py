@@ -84,7 +84,8 @@ class Matrix:
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        mark = ('' if evaluation.is_transfer else OWN_SOURCE) + (KNOWN_CLASSES if evaluation.entry.known_classes else '')
+        mark = OWN_SOURCE if evaluation.trained_on == evaluation.entry.tasks.datasource else ''
+        mark += KNOWN_CLASSES if evaluation.entry.known_classes else ''
         mean, _, half = self.statistics[row, column]
         return plus_minus(mean, half, UNITS[self.metric].digits) + mark
 

@@ -65,11 +65,6 @@ class Evaluation:
         """The source that the model was trained on."""
         return self.flag('datasource')
 
-    @property
-    def is_transfer(self) -> bool:
-        """Whether the tasks are those of another source than the training's."""
-        return self.trained_on != self.entry.tasks.datasource
-
     def flag(self, name: str) -> Any:
         """What a flag was in the training; where that is older than the flag, its default."""
         return self.entry.training.flags.get(name, default(name))
