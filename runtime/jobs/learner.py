@@ -43,8 +43,7 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
         updates: inner steps of `adapt`; None: as many as an evaluation takes.
         trust_network: run the network of one's own that somebody else trained with.
 
-    Raises:
-        UserError: there is no such run or checkpoint, it is damaged, or it does not learn from examples.
+    Raises UserError if there is no such run or checkpoint, it is damaged, or it does not learn from examples.
     """
     flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}'] + ['--trust_network'] * trust_network
     if checkpoint is not None:
@@ -79,17 +78,15 @@ class Learner:
         self.num_outputs, self.updates = run.most_outputs, run.test_updates
 
     def adapt(self, support_x: np.ndarray, support_y: Sequence, updates: int | None = None) -> Predictor:
-        """The model adapted to labelled examples by inner steps.
-
-        As --predict does, it divides the loss by the shots that are given, whatever the model was trained with.
+        """The model adapted to labelled examples by inner steps. As --predict does, it divides the loss by the shots that are
+        given, whatever the model was trained with.
 
         Args:
             support_x: see the top of this module.
             support_y: the class of each row, a number or a text; in regression the targets, [rows, targets] or [rows].
             updates: inner steps; None: `self.updates`.
 
-        Raises:
-            UserError: arrays have another shape than the source's, or there are more classes than outputs.
+        Raises UserError if arrays have another shape than the source's, or there are more classes than outputs.
         """
         x, labels = self._inputs.rows(support_x), np.asarray(support_y)
         if len(x) != len(labels) or not len(x):
