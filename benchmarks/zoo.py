@@ -75,11 +75,6 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
         return entry
 
 
-def figures(entry: store.Entry) -> list[str]:
-    """The figures of an evaluation after 0, 1, ... updates, as they are printed."""
-    return [figure(figures.mean, figures.ci95, entry.metric) for figures in entry.figures]
-
-
 def repeat(evaluation: Evaluation) -> tuple[str, str]:
     """Evaluates again; returns SAME, CLOSE, DIFFERENT or LEFT_OUT, and why."""
     entry = evaluation.entry
@@ -95,7 +90,7 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
         return DIFFERENT, ' '.join(['evaluation failed:', *error.output.strip().splitlines()[-1:]])
     if again.tasks != entry.tasks:
         return LEFT_OUT, 'the data here are not those of the recorded evaluation'
-    recorded, now = figures(entry), figures(again)
+    recorded, now = ([figure(figures.mean, figures.ci95, entry.metric) for figures in each.figures] for each in (entry, again))
     if recorded == now:
         return SAME, f'{recorded[entry.headline_column]} after {evaluation.headline_updates}'
     close = all(abs(before.mean - after.mean) <= TOLERANCE * before.ci95 for before, after in zip(entry.figures, again.figures))
