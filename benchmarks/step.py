@@ -118,11 +118,8 @@ def measure_on_cores(workload: Workload, steps: int, processes: int) -> dict[str
 
 
 def measure_in_turn(contenders: Sequence[tuple[Any, Any, int]], rounds: int) -> np.ndarray:
-    """Median seconds of a step, [rounds, contenders]. The first step of each turn, which finds another's data in the caches, does not count.
-
-    Args:
-        contenders: models, their batches and the iterations at which they are.
-    """
+    """Median seconds of a step, [rounds, contenders], of models, their batches and the iterations at which they are. The first
+    step of each turn, which finds another's data in the caches, does not count."""
     def turn(contender):
         return statistics.median([seconds_of_step(*contender) for _ in range(4)][1:])
 

@@ -49,15 +49,9 @@ class StudyRun(NamedTuple):
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:
-    """The runs of a study: each file with each combination of values.
-
-    Args:
-        varied: 'name=value,value' for each flag that varies.
-        others: flags of all runs.
-
-    Raises:
-        UserError: flags are wrong, or two runs would have one directory; all of these.
-    """
+    """The runs of a study: each file with each combination of the values in `varied`, 'name=value,value' for each flag that
+    varies, and with the `others`, flags of all runs. Raises UserError if flags are wrong, or two runs would have one directory;
+    all of these."""
     choices = [[f'--{name}={value}' for value in values.split(',')] for name, _, values in (text.partition('=') for text in varied)]
     runs, problems = [], []
     for file, *values in itertools.product(files, *choices):

@@ -163,11 +163,8 @@ def lowest_priority() -> None:
 
 
 def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
-    """main.py at the lowest priority; returns its status.
-
-    Args:
-        enough: called repeatedly; once it returns True, main.py is stopped by SIGTERM, and the status is 0.
-    """
+    """main.py at the lowest priority; returns its status. `enough` is called repeatedly; once it returns True, main.py is stopped
+    by SIGTERM, and the status is 0."""
     with main_program(arguments, preexec_fn=lowest_priority) as (process, _):
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -188,11 +185,8 @@ def times(directory: str) -> dict[str, dict]:
 
 
 def train(row: Row, state: State, until: int) -> None:
-    """Trains a row, and adds seconds and iterations to its recorded time. Ends the program if it is interrupted.
-
-    Args:
-        until: iterations; at the first checkpoint of that many, the training is stopped.
-    """
+    """Trains a row to its end, or to the first checkpoint of `until` iterations, and adds seconds and iterations to its recorded
+    time. Ends the program if it is interrupted."""
     def newest():
         return max(checkpoints.iterations(state.directory), default=0)
 

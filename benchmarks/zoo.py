@@ -60,11 +60,8 @@ def flags_of(entry: store.Entry) -> list[str]:
 
 
 def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
-    """The entry of results.json that the same evaluation makes now, in a temporary copy of the run.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
+    """The entry of results.json that the same evaluation makes now, in a temporary copy of the run; raises
+    subprocess.CalledProcessError if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         for name in os.listdir(evaluation.directory):
             if is_checkpoint(name) or name in COPIED:
@@ -99,11 +96,8 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
 
 
 def check(folders: list[str]) -> bool:
-    """Repeats all evaluations in some folders and prints a line about each; returns whether all repeated ones were at least nearly the same.
-
-    Raises:
-        UserError: there are no evaluations, or a file of a run cannot be read.
-    """
+    """Repeats all evaluations in some folders and prints a line about each; returns whether all repeated ones were at least
+    nearly the same. Raises UserError if there are no evaluations, or a file of a run cannot be read."""
     counts = collections.Counter()
     for evaluation in read_evaluations(folders):
         outcome, why = repeat(evaluation)
@@ -114,11 +108,8 @@ def check(folders: list[str]) -> bool:
 
 
 def pack(source: str, destination: str) -> None:
-    """Copies all runs in a folder.
-
-    Raises:
-        UserError: there is none, one cannot be copied, or one of the folders is in the other.
-    """
+    """Copies all runs in a folder; raises UserError if there is none, one cannot be copied, or one of the folders is in the
+    other."""
     paths = [os.path.realpath(source), os.path.realpath(destination)]
     if paths[0] != paths[1] and os.path.commonpath(paths) in paths:
         raise UserError(f'one of {source} and {destination} is in the other; name a folder elsewhere')
@@ -132,9 +123,8 @@ def pack(source: str, destination: str) -> None:
 def pack_run(directory: str, destination: str) -> None:
     """Copies one run, and prints what is there now. If that fails, the destination stays as it was.
 
-    Raises:
-        UserError: it has no checkpoint, something in it cannot be read, or source and destination are one;
-            or the destination has what no pack wrote, or a process trains there.
+    Raises UserError if it has no checkpoint, something in it cannot be read, or source and destination are one; or if the
+    destination has what no pack wrote, or a process trains there.
     """
     if os.path.realpath(directory) == os.path.realpath(destination):
         raise UserError(f'{directory} cannot be copied to itself')
