@@ -8,8 +8,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from unittest import mock
 
 import numpy as np
+from matplotlib.figure import Figure
 from run_files import ROOT
 
 from runtime.cli import startup
@@ -33,7 +35,6 @@ def errors(updates: int, alphas: Sequence[float]) -> tuple[list[float], list[flo
     """Relative errors of the meta-gradient for each inner step size: of stock Keras, and of Keras in this program."""
     import conv4
 
-    import networks
     from maml import MAML, ModelConfig
     from runtime.datasets.tasks import TaskBatch
     rng = np.random.default_rng(0)
@@ -50,13 +51,8 @@ def errors(updates: int, alphas: Sequence[float]) -> tuple[list[float], list[flo
         model = MAML(config, seed=1, network=network) if network else own
         for name, variable in own.parameters().items():
             model.parameters()[own_names(name) if network else name].assign(variable)
-        original = networks.exact_statistics
-        if not exact:
-            networks.exact_statistics = lambda *_: contextlib.nullcontext()
-        try:
+        with contextlib.nullcontext() if exact else mock.patch('networks.exact_statistics', lambda *_: contextlib.nullcontext()):
             gradients = model.meta_gradients(batch)
-        finally:
-            networks.exact_statistics = original
         return np.concatenate([np.ravel(gradients[own_names(name) if network else name]) for name in own.parameters()])
 
     rows = []
@@ -70,10 +66,8 @@ def main() -> None:
     startup.import_tensorflow()
     import tensorflow as tf
     tf.config.run_functions_eagerly(True)  # each gradient is computed once
-    import matplotlib
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 3.6), dpi=100)
+    figure = Figure(figsize=(6, 3.6), dpi=100)
+    axes = figure.subplots()
     for updates, marker in ((1, 'o'), (5, 's')):
         stock, ours = errors(updates, ALPHAS)
         for label, values, colour, style in (('Keras as it is', stock, '#d55e00', '-'), ('in this program', ours, '#0072b2', '--')):
