@@ -44,13 +44,9 @@ SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster 
 
 
 def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray], updates: int) -> dict[str, Figure]:
-    """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of tables}.
-
-    Args:
-        split: 'val' or 'test'.
-        values: {label: metrics of its tasks, [tasks, columns]}, a line each.
-        updates: inner updates of the evaluation.
-    """
+    """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of
+    tables}, of an evaluation with some inner `updates` on a split, whose `values` are {label: metrics of its tasks, [tasks,
+    columns]}, a line each."""
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title, values if not updates else ())}
     if run.source.image_shape:
@@ -157,13 +153,8 @@ def _mean_and_half(values, of_seeds):
 
 
 def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
-    """A table of models against tasks, coloured by the mean within each column.
-
-    Args:
-        table: its first column holds the models, its last ones the tasks.
-        values: means, [models, tasks]; nan where there is none, which is white.
-        metric: one of statistics.UNITS.
-    """
+    """A table, whose first column holds models and its last ones tasks, coloured within each column by the means, `values`
+    [models, tasks]; white where there is none, nan."""
     models, targets = [row[0] for row in table.rows], table.columns[-values.shape[1]:]
     low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -184,12 +175,8 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
 
 
 def _limit(axes, unit, drawn, bounds):
-    """Sets the range of y so that the intervals can be seen, and says in the legend which curves leave the axes.
-
-    Args:
-        drawn: the curves.
-        bounds: for each of them the ends of its intervals, [2, points].
-    """
+    """Sets the range of y so that the intervals can be seen, whose ends are [2, points] for each curve, and says in the legend
+    which curves leave the axes."""
     if not unit.limits:
         return
     finite = [ends[np.isfinite(ends)] for ends in bounds]

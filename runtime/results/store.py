@@ -126,13 +126,9 @@ def figures_of(values: np.ndarray, spread: np.ndarray | None = None) -> list[Fig
 
 
 def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool = False) -> str:
-    """Text: for each number of updates the mean and its 95% interval.
-
-    Args:
-        evaluations: {label: values [tasks, columns]}, one column each; the label of a single one is not shown.
-        metric: one of UNITS.
-        without_updates: whether they are evaluations without inner updates.
-    """
+    """Text: for each number of updates the mean and its 95% interval, a column for each of {label: values [tasks, columns]},
+    whose label is not shown if there is one only. `metric` is one of UNITS; `without_updates`: these are evaluations without
+    inner updates."""
     lines = [f'  updates  {UNITS[metric].title}, with its 95% interval']
     width = max(24, *(2 + len(label) for label in evaluations)) if len(evaluations) > 1 else 24
     if len(evaluations) > 1:
