@@ -121,11 +121,9 @@ def pack(source: str, destination: str) -> None:
 
 
 def pack_run(directory: str, destination: str) -> None:
-    """Copies one run, and prints what is there now. If that fails, the destination stays as it was.
-
-    Raises UserError if it has no checkpoint, something in it cannot be read, or source and destination are one; or if the
-    destination has what no pack wrote, or a process trains there.
-    """
+    """Copies one run, and prints what is there now. If that fails, the destination stays as it was. Raises UserError if it has no
+    checkpoint, something in it cannot be read, or source and destination are one; or if the destination has what no pack wrote,
+    or a process trains there."""
     if os.path.realpath(directory) == os.path.realpath(destination):
         raise UserError(f'{directory} cannot be copied to itself')
     saved = checkpoints.iterations(directory)

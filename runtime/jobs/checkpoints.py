@@ -77,10 +77,8 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def exclusive(directory: str) -> Iterator[None]:
-    """Creates the directory and, while entered, locks it against other training processes. The lock ends with the process.
-
-    Raises UserError if another process trains there, or it cannot be written to.
-    """
+    """Creates the directory and, while entered, locks it against other training processes. The lock ends with the process. Raises
+    UserError if another process trains there, or it cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(directory, exist_ok=True)
@@ -110,9 +108,7 @@ def path(directory: str, iteration: int) -> str:
 
 def save(prefix: str, state: dict[str, tf.Variable], record: Record) -> None:
     """Writes {name: tf.Variable or tensor} and a record of JSON values, atomically; when this returns, they survive a power cut.
-
-    Raises OSError if they cannot be written; nothing is left of them.
-    """
+    Raises OSError if they cannot be written; nothing is left of them."""
     directory, name = os.path.split(prefix)
     with _written(directory, name, {**state, _RECORD: tf.constant(json.dumps(record, default=vars))}) as temporary:
         os.replace(temporary + _DATA, prefix + _DATA)
@@ -200,9 +196,7 @@ def newest(directory: str) -> Checkpoint | None:
 
 def find(directory: str, selection: int | str | None) -> Checkpoint:
     """The checkpoint of an iteration; None: the newest; 'best': the one that the newest records as best on meta-validation.
-
-    Raises UserError as `newest`, or if it is not there; the message names the directory and what it holds.
-    """
+    Raises UserError as `newest`, or if it is not there; the message names the directory and what it holds."""
     what, saved = 'checkpoint', iterations(directory)
     if selection is None or selection == 'best':
         checkpoint = newest(directory)
@@ -242,9 +236,7 @@ def find_best(directory: str, count: int) -> list[Checkpoint]:
 
 def check_flags(prefix: str, recorded: dict, flags: dict, hint: str) -> None:
     """Raises UserError if a checkpoint's record has other values of flags, {flag: value}; those that it lacks are not compared.
-
-    The message spells out the differences, and ends in the hint.
-    """
+    The message spells out the differences, and ends in the hint."""
     names = [name for name in flags if name in recorded and recorded[name] != flags[name]]
     if names:
         made, given = (', '.join(f'--{name}={values[name]}' for name in names) for values in (recorded, flags))
@@ -431,10 +423,8 @@ def prune(directory: str, best: Sequence[int]) -> None:
 
 
 def move_aside(directory: str, iteration: int) -> str | None:
-    """Moves the checkpoints after an iteration into a new folder, with their evaluations; after iteration 0 all that is of the run.
-
-    Returns the folder, or None if there was nothing to move. Raises UserError if there are results that cannot be read.
-    """
+    """Moves the checkpoints after an iteration into a new folder, with their evaluations; after iteration 0 all that is of the
+    run. Returns the folder, or None if there was nothing to move. Raises UserError if there are results that cannot be read."""
     with store.changing(directory):
         store.entries_of(directory)  # damaged ones are reported before anything is moved
         paths, folder = _later_paths(directory, iteration), functools.cache(functools.partial(_new_folder, directory))

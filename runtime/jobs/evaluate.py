@@ -68,9 +68,7 @@ class Result(NamedTuple):
 
 def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     """Evaluates a checkpoint on --num_test_tasks tasks of data[run.split]; prints a table and adds the results to results.json.
-
-    Raises UserError if there is no such checkpoint, it is damaged or of another network, or the results cannot be written.
-    """
+    Raises UserError if there is no such checkpoint, it is damaged or of another network, or the results cannot be written."""
     store.entries_of(run.directory)  # a damaged file is reported before the work, not after it
     restored = restore(run)
     if run.replicas.chief:

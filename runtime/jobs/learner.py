@@ -171,10 +171,8 @@ class Predictor:
 
 
 def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> Predictor:
-    """The predictor that `Predictor.save` wrote; raises UserError if it cannot be read, or is not such a file.
-
-    `network` is the function that made its network, if that is one's own: the file does not hold code.
-    """
+    """The predictor that `Predictor.save` wrote; raises UserError if it cannot be read, or is not such a file. `network` is the
+    function that made its network, if that is one's own: the file does not hold code."""
     import_tensorflow()
     from maml import ModelConfig
     try:

@@ -113,10 +113,8 @@ def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainSta
 
 
 def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance) -> Provenance:
-    """The provenance of a model whose training goes on; prints what differs without changing what is learnt.
-
-    Raises UserError if flags, data or the weights that --load_from names are not those of the checkpoint.
-    """
+    """The provenance of a model whose training goes on; prints what differs without changing what is learnt. Raises UserError if
+    flags, data or the weights that --load_from names are not those of the checkpoint."""
     hint = 'start from scratch by --resume=False or in another --logdir'
     checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']

@@ -147,11 +147,9 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
 
 
 def add(directory: str, entry: Entry, check: Callable[[], None] = lambda: None) -> None:
-    """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key.
-
-    `check` is called before; it raises an error if what was evaluated is gone. Raises OSError if the file cannot be written,
-    UserError if there is one that cannot be read.
-    """
+    """Adds an evaluation to the results.json of a run, in the place of an earlier one of the same key. `check` is called before;
+    it raises an error if what was evaluated is gone. Raises OSError if the file cannot be written, UserError if there is one that
+    cannot be read."""
     path = os.path.join(directory, FILE)
     with changing(directory):
         check()
@@ -184,10 +182,8 @@ def write(path: str, entries: list[Entry]) -> None:
 
 @np.errstate(over='ignore')  # adaptation diverged on some tasks
 def write_reference_files(stem: str, values: np.ndarray) -> None:
-    """Writes values [tasks, 1 + updates] to <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot.
-
-    The csv file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}.
-    """
+    """Writes values [tasks, 1 + updates] to <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot. The csv
+    file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}."""
     write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *np.float32(statistics(values))])  # float32 is written with the digits it has
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
