@@ -194,23 +194,19 @@ def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str
     """
     if not isinstance(tasks, ClassTasks):
         return []
+    is_same_source = run.datasource == restored.trained_on
     trained = restored.provenance.classes if restored.provenance else {}
-    if not trained:
-        trained = dict.fromkeys(published_classes(restored.trained_on), 0) if run.datasource != restored.trained_on else {}
+    published = getattr(SOURCES.get(restored.trained_on), 'folder', None)  # with a list of its classes
+    if not trained and published and not is_same_source:
+        trained = dict.fromkeys(listed_classes(os.path.join(DATA_FOLDER, published), 'train'), 0)
     checksums, endings = set(trained.values()) - {0}, {os.path.basename(name) for name in trained}
 
     def is_known(name, checksum):
-        ending, is_same_source = os.path.basename(name), run.datasource == restored.trained_on
+        ending = os.path.basename(name)
         by_name = name in trained if is_same_source else ending in endings
         return by_name and not ending.isdigit() or checksum in checksums
 
     return [name for name, checksum in zip(map(class_name, tasks.classes.names), tasks.class_checksums()) if is_known(name, checksum)]
-
-
-def published_classes(datasource: str) -> set[str]:
-    """The classes that a source is trained on, as its list says; of sources without such a list none."""
-    folder = getattr(SOURCES[datasource], 'folder', None)
-    return listed_classes(os.path.join(DATA_FOLDER, folder), 'train') if folder else set()
 
 
 def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
