@@ -76,19 +76,15 @@ def error_of(kind: str) -> float | str:
     task = TaskBatch(x[:3], y[:3], x[3:], y[3:])
     direction = tf.nest.map_structure(lambda value: tf.constant(rng.normal(size=value.shape)), parameters)
 
-    def loss(parameters):
-        _, states = maml.inner_loop(config, parameters, task, 0)
-        return maml.objective(config, parameters, task, states, 0)[0]
-
-    def moved(step):
-        return tf.nest.map_structure(lambda value, move: value + step * move, parameters, direction)
-
-    def difference(step):
-        return float(loss(moved(step)) - loss(moved(-step))) / (2 * step)
+    def loss_after(step):
+        moved = tf.nest.map_structure(lambda value, move: value + step * move, parameters, direction)
+        _, states = maml.inner_loop(config, moved, task, 0)
+        return float(maml.objective(config, moved, task, states, 0)[0])
 
     gradients = maml.meta_gradient(config, parameters, 0, task)[0]
     exact = float(sum(tf.reduce_sum(gradient * direction.trained()[name]) for name, gradient in gradients.items()))
-    return min(abs(exact / difference(step) - 1) for step in STEPS)
+    differences = [(loss_after(step) - loss_after(-step)) / (2 * step) for step in STEPS]
+    return min(abs(exact / difference - 1) for difference in differences)
 
 
 def table() -> str:
