@@ -13,10 +13,8 @@ from utils import Metrics, accuracy, metric_functions, stack_metrics
 class Ensemble:
     """The mean outputs (logits, in classification) of several checkpoints of a network, each adapted to the task separately.
 
-    It evaluates and predicts as a MAML does, on one device (MAML++'s evaluation: Antoniou et al., 2019, section 5).
-
-    Attributes:
-        config, replicas, weights, state: as of the model.
+    It evaluates and predicts as a MAML does, on one device (MAML++'s evaluation: Antoniou et al., 2019, section 5). `config`,
+    `replicas`, `weights` and `state` are those of the model.
     """
 
     def __init__(self, model: MAML, members: Sequence[dict[str, np.ndarray]]):
