@@ -19,9 +19,6 @@ from runtime.results.statistics import UNITS, difference, holm, number, over_tas
 from runtime.results.store import column_titles
 from runtime.system.errors import UserError
 
-COLUMNS = ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', 'mean', 'std', 'ci95', 'difference', 'difference_ci95', 'p', 'signed_rank',
-           'p_holm']
-
 
 def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plot_format: str = 'png', checkpoints: str = 'all',
             against: str | None = None) -> str:
@@ -410,4 +407,4 @@ def records(comparisons: Sequence[Comparison]) -> render.Table:
             for line, of_line in zip([*lines, *groups], itertools.chain(*figures)):
                 label = f'{line.label}, over seeds' if line in groups else line.label
                 rows.append([comparison.tasks, comparison.unit, line.letters, label, line.path, line.seed, updates, *of_line])
-    return render.Table('', COLUMNS, rows)
+    return render.Table('', ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', *Figures._fields], rows)
