@@ -78,10 +78,8 @@ def seconds_of_step(model: Any, batch: Any, iteration: int) -> float:
 
 
 def measure(workload: Workload, steps: int) -> dict[str, float]:
-    """Seconds of a step (median), seconds from process start to the end of the first one, peak memory in MB, and KiB to send a step.
-
-    If TF_CONFIG says so, it is a step of several processes, of which each has such a workload.
-    """
+    """Seconds of a step (median), seconds from process start to the end of the first one, peak memory in MB, and KiB to send a
+    step. If TF_CONFIG says so, it is a step of several processes, of which each has such a workload."""
     from runtime.cli.startup import import_tensorflow
     from runtime.cli.workers import cluster_from_environment
     replicas = import_tensorflow('auto', cluster_from_environment('auto'))

@@ -383,10 +383,8 @@ def _add_what_plain_maml_lacks(arrays, variables, scaled):
 
 
 def _reference_weights(arrays, variables):
-    """The parameters in a checkpoint of the reference, by this program's names.
-
-    The reference names convolutions and the last layer of a convolutional net; TensorFlow 1 numbered the others.
-    """
+    """The parameters in a checkpoint of the reference, by this program's names. The reference names convolutions and the last
+    layer of a convolutional net; TensorFlow 1 numbered the others."""
     names, numbered = {}, 0
     for name in variables:
         if '/' in name or 'conv1' in variables and (name.startswith('conv') or name in ('w5', 'b5')):

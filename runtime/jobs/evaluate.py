@@ -298,10 +298,8 @@ def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = F
 
 def evaluate_tasks(model: MAML, tasks: Tasks, count: int, num_updates: int,
                    report: Callable[[int], None] = lambda tasks: None) -> Metrics | Returns:
-    """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure.
-
-    `report` is called after each batch with its number of tasks.
-    """
+    """Metrics of tasks 0 to count - 1, by all replicas, in batches that fit the memory; their size changes no figure. `report` is
+    called after each batch with its number of tasks."""
     replicas = model.replicas
     numbers_per_task = (sum(array.size for array in tasks.draw(0, 1))
                         + sum(math.prod(variable.shape) for variable in model.weights.values()))

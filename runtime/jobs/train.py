@@ -350,10 +350,8 @@ def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
 
 
 def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -> Iterator[tuple[int, TaskBatch]]:
-    """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use.
-
-    A block ends at a multiple of steps_per_call, at the end of pre-training, of a stage of meta-training, or of the run.
-    """
+    """Yields (iteration, TaskBatch [steps, tasks, rows, dim]) from `start` to the end, drawn while others are in use. A block
+    ends at a multiple of steps_per_call, at the end of pre-training, of a stage of meta-training, or of the run."""
     def blocks():
         first = start
         while first < run.iterations:

@@ -115,9 +115,7 @@ def matrices_of(evaluations: Sequence[Evaluation]) -> list[Matrix]:
 
 def _labels(models):
     """For each model its name, what tells its directory from those of the same name, and in what else it differs from others.
-
-    Checkpoints, and how they are adapted, are stated only where those of one directory and method differ in it.
-    """
+    Checkpoints, and how they are adapted, are stated only where those of one directory and method differ in it."""
     def label(model):
         alike = [other.directory for other in models if other.name == model.name]
         place = dict(zip(alike, differing_parts(alike)))[model.directory] if len(set(alike)) > 1 else ''

@@ -143,10 +143,8 @@ def _finish(figure, axes, heading, labels):
 
 
 def _mean_and_half(values, of_seeds):
-    """Mean, and half-width of its interval, of values [tasks, ...], or [seeds, tasks, ...]; as axes can hold them.
-
-    What is not finite stays, and is not drawn. The interval of one task, which has none, is 0.
-    """
+    """Mean, and half-width of its interval, of values [tasks, ...], or [seeds, tasks, ...]; as axes can hold them. What is not
+    finite stays, and is not drawn. The interval of one task, which has none, is 0."""
     mean, half = over_tasks_and_seeds(values)[:2] if of_seeds else statistics(values)[::2]
     half = np.where(np.isfinite(mean) & np.isnan(half), 0.0, half)
     return [np.where(np.isfinite(numbers), np.clip(numbers, -LARGEST, LARGEST), numbers) for numbers in (mean, half)]
