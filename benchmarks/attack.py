@@ -10,6 +10,7 @@ draws whole inputs from a grammar. Each target's cases run in a process of their
 import argparse
 import glob
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -243,24 +244,21 @@ class Checkpoints(Target):
 
 TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,
            'results.json': Results, 'run.flags': RunFlags, 'flag files': FlagFiles, 'TF_CONFIG': Clusters, 'checkpoints': Checkpoints}
-target: Target  # of this process
 
 
-def prepare(name: str, folder: str) -> None:
+def prepare() -> None:
     """Makes this process one that attacks a target."""
-    global target
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     sys.stdout = sys.stderr = open(os.devnull, 'w')
     signal.signal(signal.SIGALRM, _late)
-    target = TARGETS[name](folder)
 
 
 def _late(number, frame):
     raise TimeoutError(f'not finished after {SECONDS} seconds')
 
 
-def attack(seed: int) -> str:
+def attack(target: Target, seed: int) -> str:
     """Runs a case: ACCEPTED, REFUSED, or text that says what went wrong."""
     from runtime.system.errors import UserError
     rng = random.Random(seed)
@@ -282,10 +280,9 @@ def attack(seed: int) -> str:
 def outcomes(name: str, seeds: Sequence[int]) -> list[str]:
     """Those of a target's cases, in a process of its own; the last one if it ended the process."""
     results = []
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(
-            1, multiprocessing.get_context('spawn'), prepare, (name, folder)) as pool:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), prepare) as pool:
         try:
-            for result in pool.map(attack, seeds):
+            for result in pool.map(attack, itertools.repeat(TARGETS[name](folder)), seeds):
                 results.append(result)
         except BrokenProcessPool:
             results.append('the process died')
