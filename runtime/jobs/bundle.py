@@ -87,12 +87,9 @@ def _handle(data, at):
 
 def _number(data, at):
     """A number in groups of seven bits, the lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError('its index is malformed')
+    value = 0
+    for position, shift in enumerate(range(0, 64, 7), start=at):
+        value |= (data[position] & 127) << shift
+        if data[position] < 128:
+            return value, position + 1
+    raise ValueError('its index is malformed')
