@@ -51,10 +51,6 @@ def error_of(function: Callable[[Tensors], tf.Tensor], tensors: Tensors, names, 
             value = function(tensors)
         return tape.gradient(value, tensors, unconnected_gradients='zero')
 
-    def difference(direction, step):
-        ahead, behind = (gradient({name: value + side * step * direction[name] for name, value in tensors.items()}) for side in (1, -1))
-        return {name: (ahead[name] - behind[name]) / (2 * step) for name in tensors}
-
     errors = []
     for step in STEPS:
         direction = {name: _direction(value, random) * (name in names) for name, value in tensors.items()}
@@ -66,7 +62,9 @@ def error_of(function: Callable[[Tensors], tf.Tensor], tensors: Tensors, names, 
             exact = tape.gradient(slope, tensors, unconnected_gradients='zero')
         except (LookupError, NotImplementedError, ValueError, TypeError, tf.errors.OpError) as error:
             return f'there is no second derivative ({type(error).__name__}: {first_line(error)[:200]})'
-        expected = difference(direction, step)
+        ahead, behind = (gradient({name: value + move * direction[name] for name, value in tensors.items()})
+                         for move in (step, -step))
+        expected = {name: (ahead[name] - behind[name]) / (2 * step) for name in tensors}
         size = max(_norm(expected), 1e-6 * _norm(first))
         errors.append(_norm({name: exact[name] - expected[name] for name in tensors}) / size if size else 0.)
         if errors[-1] < TOLERANCE:
