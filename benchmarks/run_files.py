@@ -1,9 +1,10 @@
 """What the scripts share that run the program; it puts the program on the path, so that they import it first."""
 import contextlib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -13,10 +14,11 @@ TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of trainin
 sys.path.insert(0, ROOT)
 
 
-@contextlib.contextmanager
-def main_program(arguments: Sequence[str], **options: Any) -> Iterator[tuple[subprocess.Popen, list[int]]]:
-    """main.py in a process of its own, with further options of Popen; and the signals that this process gets while the context is entered,
-    each of which is passed on, so that main.py saves."""
+def run_main(arguments: Sequence[str], enough: Callable[[], bool] = lambda: False, poll: float = 1,
+             **options: Any) -> tuple[int, list[int]]:
+    """main.py in a process of its own, with further options of Popen: its status, and the signals that this process got
+    meanwhile, each of which was passed on, so that main.py saves. `enough` is called every `poll` seconds; once it returns True,
+    main.py is stopped by SIGTERM, and the status is 0."""
     from runtime.system.interruption import signals_handled_by
     # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
     process = subprocess.Popen([sys.executable, '-u', MAIN, *arguments], start_new_session=True, **options)
@@ -27,7 +29,13 @@ def main_program(arguments: Sequence[str], **options: Any) -> Iterator[tuple[sub
         process.send_signal(number)
 
     with signals_handled_by(pass_on):
-        yield process, received
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(poll), received
+            if enough():
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                return 0, received
 
 
 def request_of(arguments: Sequence[str]):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import flags as absl_flags
-from run_files import EVALUATION, main_program, request_of
+from run_files import EVALUATION, request_of, run_main
 
 from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
@@ -75,8 +75,7 @@ def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) 
 
 def call(arguments: Sequence[str]) -> int:
     """main.py, to which signals are passed on, so that it saves; returns its status. Ends the program if it was interrupted."""
-    with main_program(arguments) as (process, received):
-        status = process.wait()
+    status, received = run_main(arguments)
     if received:
         print('Interrupted; the same command continues.', flush=True)
         sys.exit(128 + received[0])

@@ -16,15 +16,12 @@ import argparse
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import filelock
-from run_files import EVALUATION, ROOT, TIMES, main_program, missing_classes, request_of
+from run_files import EVALUATION, ROOT, TIMES, missing_classes, request_of, run_main
 
 from runtime.cli.startup import import_tensorflow
 
@@ -162,18 +159,6 @@ def lowest_priority() -> None:
         file.write('19')
 
 
-def run(arguments: list[str], enough: Callable[[], bool] = lambda: False) -> int:
-    """main.py at the lowest priority; returns its status. `enough` is called repeatedly; once it returns True, main.py is stopped
-    by SIGTERM, and the status is 0."""
-    with main_program(arguments, preexec_fn=lowest_priority) as (process, _):
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(POLL)
-            if enough():
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                return 0
-
 
 def times(directory: str) -> dict[str, dict]:
     """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is, or it makes no sense."""
@@ -191,7 +176,7 @@ def train(row: Row, state: State, until: int) -> None:
         return max(checkpoints.iterations(state.directory), default=0)
 
     started = time.monotonic()
-    status = run(row.arguments, lambda: newest() >= until)
+    status, _ = run_main(row.arguments, lambda: newest() >= until, POLL, preexec_fn=lowest_priority)
     recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
     done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
     earlier = recorded.get(machine, {})
@@ -210,8 +195,10 @@ def evaluate(row: Row, state: State) -> None:
     """Evaluates the newest and the best checkpoint on meta-test, and the ensemble if the method has one, unless results.json has them."""
     for name, iterations in shown_checkpoints(state).items():
         flags = [*(['--ensemble=1'] if len(iterations) == 1 else []), *(['--test_best'] if name == 'best' else [])]
-        if not entries_shown(state, iterations) and run([*evaluation_of(row, state), *flags]):
-            sys.exit(f'the evaluation of {row.name} ({name}) failed')
+        if not entries_shown(state, iterations):
+            status, _ = run_main([*evaluation_of(row, state), *flags], preexec_fn=lowest_priority)
+            if status:
+                sys.exit(f'the evaluation of {row.name} ({name}) failed')
 
 
 def shown_checkpoints(state: State) -> dict[str, list[int]]:
