@@ -23,9 +23,6 @@ def kinds() -> dict[str, tuple[tuple[int, ...], Callable]]:
     def of(layer, *args, **kwargs):
         return lambda x: layer(*args, **kwargs)(x)
 
-    def of_itself(layer, *args, **kwargs):
-        return lambda x: layer(*args, **kwargs)(x, x)
-
     images = {
         'Conv2D': of(k.Conv2D, 4, 3), 'Conv2D, strides 2': of(k.Conv2D, 4, 3, strides=2, padding='same'),
         'Conv2D, dilation 2': of(k.Conv2D, 4, 2, dilation_rate=2), 'Conv2DTranspose': of(k.Conv2DTranspose, 4, 3),
@@ -40,8 +37,9 @@ def kinds() -> dict[str, tuple[tuple[int, ...], Callable]]:
         'Dropout': of(k.Dropout, 0.3), 'SpatialDropout2D': of(k.SpatialDropout2D, 0.3), 'GaussianNoise': of(k.GaussianNoise, 0.1)}
     sequences = {
         'Conv1D': of(k.Conv1D, 4, 3), 'GRU': of(k.GRU, 4), 'LSTM': of(k.LSTM, 4), 'SimpleRNN': of(k.SimpleRNN, 4),
-        'Bidirectional': lambda x: k.Bidirectional(k.GRU(3))(x), 'MultiHeadAttention': of_itself(k.MultiHeadAttention, 2, 3),
-        'GroupQueryAttention': of_itself(k.GroupQueryAttention, 2, 2, 1), 'TimeDistributed': lambda x: k.TimeDistributed(k.Dense(3))(x)}
+        'Bidirectional': lambda x: k.Bidirectional(k.GRU(3))(x), 'MultiHeadAttention': lambda x: k.MultiHeadAttention(2, 3)(x, x),
+        'GroupQueryAttention': lambda x: k.GroupQueryAttention(2, 2, 1)(x, x),
+        'TimeDistributed': lambda x: k.TimeDistributed(k.Dense(3))(x)}
     vectors = {
         'Dense': of(k.Dense, 5), 'PReLU': of(k.PReLU), 'LeakyReLU': of(k.LeakyReLU), 'ELU': of(k.ELU), 'Softmax': of(k.Softmax),
         'Activation, gelu': of(k.Activation, 'gelu')}
