@@ -36,10 +36,7 @@ class Model(NamedTuple):
     """What tells the models of evaluations apart, and the ways to adapt one."""
     name: str           # what the user calls it, or else its method
     directory: str
-    checkpoint: str     # its whole path, if it was given by --load_from
-    query_norm: str     # '': the usual one
-    update_lr: str
-    inner_batch: str
+    details: tuple[str, ...]  # the checkpoint, with its whole path if it was given by --load_from, and how it is adapted
     updates: int
 
 
@@ -48,8 +45,8 @@ def model_of(evaluation: Evaluation) -> Model:
     members = '+'.join(map(str, evaluation.entry.ensemble))
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
     query_norm = '' if setting.query_norm == default('query_norm') else f'query_norm={setting.query_norm}'
-    return Model(evaluation.user_label or evaluation.method, evaluation.directory, checkpoint, query_norm,
-                 f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}', evaluation.headline_updates)
+    details = checkpoint, query_norm, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
+    return Model(evaluation.user_label or evaluation.method, evaluation.directory, details, evaluation.headline_updates)
 
 
 class Matrix:
@@ -119,10 +116,9 @@ def _labels(models):
     def label(model):
         alike = [other.directory for other in models if other.name == model.name]
         place = dict(zip(alike, differing_parts(alike)))[model.directory] if len(set(alike)) > 1 else ''
-        same_run = [other for other in models if other.directory == model.directory and other.name == model.name]
-        differing = [field for field in ('checkpoint', 'query_norm', 'update_lr', 'inner_batch')
-                     if len({getattr(other, field) for other in same_run}) > 1]
-        return ', '.join(filter(None, [model.name, place, *(getattr(model, field) for field in differing)]))
+        same_run = [other.details for other in models if (other.directory, other.name) == (model.directory, model.name)]
+        differing = [detail for detail, of_each in zip(model.details, zip(*same_run)) if len(set(of_each)) > 1]
+        return ', '.join(filter(None, [model.name, place, *differing]))
 
     return list(map(label, models))
 
