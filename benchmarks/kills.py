@@ -9,6 +9,7 @@ came to its end is compared with the undisturbed one, bit for bit: variables, re
 many kills hit a running process, and ends with status 1 if anything was corrupt but marked complete, or differed.
 """
 import argparse
+import contextlib
 import csv
 import glob
 import io
@@ -161,12 +162,10 @@ class Training(Part):
         values = {'console': dict(re.findall(r'^(Iteration \d+): (.*)$', output, re.M)), 'summaries': {}, 'evaluation': entry['scores'],
                   'metrics': metrics}
         for path in sorted(glob.glob(os.path.join(glob.escape(directory), 'events*'))):
-            try:
+            with contextlib.suppress(tf.errors.DataLossError):  # a partial record of a killed process
                 for event in tf.compat.v1.train.summary_iterator(path):
                     for value in event.summary.value:
                         values['summaries'][value.tag, event.step] = value.tensor.SerializeToString()
-            except tf.errors.DataLossError:
-                pass  # a partial record of a killed process
         return values
 
     def check(self, outcome: Outcome) -> None:
