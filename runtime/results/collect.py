@@ -71,12 +71,8 @@ class Evaluation:
 
 
 def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[Evaluation]:
-    """The evaluations in some folders, those of each run once; raises UserError if one does not exist, or none has any.
-
-    Args:
-        folders: 'name=folder' says what the user calls its runs.
-        checkpoints: of each run, 'all' that were evaluated, the 'newest' or the 'best'.
-    """
+    """The evaluations in some folders, those of each run once: of 'all' its checkpoints that were evaluated, the 'newest' or the
+    'best'. 'name=folder' says what the user calls its runs. Raises UserError if a folder does not exist, or none has any."""
     evaluations, without = {}, []
     absent = [folder for _, folder in map(split_name, folders) if not os.path.isdir(folder)]
     if absent:

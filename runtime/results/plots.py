@@ -98,12 +98,8 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
 
 
 def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, heading: str) -> Figure:
-    """A metric of query rows, with its 95% interval, against a flag.
-
-    Args:
-        lines: {label: {value of the flag: values [seeds, tasks] in the unit that is shown}}; intervals of several seeds cover seeds too.
-        metric, heading: as for `curves`.
-    """
+    """A metric of query rows, with its 95% interval, against a flag: {label: {value of the flag: values [seeds, tasks] in the
+    unit that is shown}}. Intervals of several seeds cover seeds too. Metric and heading are as for `curves`."""
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(lines)), layout='constrained')
     axes, drawn, bounds = figure.subplots(), [], []
     positions = _place(axes, {value for of_line in lines.values() for value in of_line})
