@@ -106,7 +106,9 @@ def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, headi
     for (label, of_line), style in zip(lines.items(), itertools.cycle(STYLES)):
         places, values_of_each = zip(*sorted((positions[value], values) for value, values in of_line.items()))
         mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for values in values_of_each]).T
-        drawn.append(axes.errorbar(places, mean, half, markersize=4, capsize=2, label=_plain(label) + _seeds(values_of_each), **style))
+        counts = sorted({len(values) for values in values_of_each})
+        seeds = f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
+        drawn.append(axes.errorbar(places, mean, half, markersize=4, capsize=2, label=_plain(label) + seeds, **style))
         bounds.append(np.array([mean - half, mean + half]))
     _limit(axes, UNITS[metric], drawn, bounds)
     axes.set(xlabel=f'--{flag}', ylabel=f'query {UNITS[metric].title}\n(bars: 95% interval)')
@@ -124,12 +126,6 @@ def _place(axes, swept):
     axes.set_xticks(places, [f'{value:g}' if numeric else _plain(str(value)) for value in ordered], minor=False)
     axes.set_xticks([], minor=True)
     return dict(zip(ordered, places))
-
-
-def _seeds(values_of_each):
-    """Text for a label about how many seeds the values [seeds, tasks] of a line have."""
-    counts = sorted({len(values) for values in values_of_each})
-    return f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
 
 
 def _finish(figure, axes, heading, labels):
