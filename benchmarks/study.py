@@ -42,8 +42,10 @@ class StudyRun(NamedTuple):
         """Whether results.json has the evaluation that the study makes."""
         asked = self.evaluation
         tasks = asked.datasource, 'test', asked.update_batch_size, asked.test_seed, asked.num_test_tasks
+        inner = asked.query_norm, asked.update_lr, asked.inner_batch
         return any((entry.tasks.datasource, entry.tasks.split, entry.tasks.update_batch_size, entry.tasks.seed, entry.tasks.count) == tasks
-                   and entry.setting.query_norm == asked.query_norm and not entry.setting.load_from
+                   and (entry.setting.query_norm, entry.setting.update_lr, entry.setting.inner_batch) == inner
+                   and (entry.setting.head, entry.setting.orders, entry.setting.load_from) == ('own', '', None)
                    and (bool(entry.ensemble) if asked.ensemble > 1 else entry.iterations == sum(asked.iterations))
                    for entry in entries_of(asked.directory))
 

@@ -274,6 +274,18 @@ def test_runs_behind_links_are_compared_once(tmp_path):
     assert collect.result_directories(str(tmp_path / 'here')) == [str(tmp_path / 'here' / 'link' / 'run')]
 
 
+def test_evaluations_of_one_checkpoint_have_a_row_each(tmp_path):
+    """--across keeps what differs in the last layer, or in the orders of the labels, apart."""
+    settings = [{}, {'head': 'nearest class mean'}, {'head': 'nearest neighbour'}, {'permutations': 3, 'orders': 'mean'},
+                {'permutations': 3, 'orders': 'averaged'}]
+    store.write(str(tmp_path / 'results.json'), [an_entry([[number, 2.0], [number, 3.0]], setting=setting)
+                                                 for number, setting in enumerate(settings)])
+    table = run_ok(f'--across={tmp_path}')
+    for detail in 'nearest class mean', 'nearest neighbour', 'mean over 3 orders', 'averaged over 3 orders':
+        assert f'MAML, {detail}' in table, table
+    assert len(list(csv.DictReader(run_ok(f'--across={tmp_path}', '--format=csv').splitlines()))) == 5
+
+
 def test_some_checkpoints_of_each_run(tmp_path):
     """--checkpoints leaves out the others."""
     for seed in range(2):

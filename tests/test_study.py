@@ -43,8 +43,9 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         os.makedirs(run.training.directory)
         pathlib.Path(run.training.directory, 'model5.index').touch()
     tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
-    for entry in an_entry(np.ones([600, 2]), tasks={**tasks, 'seed': 1}), an_entry(np.ones([600, 2]), iterations=4, tasks=tasks):
-        store.add(third.training.directory, entry)
+    for changes in ({'tasks': {**tasks, 'seed': 1}}, {'iterations': 4}, {'setting': {'head': 'nearest neighbour'}},
+                    {'setting': {'permutations': 3, 'orders': 'mean'}}, {'setting': {'update_lr': 0.5}}):
+        store.add(third.training.directory, an_entry(np.ones([600, 2]), **{'tasks': tasks, **changes}))
     store.add(first.training.directory, an_entry(np.ones([600, 2]), tasks=tasks))
     assert study.make(runs) == [second.name]
     assert calls == [second.arguments, [*third.arguments, *study.EVALUATION]]
