@@ -232,6 +232,7 @@ def test_the_nearest_of_the_program(trained):
     assert '--head=nearest is for evaluation' in error_of(f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
 
 
+@pytest.mark.slow
 def test_a_prediction_of_more_classes_than_trained(trained, tmp_path):
     names = [f'class {number}' for number in range(8)]
     for seed, name in enumerate(('support', 'query')):

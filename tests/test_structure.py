@@ -123,7 +123,7 @@ def test_only_main_speaks_for_main():
 
 
 @pytest.mark.usefixtures('fresh_models')
-@pytest.mark.parametrize('most, more', [(6, []), (7, ['--task_chunk=1', '--norm=batch_norm'])])
+@pytest.mark.parametrize('most, more', [(6, []), pytest.param(7, ['--task_chunk=1', '--norm=batch_norm'], marks=pytest.mark.slow)])
 def test_frames_between_the_training_loop_and_the_inner_step(most, more, tmp_path, monkeypatch):
     """Six at most, in validation too; in chunks one more."""
     stacks, inner_step = [], maml.inner_step
