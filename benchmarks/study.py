@@ -19,6 +19,7 @@ from run_files import EVALUATION, request_of, run_main
 
 from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
+from runtime.cli.run import headline_updates
 from runtime.results.store import entries_of
 from runtime.system.errors import UserError
 
@@ -42,12 +43,12 @@ class StudyRun(NamedTuple):
         """Whether results.json has the evaluation that the study makes."""
         asked = self.evaluation
         tasks = asked.datasource, 'test', asked.update_batch_size, asked.test_seed, asked.num_test_tasks
-        inner = asked.query_norm, asked.update_lr, asked.inner_batch
+        inner = asked.query_norm, asked.update_lr, asked.inner_batch, headline_updates(asked)
         return any((entry.tasks.datasource, entry.tasks.split, entry.tasks.update_batch_size, entry.tasks.seed, entry.tasks.count) == tasks
-                   and (entry.setting.query_norm, entry.setting.update_lr, entry.setting.inner_batch) == inner
-                   and (entry.setting.head, entry.setting.orders, entry.setting.load_from) == ('own', '', None)
+                   and (setting.query_norm, setting.update_lr, setting.inner_batch, setting.headline_updates) == inner
+                   and (setting.head, setting.orders, setting.load_from) == ('own', '', None)
                    and (bool(entry.ensemble) if asked.ensemble > 1 else entry.iterations == sum(asked.iterations))
-                   for entry in entries_of(asked.directory))
+                   for entry in entries_of(asked.directory) for setting in [entry.setting])
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:

@@ -159,7 +159,6 @@ def lowest_priority() -> None:
         file.write('19')
 
 
-
 def times(directory: str) -> dict[str, dict]:
     """{machine: {'seconds', 'iterations'} of training} as recorded for a run; {} if nothing is, or it makes no sense."""
     try:

@@ -71,11 +71,12 @@ def texts(values: object) -> list[str]:
 
 def integers(values: object, most: int) -> list[int]:
     """A list or a one-dimensional array of at most `most` integers, as a list. Raises Refused if it is anything else."""
-    if type(values) is np.ndarray and values.ndim == 1:
-        values = values.tolist()
-    _require(type(values) in (list, tuple) and all(type(value) is int for value in values), 'it is not a list of integers')
+    is_array = type(values) is np.ndarray and values.ndim == 1
+    _require(is_array or type(values) in (list, tuple), 'it is not a list of integers')
     _require(len(values) <= most, f'it lists more than {most:,} integers')
-    return list(values)
+    integers = values.tolist() if is_array else list(values)
+    _require(all(type(value) is int for value in integers), 'it is not a list of integers')
+    return integers
 
 
 def with_text_keys(entries: dict) -> dict:

@@ -214,6 +214,13 @@ def test_train_resume_evaluate(arguments, tmp_path, request, monkeypatch):
     assert [int(row[0]) for row in table] == list(range(11))
 
 
+def test_validations_adapt_as_often_as_trainings():
+    """On images that the reference does not have. Reference behaviour: ten times on Omniglot, five times on the sinusoid."""
+    assert {name for name, source in SOURCES.items() if source.validation_updates != 1} == {
+        'omniglot', 'table', 'sinusoid', 'sinusoid_line', 'harmonic'}
+    assert (SOURCES['omniglot'].validation_updates, SOURCES['sinusoid'].validation_updates) == (10, 5)
+
+
 @pytest.mark.slow
 @of('omniglot')
 def test_learning_shows(arguments, tmp_path):

@@ -70,7 +70,7 @@ def relative(found, expected):
 
 
 def fixtures(quick, among=FIXTURES):
-    """Those that `quick` names, and the others marked slow: what is in them is in one of the quick ones too."""
+    """Those that `quick` names, and the others marked slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in among]
 
 

@@ -19,7 +19,7 @@ from runtime.datasets import class_folders, images, lists, splits
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.images import BadImages
 from runtime.datasets.splits import EmptySplit, split_classes
-from runtime.datasets.tables import Tables, as_number, read_sheet, sheet_values
+from runtime.datasets.tables import Columns, Tables, as_number, read_sheet, sheet_values
 from runtime.datasets.tasks import SPLITS
 from runtime.system.errors import UserError
 
@@ -302,6 +302,11 @@ def test_three_tables_with_a_column_of_tasks(tmp_path):
         one_table(tmp_path / f'{split}.csv', names, 'patient')
     tables = Tables(str(tmp_path), ('y',), None, 'patient')
     assert [tables.load(split).names for split in SPLITS] == [list('abc'), list('de'), ['f']] and list(tables.columns.features) == ['x']
+
+
+def test_many_columns_are_not_all_named():
+    features = {f'p{number}': (0.0, 1.0) for number in range(12)}
+    assert Columns(features, {'y': (0.0, 1.0)}).text == 'p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, and 2 more → y'
 
 
 def test_whole_numbers_that_would_be_rounded(tmp_path, capsys):

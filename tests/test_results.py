@@ -274,6 +274,18 @@ def test_runs_behind_links_are_compared_once(tmp_path):
     assert collect.result_directories(str(tmp_path / 'here')) == [str(tmp_path / 'here' / 'link' / 'run')]
 
 
+def test_results_nested_too_deeply_are_refused(tmp_path):
+    """Just deeply enough to be read, but not to be shown in a message, too."""
+    path = tmp_path / 'results.json'
+    store.write(str(path), [an_entry([[1, 2.0]])])
+    for depth in range(900, 1000):
+        content = json.loads(path.read_text())
+        content['evaluations'][0]['figures'][0]['mean'] = 'here'
+        (tmp_path / 'nested.json').write_text(json.dumps(content).replace('"here"', '[' * depth + ']' * depth))
+        with pytest.raises(UserError, match='cannot be read'):
+            store.read(str(tmp_path / 'nested.json'))
+
+
 def test_evaluations_of_one_checkpoint_have_a_row_each(tmp_path):
     """--across keeps what differs in the last layer, or in the orders of the labels, apart."""
     settings = [{}, {'head': 'nearest class mean'}, {'head': 'nearest neighbour'}, {'permutations': 3, 'orders': 'mean'},

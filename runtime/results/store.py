@@ -215,7 +215,7 @@ def read(path: str) -> list[Entry]:
         for index, entry in enumerate(entries):
             _check_consistency(entry, f'evaluations[{index}]')
         return entries
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:  # of a file nested so deeply that its values cannot be shown
         raise UserError(f'{path} cannot be read: {first_line(error)}; remove it and evaluate again') from error
 
 
