@@ -13,7 +13,7 @@ CONSTRAINTS ?=
 DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --norm=None --update_batch_size=10
 
 # Tests of one file run in one process: they share compiled models and runs.
-TESTS ?= -m "not slow" --dist loadfile
+TESTS ?= -m "not slow"
 
 .PHONY: demo omniglot check test study table zoo clean
 
@@ -31,7 +31,7 @@ check: $(VENV)/tested
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m quick tests
 
 test: $(VENV)/tested
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(TESTS) tests
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) tests
 
 study: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/study.py $(RUNS) $(VARY:%=--vary %) $(FLAGS)
