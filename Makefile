@@ -1,6 +1,6 @@
 # make demo:   trains a short 10-shot sinusoid, evaluates it and draws what it learnt.
 # make check:  lint, types and the tests that need no compilation, for every edit (under a minute).
-# make test:   all tests but the slow ones (under 6 minutes); make test TESTS= : the slow ones too.
+# make test:   all tests but the slow ones (6 minutes); .ci/run says how the slow ones are run.
 # make omniglot: fetches and prepares Omniglot, and evaluates the shipped 5-way 1-shot model on it.
 # make study RUNS="FILE ..." VARY="NAME=VALUE,... ...": trains and evaluates files of flags times values of flags (docs/study.md).
 # make table:  trains and evaluates every row of docs/results.md; takes days, can be stopped and started.
@@ -13,7 +13,7 @@ CONSTRAINTS ?=
 DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --norm=None --update_batch_size=10
 
 # Tests of one file run in one process: they share compiled models and runs.
-TESTS ?= -m "not slow"
+TESTS ?= -m "not slow" tests
 
 .PHONY: demo omniglot check test study table zoo clean
 
@@ -31,7 +31,7 @@ check: $(VENV)/tested
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m quick tests
 
 test: $(VENV)/tested
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) tests
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 study: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/study.py $(RUNS) $(VARY:%=--vary %) $(FLAGS)
