@@ -1,6 +1,5 @@
 """Models of the same configuration are compiled once in each process of the tests, where most of the time went into compiling."""
 import collections
-import gc
 import heapq
 import itertools
 import weakref
@@ -34,12 +33,6 @@ def make_or_reuse_model(model, config, *args, **kwargs):
     else:
         number = next(_numbers)
     weakref.finalize(model, heapq.heappush, free, (number, dict(model.__dict__)))
-
-
-def forget() -> None:
-    """Lets go of all earlier models, and the memory of what was compiled for them."""
-    _free.clear()
-    gc.collect()
 
 
 MAML.__init__ = make_or_reuse_model

@@ -130,13 +130,6 @@ def class_names(train, val, test, pattern='{split}/{split}{number:02d}'):
     return [pattern.format(split=split, number=number) for split in counts for number in range(counts[split])]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def memory_of_a_file():
-    """Tests of one file share compiled models. Those of all files would take more memory than there is."""
-    yield
-    compiled_models.forget()
-
-
 @pytest.fixture
 def fresh_models(monkeypatch):
     """Models share no compiled functions with others: for tests that change what is compiled, or watch it."""
