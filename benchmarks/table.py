@@ -14,7 +14,6 @@ meta-test. Rows whose data are not prepared are skipped with a message.
 """
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
-from runtime.system.files import locked, read_json, write_atomically  # noqa: E402
+from runtime.system.files import locked, read_json, write_atomically, write_json  # noqa: E402
 from runtime.system.schema import checked  # noqa: E402
 from workloads import processor  # noqa: E402
 
@@ -180,7 +179,7 @@ def train(row: Row, state: State, until: int) -> None:
     done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
-    write_atomically(os.path.join(state.directory, TIMES), json.dumps(recorded).encode())
+    write_json(os.path.join(state.directory, TIMES), recorded)
     if status:
         sys.exit(f'the training of {row.name} ended with status {status}; start this again to continue')
 

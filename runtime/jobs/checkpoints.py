@@ -27,7 +27,7 @@ from runtime.jobs import bundle
 from runtime.results import store
 from runtime.results.provenance import Provenance
 from runtime.system.errors import UserError, first_line, listing
-from runtime.system.files import locked, require_regular_file
+from runtime.system.files import locked, open_regular
 from runtime.system.schema import checked
 
 KEPT = 10    # newest checkpoints; older ones are deleted, except for the best
@@ -253,8 +253,7 @@ def check_run(checkpoint: Checkpoint, flags: dict, pretrain_iterations: int, hin
 
 def checksum(prefix: str) -> int:
     """CRC-32 of a checkpoint's index, which has the checksums of all that it holds; raises OSError if it cannot be read."""
-    require_regular_file(prefix + _INDEX)
-    with open(prefix + _INDEX, 'rb') as file:
+    with open_regular(prefix + _INDEX, 'rb') as file:
         return zlib.crc32(file.read())
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from runtime.system.files import require_regular_file, write_csv
+from runtime.system.files import open_regular, require_regular_file, write_csv
 
 CONSOLE, METRICS = 'console.log', 'metrics.csv'
 _COLUMNS = ['iteration', 'phase', 'before', 'after']
@@ -63,8 +63,7 @@ class Journal(contextlib.ExitStack):
     def _keep_until(self, iteration):
         path, rows = os.path.join(self._directory, METRICS), []
         if os.path.exists(path):
-            require_regular_file(path)
-            with open(path, newline='', encoding='utf-8', errors='replace') as file:
+            with open_regular(path, newline='', encoding='utf-8', errors='replace') as file:
                 rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdecimal() and int(row[0]) <= iteration]
         write_csv(path, [_COLUMNS, *rows])
 

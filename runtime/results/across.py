@@ -46,8 +46,7 @@ def model_of(evaluation: Evaluation) -> Model:
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
     query_norm = '' if setting.query_norm == default('query_norm') else f'query_norm={setting.query_norm}'
     head = '' if setting.head == default('head') else setting.head
-    orders = f'{setting.orders} over {setting.permutations} orders' if setting.orders else ''
-    details = checkpoint, query_norm, head, orders, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
+    details = checkpoint, query_norm, head, setting.orders_text, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
     return Model(evaluation.user_label or evaluation.method, evaluation.directory, details, evaluation.headline_updates)
 
 

@@ -279,8 +279,7 @@ def _beyond_the_flags(evaluation):
             values[f'evaluation {name}'] = getattr(setting, name)
     if setting.load_from:
         values['load_from'] = setting.load_from
-    orders = {'labels': f'{setting.orders} over {setting.permutations} orders' if setting.orders else ''}
-    return {**values, 'head': setting.head, **orders, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm,
+    return {**values, 'head': setting.head, 'labels': setting.orders_text, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm,
             'checkpoint': evaluation.entry.checkpoint}
 
 

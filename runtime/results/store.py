@@ -64,6 +64,11 @@ class Setting:
     permutations: int = 1       # orders of a task's labels
     orders: str = ''            # if there are several: the 'mean' of their accuracies, or that of their 'averaged' outputs
 
+    @property
+    def orders_text(self) -> str:
+        """Text: how several orders were taken together; '' if there is one."""
+        return f'{self.orders} over {self.permutations} orders' if self.orders else ''
+
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
