@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import flags as absl_flags
-from run_files import EVALUATION, request_of, run_main
+from run_files import EVALUATION, evaluations_asked, request_of, run_main
 
 from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
-from runtime.cli.run import headline_updates
-from runtime.results.store import entries_of
 from runtime.system.errors import UserError
 
 
@@ -41,14 +39,8 @@ class StudyRun(NamedTuple):
     @property
     def is_evaluated(self) -> bool:
         """Whether results.json has the evaluation that the study makes."""
-        asked = self.evaluation
-        tasks = asked.datasource, 'test', asked.update_batch_size, asked.test_seed, asked.num_test_tasks
-        inner = asked.query_norm, asked.update_lr, asked.inner_batch, headline_updates(asked)
-        return any((entry.tasks.datasource, entry.tasks.split, entry.tasks.update_batch_size, entry.tasks.seed, entry.tasks.count) == tasks
-                   and (setting.query_norm, setting.update_lr, setting.inner_batch, setting.headline_updates) == inner
-                   and (setting.head, setting.orders, setting.load_from) == ('own', '', None)
-                   and (bool(entry.ensemble) if asked.ensemble > 1 else entry.iterations == sum(asked.iterations))
-                   for entry in entries_of(asked.directory) for setting in [entry.setting])
+        return any(entry.ensemble if self.evaluation.ensemble > 1 else entry.iterations == sum(self.training.iterations)
+                   for entry in evaluations_asked(self.training.directory, self.evaluation))
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:

@@ -20,15 +20,13 @@ import time
 from typing import NamedTuple
 
 import filelock
-from run_files import EVALUATION, ROOT, TIMES, missing_classes, request_of, run_main
+from run_files import EVALUATION, ROOT, TIMES, evaluations_asked, missing_classes, request_of, run_main
 
 from runtime.cli.startup import import_tensorflow
 
 os.chdir(ROOT)  # directories of runs are named relative to it, in results.json too
 import_tensorflow()
-from runtime.cli.run import headline_updates  # noqa: E402
-from runtime.cli.run_data import source_and_tasks  # noqa: E402
-from runtime.datasets.tasks import TaskConfig  # noqa: E402
+from runtime.cli.request import Request  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.results import store  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
@@ -132,23 +130,18 @@ class State(NamedTuple):
     ranking: list[int]      # iterations of the checkpoints that did best on meta-validation
     missing: str            # '', or the reason why its data cannot be used
     ensemble: int           # checkpoints of the method's ensemble; 1: it has none
-    tasks: TaskConfig       # of its evaluations
-    count: int              # of their tasks
-    inner: tuple            # of these: step size, support rows of a step, number of updates
+    evaluation: Request     # of the newest checkpoint
 
 
 def state_of(row: Row) -> State:
     """Reads it from the row's directory."""
     evaluation, training = request_of([*row.arguments, *row.evaluation, *EVALUATION]), request_of(row.arguments)
-    _, tasks = source_and_tasks(evaluation)
-    inner = evaluation.update_lr, evaluation.inner_batch, headline_updates(evaluation)
     directory, missing = training.directory, missing_classes(training, 'train')
     saved = checkpoints.iterations(directory)
     record = checkpoints.find(directory, None).record if saved else {'iteration': 0, 'best': None}
     ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
                if entry['iteration'] in saved]  # a shipped run may have its newest checkpoint only
-    return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, tasks,
-                 evaluation.num_test_tasks, inner)
+    return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, evaluation)
 
 
 def lowest_priority() -> None:
@@ -208,18 +201,7 @@ def shown_checkpoints(state: State) -> dict[str, list[int]]:
 
 def entries_shown(state: State, iterations: list[int]) -> list[store.Entry]:
     """Those evaluations of some iterations that the table shows."""
-    return [entry for entry in store.entries_of(state.directory)
-            if (entry.ensemble or [entry.iterations]) == iterations and belongs(entry, state)]
-
-
-def belongs(entry: store.Entry, state: State) -> bool:
-    """Whether an evaluation is one that the table shows: of the run's own checkpoints, as the row says, on as many meta-test tasks."""
-    tasks, setting, config = entry.tasks, entry.setting, state.tasks
-    return (tasks.datasource == entry.training.flags['datasource'] and tasks.split == 'test' and tasks.count == state.count
-            and (tasks.update_batch_size, tasks.query_shots, tasks.seed) == (config.update_batch_size, config.query_shots, config.seed)
-            and tasks.num_classes in (None, config.num_classes) and setting.query_norm == 'batch' and not setting.load_from
-            and (setting.head, setting.orders) == ('own', '')
-            and (setting.update_lr, setting.inner_batch, setting.headline_updates) == state.inner)
+    return [entry for entry in evaluations_asked(state.directory, state.evaluation) if (entry.ensemble or [entry.iterations]) == iterations]
 
 
 def cells(row: Row, state: State) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def seen(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('source', [pytest.param('sinusoid', marks=pytest.mark.slow), 'omniglot'])
+@pytest.mark.parametrize('source', ['sinusoid', 'omniglot'])
 def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_path):
     data = [] if source == 'sinusoid' else [f'--data_path={small_data[source]}', '--num_filters=2']
     flags = [f'--datasource={source}', '--update_batch_size=1', '--meta_batch_size=2', '--num_test_tasks=5', '--plot',

@@ -40,8 +40,8 @@ def test_fixtures_in_double_precision(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, engine', [('ridge_conv_1shot', 'map'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-    ('unicorn_fc', 'vmap'), ('ridge_conv_5shot', 'vmap'), ('protomaml_conv', 'map')))])
+@pytest.mark.parametrize('name, engine', [
+    ('ridge_conv_1shot', 'map'), ('unicorn_fc', 'vmap'), ('ridge_conv_5shot', 'vmap'), ('protomaml_conv', 'map')])
 def test_fixtures_in_single_precision(name, engine):
     assert_agrees(name, 'float32', 1e-4, engine=engine)
 

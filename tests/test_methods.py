@@ -269,7 +269,7 @@ def test_rows_are_those_of_earlier_versions():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('eager')
-@pytest.mark.parametrize('kind', ['no', pytest.param('layer', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', ['no', 'layer'])
 def test_parts_of_the_support_rows(kind):
     """Parts that hold all rows, in whatever order and however often, are the whole; smaller ones are not."""
     model = MAML(ModelConfig(dim_input=3, dim_output=2, loss='xent', update_batch_size=2, update_lr=0.1, num_updates=3, dtype='float64',
@@ -508,7 +508,7 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'], id='norms'),
-    pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile', marks=pytest.mark.slow)])
+    pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile')])
 def test_norm_sets_and_moments_resume_to_the_bit(flags, tmp_path):
     """Offsets and scales of each step; second moments and their count that Reptile's tasks hand on, and its schedule."""
     flags = [*SINUSOID, '--metatrain_iterations=6', *flags]
@@ -546,10 +546,10 @@ def test_a_plain_checkpoint_starts_a_run_with_more(tmp_path, small_omniglot):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method, name, label', [pytest.param('anil', 'ANIL', '.innerhead', marks=pytest.mark.slow), pytest.param(
-    'boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss', marks=pytest.mark.slow), (
-    'metasgd', 'Meta-SGD', '.learnlrweight'), pytest.param(
-    'reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('method, name, label', [
+    ('anil', 'ANIL', '.innerhead'), ('boil', 'BOIL', 'updatelr0.5hidden4batchnorm.innerbody.adaptnorm.normscale.meanloss'),
+    ('metasgd', 'Meta-SGD', '.learnlrweight'),
+    ('reptile', 'Reptile', '.adaptnorm.normscale.linear.final0.0.sgd.reptile.inneradam.batch10')])
 def test_presets_of_the_program(method, name, label, tmp_path, small_omniglot):
     data = [flag for flag in IMAGES if 'update_lr' not in flag] + [f'--data_path={small_omniglot}', f'--logdir={tmp_path}']
     flags = [*data, f'--method={method}', '--metatrain_iterations=2']

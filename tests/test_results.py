@@ -497,7 +497,7 @@ def test_pictures_of_sinusoids(two_runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('source', ['omniglot', pytest.param('folder', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('source', ['omniglot', 'folder'])
 def test_pictures_of_images(source, small_data, tmp_path):
     flags = {'omniglot': IMAGES, 'folder': ['--datasource=folder', '--update_batch_size=1', '--num_filters=4', '--image_size=20',
                                             '--meta_batch_size=2', '--num_classes=3']}[source]

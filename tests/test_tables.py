@@ -119,7 +119,7 @@ def test_a_constant_column_stays_as_it_is(constant, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags, data', [pytest.param(REGRESSION, 'regression', marks=pytest.mark.slow), (CLASSES, 'classes')])
+@pytest.mark.parametrize('flags, data', [(REGRESSION, 'regression'), (CLASSES, 'classes')])
 def test_a_run(flags, data, tmp_path, few_tasks, request):
     """It learns; evaluation repeats exactly although the split train has changed since; --run needs no flags."""
     data = request.getfixturevalue(data)

@@ -152,7 +152,7 @@ def test_pictures_of_runs_that_diverged():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('image_format', ['pdf', pytest.param('svg', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('image_format', ['pdf', 'svg'])
 def test_formats_of_pictures(tmp_path, image_format):
     flags = ['--norm=None', '--metatrain_iterations=1', '--meta_batch_size=2', f'--logdir={tmp_path}']
     run_ok(*flags)
