@@ -15,6 +15,7 @@ from conftest import error_of, results_of, run_ok
 from data_generator import SOURCES, TaskConfig
 from maml import ModelConfig
 from navigation import Trajectories
+from runtime.jobs import checkpoints
 from runtime.jobs import train as training
 from runtime.jobs.models import Navigator
 from runtime.system.errors import UserError
@@ -304,12 +305,15 @@ def test_the_program(tmp_path, monkeypatch, eager):
 
 
 @pytest.mark.slow
-def test_baselines(tmp_path, eager):
-    """The oracle and pre-training are trained jointly; the oracle's observations have the goal."""
-    for flags, inputs in ([], 2), (['--baseline=oracle'], 4):
+def test_baselines(tmp_path, eager, monkeypatch):
+    """The oracle and pre-training are trained jointly; the oracle's observations have the goal, and it is judged before an update."""
+    monkeypatch.setattr(training, 'validate', lambda *_: (-1.0, -2.0))
+    for flags, inputs, score in ([], 2, -2.0), (['--baseline=oracle'], 4, -1.0):
         printed = run_ok(*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False')
         assert 'Pretrain Iteration 1: ' in printed and f'{inputs}-4-4-2' in printed
         assert weights_of(tmp_path / str(inputs), 1)['w1'].shape == (inputs, 4)
+        directory, = glob.glob(f'{tmp_path}/{inputs}/*/')
+        assert checkpoints.ranking_of(checkpoints.find(directory, None).record) == [{'iteration': 1, 'score': score}]
         run_ok(*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False', *TEST)
     run_ok(f'--run={tmp_path / "4"}', *TEST, '--test_updates=0', '--log=False')
     with_updates, without = results_of(glob.glob(f'{tmp_path}/4/*/')[0])

@@ -251,10 +251,11 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
         if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
             progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
-            before, score = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
-            journal.write(state.iteration, 'metaval', before, score)
+            before, after = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
+            journal.write(state.iteration, 'metaval', before, after)
             progress.announce('')
             if saving:
+                score = before if run.tasks.baseline == 'oracle' else after  # which sees the task, and has nothing to adapt to
                 ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
 
         stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
