@@ -450,6 +450,19 @@ def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch,
     assert 'meta-test, 2 tasks' in run_ok(*given, '--train=False', '--test_set=True', '--test_updates=1')
 
 
+def test_tables_from_omniglot(small_omniglot, tmp_path):
+    spec = importlib.util.spec_from_file_location('omniglot_tables', os.path.join(ROOT, 'examples', 'omniglot_tables.py'))
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.write_tables(str(small_omniglot), str(tmp_path))
+    glyphs, pixels = (np.loadtxt(tmp_path / name, int, delimiter=',', skiprows=1) for name in ('glyphs.csv', 'pixels.csv'))
+    assert glyphs.shape == (67 * 6, 101) and np.array_equal(np.unique(glyphs[:, 0], return_counts=True), [range(67), [6] * 67])
+    assert pixels.shape == (67 * 100, 4)
+    assert np.array_equal(pixels[:100, 3], glyphs[0, 1:]) and np.array_equal(pixels[123], [1, 2, 3, glyphs[6, 24]])
+    with pytest.raises(SystemExit, match='prepare Omniglot first'):
+        example.write_tables(str(tmp_path), str(tmp_path))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('name, millions', [('narrow', 8.0), ('wide', 12.43), ('wide_dropblock', 12.43)])
