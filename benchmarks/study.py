@@ -4,8 +4,8 @@
 
 trains four runs. All further flags are main.py's, for every run. Each run is trained to its end, and its newest checkpoint (with an
 --ensemble its best ones) is evaluated on meta-test. It can be interrupted (Ctrl-C, SIGTERM) and started again by the same command:
-trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run are reported before the first starts; a
-run that fails later is reported, and the next one starts.
+trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run, and images that are not prepared, are reported
+before the first starts; a run that fails later is reported, and the next one starts.
 """
 import argparse
 import itertools
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import flags as absl_flags
-from run_files import EVALUATION, evaluations_asked, request_of, run_main
+from run_files import EVALUATION, evaluations_asked, missing_classes, request_of, run_main
 
 from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, listing
 
 
 class StudyRun(NamedTuple):
@@ -45,26 +45,29 @@ class StudyRun(NamedTuple):
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:
     """The runs of a study: each file with each combination of the values in `varied`, 'name=value,value' for each flag that
-    varies, and with the `others`, flags of all runs. Raises UserError if flags are wrong, or two runs would have one directory;
-    all of these."""
+    varies, and with the `others`, flags of all runs. Raises UserError if flags are wrong, images are not prepared, or two runs would
+    have one directory; all of these."""
     choices = [[f'--{name}={value}' for value in values.split(',')] for name, _, values in (text.partition('=') for text in varied)]
-    runs, problems = [], []
+    runs, problems = [], {}  # {what is wrong: the runs of which it is}
     for file, *values in itertools.product(files, *choices):
         arguments = [f'--flagfile={file}', *others, *values]
         try:
             requests = [request_of([*arguments, *more]) for more in ((), EVALUATION)]
-            for request in requests:
+            for request, split in zip(requests, ('train', 'test')):
                 check_flags(request)
+                if missing := missing_classes(request, split):
+                    raise UserError(missing)
             runs.append(StudyRun(arguments, *requests))
         except (UserError, absl_flags.Error) as error:
-            problems.append(f'{" ".join(arguments)}: {error}')
-    names = {}
+            problems.setdefault(str(error), []).append(' '.join(arguments))
+    sentences = [f'{listing(names, 1, ", ")}: {problem}' for problem, names in problems.items()]
+    directories = {}
     for run in runs:
-        names.setdefault(run.training.directory, []).append(run.name)
-    problems += [f'{" and ".join(alike)} have one directory, {directory}: give a --logdir to each'
-                 for directory, alike in names.items() if len(alike) > 1]
-    if problems:
-        raise UserError('; '.join(problems))
+        directories.setdefault(run.training.directory, []).append(run.name)
+    sentences += [f'{" and ".join(names)} have one directory, {directory}: give a --logdir to each'
+                  for directory, names in directories.items() if len(names) > 1]
+    if sentences:
+        raise UserError('; '.join(sentences))
     return runs
 
 

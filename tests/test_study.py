@@ -35,6 +35,13 @@ def test_all_mistakes_are_reported_before_the_first_run(tmp_path):
     assert 'is for images' in sentence and '--update_lr=x' in sentence and 'have one directory' in sentence
 
 
+def test_images_that_are_not_prepared_are_reported_once_before_the_first_run(tmp_path):
+    config = os.path.join(ROOT, 'configs', 'fc100_5way1shot.flags')
+    with pytest.raises(UserError, match=r'--seed=0, and 1 more: the train split in .* has no classes') as error:
+        study.runs_of([config], ['seed=0,1'], [f'--data_path={tmp_path}', f'--logdir={tmp_path}'])
+    assert str(error.value).count('has no classes') == 1
+
+
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(study, 'call', lambda arguments: calls.append(arguments) or '--seed=1' in arguments)
