@@ -15,7 +15,7 @@ DEMO = --datasource=sinusoid --logdir=logs/demo/ --metatrain_iterations=20000 --
 # Tests of one file run in one process: they share compiled models and runs.
 TESTS ?= -m "not slow" tests
 
-.PHONY: demo omniglot check test study table zoo clean
+.PHONY: demo omniglot lint check test study table zoo clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python main.py $(DEMO)
@@ -25,9 +25,11 @@ omniglot: $(VENV)/installed
 	$(VENV)/bin/python data/omniglot_resized/resize_images.py --download
 	$(VENV)/bin/python main.py --run=logs/omniglot5way --train=False --test_set=True
 
-check: $(VENV)/tested
+lint: $(VENV)/tested
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+check: lint
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 -m quick tests
 
 test: $(VENV)/tested
