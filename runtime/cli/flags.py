@@ -20,6 +20,7 @@ from runtime.system.files import open_regular
 
 FLAGS = flags.FLAGS
 GROUPS: dict[str, list[str]] = {}           # {title: names of flags}
+BUILT_IN_NETWORKS = 'norm', 'norm_scale', 'num_filters', 'conv', 'max_pool', 'hidden'  # flags that say nothing with --network
 LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that change what is learnt
 ONLY: dict[str, list[str]] = {}             # {name: purposes} of flags that are not for everything
 REMOVED = 'train_num_classes', 'train_inner_batch', 'train_query_norm', 'train_datasource'  # flags of earlier versions

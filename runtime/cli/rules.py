@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.cli import methods
-from runtime.cli.flags import LEARNING, ONLY, CommandLine, default
+from runtime.cli.flags import BUILT_IN_NETWORKS, LEARNING, ONLY, CommandLine, default
 from runtime.cli.request import PURPOSES, Request
 from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
@@ -115,7 +115,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
      '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
     *((lambda r, name=name: bool(r.network) and name in r.given, f'--{name} is for the networks of this program: leave it out with --network')
-      for name in ('norm', 'norm_scale', 'num_filters', 'conv', 'max_pool', 'hidden')),
+      for name in BUILT_IN_NETWORKS),
     (lambda r: r.input_shape is not None and not re.fullmatch(r'[1-9]\d{0,6}(,[1-9]\d{0,6})*', r.input_shape),
      '--input_shape={input_shape} must be sizes separated by commas, like 6,3'),
     # Method

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.cli.flags import default
+from runtime.cli.flags import BUILT_IN_NETWORKS, default
 from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import provenance, render
 from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
@@ -240,8 +240,8 @@ def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
     flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
     flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
-    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags}, **identity, **_beyond_the_flags(evaluation)}
-            for evaluation, identity in zip(evaluations, _identities(evaluations))]
+    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags if not (name in BUILT_IN_NETWORKS and evaluation.flag('network'))},
+             **identity, **_beyond_the_flags(evaluation)} for evaluation, identity in zip(evaluations, _identities(evaluations))]
 
 
 def _identities(evaluations):
@@ -308,7 +308,7 @@ def _label_parts(evaluations, settings_of_each):
 
 
 def _differ(settings_of_each, name):
-    return len({str(setting.get(name)) for setting in settings_of_each}) > 1
+    return len({str(setting.get(name, '')) for setting in settings_of_each}) > 1
 
 
 def _unstated(setting, alike):
