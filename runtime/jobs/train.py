@@ -255,8 +255,7 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
             journal.write(state.iteration, 'metaval', before, after)
             progress.announce('')
             if saving:
-                score = before if run.tasks.baseline == 'oracle' else after  # which sees the task, and has nothing to adapt to
-                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score})
+                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score(run, before, after)})
 
         stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
         if saver.is_due(saving) or stopping:
@@ -339,6 +338,11 @@ def console_line(run: Training, phase: str, state: TrainState, pre: float, post:
     skipped = f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)' if state.skipped else ''
     details = ''.join(f', {name} {value:.4g}' for name, value in zip(run.source.reported, others))
     return f'{title}: {pre:.6g}, {post:.6g}{details}{skipped}'
+
+
+def score(run: Training, before: float, after: float) -> float:
+    """What ranks a checkpoint, of its metric before and after adaptation. An oracle sees the task, and has nothing to adapt to."""
+    return before if run.tasks.baseline == 'oracle' else after
 
 
 def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
