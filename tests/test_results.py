@@ -152,7 +152,7 @@ def test_labels_say_what_differs():
     assert labels(evaluation('a', num_filters=32), evaluation('b', 'ANIL', num_filters=32), evaluation('c', 'BOIL', num_filters=64)) == [
         'MAML', 'ANIL', 'BOIL, num_filters=64'], 'what is usual is not stated'
     assert labels(evaluation('a', norm='None', hidden='40,40'), evaluation('b', norm='batch_norm', network='f.py:f')) == [
-        'hidden=40,40, network=None, norm=None', 'network=f.py:f'], 'what a network of one\'s own does not have is not stated'
+        'network=None', 'network=f.py:f'], 'what a network of one\'s own does not have is not stated'
     assert labels(evaluation('a', num_updates=5), evaluation('b', num_updates=5, update_lr=0.2), evaluation('c', 'BOIL', update_lr=0.5)) == [
         'MAML', 'MAML, update_lr=0.2', 'BOIL'], 'nor what the name of the method says'
     assert labels(evaluation('a', setting={'update_lr': 0.5}), evaluation('a')) == ['evaluation update_lr=0.5', 'MAML']

@@ -308,7 +308,7 @@ def _label_parts(evaluations, settings_of_each):
 
 
 def _differ(settings_of_each, name):
-    return len({str(setting.get(name, '')) for setting in settings_of_each}) > 1
+    return len({str(setting.get(name)) for setting in settings_of_each if name in setting or name not in BUILT_IN_NETWORKS}) > 1
 
 
 def _unstated(setting, alike):
