@@ -46,9 +46,9 @@ def request_of(arguments: Sequence[str]):
 
 
 def evaluations_asked(directory: str, request) -> list:
-    """The entries of a run's results.json that are evaluations of its own checkpoints, of any iteration, on the meta-test tasks and with
-    the inner updates of a request for an evaluation. `request` is a runtime.cli.request.Request; raises UserError if the data or
-    the file cannot be read."""
+    """The entries of a run's results.json that are evaluations of its own checkpoints, of any iteration, on the meta-test tasks
+    and with the inner updates of a request for an evaluation. `request` is a runtime.cli.request.Request; raises UserError if the
+    data or the file cannot be read."""
     from runtime.cli.run import headline_updates
     from runtime.cli.run_data import source_and_tasks
     from runtime.results import store

@@ -4,8 +4,8 @@
 
 trains four runs. All further flags are main.py's, for every run. Each run is trained to its end, and its newest checkpoint (with an
 --ensemble its best ones) is evaluated on meta-test. It can be interrupted (Ctrl-C, SIGTERM) and started again by the same command:
-trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run, and images that are not prepared, are reported
-before the first starts; a run that fails later is reported, and the next one starts.
+trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run, and images that are not prepared,
+are reported before the first starts; a run that fails later is reported, and the next one starts.
 """
 import argparse
 import itertools

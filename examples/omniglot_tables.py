@@ -16,10 +16,10 @@ from PIL import Image
 
 def write_tables(drawings: str, folder: str) -> None:
     """`drawings`: a folder of alphabet/character/drawing.png, as data/omniglot_resized is once it is prepared."""
-    os.makedirs(folder, exist_ok=True)
     characters = sorted(glob.glob(os.path.join(drawings, '*', '*', '')))
     if not characters:
         sys.exit(f'{drawings} has no folders of characters: prepare Omniglot first, see docs/data.md')
+    os.makedirs(folder, exist_ok=True)
     with (open(os.path.join(folder, 'glyphs.csv'), 'w', newline='', encoding='ascii') as glyphs_file,
           open(os.path.join(folder, 'pixels.csv'), 'w', newline='', encoding='ascii') as pixels_file):
         glyphs, pixels = csv.writer(glyphs_file), csv.writer(pixels_file)

@@ -1,5 +1,6 @@
 """What several tests need: the program's modules on the path, a small Omniglot, and main.py in a process of its own."""
 import contextlib
+import importlib.util
 import io
 import os
 import subprocess
@@ -44,6 +45,14 @@ def pytest_collection_modifyitems(items):
         quick = item.module.__name__ in QUICK_MODULES or item.originalname in QUICK_TESTS
         if quick and item.originalname not in NOT_QUICK and not item.get_closest_marker('slow'):
             item.add_marker('quick')
+
+
+def module_at(path):
+    """The module of a file that is not on the path of modules."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_process(*arguments, cwd=ROOT):

@@ -1,6 +1,5 @@
 """Bad input of every kind, much of it generated: one clear sentence and exit status 1, and nothing damaged; never a traceback."""
 import dataclasses
-import importlib.util
 import io
 import os
 import string
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-from conftest import ROOT, error_of, run_main, write_image_tree
+from conftest import ROOT, error_of, module_at, run_main, write_image_tree
 from data import cifar100, reading
 from data_generator import SOURCES
 from runtime.cli import request, rules
@@ -221,10 +220,7 @@ def test_spoilt_caches(tmp_path):
 # Downloads
 
 def load_script(path):
-    spec = importlib.util.spec_from_file_location('script', os.path.join(ROOT, 'data', path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(os.path.join(ROOT, 'data', path))
 
 
 def refusal(script, monkeypatch, *arguments):

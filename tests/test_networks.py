@@ -1,7 +1,6 @@
 """Networks of one's own: fixtures, exact second derivatives of layers, identity of a run, and what is refused."""
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -18,7 +17,7 @@ from test_methods import Fixture, fixtures, relative
 import layer_table
 import maml
 import stock_keras
-from conftest import ROOT, error_of, run_ok
+from conftest import ROOT, error_of, module_at, run_ok
 from maml import MAML, ModelConfig, inner_loop, objective
 from networks import network_of
 from runtime.cli import network_file
@@ -30,16 +29,7 @@ from special_grads import exact_statistics
 
 FOLDERS = [os.path.join(ROOT, 'tests', 'golden_networks'), os.environ.get('MAML_GOLDEN_NETWORKS', '')]
 FIXTURES = {name[:-4]: os.path.join(folder, name) for folder in FOLDERS if folder for name in sorted(os.listdir(folder)) if name.endswith('.npz')}
-
-
-def functions_of(folder):
-    spec = importlib.util.spec_from_file_location('networks_of_the_fixtures', os.path.join(folder, 'networks.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GOLDEN = functions_of(FOLDERS[0])
+GOLDEN = module_at(os.path.join(FOLDERS[0], 'networks.py'))
 
 
 class NetworkFixture(Fixture):
@@ -50,7 +40,7 @@ class NetworkFixture(Fixture):
         self.flags = flags = json.loads(str(self.arrays['config']))
         fields = {field.name for field in dataclasses.fields(ModelConfig)} - {'network'}
         self.config = ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in flags.items() if key in fields})
-        self.function = getattr(functions_of(os.path.dirname(FIXTURES[name])), flags['network'])
+        self.function = getattr(module_at(os.path.join(os.path.dirname(FIXTURES[name]), 'networks.py')), flags['network'])
 
     def group(self, name):
         return {key.removeprefix(name + '/'): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
@@ -451,9 +441,7 @@ def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch,
 
 
 def test_tables_from_omniglot(small_omniglot, tmp_path):
-    spec = importlib.util.spec_from_file_location('omniglot_tables', os.path.join(ROOT, 'examples', 'omniglot_tables.py'))
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = module_at(os.path.join(ROOT, 'examples', 'omniglot_tables.py'))
     example.write_tables(str(small_omniglot), str(tmp_path))
     glyphs, pixels = (np.loadtxt(tmp_path / name, int, delimiter=',', skiprows=1) for name in ('glyphs.csv', 'pixels.csv'))
     assert glyphs.shape == (67 * 6, 101) and np.array_equal(np.unique(glyphs[:, 0], return_counts=True), [range(67), [6] * 67])

@@ -1,6 +1,5 @@
 """data/tieredimagenet/proc_images.py on small sources of each of its forms, good and bad."""
 import csv
-import importlib.util
 import io
 import os
 import pickle
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 from test_hostile_preparation import DTYPE
 
-from conftest import ROOT
+from conftest import ROOT, module_at
 from data import pickles
 from data_generator import SOURCES
 
@@ -95,9 +94,7 @@ def source(tmp_path):
 def prepare(source, tmp_path, monkeypatch):
     """Function that prepares the source in this process; returns what the script said if it refused."""
     def run(*flags):
-        spec = importlib.util.spec_from_file_location('tieredimagenet', PATH)
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = module_at(PATH)
         monkeypatch.setattr(sys, 'argv', [PATH, '--source', str(source.folder), '--destination', str(tmp_path / 'prepared'), *flags])
         try:
             script.main()
