@@ -53,28 +53,29 @@ Usage:
   To classify your own images, repeat it with --predict, --support_dir=DIR and --query_dir=DIR; tables: --support_csv, --query_csv.
   --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
   Regression on functions needs no data; prepare the other data sets first: see docs/data.md.
-"""
+"""  # noqa: E501  (a command is one line, to be copied)
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'), only='supervised')
-string('baseline', None, "'oracle': append each task's amplitude and phase (navigation: its goal) to the input, and train jointly instead of "
-       "meta-training", Learning(label='{}', network='numbers'))
+string('baseline', None, "'oracle': append each task's amplitude and phase (navigation: its goal) to the input, and train jointly instead "
+       "of meta-training", Learning(label='{}', network='numbers'))
 string('data_path', None, 'folder of the data, if not the one under data/; your own images or tables: see docs/data.md', only='files')
 string('split_file', None, 'csv file with the columns split,class; or a list of images, such as filename,label, or three: train,val,test',
        only='own data')
 string('label_column', None, 'column of a list of images, or of a table, with the labels', only='own data')
 string('task_column', None, 'column of a table with the tasks (with --targets)', only='tables')
-string('targets', None, 'columns to predict, separated by commas: each csv file is a task; without it, each is a class (--datasource=table)',
-       Learning('.targets{}', network='tables'), only='tables')
-number('image_size', 84, 'side, in pixels, of your own images once resized', 1, Learning('.size{}', network='user images'), only='user images')
+string('targets', None, 'columns to predict, separated by commas: each csv file is a task; without it, each is a class '
+       '(--datasource=table)', Learning('.targets{}', network='tables'), only='tables')
+number('image_size', 84, 'side, in pixels, of your own images once resized', 1, Learning('.size{}', network='user images'),
+       only='user images')
 choice('image_channels', '3', ['1', '3'], '1: your own images in grey; 3: in RGB', Learning('.channels{}', network='user images'),
        only='user images')
-boolean('rotations', False, 'rotate each class of each task by a random multiple of 90 degrees (--datasource=folder)', Learning('.rotations'),
-        only='user images')
-string('split', '64/16/20', 'proportions in which your classes are split into train/val/test, once. 0/0/100: evaluate a given model on all of '
-       'them', Learning('.split{}'), only='own data')
+boolean('rotations', False, 'rotate each class of each task by a random multiple of 90 degrees (--datasource=folder)',
+        Learning('.rotations'), only='user images')
+string('split', '64/16/20', 'proportions in which your classes are split into train/val/test, once. 0/0/100: evaluate a given model on all '
+       'of them', Learning('.split{}'), only='own data')
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size', only='images')
 boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times', only='images')
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
@@ -97,39 +98,41 @@ group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop adapts: all weights, the last layer, or all other layers',
        Learning('.inner{}'), only='supervised')
-choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: learned "
-       "weights; one learned column for all classes; nothing learned; or the prototypes or the ridge regression of the support examples",
-       Learning('.{}'), only='supervised')
+choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: "
+       "learned weights; one learned column for all classes; nothing learned; or the prototypes or the ridge regression of the support "
+       "examples", Learning('.{}'), only='supervised')
 choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'what joint training tells apart: the classes of tasks; or all classes of '
        'meta-training, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}'), only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
-choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], 'learn the inner step size, from --update_lr: one for each tensor, for each tensor '
-       'and inner step, or for each number', Learning('.learnlr{}'), only='supervised')
+choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], 'learn the inner step size, from --update_lr: one for each tensor, for each '
+       'tensor and inner step, or for each number', Learning('.learnlr{}'), only='supervised')
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
-choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the paper "
-       "(transductive); those of the support examples, the default of --predict; those of the support examples and the one query example; or, in "
-       "evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised')
+choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the "
+       "paper (transductive); those of the support examples, the default of --predict; those of the support examples and the one query "
+       "example; or, in evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised')
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'),
        only='supervised')
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
-choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'), only='supervised')
+choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'),
+       only='supervised')
 real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'), only='supervised')
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'), only='supervised')
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
-choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted and '
-       'shared weights, without query examples', Learning('.{}'), only='supervised')
-choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'of the inner loop; adam, without momentum, for --outer=reptile: second moments carry over '
-       'from task to task', Learning('.inner{}'), only='supervised')
+choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted '
+       'and shared weights, without query examples', Learning('.{}'), only='supervised')
+choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'of the inner loop; adam, without momentum, for --outer=reptile: second moments carry '
+       'over from task to task', Learning('.inner{}'), only='supervised')
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
 number('ensemble', 1, 'n: keep the n checkpoints that did best on meta-validation, and evaluate their mean outputs', 1, only='supervised')
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
 number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, Learning('hidden{}', 'convolutions'), only='images')
-boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'), only='supervised')
+boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'),
+        only='supervised')
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning('maxpool', 'convolutions'), only='images')
 string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model; see docs/networks.md',
@@ -140,17 +143,19 @@ boolean('check_network', True, 'before a training, test the second derivatives o
 string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40, or with --conv=False 256,128,64,64',
        Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
-choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: their '
-       'earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map', only='supervised')
-number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0, only='supervised')
-boolean('recompute', False, 'gradient checkpointing over inner steps: saves memory and compilation for many inner updates', only='supervised')
-choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch run: one device, all GPUs of this machine, or the machines of '
-       'TF_CONFIG; auto: the last if TF_CONFIG is set, all GPUs if there are several, else one device', only='supervised')
+choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: '
+       'their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map', only='supervised')
+number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0,
+       only='supervised')
+boolean('recompute', False, 'gradient checkpointing over inner steps: saves memory and compilation for many inner updates',
+        only='supervised')
+choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch run: one device, all GPUs of this machine, or the machines '
+       'of TF_CONFIG; auto: the last if TF_CONFIG is set, all GPUs if there are several, else one device', only='supervised')
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, 'directory of a run: use the flags of its training, to evaluate, predict or continue; flags on the command line override '
-       'them')
+string('run', None, 'directory of a run: use the flags of its training, to evaluate, predict or continue; flags on the command line '
+       'override them')
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints', 1)
@@ -163,13 +168,14 @@ boolean('plot', False, 'draw the results of an evaluation or a comparison; in tr
         'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
-strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a name')
+strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a '
+        'name')
 strings('across', None, 'a table of the runs in these folders against the tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, those that --compare and --across show: all that were evaluated, the '
        'newest, or the best on meta-validation', only='comparison')
 string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
-choice('format', 'text', ['text', 'csv', 'latex'], 'of what --compare and --across print: tables for a terminal, csv, or a tabular environment',
-       only='comparison')
+choice('format', 'text', ['text', 'csv', 'latex'], 'of what --compare and --across print: tables for a terminal, csv, or a tabular '
+       'environment', only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1, only='evaluation')

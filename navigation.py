@@ -286,7 +286,8 @@ def _mean_of_steps(values, mask):
 
 # An iteration -------------------------------------------------------------------------------------------------------
 
-def walk(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor, number: tf.Tensor | tuple[int, int] = (0, 0)) -> Trajectories:
+def walk(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor,
+         number: tf.Tensor | tuple[int, int] = (0, 0)) -> Trajectories:
     """Episodes of a policy; a function of keys, int32 [tasks, rollouts, 2], and of a number, [2], too."""
     noise = tf.map_fn(lambda key: tf.random.stateless_normal([HORIZON, 2], key, dtype=config.dtype, alg='philox'),
                       tf.reshape(keys + tf.cast(number, tf.int32), [-1, 2]), fn_output_signature=tf.as_dtype(config.dtype))

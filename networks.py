@@ -184,7 +184,8 @@ class KerasNetwork:
         self._weights = {variable.path: variable for variable in model.trainable_variables}
         self._seeds = [variable for variable in model.non_trainable_variables if variable.name == 'seed_generator_state']
         seeds = set(map(id, self._seeds))
-        self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables if id(variable) not in seeds]
+        self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables
+                           if id(variable) not in seeds]
         self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
         self._norm_names = {weight.path for layer in self.layers if type(layer).__name__.endswith('Normalization')
                             for weight in layer._trainable_variables}
@@ -203,15 +204,15 @@ class KerasNetwork:
             raise UserError(f'--inner_weights={config.inner_weights} (of ANIL and BOIL) needs a last layer, and {self.name} has none: '
                             f'{self._no_head}')
         if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
-            raise UserError(f'last layers are computed (--head_init, --logits, pre-training of all classes) in place of a Dense layer with bias '
-                            f'and without activation, at whose input are vectors; {self.name} does not end in one')
+            raise UserError(f'last layers are computed (--head_init, --logits, pre-training of all classes) in place of a Dense layer with '
+                            f'bias and without activation, at whose input are vectors; {self.name} does not end in one')
         if config.engine in ('vmap', 'wide') and self.convolutional:
             raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
         if config.query_norm != 'batch' and not self._separates_rows:
-            raise UserError(f'--query_norm={config.query_norm}: in {self.name} rows depend on each other by more than the statistics of batch '
-                            'norm without masks')
+            raise UserError(f'--query_norm={config.query_norm}: in {self.name} rows depend on each other by more than the statistics of '
+                            'batch norm without masks')
 
     def initial_weights(self, seed: int) -> Tensors:
         model = self._build(seed)
@@ -264,7 +265,8 @@ class KerasNetwork:
         except UserError:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}: {first_line(error)}') from error
+            raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}: '
+                            f'{first_line(error)}') from error
         if not isinstance(model, self._keras.Model):
             raise UserError(f'{self.name} returns a {type(model).__name__}, and must return a keras.Model')
         return model
@@ -274,9 +276,10 @@ class KerasNetwork:
         paths = [variable.path for variable in self.model.trainable_variables]
         problems = [] if paths else ['it has no weights to train']
         problems += [f'two of its weights are named {path}' for path in sorted(set(paths)) if paths.count(path) > 1]
-        problems += [f'{path} is a name that this program uses itself' for path in paths if path.startswith(('lr/', 'inner/', CLASSIFIER)) or '/adam/' in path]
-        problems += [f'layer {layer.name} computes in {layer.compute_dtype} with weights in {layer.variable_dtype}, and not in {self._dtype}'
-                     for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
+        problems += [f'{path} is a name that this program uses itself' for path in paths
+                     if path.startswith(('lr/', 'inner/', CLASSIFIER)) or '/adam/' in path]
+        problems += [f'layer {layer.name} computes in {layer.compute_dtype} with weights in {layer.variable_dtype}, and not in '
+                     f'{self._dtype}' for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
         problems += [f'layer {layer.name} takes statistics over all replicas' for layer in self._norms if layer.synchronized]
         problems += [f'{path} has a constraint, which is not kept here' for path, weight in self._weights.items() if weight.constraint]
         self._refuse(problems)
@@ -306,10 +309,10 @@ class KerasNetwork:
         return outputs, calls, tape, tensors
 
     def _problems_of_graph(self, graph):
-        return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute of '
-                'a layer' for variable in graph.variables] + [
-                f'it draws random numbers by {operation.type}: use keras.random with a SeedGenerator' for operation in graph.get_operations()
-                if operation.type in RANDOM_OPERATIONS]
+        return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
+                'of a layer' for variable in graph.variables] + [
+                f'it draws random numbers by {operation.type}: use keras.random with a SeedGenerator'
+                for operation in graph.get_operations() if operation.type in RANDOM_OPERATIONS]
 
     def _changed(self, scope, tensors):
         """The paths of variables that a call assigned to, without the moving averages of batch norm, which nothing reads."""
@@ -359,7 +362,8 @@ def _keras():
         raise UserError(f'a network of your own needs Keras 3, which cannot be imported ({first_line(error)}): install TensorFlow 2.16 or '
                         'newer') from error
     if keras.__version__.startswith(('1.', '2.')):
-        raise UserError(f'a network of your own needs Keras 3, and Keras {keras.__version__} is installed: install TensorFlow 2.16 or newer')
+        raise UserError(f'a network of your own needs Keras 3, and Keras {keras.__version__} is installed: install TensorFlow 2.16 or '
+                        'newer')
     if keras.backend.backend() != 'tensorflow':
         raise UserError(f'Keras computes by {keras.backend.backend()} here: set KERAS_BACKEND=tensorflow in the environment')
     return keras
@@ -540,7 +544,8 @@ def repeated_column(config, weights, features, support_y):
 def new_layer(config, weights, features, support_y):
     """A layer that has learned nothing: zeros, or for cosines, which zeros do not have, random numbers."""
     shape = [features.shape[-1], support_y.shape[-1]]
-    matrix = tf.zeros(shape, features.dtype) if config.logits == 'linear' else tf.random.stateless_normal(shape, [0, 0], dtype=features.dtype)
+    matrix = (tf.zeros(shape, features.dtype) if config.logits == 'linear' else
+              tf.random.stateless_normal(shape, [0, 0], dtype=features.dtype))
     return matrix, tf.zeros(shape[1:], features.dtype)
 
 
@@ -583,7 +588,8 @@ def nearest_neighbour(tensors, features):
 
 class Head(NamedTuple):
     """A way to compute the last layer of a task."""
-    compute: Callable[..., Iterable[tf.Tensor]]  # function of the arguments of `initial_head`: matrix and bias, or with `outputs` the `extra`
+    # Function of the arguments of `initial_head`: matrix and bias, or with `outputs` the `extra`.
+    compute: Callable[..., Iterable[tf.Tensor]]
     learned: Callable[[ModelConfig, int], Tensors] = lambda config, seed: {}  # the shared weights that it needs, initially
     extra: tuple[str, ...] = ()                  # names of the tensors that it has besides the network's
     outputs: Callable[[Tensors, tf.Tensor], tf.Tensor] | None = None  # of tensors and features; None: those of the network's last layer

@@ -299,8 +299,8 @@ def main() -> None:
         seeds = range(options.seed, options.seed + options.cases // len(names))
         results = outcomes(name, seeds)
         failures = [(seed, result) for seed, result in zip(seeds, results) if result not in (ACCEPTED, REFUSED)]
-        print(f'{name}: {len(results)} cases, {results.count(REFUSED)} refused, {results.count(ACCEPTED)} accepted, {len(failures)} failures',
-              flush=True)
+        print(f'{name}: {len(results)} cases, {results.count(REFUSED)} refused, {results.count(ACCEPTED)} accepted, '
+              f'{len(failures)} failures', flush=True)
         for seed, result in failures[:10]:
             print('  ', name, seed, result, flush=True)
         failed = failed or bool(failures)

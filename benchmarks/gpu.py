@@ -27,7 +27,8 @@ from workloads import WORKLOADS, Workload, in_process
 TESTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'tests')
 TEST_FILES = {'golden': 'test_golden.py', 'golden_methods': 'test_methods.py', 'golden_reptile': 'test_methods.py',
               'golden_heads': 'test_heads.py', 'golden_networks': 'test_networks.py', 'golden_navigation': 'test_navigation.py'}
-FIXTURES = {folder: sorted(os.path.basename(path)[:-4] for path in glob.glob(os.path.join(TESTS, folder, '*.npz'))) for folder in TEST_FILES}
+FIXTURES = {folder: sorted(os.path.basename(path)[:-4] for path in glob.glob(os.path.join(TESTS, folder, '*.npz')))
+            for folder in TEST_FILES}
 Values = dict[str, Any]
 
 
@@ -96,7 +97,8 @@ def row(case: Values, results: Sequence[Values]) -> str:
     if 'fixtures' in case:
         return text + ', '.join([f'{results[0]["passed"]} tests passed', *(f'{name} failed' for name in results[0]['failed'])])
     median = {key: statistics.median(result[key] for result in results) for key in results[0]}
-    return text + f'compilation {median["compilation"]:6.1f} s, a step {1000 * median["seconds"]:8.1f} ms, memory {median["megabytes"]:7.0f} MB'
+    return text + (f'compilation {median["compilation"]:6.1f} s, a step {1000 * median["seconds"]:8.1f} ms, '
+                   f'memory {median["megabytes"]:7.0f} MB')
 
 
 def cases_of(fixtures: Collection[str] | None, workloads: Sequence[str], steps: int) -> Iterator[Values]:

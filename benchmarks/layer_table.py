@@ -28,8 +28,8 @@ def kinds() -> dict[str, tuple[tuple[int, ...], Callable]]:
         'Conv2D, dilation 2': of(k.Conv2D, 4, 2, dilation_rate=2), 'Conv2DTranspose': of(k.Conv2DTranspose, 4, 3),
         'DepthwiseConv2D': of(k.DepthwiseConv2D, 3), 'SeparableConv2D': of(k.SeparableConv2D, 4, 3),
         'BatchNormalization': of(k.BatchNormalization), 'GroupNormalization': of(k.GroupNormalization, 4),
-        'LayerNormalization': of(k.LayerNormalization), 'RMSNormalization': of(k.RMSNormalization), 'UnitNormalization': of(k.UnitNormalization),
-        'SpectralNormalization': lambda x: k.SpectralNormalization(k.Conv2D(4, 3))(x),
+        'LayerNormalization': of(k.LayerNormalization), 'RMSNormalization': of(k.RMSNormalization),
+        'UnitNormalization': of(k.UnitNormalization), 'SpectralNormalization': lambda x: k.SpectralNormalization(k.Conv2D(4, 3))(x),
         'MaxPooling2D': of(k.MaxPooling2D, 2), 'AveragePooling2D': of(k.AveragePooling2D, 2),
         'GlobalAveragePooling2D': of(k.GlobalAveragePooling2D), 'GlobalMaxPooling2D': of(k.GlobalMaxPooling2D),
         'UpSampling2D, nearest': of(k.UpSampling2D, 2), 'UpSampling2D, bilinear': of(k.UpSampling2D, 2, interpolation='bilinear'),
@@ -43,7 +43,8 @@ def kinds() -> dict[str, tuple[tuple[int, ...], Callable]]:
     vectors = {
         'Dense': of(k.Dense, 5), 'PReLU': of(k.PReLU), 'LeakyReLU': of(k.LeakyReLU), 'ELU': of(k.ELU), 'Softmax': of(k.Softmax),
         'Activation, gelu': of(k.Activation, 'gelu')}
-    return {kind: (shape, layer) for shape, group in ((IMAGE, images), (SEQUENCE, sequences), (VECTOR, vectors)) for kind, layer in group.items()}
+    return {kind: (shape, layer) for shape, group in ((IMAGE, images), (SEQUENCE, sequences), (VECTOR, vectors))
+            for kind, layer in group.items()}
 
 
 def error_of(kind: str) -> float | str:

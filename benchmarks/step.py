@@ -107,8 +107,8 @@ def measure_on_cores(workload: Workload, steps: int, processes: int) -> dict[str
     arguments, running = ['--measure', json.dumps(dataclasses.asdict(workload)), '--steps', str(steps)], []
     for index, core in zip(range(processes), sorted(os.sched_getaffinity(0))):
         cluster = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
-        running.append(subprocess.Popen(['taskset', '-c', str(core), sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | {'TF_CONFIG': cluster} if processes > 1 else None))
+        running.append(subprocess.Popen(['taskset', '-c', str(core), sys.executable, __file__, *arguments], stdout=subprocess.PIPE,
+                                        text=True, env=os.environ | {'TF_CONFIG': cluster} if processes > 1 else None))
     outputs = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         sys.exit('step.py: a measurement failed')

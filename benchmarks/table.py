@@ -88,12 +88,14 @@ ROWS = [
         '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000',
         '--logdir=logs/cifarfs1shot_boil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
-        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=('--test_query=1',)),
+        '--method=maml++', '--num_filters=48', '--metatrain_iterations=50000', '--logdir=logs/cifarfs1shot_mamlpp/'), evaluation=(
+        '--test_query=1',)),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Reptile', flags=(
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
         '--update_batch_size=1', '--inner_batch=5')),
-    Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (R2D2)', evaluation=('--num_classes=5', '--test_query=15')),
+    Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (R2D2)', evaluation=(
+        '--num_classes=5', '--test_query=15')),
     Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (R2D2, 64C)', evaluation=('--num_classes=5', '--test_query=15')),
     Row('cifarfs_1shot_protomaml', 'CIFAR-FS 5-way 1-shot, ProtoMAML', evaluation=('--test_query=15', '--query_norm=batch')),
     Row('cifarfs_1shot_unicorn', 'CIFAR-FS 5-way 1-shot, UNICORN-MAML', evaluation=('--test_query=15',)),
@@ -110,7 +112,8 @@ ROWS = [
         '--conv=False', '--logdir=logs/omniglot5way_dense/')),
     Row('doublemnist_5way1shot', 'DoubleMNIST 5-way 1-shot', '97.05 (MultiDigitMNIST)'),
     Row('doublemnist_20way1shot', 'DoubleMNIST 20-way 1-shot', '85.46 (MultiDigitMNIST)'),
-    Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84 (MAML)', '47.9 ± 1.9 (its weights)', peer='49.81 ± 1.78 (PaddleFSL)'),
+    Row('miniimagenet_5way1shot', 'MiniImagenet 5-way 1-shot', '48.70 ± 1.84 (MAML)', '47.9 ± 1.9 (its weights)',
+        peer='49.81 ± 1.78 (PaddleFSL)'),
     *(Row('navigation_20goals', f'2-D navigation{title}, average return', published, flags=flags) for title, published, flags in (
         ('', '-11.68 ± 2.16 after 1, -3.35 ± 0.59 after 4 (MAML)', ()),
         *((f', seed {seed}', '', (f'--seed={seed}', '--logdir=logs/navigation_seeds/')) for seed in (1, 2)),

@@ -76,7 +76,8 @@ SINUSOID = Workload(1, 10, 10, 1, 1e-3, (1, 1, 1), 0, False, 25, changes={'image
 
 
 def in_process(script: str, *arguments: Any, timeout: float | None = None, environment: Mapping[str, str] | None = None) -> Any:
-    """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes longer."""
+    """What a script prints as JSON in its last line, in a process of its own; raises subprocess.SubprocessError if it fails or takes
+    longer."""
     process = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, capture_output=True, text=True, timeout=timeout,
                              env=environment)
     return json.loads(process.stdout.splitlines()[-1])

@@ -5,9 +5,9 @@
     python benchmarks/zoo.py pack ../training/logs/fc1001shot logs/fc1001shot
 
 check repeats every evaluation in the results.json and shipped_results.json files of some folders and compares its figures, as they are
-printed, with those that are recorded. The folders stay as they are. Evaluations whose data are not there are left out. On another kind of processor,
-which rounds differently, some figures may be nearly the same: by a twentieth of the half-width of their interval. Exit status: 1 if a
-figure differs by more, if an evaluation fails, or if there was none.
+printed, with those that are recorded. The folders stay as they are. Evaluations whose data are not there are left out. On another kind of
+processor, which rounds differently, some figures may be nearly the same: by a twentieth of the half-width of their interval. Exit status:
+1 if a figure differs by more, if an evaluation fails, or if there was none.
 
 pack copies runs: their newest checkpoint, from which the training can continue; those that did best on meta-validation, without
 the state of the optimizer, which makes them a fifth as large; the evaluations of these; and the flags, console log, metrics and times. What

@@ -92,4 +92,5 @@ def main(description: str, folder: str, size: int) -> None:
     digits, paths = read_digits(args)
     lists = {f'{row["split"]}/{row["class"]}': ImageList(
         IMAGES_PER_CLASS, lambda k, number=row['class']: image_of(digits, number, k, size)) for row in rows}
-    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], IMAGES_PER_CLASS) for row in rows}, (size, size, 1), args, inputs=paths)
+    pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], IMAGES_PER_CLASS) for row in rows},
+         (size, size, 1), args, inputs=paths)

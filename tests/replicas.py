@@ -3,7 +3,8 @@
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
 gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, of networks of the shapes that sinusoid,
-Omniglot and miniImageNet have, one with learned step sizes and offsets of each step, and one of Keras with Dropout, are written to FILE by the chief.
+Omniglot and miniImageNet have, one with learned step sizes and offsets of each step, and one of Keras with Dropout, are written to FILE
+by the chief.
 """
 import dataclasses
 import os

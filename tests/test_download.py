@@ -106,8 +106,8 @@ def redirect(path):
 def chunked(content, ends=True):
     def behave(handler):
         handler.protocol_version = 'HTTP/1.1'
-        handler.answer(200, b'%x\r\n' % len(content) + content + b'\r\n' + b'0\r\n\r\n' * ends, Transfer_Encoding='chunked', Connection='close',
-                       Content_Length=None)
+        handler.answer(200, b'%x\r\n' % len(content) + content + b'\r\n' + b'0\r\n\r\n' * ends, Transfer_Encoding='chunked',
+                       Connection='close', Content_Length=None)
     return behave
 
 
@@ -174,7 +174,8 @@ def test_servers_that_give_the_file_in_the_end(behaviours, asked, get, server):
 def test_a_later_run_goes_on(get, server):
     files, said = get(break_off_at(100_000), *[break_off_at(100_000)] * 3)
     assert files == {'file.part': CONTENT[:100_000]}
-    assert 'broke off after 100,000 of 300,000 bytes, 3 attempts in a row without progress' in said and 'Run the same command to resume' in said
+    assert ('broke off after 100,000 of 300,000 bytes, 3 attempts in a row without progress' in said
+            and 'Run the same command to resume' in said)
     assert get() == (RIGHT, None) and server.requests[-1] == ('/file', 'bytes=100000-')
 
 
@@ -222,7 +223,8 @@ def growing():
 
 HOLDING = {'continue': (endless(b'HTTP/1.1 100 Continue\r\n\r\n', b''), 'too slow'),
            'flood of continue': (endless(b'HTTP/1.1 100 Continue\r\n\r\n' * 10_000, b'', 0), 'sends far more'),
-           'drops': (endless(b'x', pause=0.02), 'too slow'), 'one byte a request': (one_byte, 'too slow'), 'growing': (growing(), 'too slow'),
+           'drops': (endless(b'x', pause=0.02), 'too slow'), 'one byte a request': (one_byte, 'too slow'),
+           'growing': (growing(), 'too slow'),
            'body of a redirection': (endless(b'x' * 100_000, b'HTTP/1.1 302 Found\r\nLocation: /mirror\r\n\r\n', 0), 'sends far more'),
            'another part without one': (send(CONTENT[5:], 206, Content_Range='bytes 5-/300000'), 'another part of the file'),
            'digits': (send(b'', 206, Content_Range=f'bytes {"9" * 5000}-/300000', Content_Length=len(CONTENT)), 'broke off after 0'),

@@ -121,7 +121,8 @@ def test_what_the_network_does_not_allow(trained, more, words):
 def test_more_classes_than_outputs(trained):
     flags, directory = trained
     data = next(flag for flag in flags if flag.startswith('--data_path'))
-    assert 'trained with --num_classes=5 and has no more outputs' in error_of(f'--run={directory}', '--train=False', data, '--num_classes=6')
+    assert 'trained with --num_classes=5 and has no more outputs' in error_of(
+        f'--run={directory}', '--train=False', data, '--num_classes=6')
     assert '--num_classes=6 contradicts --num_classes=5' in error_of(f'--run={directory}', '--num_classes=6')
 
 

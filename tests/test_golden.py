@@ -209,7 +209,8 @@ def test_five_meta_updates_in_double_precision(golden):
 
 
 @pytest.mark.parametrize('name', [
-    'sinusoid_10shot_first_order', *(pytest.param(name, marks=pytest.mark.slow) for name in ('omniglot_5way1shot', 'miniimagenet_5way1shot'))])
+    'sinusoid_10shot_first_order',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('omniglot_5way1shot', 'miniimagenet_5way1shot'))])
 def test_engines(name):
     """One task per core, the same in chunks, and all in one graph: the same gradients to 1e-5."""
     golden = Golden(FIXTURES[name])

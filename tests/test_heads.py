@@ -108,7 +108,8 @@ def test_a_ridge_regression_of_what_is_not_finite_is_not_finite():
 @pytest.mark.parametrize('head_init', ['prototypes', 'ridge'])
 def test_one_graph_compiled_by_xla_is_one_task_at_a_time(head_init):
     batch = random_batch()
-    found, alone = (random_model(dataclasses.replace(DENSE, head_init=head_init, engine=engine)).meta_gradients(batch) for engine in ('vmap', 'map'))
+    found, alone = (random_model(dataclasses.replace(DENSE, head_init=head_init, engine=engine)).meta_gradients(batch)
+                    for engine in ('vmap', 'map'))
     for name, gradient in found.items():
         np.testing.assert_allclose(gradient, alone[name], rtol=1e-9, atol=1e-12)
 
@@ -162,7 +163,8 @@ def test_orders_of_labels():
 @pytest.mark.parametrize('logits', ['linear', 'cosine'])
 def test_the_classifier_of_pre_training(logits):
     """Its loss is the mean cross-entropy over all classes, in which the last layer of tasks has no part."""
-    config = dataclasses.replace(DENSE, num_updates=1, head_init='new', inner_weights='head', pretrain_classes=4, logits=logits, mean_loss=True)
+    config = dataclasses.replace(DENSE, num_updates=1, head_init='new', inner_weights='head', pretrain_classes=4, logits=logits,
+                                 mean_loss=True)
     model, x, labels = random_model(config), np.random.default_rng(0).normal(size=(1, 7, 5)), np.eye(4)[[0, 1, 2, 3, 3, 1, 0]]
     assert model.weights.keys() == {'w1', 'b1', 'head/classifier/w2', 'head/classifier/b2'}
     features, matrix, bias = features_of(model, x[0]), *(model.weights[f'head/classifier/{name}'].numpy() for name in ('w2', 'b2'))
@@ -211,7 +213,8 @@ def test_protonet_of_the_program(trained, tmp_path):
 
 @pytest.mark.slow
 def test_the_nearest_of_the_program(trained):
-    """Nearest class mean and nearest neighbour on the features of a MAML, of more classes than it has outputs too; beside its own results."""
+    """Nearest class mean and nearest neighbour on the features of a MAML, of more classes than it has outputs too; beside its own
+    results."""
     maml = trained[1]
     evaluation = [f'--run={maml}', '--train=False', '--num_test_tasks=5']
     output = run_ok(*evaluation, '--head=nearest', '--plot', '--num_classes=4')
@@ -229,7 +232,8 @@ def test_the_nearest_of_the_program(trained):
     assert 'labels=averaged over 3 orders' in run_ok('--compare', str(maml))
     assert '--permutations=7: the labels of --num_classes=3' in error_of(*evaluation, '--permutations=7', '--num_classes=3')
     assert '--head=nearest is without inner updates' in error_of(*evaluation, '--head=nearest', '--test_updates=3')
-    assert '--head=nearest is for evaluation' in error_of(f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
+    assert '--head=nearest is for evaluation' in error_of(
+        f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
 
 
 @pytest.mark.slow
@@ -299,7 +303,8 @@ def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_dat
     (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),
     (['--method=r2d2', '--outer=reptile'], 'is not shared: leave out one'),
     (['--method=r2d2', '--pretrain_iterations=1'], 'needs a last layer that tasks share'),
-    (['--ridge_scale=2'], '--ridge_scale is for --head_init=ridge'), (['--method=r2d2', '--ridge_lambda=0'], '--ridge_lambda must be positive'),
+    (['--ridge_scale=2'], '--ridge_scale is for --head_init=ridge'),
+    (['--method=r2d2', '--ridge_lambda=0'], '--ridge_lambda must be positive'),
     (['--datasource=sinusoid', '--head_init=prototypes'], '--head_init=prototypes is for classification')])
 def test_what_means_nothing_is_refused(flags, words):
     assert words in error_of('--datasource=omniglot', *flags)

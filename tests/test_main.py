@@ -89,15 +89,18 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     assert 'meta-test, 40 tasks' in run_ok(
         f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
         '--image_size=28', '--image_channels=1')
-    pairs = [f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=doublemnist', f'--data_path={small_data["doublemnist"]}']
+    pairs = [f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=doublemnist',
+             f'--data_path={small_data["doublemnist"]}']
     assert '--resize makes those of doublemnist fit' in error_of(*pairs)
     assert 'meta-test, 40 tasks' in run_ok(*pairs, '--resize', '--plot')
     assert '--resize is for the evaluation of a model of another source' in error_of(*RUNS['omniglot'], '--train=False', '--resize')
     # Models against sources.
     run_ok(f'--run={experiment(tmp_path / "source")}', *evaluate, f'--data_path={small_data["cifarfs"]}')
     table = run_ok(f'--across={tmp_path / "source"}', str(tmp_path / 'omniglot'), '--plot')
-    assert re.search(r'after the updates of each method; meta-test, .*40 tasks.*\n\n +model +updates +cifarfs +doublemnist +folder +gtsrb\n', table)
-    assert re.search(r'MAML, source\S+ +\d+ +[\d.]+ ± [\d.]+\* +- +- +[\d.]+ ± [\d.]+\n', table) and os.path.getsize(tmp_path / 'source/across.png') > 5000
+    assert re.search(r'after the updates of each method; meta-test, .*40 tasks.*\n\n'
+                     r' +model +updates +cifarfs +doublemnist +folder +gtsrb\n', table)
+    assert (re.search(r'MAML, source\S+ +\d+ +[\d.]+ ± [\d.]+\* +- +- +[\d.]+ ± [\d.]+\n', table)
+            and os.path.getsize(tmp_path / 'source/across.png') > 5000)
     assert len(list(csv.DictReader(run_ok(f'--across={tmp_path}', '--format=csv').splitlines()))) == 4
     latex = run_ok(f'--across={tmp_path}', '--format=latex')
     assert r'model & updates & cifarfs & doublemnist & folder & gtsrb \\' in latex and '^*$' in latex and r'$^*' not in latex
@@ -308,7 +311,8 @@ def test_summaries(arguments, tmp_path):
 @of('omniglot')
 @pytest.mark.parametrize('flags, name', [
     (['--conv=False', '--engine=map'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4batchnorm'),
-    pytest.param(['--max_pool', '--norm=layer_norm'], 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm', marks=pytest.mark.slow),
+    pytest.param(['--max_pool', '--norm=layer_norm'],
+                 'cls_5.mbs_4.ubs_1.numstep1.updatelr0.4hidden4maxpoollayernorm', marks=pytest.mark.slow),
     pytest.param(['--num_classes=20', '--num_updates=2', '--stop_grad=True', '--norm=None', '--update_lr=0.1'],
                  'cls_20.mbs_4.ubs_1.numstep2.updatelr0.1hidden4stopgradnonorm', marks=pytest.mark.slow),
 ])

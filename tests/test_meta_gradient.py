@@ -232,14 +232,15 @@ def test_tapes_make_no_derivatives_of_compiled_loops():
     function = tf.function(lambda x, g, w: twice(lambda x: batch_standardize(x, 1e-3, pool=True), x, g, w), autograph=False)
     library = function.get_concrete_function(image, pooled, image).graph.as_graph_def().library.function
     loops = {re.sub(r'_\d+$', '', definition.signature.name) for definition in library}
-    assert loops == {f'__inference__{name}' for name in ('row_sum_of_squares', 'shift_and_scale', 'winner_and_sum', 'first', 'pick_and_sums',
-                                                         'second')}
+    assert loops == {f'__inference__{name}' for name in ('row_sum_of_squares', 'shift_and_scale', 'winner_and_sum', 'first',
+                                                         'pick_and_sums', 'second')}
 
 
 @pytest.mark.parametrize('pool', [False, True])
 def test_normalisation_within_vectorized_map(pool):
     """tf.vectorized_map drops custom gradients; tapes around it then differentiate the operations, as those of --query_norm=each do."""
-    images, weights = (tf.constant(np.random.default_rng(0).random(shape)) for shape in ([3, 2, 4, 4, 1], [2, 2, 2, 1] if pool else [2, 4, 4, 1]))
+    images, weights = (tf.constant(np.random.default_rng(0).random(shape))
+                       for shape in ([3, 2, 4, 4, 1], [2, 2, 2, 1] if pool else [2, 4, 4, 1]))
     gradients = []
     for mapped in tf.vectorized_map, lambda function, values: tf.stack([function(value) for value in values]):
         with tf.GradientTape() as tape:

@@ -507,7 +507,8 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [
-    pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'], id='norms'),
+    pytest.param(['--num_updates=2', '--norm=batch_norm', '--norm_scale', '--norm_per_step', '--adapt_norm', '--learn_lr=weight'],
+                 id='norms'),
     pytest.param(['--method=reptile', '--norm=batch_norm', '--num_updates=3', '--inner_batch=2'], id='reptile')])
 def test_norm_sets_and_moments_resume_to_the_bit(flags, tmp_path):
     """Offsets and scales of each step; second moments and their count that Reptile's tasks hand on, and its schedule."""
@@ -577,7 +578,8 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     directory, = (path for path in tmp_path.iterdir() if path.is_dir())
     together, best = results_of(directory)
     assert len(together.ensemble) == 2 and together.ensemble[0] == best.iterations and best.ensemble == []
-    assert together.is_best and best.is_best and together.setting.headline_updates == 5 and together.training.method.startswith('MAML++ with')
+    assert (together.is_best and best.is_best and together.setting.headline_updates == 5
+            and together.training.method.startswith('MAML++ with'))
     assert '--ensemble=3: all 2 checkpoints that were validated and kept' in run_ok(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
@@ -658,7 +660,8 @@ def test_presets_are_the_table_and_flags_override_them():
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'), (['--norm=None', '--adapt_norm'], '--adapt_norm is for networks with a normalisation'),
+    (['--norm=layer_norm', '--norm_scale'], '--norm_scale is for batch norm'),
+    (['--norm=None', '--adapt_norm'], '--adapt_norm is for networks with a normalisation'),
     (['--norm=None', '--norm_per_step'], '--norm_per_step is for networks with'), (['--mean_loss'], '--mean_loss is for classification'),
     (['--schedule_interval=5'], '--schedule_interval needs a schedule'), (['--meta_lr_final=0.1'], 'needs --meta_lr_schedule'),
     (['--meta_lr_schedule=linear', '--meta_lr_final=-2'], 'must not be negative'),
@@ -701,8 +704,8 @@ def test_a_preset_drops_what_has_no_meaning(given, dropped):
 def test_what_a_preset_drops_is_said(capsys, monkeypatch):
     monkeypatch.setattr(startup, 'import_tensorflow', lambda *_: startup.Replicas())
     startup.run_and_data(main.parse(['main.py', '--method=boil', '--norm=None']))
-    assert capsys.readouterr().out == ('--method=boil without --adapt_norm=True, --norm_scale=True, --mean_loss=True: the source or the network '
-                                       'has no use for them\n')
+    assert capsys.readouterr().out == ('--method=boil without --adapt_norm=True, --norm_scale=True, --mean_loss=True: the source or the '
+                                       'network has no use for them\n')
 
 
 @pytest.mark.parametrize('declared', [{'network': 'image'}, {'only': 'image'}])

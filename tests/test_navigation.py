@@ -70,7 +70,8 @@ def test_golden(golden):
     surrogate, gradient = navigation.surrogate_gradient(golden.parameters, *golden.problem)
     np.testing.assert_allclose(surrogate, arrays['surrogate'], atol=1e-10)
     assert_close(gradient, golden.group('gradient'), atol=1e-8)
-    assert_close(navigation.kl_hessian_product(golden.parameters, golden.group('vector'), *golden.problem), golden.group('product'), atol=1e-8)
+    assert_close(navigation.kl_hessian_product(golden.parameters, golden.group('vector'), *golden.problem), golden.group('product'),
+                 atol=1e-8)
     moved = navigation.surrogate_and_kl(golden.at(0.05), *golden.problem)
     np.testing.assert_allclose(moved, [arrays['surrogate_moved'], arrays['kl_moved']], atol=1e-8)
 
@@ -101,10 +102,12 @@ def test_against_central_differences(name):
 
 def test_single_precision(golden):
     """The same functions, to single precision."""
-    single = Golden(next(path for path in FIXTURES.values() if np.array_equal(np.load(path)['rewards'], golden.arrays['rewards'])), 'float32')
+    single = Golden(next(path for path in FIXTURES.values() if np.array_equal(np.load(path)['rewards'], golden.arrays['rewards'])),
+                    'float32')
     assert all(value.dtype == tf.float32 for value in single.adapted.values())
     assert_close(single.adapted, golden.group('fast'), atol=1e-5)
-    assert_close(navigation.kl_hessian_product(single.parameters, single.group('vector'), *single.problem), golden.group('product'), atol=1e-3)
+    assert_close(navigation.kl_hessian_product(single.parameters, single.group('vector'), *single.problem), golden.group('product'),
+                 atol=1e-3)
 
 
 def test_padding_counts_nowhere(golden):
@@ -252,7 +255,8 @@ def eager(monkeypatch):
     tf.config.run_functions_eagerly(False)
 
 
-FLAGS = ['--datasource=navigation', '--meta_batch_size=2', '--update_batch_size=3', '--update_lr=0.5', '--hidden=4,4', '--validation_tasks=2']
+FLAGS = ['--datasource=navigation', '--meta_batch_size=2', '--update_batch_size=3', '--update_lr=0.5', '--hidden=4,4',
+         '--validation_tasks=2']
 TEST = ['--train=False', '--test_set=True', '--num_test_tasks=4', '--test_query=2']
 
 
@@ -309,12 +313,13 @@ def test_baselines(tmp_path, eager, monkeypatch):
     """The oracle and pre-training are trained jointly; the oracle's observations have the goal, and it is judged before an update."""
     monkeypatch.setattr(training, 'validate', lambda *_: (-1.0, -2.0))
     for flags, inputs, score in ([], 2, -2.0), (['--baseline=oracle'], 4, -1.0):
-        printed = run_ok(*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False')
+        joint = [*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False']
+        printed = run_ok(*joint)
         assert 'Pretrain Iteration 1: ' in printed and f'{inputs}-4-4-2' in printed
         assert weights_of(tmp_path / str(inputs), 1)['w1'].shape == (inputs, 4)
         directory, = glob.glob(f'{tmp_path}/{inputs}/*/')
         assert checkpoints.ranking_of(checkpoints.find(directory, None).record) == [{'iteration': 1, 'score': score}]
-        run_ok(*FLAGS, *flags, '--pretrain_iterations=1', '--metatrain_iterations=0', f'--logdir={tmp_path / str(inputs)}', '--log=False', *TEST)
+        run_ok(*joint, *TEST)
     run_ok(f'--run={tmp_path / "4"}', *TEST, '--test_updates=0', '--log=False')
     with_updates, without = results_of(glob.glob(f'{tmp_path}/4/*/')[0])
     assert (without.headline_column, np.shape(without.scores)) == (0, (4, 1))
@@ -335,8 +340,9 @@ def test_no_step_for_many_iterations_ends_in_a_sentence(tmp_path, eager, monkeyp
     assert 'in iteration 2 ' in sentence and 'no outer step was found in 2 iterations in a row' in sentence
 
 
-@pytest.mark.parametrize('flag', ['--norm=batch_norm', '--meta_lr=0.1', '--num_updates=2', '--inner_weights=head', '--engine=map', '--num_classes=3',
-                                  '--method=anil', '--strategy=mirrored', '--ensemble=2', '--predict', '--learn_lr=layer'])
+@pytest.mark.parametrize('flag', ['--norm=batch_norm', '--meta_lr=0.1', '--num_updates=2', '--inner_weights=head', '--engine=map',
+                                  '--num_classes=3', '--method=anil', '--strategy=mirrored', '--ensemble=2', '--predict',
+                                  '--learn_lr=layer'])
 def test_flags_that_mean_nothing_are_refused(flag, tmp_path):
     sentence = error_of(*FLAGS, flag, '--metatrain_iterations=3', f'--logdir={tmp_path}')
     assert 'navigation' in sentence and flag.split('=')[0][2:] in sentence.replace('inner_weights', 'inner_weights method')

@@ -28,7 +28,8 @@ from runtime.system.errors import UserError
 from special_grads import exact_statistics
 
 FOLDERS = [os.path.join(ROOT, 'tests', 'golden_networks'), os.environ.get('MAML_GOLDEN_NETWORKS', '')]
-FIXTURES = {name[:-4]: os.path.join(folder, name) for folder in FOLDERS if folder for name in sorted(os.listdir(folder)) if name.endswith('.npz')}
+FIXTURES = {name[:-4]: os.path.join(folder, name) for folder in FOLDERS if folder
+            for name in sorted(os.listdir(folder)) if name.endswith('.npz')}
 GOLDEN = module_at(os.path.join(FOLDERS[0], 'networks.py'))
 
 
@@ -39,7 +40,8 @@ class NetworkFixture(Fixture):
         self.arrays = np.load(FIXTURES[name])
         self.flags = flags = json.loads(str(self.arrays['config']))
         fields = {field.name for field in dataclasses.fields(ModelConfig)} - {'network'}
-        self.config = ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in flags.items() if key in fields})
+        self.config = ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()
+                                     if key in fields})
         self.function = getattr(module_at(os.path.join(os.path.dirname(FIXTURES[name]), 'networks.py')), flags['network'])
 
     def group(self, name):
@@ -55,7 +57,8 @@ class NetworkFixture(Fixture):
 
 
 @pytest.mark.usefixtures('eager')
-@pytest.mark.parametrize('name', fixtures(['attention', 'group_norm_boil', 'mlp_skip_meta_sgd', 'residual_anil', 'residual_support_norm'], FIXTURES))
+@pytest.mark.parametrize('name', fixtures(['attention', 'group_norm_boil', 'mlp_skip_meta_sgd', 'residual_anil',
+                                           'residual_support_norm'], FIXTURES))
 def test_fixtures_in_double_precision(name):
     fixture = NetworkFixture(name)
     model, batch = fixture.model('float64'), fixture.batch(np.float64)
@@ -213,8 +216,8 @@ def test_methods_by_finite_differences(method):
     direction = tf.nest.map_structure(lambda value: tf.constant(0.1 * rng.normal(size=value.shape)), parameters)
     _, gradients = meta_objective(config, parameters, task)
     step = 1e-7
-    ahead, behind = (meta_objective(config, tf.nest.map_structure(lambda value, move, side=side: value + side * step * move, parameters, direction),
-                                    task)[0] for side in (1, -1))
+    ahead, behind = (meta_objective(config, tf.nest.map_structure(lambda value, move, side=side: value + side * step * move,
+                                                                  parameters, direction), task)[0] for side in (1, -1))
     expected = (ahead - behind) / (2 * step)
     found = sum(tf.reduce_sum(gradient * direction.trained()[name]) for name, gradient in gradients.items())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -351,8 +354,8 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path / 'state'))
     (tmp_path / 'net.py').write_text(CODE)
     (tmp_path / 'sizes.py').write_text('WIDTH = 6\n')
-    return tmp_path, [f'--network={tmp_path}/net.py:net', '--metatrain_iterations=4', '--meta_batch_size=2', '--save_interval=2', '--log=False',
-                      f'--logdir={tmp_path}/logs']
+    return tmp_path, [f'--network={tmp_path}/net.py:net', '--metatrain_iterations=4', '--meta_batch_size=2', '--save_interval=2',
+                      '--log=False', f'--logdir={tmp_path}/logs']
 
 
 @pytest.mark.usefixtures('few_tasks')
@@ -393,7 +396,8 @@ def test_files_that_are_no_networks(own):
     folder, flags = own
     (folder / 'broken.py').write_text('def net(:\n')
     (folder / 'raises.py').write_text('raise RuntimeError("no such luck")\n')
-    for value, words in [('net', 'must be FILE.py:FUNCTION'), ('missing.py:net', 'No such file'), ('broken.py:net', 'invalid syntax in line 1'),
+    for value, words in [('net', 'must be FILE.py:FUNCTION'), ('missing.py:net', 'No such file'),
+                         ('broken.py:net', 'invalid syntax in line 1'),
                          ('raises.py:net', 'raises RuntimeError when it is imported: no such luck'),
                          ('net.py:other', 'defines no function other; it has net'), ('net.py:number', 'defines no function number')]:
         assert words in error_of(*flags[1:], f'--network={folder}/{value}')

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOK = os.path.join(ROOT, 'maml.ipynb')
-BUDGET = {'iterations = 25_000': 'iterations = 200', 'STEPS = 10, 0.01, 25, 10_000': 'STEPS = 10, 0.01, 25, 200', "logdir = 'logs/notebook/'": "logdir = 'logs/tested/'"}
+BUDGET = {'iterations = 25_000': 'iterations = 200', 'STEPS = 10, 0.01, 25, 10_000': 'STEPS = 10, 0.01, 25, 200',
+          "logdir = 'logs/notebook/'": "logdir = 'logs/tested/'"}
 
 
 @pytest.mark.slow

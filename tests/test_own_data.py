@@ -80,9 +80,10 @@ def roboflow_list(root):
 
 
 LAYOUTS = {
-    'alphabets': (lambda root: write(root, *(f'{split}/{name}/{number}' for split in SPLITS for name in ('Greek', 'Latin') for number in '12')),
-                  'train/Greek in .* holds no image, nor do 1 others; its 2 folders do, such as train/Greek/1/00.png: if they are the classes, '
-                  'move them one level up, or list them in .*splits.csv, in lines like train,train/Greek/1'),
+    'alphabets': (lambda root: write(root, *(f'{split}/{name}/{number}' for split in SPLITS for name in ('Greek', 'Latin')
+                                             for number in '12')),
+                  'train/Greek in .* holds no image, nor do 1 others; its 2 folders do, such as train/Greek/1/00.png: if they are the '
+                  'classes, move them one level up, or list them in .*splits.csv, in lines like train,train/Greek/1'),
     'twice train': (lambda root: write(root, *(f'{split}/{split}/{name}' for split in SPLITS for name in 'abc')),
                     'its 3 folders do, such as train/train/a/00.png: '),
     'unread kinds': (lambda root: [write_text(root / 'train' / 'a' / name, '') for name in ('1.dcm', '2.dcm', '3.heic')],
@@ -91,7 +92,8 @@ LAYOUTS = {
     'no class folders': (roboflow_list, 'folders test and train and valid without class folders in them; .*train holds 2 .png, 1 .csv, .*'
                                         'if _classes.csv says the labels of images: --split_file='),
     'object detection': (lambda root: [write(root, *(f'{split}/images' for split in SPLITS)), *(
-        write_text(root / split / 'labels' / '1.txt', '') for split in SPLITS)], 'train/labels in .* holds no image; .* holds 1 .txt; convert'),
+        write_text(root / split / 'labels' / '1.txt', '') for split in SPLITS)],
+                         'train/labels in .* holds no image; .* holds 1 .txt; convert'),
     'one level above': (lambda root: write(root, *(f'data/{split}/{name}' for split in SPLITS for name in 'ab')),
                         'with images such as data/[a-z]*/[ab]/00.png; perhaps --data_path=.*/data is meant'),
     'images only': (lambda root: [write(root, 'x'), *((root / 'x' / name).rename(root / name) for name in ('00.png', '01.png')),
@@ -218,7 +220,8 @@ def test_lists_with_splits(tmp_path):
     with_column = write_text(tmp_path / 'all.csv', 'filename,label,split\n00.png,a,train\n01.png,b,Valid\n02.png,c,test\n')
     assert [load(tmp_path, split, split_file=str(with_column)).names for split in SPLITS] == [['train/a'], ['val/b'], ['test/c']]
     lists = [write_text(tmp_path / f'{split}.csv', f'filename,label\n0{number}.png,n{number}\n') for number, split in enumerate(SPLITS)]
-    assert [load(tmp_path, split, split_file=','.join(map(str, lists))).names for split in SPLITS] == [['train/n0'], ['val/n1'], ['test/n2']]
+    assert [load(tmp_path, split, split_file=','.join(map(str, lists))).names for split in SPLITS] == [
+        ['train/n0'], ['val/n1'], ['test/n2']]
 
 
 @pytest.mark.parametrize('text, words', [
@@ -264,7 +267,8 @@ def test_numbers_that_may_mean_two_things_are_refused(rows, tmp_path):
 
 
 def test_decimal_commas_are_numbers_of_one_comma():
-    assert as_number('-1,5e3', True) == -1500 and not np.isfinite([as_number('1,5'), as_number('1,5,2', True), as_number('1.2,3', True)]).any()
+    assert (as_number('-1,5e3', True) == -1500
+            and not np.isfinite([as_number('1,5'), as_number('1,5,2', True), as_number('1.2,3', True)]).any())
 
 
 def one_table(path, names='abcdefgh', group='species'):
@@ -319,8 +323,8 @@ def test_whole_numbers_that_would_be_rounded(tmp_path, capsys):
 
 def test_a_table_without_validation(tmp_path, few_tasks, monkeypatch):
     """From training to meta-test; the split is the run's."""
-    flags = [*CLASSES, f'--data_path={one_table(tmp_path / "all.csv")}', '--label_column=species', '--split=5/0/3', f'--logdir={tmp_path / "logs"}',
-             '--metatrain_iterations=2']
+    flags = [*CLASSES, f'--data_path={one_table(tmp_path / "all.csv")}', '--label_column=species', '--split=5/0/3',
+             f'--logdir={tmp_path / "logs"}', '--metatrain_iterations=2']
     output = run_ok(*flags)
     assert 'nothing is validated' in output and 'Split the values of species into 5 / 0 / 3' in output and 'did best' not in output
     run, = (tmp_path / 'logs').iterdir()
@@ -361,6 +365,7 @@ def test_the_run_names_its_lists_from_everywhere(tmp_path, monkeypatch):
     assert f'--split_file={tmp_path}/train.csv,{tmp_path}/val.csv\n' in text and f'--data_path={tmp_path}/images\n' in text
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'run.flags').write_text(text)
-    for more, kept in ([], True), (['--data_path=images'], True), (['--data_path=.'], False), (['--data_path=.', '--split_file=mine.csv'], 'mine.csv'):
+    for more, kept in (([], True), (['--data_path=images'], True), (['--data_path=.'], False),
+                       (['--data_path=.', '--split_file=mine.csv'], 'mine.csv')):
         request = resolve(main.parse(['main.py', '--run=run', '--train=False', *more]))
         assert request.split_file == (f'{tmp_path}/train.csv,{tmp_path}/val.csv' if kept is True else kept or None)

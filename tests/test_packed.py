@@ -67,7 +67,8 @@ def test_what_is_packed_is_what_is_loaded(tmp_path, capsys):
 
 
 def test_complaints_and_allow_missing(tmp_path):
-    images = lists(train_train0=packing.ImageList(3, bad), val_val1=None, test_test0=packing.ImageList(2, lambda number: image('x', number)),
+    images = lists(train_train0=packing.ImageList(3, bad), val_val1=None,
+                   test_test0=packing.ImageList(2, lambda number: image('x', number)),
                    test_new=packing.ImageList(1, lambda number: image('x', number)))
     said = pack(tmp_path, images)
     assert '1 images cannot be decoded, first image 1 of train/train0 (it is damaged)' in said

@@ -161,7 +161,8 @@ def test_miniimagenet_by_folders_of_splits(download, tmp_path):
     process = script('miniImagenet', '--source', tmp_path / 'found', '--destination', tmp_path / 'prepared', '--allow_missing')
     assert process.returncode == 0 and sorted(tree(tmp_path / 'prepared')) == EXPECTED, process.stderr
     assert tree(tmp_path / 'found') == before and 'not prepared' not in process.stderr
-    assert len(SOURCES['miniimagenet'].load('train', str(tmp_path / 'prepared')).names) == len({wnid for split, _, wnid in ROWS if split == 'train'})
+    assert len(SOURCES['miniimagenet'].load('train', str(tmp_path / 'prepared')).names) == len({
+        wnid for split, _, wnid in ROWS if split == 'train'})
 
 
 def test_the_csv_files_decide_over_names(mini, download):
@@ -179,7 +180,8 @@ def test_no_image_serves_two_classes(mini, download):
     download.rows = {'train': [('1.jpg', train), ('2.jpg', other)], 'val': [('3.jpg', WNIDS['val'][0])], 'test': [('1.jpg', test)]}
     download.images = {f'images/{test}/1.jpg': picture(1), f'images/{other}/2.jpg': picture(2), 'images/any/3.jpg': picture(3)}
     process, prepared = mini('--allow_missing')
-    assert f'train/{train}/1.jpg' not in prepared and f'test/{test}/1.jpg' in prepared and '1 images are missing, first 1.jpg' in process.stderr
+    assert (f'train/{train}/1.jpg' not in prepared and f'test/{test}/1.jpg' in prepared
+            and '1 images are missing, first 1.jpg' in process.stderr)
     download.images = {'images/1.jpg': picture(1), 'images/2.jpg': picture(2), 'images/3.jpg': picture(3)}
     process, _ = mini('--allow_missing', archive=False)
     assert process.returncode == 1 and 'name 1.jpg as an image of the class' in process.stderr.replace('images/', ''), process.stderr

@@ -20,8 +20,8 @@ from runtime.results.provenance import Provenance, Weights
 from runtime.system.errors import UserError
 
 SINUSOID = ['--norm=None', '--update_batch_size=2', '--meta_batch_size=2', '--log=False']
-IMAGES = ['--datasource=folder', '--image_size=16', '--image_channels=1', '--num_classes=2', '--update_batch_size=1', '--hidden=4', '--conv=False',
-          '--meta_batch_size=2', '--log=False', '--num_test_tasks=3', '--split=6/3/3']
+IMAGES = ['--datasource=folder', '--image_size=16', '--image_channels=1', '--num_classes=2', '--update_batch_size=1', '--hidden=4',
+          '--conv=False', '--meta_batch_size=2', '--log=False', '--num_test_tasks=3', '--split=6/3/3']
 NAMES = ['00', '01', *(f'class{number}' for number in range(10))]
 
 
@@ -159,7 +159,8 @@ def test_seen_classes_of_the_same_source(images, tmp_path):
     trained = [name for name, split in manifest(images).items() if split == 'train']
     images = images.rename(tmp_path / 'moved')
     (images / 'class9').rename(images / 'renamed')
-    rows = [('train' if number < 4 else 'val' if number < 6 else 'test', name) for number, name in enumerate(sorted(set(NAMES) - {'class9'} | {'renamed'}))]
+    rows = [('train' if number < 4 else 'val' if number < 6 else 'test', name)
+            for number, name in enumerate(sorted(set(NAMES) - {'class9'} | {'renamed'}))]
     (images / 'splits.csv').write_text('split,class\n' + ''.join(f'{split},{name}\n' for split, name in rows))
     output = run_ok(f'--run={run}', f'--data_path={images}', '--train=False', '--test_set=True')
     entry, = results_of(run)
@@ -203,8 +204,8 @@ def test_what_comparisons_say(thing, averaged, said, tmp_path):
         newest = 500 if thing == 'iterations' and seed else 1000
         os.makedirs(tmp_path / str(seed))
         store.add(str(tmp_path / str(seed)), an_entry(
-            np.arange(9.).reshape(3, 3) + seed, 'accuracy', f'model{newest if thing == "iterations" else 500}', 500, is_best=True, seed=seed,
-            training={'provenance': made, 'newest': newest}, tasks={'data': 9 if thing == 'split' and seed else 8},
+            np.arange(9.).reshape(3, 3) + seed, 'accuracy', f'model{newest if thing == "iterations" else 500}', 500, is_best=True,
+            seed=seed, training={'provenance': made, 'newest': newest}, tasks={'data': 9 if thing == 'split' and seed else 8},
             known_classes=['a'] if thing == 'split' and seed else []))
     if averaged is None:
         assert said in error_of(f'--compare={tmp_path}')
@@ -244,7 +245,8 @@ def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
     as_it_was = provenance.arithmetic
     monkeypatch.setattr(training, 'arithmetic', lambda *arguments: {**as_it_was(*arguments), 'oneDNN': 'otherwise'})
     output = run_ok(f'--run={run}', '--metatrain_iterations=2')
-    assert re.search(r'Note: the checkpoint \S+ was computed in another arithmetic \(oneDNN o(n|ff), now otherwise\)\n +From here on', output)
+    assert re.search(r'Note: the checkpoint \S+ was computed in another arithmetic \(oneDNN o(n|ff), now otherwise\)\n'
+                     r' +From here on', output)
     assert len(checkpoints.load(str(run / 'model2')).record['provenance'].arithmetic) == 2
     assert 'Note' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
 
@@ -290,7 +292,8 @@ def test_fewer_classes_than_the_starting_weights(images, tmp_path):
     run_ok(*flags, f'--load_from={five}', '--train=False', f'--logdir={tmp_path / "two"}', '--meta_lr=0')
     run_ok(f'--run={five.parent}', '--train=False', '--num_classes=2', '--num_test_tasks=3')
     assert results_of(two)[0].scores == results_of(five.parent)[0].scores
-    assert 'b2 is float32[2] there and float32[3] here' in error_of(*flags, '--num_classes=3', f'--load_from={two}/model1', f'--logdir={tmp_path}/more')
+    assert 'b2 is float32[2] there and float32[3] here' in error_of(
+        *flags, '--num_classes=3', f'--load_from={two}/model1', f'--logdir={tmp_path}/more')
 
 
 @pytest.mark.slow
@@ -306,7 +309,8 @@ def test_whose_run_is_continued_in_the_default_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'default', lambda name: f'{tmp_path}/data')
     train(*SINUSOID, logdir=tmp_path / 'data')
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}/data', '--metatrain_iterations=2')
-    assert re.search(r'Resuming from \S+/model1, which you saved on \d{4}-\d\d-\d\d \d\d:\d\d\. --logdir=\S+/data is the default and shared', output)
+    assert re.search(r'Resuming from \S+/model1, which you saved on \d{4}-\d\d-\d\d \d\d:\d\d\. '
+                     r'--logdir=\S+/data is the default and shared', output)
 
 
 # Results of checkpoints that have gone
@@ -364,7 +368,8 @@ def test_a_run_keeps_its_own_log(tmp_path, monkeypatch):
         file.write('12,metatrain,1,1\n14,metatrai')  # of a process that was killed
     run_ok(f'--run={parts}', '--metatrain_iterations=20', '--save_interval=2', '--log=False')
     rows = [list(csv.reader((run / 'metrics.csv').read_text().splitlines())) for run in (whole, parts)]
-    assert rows[0] == rows[1] and len(rows[0]) == 21 and rows[0][0] == ['iteration', 'phase', 'before', 'after'] and ['metatrain', 'metaval'] == sorted({row[1] for row in rows[0][1:]})
+    assert (rows[0] == rows[1] and len(rows[0]) == 21 and rows[0][0] == ['iteration', 'phase', 'before', 'after']
+            and ['metatrain', 'metaval'] == sorted({row[1] for row in rows[0][1:]}))
     log = (parts / 'console.log').read_text()
     assert log.count('Training 2-shot sinusoid') == 2 and [f'Iteration {number}:' in log for number in range(2, 21, 2)] == [True] * 10
 
@@ -383,7 +388,8 @@ def forged(tmp_path, **changes):
 ODD = ['a text', -1, 100.5, None, [], [1], {}, {'iteration': 1}, True, [[1, 2, 3]], [{'iteration': 'x', 'score': 1.0}], 10 ** 400]
 
 
-@pytest.mark.parametrize('name', ['iteration', 'best', 'ranking', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations', 'provenance'])
+@pytest.mark.parametrize('name', ['iteration', 'best', 'ranking', 'unprinted', 'skipped', 'flags', 'regime', 'pretrain_iterations',
+                                  'provenance'])
 def test_odd_records_are_refused_in_a_sentence(name, tmp_path):
     refused = 0
     for value in ODD:
@@ -434,9 +440,9 @@ def field(**values):
 
 
 @pytest.mark.parametrize('change', [
-    shape(-1), shape(2 ** 62, 2 ** 62), shape(*[1] * 300), shape(3), shape(2, 0), field(dtype=0), field(dtype=99), field(dtype=2), field(offset=10 ** 6),
-    field(offset=-8), field(size=4), field(size=-8), field(shard_id=3), lambda entry: setattr(entry.shape, 'unknown_rank', True),
-    lambda entry: entry.slices.add(), field(dtype=7, size=1)])
+    shape(-1), shape(2 ** 62, 2 ** 62), shape(*[1] * 300), shape(3), shape(2, 0), field(dtype=0), field(dtype=99), field(dtype=2),
+    field(offset=10 ** 6), field(offset=-8), field(size=4), field(size=-8), field(shard_id=3),
+    lambda entry: setattr(entry.shape, 'unknown_rank', True), lambda entry: entry.slices.add(), field(dtype=7, size=1)])
 def test_forged_shapes_and_types_are_refused(change, tmp_path):
     """TensorFlow would end the process."""
     prefix = forged(tmp_path)

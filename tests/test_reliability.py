@@ -196,7 +196,8 @@ def test_starting_anew_puts_the_summaries_aside(tmp_path):
 
 def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch):
     counts, evaluate_tasks = [], training.evaluate_tasks
-    monkeypatch.setattr(training, 'evaluate_tasks', lambda model, tasks, count, *more: counts.append(count) or evaluate_tasks(model, tasks, count, *more))
+    monkeypatch.setattr(training, 'evaluate_tasks',
+                        lambda model, tasks, count, *more: counts.append(count) or evaluate_tasks(model, tasks, count, *more))
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=4', '--save_interval=2', '--validation_tasks=7')
     assert counts == [7, 7] and re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
     assert '--validation_tasks=7' in (directory_of(tmp_path) / 'run.flags').read_text()

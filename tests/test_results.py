@@ -107,7 +107,8 @@ def test_what_cannot_be_compared(two_runs, tmp_path):
     ('checkpoint', 5), ('iterations', 'ten'), ('iterations', True), ('is_best', 1), ('ensemble', [1, 'b']), ('training', []),
     ('training.method', None), ('training.flags.seed', []), ('tasks.split', 'all'), ('tasks.count', 2.5), ('tasks.facts', None),
     ('setting.update_lr', 'x'), ('setting.headline_updates', 11), ('setting.headline_updates', -1), ('known_classes', 'a'),
-    ('metric', 'speed'), ('figures', []), ('figures.0.mean', None), ('scores', []), ('scores.1', [1.0]), ('scores.1.0', '1'), ('scores.0.0', 10 ** 400)])
+    ('metric', 'speed'), ('figures', []), ('figures.0.mean', None), ('scores', []), ('scores.1', [1.0]), ('scores.1.0', '1'),
+    ('scores.0.0', 10 ** 400)])
 def test_a_field_of_another_type_is_named(path, value, tmp_path):
     store.write(str(tmp_path / 'results.json'), [an_entry(np.ones([3, 2]))])
     content = json.loads((tmp_path / 'results.json').read_text())
@@ -153,8 +154,8 @@ def test_labels_say_what_differs():
         'MAML', 'ANIL', 'BOIL, num_filters=64'], 'what is usual is not stated'
     assert labels(evaluation('a', norm='None', hidden='40,40'), evaluation('b', norm='batch_norm', network='f.py:f')) == [
         'network=None', 'network=f.py:f'], 'what a network of one\'s own does not have is not stated'
-    assert labels(evaluation('a', num_updates=5), evaluation('b', num_updates=5, update_lr=0.2), evaluation('c', 'BOIL', update_lr=0.5)) == [
-        'MAML', 'MAML, update_lr=0.2', 'BOIL'], 'nor what the name of the method says'
+    assert labels(evaluation('a', num_updates=5), evaluation('b', num_updates=5, update_lr=0.2),
+                  evaluation('c', 'BOIL', update_lr=0.5)) == ['MAML', 'MAML, update_lr=0.2', 'BOIL'], 'nor what the name of the method says'
     assert labels(evaluation('a', setting={'update_lr': 0.5}), evaluation('a')) == ['evaluation update_lr=0.5', 'MAML']
 
 
@@ -174,11 +175,13 @@ def test_each_at_its_own_number_of_updates():
 
 def test_p_values_are_corrected_for_their_number():
     """Holm's steps by hand, nan not counted; in tables only where there are several; what was done is said."""
-    np.testing.assert_allclose(statistics.holm(np.array([[0.01, 0.04, np.nan], [0.03, 0.005, 0.9]])), [[0.04, 0.09, np.nan], [0.09, 0.025, 0.9]])
+    np.testing.assert_allclose(statistics.holm(np.array([[0.01, 0.04, np.nan], [0.03, 0.005, 0.9]])),
+                               [[0.04, 0.09, np.nan], [0.09, 0.025, 0.9]])
     scores = np.random.default_rng(0).normal(size=[3, 20, 3]) + np.arange(3)[:, None, None]
     runs = [evaluation(name, num_filters=number, scores=scores[number].tolist()) for number, name in enumerate('abc')]
     table = compare.update_table(compare.Comparison(runs))
-    assert table.columns[4:] == ['B - A', 'p', 'Holm', 'C - A', 'p', 'Holm'] and table.notes == ["p: a paired t-test; Holm: corrected for the table's 6 tests"]
+    assert table.columns[4:] == ['B - A', 'p', 'Holm', 'C - A', 'p', 'Holm'] and table.notes == [
+        "p: a paired t-test; Holm: corrected for the table's 6 tests"]
     tests = [float(row[column]) for row in table.rows for column in (5, 8)]
     corrected = [float(row[column]) for row in table.rows for column in (6, 9)]
     np.testing.assert_allclose(corrected, statistics.holm(np.array(tests)), rtol=0.1)
@@ -192,7 +195,8 @@ def test_a_signed_rank_test_where_differences_are_far_from_normal():
     assert statistics.paired_test(base + normal, base) == (stats.ttest_rel(base + normal, base).pvalue, False)
     assert statistics.paired_test(heavy, np.zeros(50)) == (stats.wilcoxon(heavy, zero_method='pratt').pvalue, True)
     assert statistics.paired_test(base, base) == (1.0, False) and np.isnan(statistics.paired_test(np.full(50, np.inf), base)[0])
-    pair = [evaluation('a', scores=np.zeros([50, 2]).tolist()), evaluation('b', num_filters=3, scores=np.stack([normal, heavy], axis=1).tolist())]
+    pair = [evaluation('a', scores=np.zeros([50, 2]).tolist()),
+            evaluation('b', num_filters=3, scores=np.stack([normal, heavy], axis=1).tolist())]
     table = compare.update_table(compare.Comparison(pair))
     assert [row[4].endswith('*') for row in table.rows] == [False, True] and 'with * a signed-rank test' in table.notes[-1]
 
@@ -221,7 +225,8 @@ def test_methods_are_compared_over_tasks_and_seeds():
     (_, *first), (label, seeds, updates, mean, difference, p) = compare.method_table(comparison).rows
     assert first[3:] == ['', ''] and (label, seeds, updates) == ('ANIL', 3, 1)
     pairs = np.stack([scores['ANIL', seed][:, 1] - scores['MAML', seed][:, 1] for seed in (1, 2)])
-    half = np.hypot(stats.t.ppf(0.975, 1) * pairs.mean(axis=1).std(ddof=1) / 2 ** 0.5, stats.t.ppf(0.975, 49) * pairs.mean(axis=0).std(ddof=1) / 50 ** 0.5)
+    half = np.hypot(stats.t.ppf(0.975, 1) * pairs.mean(axis=1).std(ddof=1) / 2 ** 0.5,
+                    stats.t.ppf(0.975, 49) * pairs.mean(axis=0).std(ddof=1) / 50 ** 0.5)
     assert difference == f'{pairs.mean():.4f} ± {half:.4f}' and float(p) < 0.05 and float(mean.split(' ± ')[1]) > half
     rows = list(csv.DictReader(render.as_csv(compare.records([comparison])).splitlines()))
     row, = (row for row in rows if row['label'] == 'ANIL, over seeds' and row['updates'] == '1')
@@ -305,7 +310,8 @@ def test_some_checkpoints_of_each_run(tmp_path):
     for seed in range(2):
         (tmp_path / str(seed)).mkdir()
         store.write(str(tmp_path / str(seed) / 'results.json'), [
-            an_entry([[1, 2.0], [2, 3.0]], checkpoint=f'model{iterations}', iterations=iterations, is_best=iterations == 4 + seed, seed=seed)
+            an_entry([[1, 2.0], [2, 3.0]], checkpoint=f'model{iterations}', iterations=iterations, is_best=iterations == 4 + seed,
+                     seed=seed)
             for iterations in (4, 5, 6)])
 
     def shown(*flags):
@@ -534,10 +540,12 @@ def test_a_sweep_is_drawn_against_its_flag(tmp_path, monkeypatch):
     axes, = figure.axes
     assert (flag, metric, axes.get_xlabel(), axes.get_xscale()) == ('update_lr', 'accuracy', '--update_lr', 'log')
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['MAML, 2 seeds', 'ANIL']
-    for flags, words in ((['--plot', '--against=num_updates'], 'do not differ in it'), (['--against=update_lr'], 'is for --compare with --plot'),
+    for flags, words in ((['--plot', '--against=num_updates'], 'do not differ in it'),
+                         (['--against=update_lr'], 'is for --compare with --plot'),
                          (['--plot', '--against=logdir'], 'is no flag of a training')):
         assert words in error_of('--compare', str(folder), *flags)
-    twice = [evaluation('run', update_lr=rate, checkpoint=checkpoint) for rate, checkpoint in ((0.1, 'model5'), (0.1, 'model6'), (0.2, 'model6'))]
+    twice = [evaluation('run', update_lr=rate, checkpoint=checkpoint)
+             for rate, checkpoint in ((0.1, 'model5'), (0.1, 'model6'), (0.2, 'model6'))]
     with pytest.raises(UserError, match='add --checkpoints=newest'):
         compare.sweep_of(compare.Comparison(twice), 'update_lr')
 

@@ -58,7 +58,8 @@ def test_training_goes_on_where_it_was_renamed_to(trained):
 def test_other_tasks_than_in_training(trained):
     """The evaluation is told the shot and the step size of the training."""
     output = run_ok(f'--run={trained[0]}', '--train=False', '--update_batch_size=7', '--update_lr=0.1', '--num_test_tasks=5')
-    assert '7-shot sinusoid' in output and evaluation(trained[1]).tasks.update_batch_size == 7 and evaluation(trained[1]).setting.update_lr == 0.1
+    assert ('7-shot sinusoid' in output and evaluation(trained[1]).tasks.update_batch_size == 7
+            and evaluation(trained[1]).setting.update_lr == 0.1)
 
 
 def test_what_was_learnt_cannot_be_contradicted(trained):

@@ -264,7 +264,8 @@ def test_the_last_evaluation_of_a_checkpoint_in_a_setting_counts(tmp_path):
         store.add(str(tmp_path), an_entry(np.full((3, 3), value), **more))
 
     others = [{}, {'checkpoint': 'model6'}, {'ensemble': [5, 6]}, {'ensemble': [5, 7]}, {'setting': {'query_norm': 'support'}},
-              {'setting': {'load_from': '/a/model5'}}, {'setting': {'headline_updates': 2}}, {'tasks': {'data': 1}}, {'tasks': {'split': 'test'}}]
+              {'setting': {'load_from': '/a/model5'}}, {'setting': {'headline_updates': 2}}, {'tasks': {'data': 1}},
+              {'tasks': {'split': 'test'}}]
     for value in 1.0, 2.0:
         for more in others:
             add(value, **more)
@@ -303,7 +304,8 @@ def write_results(folder, *entries):
     """A run's results.json: of each entry the mean after an update, and what else it has."""
     folder.mkdir()
     store.write(str(folder / 'results.json'), [
-        an_entry([[9.0, mean + task / 10] for task in range(3)], checkpoint=more.pop('checkpoint', 'model10'), **more) for mean, more in entries])
+        an_entry([[9.0, mean + task / 10] for task in range(3)], checkpoint=more.pop('checkpoint', 'model10'), **more)
+        for mean, more in entries])
 
 
 @pytest.mark.parametrize('method, one, other, alike', [
@@ -317,7 +319,8 @@ def write_results(folder, *entries):
 ])
 def test_means_over_seeds_are_of_runs_that_are_alike(method, one, other, alike, tmp_path):
     for seed, more in enumerate([one, other]):
-        write_results(tmp_path / str(seed), (1.0 + 2 * seed, {**more, 'seed': seed, 'training': {'method': method, **more.get('training', {})}}))
+        write_results(tmp_path / str(seed),
+                      (1.0 + 2 * seed, {**more, 'seed': seed, 'training': {'method': method, **more.get('training', {})}}))
     assert ('2.1000 (1.4142)' in run_ok(f'--compare={tmp_path}')) == alike
 
 
@@ -341,7 +344,8 @@ def test_means_over_seeds_are_of_all_seeds(tmp_path):
 
 def test_models_on_other_sources_are_shown_by_across(tmp_path):
     """--compare refuses them, in every format, and says so."""
-    write_results(tmp_path / 'run', (1.0, {'datasource': 'harmonic'}), (2.0, {'datasource': 'harmonic', 'tasks': {'datasource': 'harmonic'}}))
+    write_results(tmp_path / 'run', (1.0, {'datasource': 'harmonic'}),
+                  (2.0, {'datasource': 'harmonic', 'tasks': {'datasource': 'harmonic'}}))
     for style in 'text', 'csv', 'latex':
         assert '--across shows models' in error_of(f'--compare={tmp_path}', f'--format={style}')
     assert re.search(r'MAML +1 +2.1000 ± 0.0924\* +1.1000 ± 0.0924\n', run_ok(f'--across={tmp_path}'))
@@ -354,7 +358,8 @@ def test_numbers_of_tables_for_other_programs():
     """Seven digits, as single precision has, in csv; powers of ten in LaTeX."""
     table = render.Table('a_b', ['run', 'p'], [['x_y', 1.3e-13], ['z', float(np.float32(0.1) * 100)]])
     assert render.as_csv(table) == 'run,p\nx_y,1.3e-13\nz,10'
-    table = render.Table('a_b', ['run', 'p'], [['x_y', text] for text in ('1.3e-13', '4.51e+17 ± 2.00e+16', '57.40 ± 1.83+', '-', '', 'nan ± inf')])
+    table = render.Table('a_b', ['run', 'p'], [
+        ['x_y', text] for text in ('1.3e-13', '4.51e+17 ± 2.00e+16', '57.40 ± 1.83+', '-', '', 'nan ± inf')])
     cells = [line.split(' & ')[1].removesuffix(r' \\') for line in render.as_latex(table).splitlines() if line.startswith(r'x\_y')]
     assert cells == [r'$1.3 \times 10^{-13}$', r'$4.51 \times 10^{17} \pm 2.00 \times 10^{16}$', r'$57.40 \pm 1.83^+$', '-', '',
                      r'$\mathrm{nan} \pm \infty$']
@@ -386,7 +391,8 @@ def test_weights_of_another_source_are_no_home_match(tmp_path):
     flags = ['--norm=None', '--meta_batch_size=2', '--log=False']
     run_ok(*flags, '--metatrain_iterations=1', f'--logdir={tmp_path / "sine"}')
     run, = (tmp_path / 'sine').iterdir()
-    run_ok(*flags, '--datasource=harmonic', '--train=False', '--num_test_tasks=3', f'--load_from={run / "model1"}', f'--logdir={tmp_path / "other"}')
+    run_ok(*flags, '--datasource=harmonic', '--train=False', '--num_test_tasks=3', f'--load_from={run / "model1"}',
+           f'--logdir={tmp_path / "other"}')
     table = run_ok(f'--across={tmp_path / "other"}')
     assert re.search(r'± [\d.]+\n', table) and not re.search(r'± [\d.]+\*', table)
     assert ',sinusoid,harmonic,' in run_ok(f'--across={tmp_path / "other"}', '--format=csv')

@@ -79,7 +79,8 @@ def table(folder, group, *names):
 
 # Archives that hold a file twice
 
-@pytest.mark.parametrize('path', ['images_background/' + DRAWINGS['images_background'], 'images_evaluation/' + DRAWINGS['images_evaluation'],
+@pytest.mark.parametrize('path', ['images_background/' + DRAWINGS['images_background'],
+                                  'images_evaluation/' + DRAWINGS['images_evaluation'],
                                   'python/images_background/' + DRAWINGS['images_background']])
 def test_a_drawing_under_the_name_of_another(path, tmp_path):
     with warnings.catch_warnings():

@@ -87,7 +87,8 @@ def test_the_algorithm_needs_neither_pillow_nor_tqdm():
 
 def test_scipy_stats_is_imported_when_it_is_used():
     """It is slow to import, and a training does not need it."""
-    code = 'import sys, runtime.results.statistics as s; print("scipy.stats" in sys.modules); s.scipy.stats.t; print("scipy.stats" in sys.modules)'
+    code = ('import sys, runtime.results.statistics as s; print("scipy.stats" in sys.modules); '
+            's.scipy.stats.t; print("scipy.stats" in sys.modules)')
     assert subprocess.check_output([sys.executable, '-c', code], cwd=ROOT, text=True).split() == ['False', 'True']
 
 

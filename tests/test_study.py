@@ -24,7 +24,8 @@ def runs_of(tmp_path, *varied):
 
 def test_runs_are_the_combinations_of_values(tmp_path):
     runs = runs_of(tmp_path, 'method=maml,anil', 'seed=0,1')
-    assert [run.arguments[-2:] for run in runs] == [[f'--method={method}', f'--seed={seed}'] for method in ('maml', 'anil') for seed in (0, 1)]
+    assert [run.arguments[-2:] for run in runs] == [
+        [f'--method={method}', f'--seed={seed}'] for method in ('maml', 'anil') for seed in (0, 1)]
     assert len({run.training.directory for run in runs}) == 4 and all(run.evaluation.test_set and not run.evaluation.train for run in runs)
 
 

@@ -14,8 +14,8 @@ from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
 from runtime.system.errors import UserError
 
 COUNTS = {'train': 6, 'val': 3, 'test': 3}
-REGRESSION = ['--datasource=table', '--targets=y', '--norm=None', '--update_batch_size=5', '--meta_batch_size=4', '--hidden=20,20', '--update_lr=0.1',
-              '--engine=map']
+REGRESSION = ['--datasource=table', '--targets=y', '--norm=None', '--update_batch_size=5', '--meta_batch_size=4', '--hidden=20,20',
+              '--update_lr=0.1', '--engine=map']
 CLASSES = ['--datasource=table', '--update_batch_size=2', '--meta_batch_size=4', '--num_classes=3', '--hidden=20,20', '--update_lr=0.1',
            '--engine=map']
 EVALUATE = ['--train=False', '--test_set=True', '--num_test_tasks=20']
@@ -131,7 +131,8 @@ def test_a_run(flags, data, tmp_path, few_tasks, request):
     entry, = results_of(run)
     before, after = entry.figures[0].mean, entry.figures[-1].mean
     assert after < 0.7 * before if '--targets=y' in flags else after > 0.8
-    write(data / 'train' / 'more.csv', ['x', 'y', 'z'] if '--targets=y' in flags else ['width', 'height'], [[1e4, -1e5, 1][:3 if '--targets=y' in flags else 2]] * 12)
+    columns = ['x', 'y', 'z'] if '--targets=y' in flags else ['width', 'height']
+    write(data / 'train' / 'more.csv', columns, [[1e4, -1e5, 1][:len(columns)]] * 12)
     again = run_ok(f'--run={run}', *EVALUATE, '--plot')
     assert [line for line in first.splitlines() if '±' in line] == [line for line in again.splitlines() if '±' in line] != []
     assert 'Drawn: ' in again and bool(list(run.glob('*_tasks.png'))) == ('--targets=y' in flags)
@@ -277,7 +278,8 @@ def test_damaged_columns_of_a_run(regression, tmp_path, few_tasks):
     flags = [*REGRESSION, f'--data_path={regression}', f'--logdir={tmp_path / "logs"}', '--metatrain_iterations=2']
     run_ok(*flags)
     run, = (tmp_path / 'logs').iterdir()
-    for content in '', '{', '[]', '{"features": {"x": [0, 0]}, "targets": {}}', '{"features": {"x": [NaN, 1]}, "targets": {}}', '{"features": 3}':
+    for content in ('', '{', '[]', '{"features": {"x": [0, 0]}, "targets": {}}', '{"features": {"x": [NaN, 1]}, "targets": {}}',
+                    '{"features": 3}'):
         (run / 'columns.json').write_text(content)
         assert 'columns.json cannot be read, or no training wrote it' in error_of(*flags, *EVALUATE)
     (run / 'columns.json').unlink()

@@ -114,7 +114,8 @@ def test_a_training_needs_no_test_split(tmp_path):
 def test_every_validation_is_shown(tmp_path):
     """Below 500 iterations too: --test_best chooses among them."""
     output = run_ok(*SMALL, f'--data_path={tree(tmp_path)}', f'--logdir={tmp_path / "logs"}', '--save_interval=1')
-    assert 'Validation of model1: ' in output and 'Validation of model2: ' in output and 'did best (--test_best), with an accuracy of' in output
+    assert ('Validation of model1: ' in output and 'Validation of model2: ' in output
+            and 'did best (--test_best), with an accuracy of' in output)
 
 
 @pytest.mark.slow

@@ -36,7 +36,8 @@ def write_shipped(directory, entries):
 
 @pytest.mark.parametrize('directory', SHIPPED)
 def test_what_ships_belongs_together(directory):
-    """Each evaluation has its checkpoint, but of the initial weights, no path is of another machine, and the console log is the run's own."""
+    """Each evaluation has its checkpoint, but of the initial weights, no path is of another machine, and the console log is the run's
+    own."""
     there = checkpoints.iterations(os.path.join(ROOT, directory))
     assert there
     for entry in shipped(os.path.join(ROOT, directory)):
@@ -78,7 +79,8 @@ def test_other_figures_are_reported(tmp_path, capsys):
         figures = [newest.figures[0], dataclasses.replace(newest.figures[1], mean=newest.figures[1].mean + added), *newest.figures[2:]]
         return dataclasses.replace(newest, figures=figures)
 
-    write_shipped(run, [with_mean(0.0032), dataclasses.replace(with_mean(0.0002), ensemble=[70000]), dataclasses.replace(best, iterations=63000)])
+    write_shipped(run, [with_mean(0.0032), dataclasses.replace(with_mean(0.0002), ensemble=[70000]),
+                        dataclasses.replace(best, iterations=63000)])
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(SystemExit) as end:
         zoo.command_line(['check', str(tmp_path)])

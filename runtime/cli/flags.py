@@ -93,8 +93,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
     except flags.UnrecognizedFlagError as error:
         if error.flagname not in REMOVED:
             raise
-        raise UserError(f'--{error.flagname} is no longer a flag: write --run=DIR, which knows what the model was trained with, and the flag '
-                        'without train_ for the evaluation') from error
+        raise UserError(f'--{error.flagname} is no longer a flag: write --run=DIR, which knows what the model was trained with, and the '
+                        'flag without train_ for the evaluation') from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_plain(str(error))) from error
     except OSError as error:

@@ -62,8 +62,8 @@ def read_copy(directory: str, identity: str, trusted: bool) -> NetworkFile:
     has not trained with it and it is not trusted."""
     network = read(os.path.join(directory, FOLDER, os.path.basename(identity)))
     if not trusted and network.checksum not in _trusted():
-        raise UserError(f'{os.path.join(network.folder, network.name)} is code, and you have not trained with it as this user: read it, and '
-                        'add --trust_network to run it')
+        raise UserError(f'{os.path.join(network.folder, network.name)} is code, and you have not trained with it as this user: read it, '
+                        'and add --trust_network to run it')
     return network
 
 
@@ -111,7 +111,8 @@ def _add_file(files, folder, path):
         raise UserError(f'--network: {full} cannot be read: {error.strerror}') from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f' in line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(f'--network: {full} is no Python that can be read: {getattr(error, "msg", None) or first_line(error)}{line}') from error
+        raise UserError(f'--network: {full} is no Python that can be read: '
+                        f'{getattr(error, "msg", None) or first_line(error)}{line}') from error
     for parts in _imported(tree, os.path.dirname(path).split('/') if '/' in path else []):
         for end in range(1, len(parts) + 1):
             for candidate in ('/'.join(parts[:end]) + '.py', '/'.join([*parts[:end], '__init__.py'])):

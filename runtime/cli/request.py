@@ -27,7 +27,8 @@ class Request:
     trained: Mapping[str, Any]      # {flag: value} in the training of the run; in a training the same
     given: frozenset[str]           # the flags on the command line
     run_directory: str | None       # that --run names
-    dropped: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {flag: value} of --method that have no meaning for the source or network
+    # {flag: value} of --method that have no meaning for the source or network
+    dropped: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     network_file: NetworkFile | None = None  # that --network names, or its copy in the run's directory
 
     def __getattr__(self, name: str) -> Any:
@@ -241,6 +242,7 @@ def _refuse_contradictions(values, learnt, stated, directory, may_differ):
         may_differ += OF_IMAGES
     contradictions = [f'--{name}={values[name]} contradicts --{name}={value}' for name, value in learnt.items()
                       if values[name] != value and name not in may_differ]
-    contradictions += [f'--train_{name}={value} contradicts --{name}={learnt[name]}' for name, value in stated.items() if value != learnt[name]]
+    contradictions += [f'--train_{name}={value} contradicts --{name}={learnt[name]}' for name, value in stated.items()
+                       if value != learnt[name]]
     if contradictions:
         raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')

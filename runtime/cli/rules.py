@@ -12,8 +12,8 @@ from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
 
 RIDGE = 'ridge_lambda', 'ridge_scale'
-PATHS = ('logdir', 'data_path', 'split_file', 'network', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run', 'compare',
-         'across')
+PATHS = ('logdir', 'data_path', 'split_file', 'network', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run',
+         'compare', 'across')
 
 
 def check_paths(values: Mapping[str, Any]) -> None:
@@ -101,7 +101,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.tables and 'split' in r.given and not r.group_column,
      '--split={split} is for a table with the labels or tasks of its lines: add --label_column or --task_column, or leave it out'),
     (lambda r: r.tables and bool(r.label_column) and bool(r.task_column), '--label_column and --task_column: give one'),
-    (lambda r: r.tables and bool(r.label_column) and bool(r.targets), '--label_column is for classification, --targets for regression: give one'),
+    (lambda r: r.tables and bool(r.label_column) and bool(r.targets),
+     '--label_column is for classification, --targets for regression: give one'),
     (lambda r: r.tables and bool(r.task_column) and not r.targets, '--task_column needs --targets, the columns to predict'),
     (lambda r: bool(r.split_file) and r.mode != 'predict' and not (r.user_images or r.group_column),
      '--split_file={split_file} of a table needs --label_column or --task_column'),
@@ -114,8 +115,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     # Network
     (lambda r: r.hidden is not None and not re.fullmatch(r'[1-9]\d{0,5}(,[1-9]\d{0,5})*', r.hidden),
      '--hidden={hidden} must be sizes of layers separated by commas, like 40,40'),
-    *((lambda r, name=name: bool(r.network) and name in r.given, f'--{name} is for the networks of this program: leave it out with --network')
-      for name in BUILT_IN_NETWORKS),
+    *((lambda r, name=name: bool(r.network) and name in r.given,
+       f'--{name} is for the networks of this program: leave it out with --network') for name in BUILT_IN_NETWORKS),
     (lambda r: r.input_shape is not None and not re.fullmatch(r'[1-9]\d{0,6}(,[1-9]\d{0,6})*', r.input_shape),
      '--input_shape={input_shape} must be sizes separated by commas, like 6,3'),
     # Method
@@ -143,10 +144,12 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
     *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
-    *((lambda r, name=name: r.values[name] != default(name) and r.head_init != 'ridge', f'--{name} is for --head_init=ridge') for name in RIDGE),
+    *((lambda r, name=name: r.values[name] != default(name) and r.head_init != 'ridge', f'--{name} is for --head_init=ridge')
+      for name in RIDGE),
     (lambda r: r.stop_grad and r.first_order_iterations > 0,
      '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
-    (lambda r: r.recompute and r.engine in ('vmap', 'wide'), '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
+    (lambda r: r.recompute and r.engine in ('vmap', 'wide'),
+     '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
     *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
        f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
@@ -188,7 +191,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
      '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
     *((lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and name in r.given,
-       f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1') for name in ('test_iter', 'test_best')),
+       f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1')
+      for name in ('test_iter', 'test_best')),
     *((lambda r, pair=pair: r.given.issuperset(pair), '--{} and --{} name different checkpoints: give one'.format(*pair))
       for pair in itertools.combinations(('test_best', 'test_iter', 'load_from'), 2)),
     # Prediction

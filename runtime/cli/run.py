@@ -114,7 +114,8 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
-        method=tasks.baseline or ('pre-training' if request.only_pretrains and request.pretrain_labels == 'tasks' else methods.title(request.trained)),
+        method=tasks.baseline or ('pre-training' if request.only_pretrains and request.pretrain_labels == 'tasks' else
+                                  methods.title(request.trained)),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
@@ -166,4 +167,5 @@ def _model_config(request, source, tasks):
         'pretrain_classes': len(source.class_folders('train', tasks.data_path)) if by_classes else 0,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'input_shape': shape, 'mask_seed': request.trained['seed'],
-        'network': request.network_file and network_file.load(request.network_file), 'image_shape': source.image_shape if request.conv else None})
+        'network': request.network_file and network_file.load(request.network_file),
+        'image_shape': source.image_shape if request.conv else None})

@@ -52,7 +52,8 @@ def _with_flags(request):
     if request.tables:
         targets = tuple(name.strip() for name in request.targets.split(',')) if request.targets else ()
         root = os.path.expanduser(request.data_path or '')
-        return dataclasses.replace(request.source, files=Tables(root, targets, _known_columns(request), request.group_column, **_splitting(request)))
+        return dataclasses.replace(request.source, files=Tables(
+            root, targets, _known_columns(request), request.group_column, **_splitting(request)))
     if request.user_images:
         return dataclasses.replace(
             request.source, image_shape=(request.image_size, request.image_size, int(request.image_channels)), rotations=request.rotations,

@@ -27,7 +27,8 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     rules.check_flags(request)
     if request.dropped:
         dropped = ', '.join(f'--{name}={value}' for name, value in request.dropped.items())
-        print(f'--method={request.method} without {dropped}: the source or the network has no use for {"them" if len(request.dropped) > 1 else "it"}')
+        print(f'--method={request.method} without {dropped}: the source or the network has no use for '
+              f'{"them" if len(request.dropped) > 1 else "it"}')
     strategy = 'one' if request.mode == 'predict' else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.

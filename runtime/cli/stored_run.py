@@ -34,8 +34,8 @@ def description(values: Mapping[str, Any]) -> str:
 
 
 def write(directory: str, text: str, columns: Columns | None, network: NetworkFile | None) -> None:
-    """Writes a `description` and comments, or reports that it cannot; and the columns of tables and a network of one's own, or raises UserError:
-    they are part of the model."""
+    """Writes a `description` and comments, or reports that it cannot; and the columns of tables and a network of one's own, or raises
+    UserError: they are part of the model."""
     if network:
         write_copy(directory, network)
     if columns:
@@ -75,7 +75,8 @@ def read(directory: str) -> dict[str, Any]:
         with open(path, encoding='utf-8') as file:
             line = parse([path, *(text for text in file.read().split('\n') if text.strip() and not text.startswith('#'))])
         values = {name: line.values[name] for name in describing_flags()}
-        if line.rest or line.given - values.keys() or any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
+        if line.rest or line.given - values.keys() or any(isinstance(value, float) and not math.isfinite(value)
+                                                          for value in values.values()):
             raise ValueError('it has something else than flags that describe a run')
         return values
     except (OSError, ValueError, UserError, flags.Error) as error:

@@ -28,8 +28,8 @@ def resolve(config: ModelConfig, convolutional: bool, vectorizes: bool = True) -
     """A ModelConfig whose fields `engine` and `jit` are decided.
 
     'auto' is 'vmap' (all tasks in one graph), if the network `vectorizes`, for dense nets, which are small, and on a GPU; else 'map':
-    on a CPU, a task with convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for dense nets,
-    such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives.
+    on a CPU, a task with convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for
+    dense nets, such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives.
     """
     kind = {'tasks': 'map', 'wide': 'vmap'}.get(config.engine, config.engine)  # names in earlier versions
     if kind == 'auto':

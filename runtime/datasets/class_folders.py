@@ -233,8 +233,9 @@ class ClassFolders(FolderOptions):
                   if (images := folder_contents(os.path.join(self.root, name, folder), suffixes).images)]
         if deeper:
             folder, image = deeper[0]
-            return (f'its {len(contents.folders)} folders do, such as {name}/{folder}/{image}: if they are the classes, move them one level '
-                    f'up, or list them in {os.path.join(self.root, splits.MANIFEST)}, in lines like {split},{name}/{folder} below split,class')
+            return (f'its {len(contents.folders)} folders do, such as {name}/{folder}/{image}: if they are the classes, move them one '
+                    f'level up, or list them in {os.path.join(self.root, splits.MANIFEST)}, in lines like {split},{name}/{folder} below '
+                    'split,class')
         if contents.folders or contents.others:
             return f'{_holds(os.path.join(self.root, name))}; convert what are images to PNG or JPEG, or move the folder elsewhere'
         return 'remove it'
@@ -278,8 +279,8 @@ class ClassFolders(FolderOptions):
         paths = [os.path.join(root, folder, image.name) for _, folder, images in classes for image in images]
         bad_image_hint = 'remove them' if own else f'run python {self.script} --force'
         if not own and not os.path.exists(os.path.join(root, PREPARATION_RECORD)):
-            bad_image_hint = (f'they are not prepared: move them elsewhere and run python {self.script} --source=THAT_FOLDER, or take them as '
-                              f'your own images by --datasource=folder --data_path={root}')
+            bad_image_hint = (f'they are not prepared: move them elsewhere and run python {self.script} --source=THAT_FOLDER, or take them '
+                              f'as your own images by --datasource=folder --data_path={root}')
         images, checksum = arrays.cached_array(
             cache, self._fingerprint(classes, image_shape), (len(paths), *image_shape),
             lambda: decode_images(paths, image_shape, own, bad_image_hint, f'decoding {split} images'), self.verify)
@@ -315,7 +316,8 @@ class ClassFolders(FolderOptions):
         """Prints what is strange about the names of the user's own classes, and which folders are not among them."""
         manifest = self._manifest()
         divided = not manifest and not self.unsplit()  # names begin with the split
-        splits.report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()}, self.root)
+        splits.report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()},
+                            self.root)
         listed = {name.split('/')[0] for names in classes.values() for name in names}
         unlisted = [] if self._labelled or self.split_file else sorted(set(subfolders(self.root)) - listed)
         if unlisted:

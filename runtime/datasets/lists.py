@@ -41,8 +41,8 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
             else:
                 labelled[split][label].append(image_file(images[0], os.stat(os.path.join(root, images[0]))))
     if missing:
-        raise UserError(f'{len(missing)} of the {len(missing) + len(line_of)} images that are listed are not in {root}, first {missing[0]}; '
-                        'remove their lines, or give the folder of the images as --data_path')
+        raise UserError(f'{len(missing)} of the {len(missing) + len(line_of)} images that are listed are not in {root}, first '
+                        f'{missing[0]}; remove their lines, or give the folder of the images as --data_path')
     if None in labelled and len(labelled) > 1:
         raise UserError(f'--split_file={paths} gives only some of the images a split')
     return {split: {label: sorted(images) for label, images in sorted(by_label.items())} for split, by_label in labelled.items()}

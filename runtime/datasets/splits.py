@@ -52,7 +52,8 @@ class Splitting:
         """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
         rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root)]
         if self.split_given and rows != split_classes([name for _, name in rows], self.split_ratios, manifest):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to split again')
+            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to split '
+                            'again')
         return rows
 
 

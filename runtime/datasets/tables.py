@@ -26,8 +26,8 @@ from runtime.system.schema import checked
 
 COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what standardises them
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
-LAYOUT = ('it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class; or be a csv '
-          'file with a column that says it, --task_column or --label_column')
+LAYOUT = ('it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class; or be a '
+          'csv file with a column that says it, --task_column or --label_column')
 SHOWN = 10                     # bad tables, or columns, by name in a message
 Result = TypeVar('Result')
 
@@ -113,8 +113,8 @@ class Tables(splits.Splitting):
     def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
         """The lines of each task or class of some sheets, {name: sheet} in the order of names."""
         if not self.group_column:
-            raise UserError(f'{self.root} is a file with the columns {", ".join(sheets[0].columns)}: --label_column names the one with the class '
-                            'of each line, or --task_column the one with its task')
+            raise UserError(f'{self.root} is a file with the columns {", ".join(sheets[0].columns)}: --label_column names the one with the '
+                            'class of each line, or --task_column the one with its task')
         groups: dict[str, Sheet] = {}
         for sheet in sheets:
             if self.group_column not in sheet.columns:
@@ -166,7 +166,8 @@ class Tables(splits.Splitting):
                             f'{", ".join(sheet.columns)}')
         features = [name for name in sheet.columns if name not in self.target_names]
         if not features:
-            raise UserError(f'--targets={",".join(self.target_names)} names all columns of {sheet.path}, which leaves nothing to predict from')
+            raise UserError(f'--targets={",".join(self.target_names)} names all columns of {sheet.path}, which leaves nothing to predict '
+                            'from')
         if not self.target_names and CLASS in features:
             raise UserError(f'{sheet.path} has a column {CLASS}, but each csv file is a class; remove that column, or name it by '
                             f'--label_column={CLASS}, or the columns to predict by --targets')
@@ -274,8 +275,8 @@ def _check_form(sheet):
         raise UserError(f'the first line of {sheet.path} must name each column, all differently, and is {",".join(columns)[:100]}')
     ragged = [(number, len(row)) for number, row in zip(sheet.lines, sheet.rows) if len(row) != len(columns)]
     if ragged:
-        raise UserError(f'{sheet.path} has {len(columns)} columns and {counted(len(ragged), "line")} with another number of cells, first line '
-                        f'{ragged[0][0]} with {ragged[0][1]}')
+        raise UserError(f'{sheet.path} has {len(columns)} columns and {counted(len(ragged), "line")} with another number of cells, first '
+                        f'line {ragged[0][0]} with {ragged[0][1]}')
 
 
 def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
@@ -312,7 +313,8 @@ def _has_decimal_commas(cells: Iterable[str]) -> bool:
     be thousands like 1,500."""
     written = [cell.strip() for cell in cells if not math.isfinite(as_number(cell)) or '.' in cell]
     numbers = [cell for cell in written if math.isfinite(as_number(cell, True))]
-    return any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers) and not any('.' in cell for cell in numbers)
+    return (any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers)
+            and not any('.' in cell for cell in numbers))
 
 
 def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
@@ -325,8 +327,8 @@ def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
                if any(_is_rounded(row[index]) for row in sheet.rows)]
     if rounded:
         sheet, name = rounded[0]
-        print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it numbers '
-              'the rows, remove it')
+        print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it '
+              'numbers the rows, remove it')
 
 
 def _is_rounded(cell):

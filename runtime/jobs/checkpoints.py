@@ -367,7 +367,8 @@ def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
 
 def _with_last_layer(arrays, variables, last_layer, starts):
     """Arrays without a last layer that the model lacks, and with one that only the model has, if a training starts."""
-    arrays = {name: array for name, array in arrays.items() if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
+    arrays = {name: array for name, array in arrays.items()
+              if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
     fresh = [name for name in last_layer if starts and name in variables]
     return {**{name: variables[name].numpy() for name in fresh}, **arrays}
 

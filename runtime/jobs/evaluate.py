@@ -83,7 +83,8 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
         results += of_model
         for result in of_model if run.replicas.chief else ():
             name = reference_name(run, restored, result.variant)
-            save(run.directory, entry_of(run, tasks, restored, seen_classes, result), result.values, name, lambda: check_still_there(restored))
+            save(run.directory, entry_of(run, tasks, restored, seen_classes, result), result.values, name,
+                 lambda: check_still_there(restored))
             written += [f'{name}.csv and .pkl'] if name else []
     report(run, results, written)
     if run.plot and run.replicas.chief:
@@ -98,7 +99,8 @@ def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
-    print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. Written to {run.directory}: {", ".join(written)}')
+    print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. '
+          f'Written to {run.directory}: {", ".join(written)}')
 
 
 def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensemble]:
@@ -129,8 +131,8 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
              f'{restored.prefix} ({described})']
     if seen_classes:
         what = 'have the names of classes that' if run.datasource != restored.trained_on else 'are among those that'
-        lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} {what} '
-                     f'the model was trained on, such as {seen_classes[0]}')
+        lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} '
+                     f'{what} the model was trained on, such as {seen_classes[0]}')
     if restored.provenance and run.datasource == restored.trained_on:
         now, examples = Provenance({run.split: tasks.fingerprint}), 'images' if run.source.image_shape else 'data'
         lines += [f'Note: {sentence}' for sentence in differences(restored.provenance, now, 'the model', examples).values()]
@@ -145,8 +147,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
-        training=store.Training('random initialisation' if restored.iterations == 0 else run.method, run.pretrain_iterations, run.metatrain_iterations,
-                                {**run.learning_flags, 'datasource': restored.trained_on},
+        training=store.Training('random initialisation' if restored.iterations == 0 else run.method, run.pretrain_iterations,
+                                run.metatrain_iterations, {**run.learning_flags, 'datasource': restored.trained_on},
                                 restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
@@ -154,8 +156,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
             count=run.num_test_tasks, data=tasks.fingerprint, facts=facts),
         setting=store.Setting(
             query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders,
-            update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates, headline_updates=run.headline_updates,
-            load_from=run.load_from and os.path.abspath(run.load_from)),
+            update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates,
+            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from)),
         known_classes=list(seen_classes), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
                   **arithmetic(restored.model.config.engine, run.replicas.count)},
@@ -219,7 +221,8 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     is_standard = (is_newest and variant == ('batch', 'own', '') and run.datasource == run.trained_on
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
-                   and run.test_updates == max(run.model.num_updates, run.source.test_updates) and run.model.inner_batch == run.learning_flags['inner_batch'])
+                   and run.test_updates == max(run.model.num_updates, run.source.test_updates)
+                   and run.model.inner_batch == run.learning_flags['inner_batch'])
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 

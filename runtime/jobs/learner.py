@@ -53,8 +53,8 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
     request = resolve(parse(['load', *flags]))
     source, tasks = source_and_tasks(request)
     if not source.supervised:
-        raise UserError(f'{os.fspath(run)} has a policy of {request.datasource}, which learns from episodes, not from examples: evaluate it '
-                        'by --train=False, or use runtime.jobs.models.Navigator')
+        raise UserError(f'{os.fspath(run)} has a policy of {request.datasource}, which learns from episodes, not from examples: evaluate '
+                        'it by --train=False, or use runtime.jobs.models.Navigator')
     import_tensorflow()
     return Learner(make_run(request, source, tasks))
 

@@ -86,4 +86,5 @@ def diverged(run: Training, what: str) -> UserError:
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     skipping = '' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'
-    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr' + (f' or --meta_lr{skipping}' if run.source.supervised else ''))
+    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr'
+                     + (f' or --meta_lr{skipping}' if run.source.supervised else ''))

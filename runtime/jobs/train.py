@@ -89,7 +89,8 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> P
     tasks = data['train']
     return Provenance(data={split: of_split.fingerprint for split, of_split in data.items()}, data_path=path and os.path.abspath(path),
                       weights=weights, arithmetic=[arithmetic(model.config.engine, run.replicas.count)], program=program(),
-                      classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums())) if isinstance(tasks, ClassTasks) else {})
+                      classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums()))
+                      if isinstance(tasks, ClassTasks) else {})
 
 
 def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainState, Provenance]:
@@ -119,7 +120,8 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']
     changes = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
-    refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from')) if name in changes]
+    refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from'))
+               if name in changes]
     if refused:
         sentences, cures = zip(*refused)
         raise UserError(f'{"; ".join(sentences)}; {" and ".join(cures)}, or {hint}')
@@ -140,8 +142,8 @@ def shared_by_default(run: Training, checkpoint: checkpoints.Checkpoint) -> str:
     status = os.stat(checkpoint.prefix + '.index')
     owner = 'you' if status.st_uid == os.getuid() else f'user {status.st_uid}'
     saved = time.strftime('%Y-%m-%d %H:%M', time.localtime(status.st_mtime))
-    return (f', which {owner} saved on {saved}. --logdir={folder} is the default and shared by all users and studies: to leave that run as it '
-            'is, give another --logdir')
+    return (f', which {owner} saved on {saved}. --logdir={folder} is the default and shared by all users and studies: to leave that run as '
+            'it is, give another --logdir')
 
 
 def prepare_directory(run: Training, state: TrainState, model: Model, provenance: Provenance) -> None:
@@ -149,7 +151,8 @@ def prepare_directory(run: Training, state: TrainState, model: Model, provenance
     later = any(iteration > state.iteration for iteration in checkpoints.iterations(run.directory))
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
-        print(f'{"Later checkpoints" if later else "Summaries and results of an earlier training, which saved no checkpoint,"} were moved to {moved}')
+        what = 'Later checkpoints' if later else 'Summaries and results of an earlier training, which saved no checkpoint,'
+        print(f'{what} were moved to {moved}')
     stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source), run.network_file)
     try:
         checkpoints.try_saving(run.directory, model.state())
@@ -164,11 +167,12 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
     if state.skipped:
         print(f'{state.skipped} of {state.iteration} iterations were skipped (non-finite loss or gradient)')
     if state.skipped == state.iteration and not interruption.signal:
-        raise UserError(f'nothing was learnt: no iteration had a finite loss and gradient, so all were skipped; {newest} has the weights of '
-                        'the start. Lower --update_lr or --meta_lr')
+        raise UserError(f'nothing was learnt: no iteration had a finite loss and gradient, so all were skipped; {newest} has the weights '
+                        'of the start. Lower --update_lr or --meta_lr')
     if not interruption.signal or saver.iteration == run.iterations:
         best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
-                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g} on {run.validation_tasks} tasks')
+                               f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g} on '
+                               f'{run.validation_tasks} tasks')
         print(f'The last checkpoint is {newest}{best or ""}')
         return
     without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
@@ -305,8 +309,8 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
 def validate(run: Training, model: Model, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> tuple[float, float]:
-    """The mean metric of validation tasks before and after adaptation; NaN if there are none. Prints it and writes summaries, with figures when
-    `saving`."""
+    """The mean metric of validation tasks before and after adaptation; NaN if there are none. Prints it and writes summaries, with figures
+    when `saving`."""
     if tasks is None:
         return math.nan, math.nan
     updates = usual_updates(run.model.num_updates, run.source.validation_updates)
@@ -346,7 +350,8 @@ def score(run: Training, before: float, after: float) -> float:
 
 
 def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
-    """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be finite."""
+    """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be
+    finite."""
     if not math.isfinite(candidate['score']):
         return ranking
     sign = -1 if UNITS[run.metric].higher_is_better else 1

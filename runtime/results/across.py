@@ -131,6 +131,6 @@ def records(matrices: Sequence[Matrix]) -> render.Table:
         for (row, column), evaluation in sorted(matrix.cells.items(), key=lambda item: item[0]):
             num_known = len(evaluation.entry.known_classes)
             tasks = ', '.join(filter(None, [matrix.targets[column], matrix.common]))
-            rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, num_known, tasks, UNITS[matrix.metric].title,
-                         evaluation.headline_updates, *matrix.statistics[row, column], evaluation.path])
+            rows.append([matrix.labels[row], evaluation.trained_on, evaluation.entry.tasks.datasource, num_known, tasks,
+                         UNITS[matrix.metric].title, evaluation.headline_updates, *matrix.statistics[row, column], evaluation.path])
     return render.Table('', COLUMNS, rows)

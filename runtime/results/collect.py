@@ -81,7 +81,8 @@ def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[E
         directories = result_directories(folder)
         without += [] if directories else [folder]
         for directory in directories:
-            evaluations.setdefault(os.path.realpath(directory), [Evaluation(directory, user_label, entry) for entry in entries_of(directory)])
+            evaluations.setdefault(os.path.realpath(directory),
+                                   [Evaluation(directory, user_label, entry) for entry in entries_of(directory)])
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
         if len(without) == len(folders):

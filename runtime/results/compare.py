@@ -46,7 +46,8 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     left_out = '; '.join(f'{evaluation.path} on {describe_tasks(evaluation.entry.tasks)}' for evaluation in single)
     if not comparisons:
         raise UserError(f'there is only one evaluation, {left_out}; evaluate another run on the same tasks' if len(single) == 1 else
-                        f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on several sources')
+                        f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on '
+                        'several sources')
     remarks = [f'Left out, because nothing else was evaluated on the same tasks: {left_out}'] if single else []
     if plot:
         remarks += draw(comparisons, os.path.join(split_name(folders[0])[1], 'comparison'), plot_format, against)
@@ -128,7 +129,8 @@ class Comparison:
                       for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
         self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
         self.headline = [evaluation.headline_values for evaluation in evaluations]
-        columns_of_each = [dict(zip(column_titles(evaluation.entry.setting.test_updates), evaluation.values.T)) for evaluation in evaluations]
+        columns_of_each = [dict(zip(column_titles(evaluation.entry.setting.test_updates), evaluation.values.T))
+                           for evaluation in evaluations]
         common = [title for title in columns_of_each[0] if all(title in columns for columns in columns_of_each)]
         self.rows = {title: [columns[title] for columns in columns_of_each] for title in common}
         if len({evaluation.headline_updates for evaluation in evaluations}) > 1:
@@ -240,12 +242,14 @@ def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
     flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
     flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
-    return [{'': evaluation.method, **{name: evaluation.flag(name) for name in flags if not (name in BUILT_IN_NETWORKS and evaluation.flag('network'))},
+    return [{'': evaluation.method,
+             **{name: evaluation.flag(name) for name in flags if not (name in BUILT_IN_NETWORKS and evaluation.flag('network'))},
              **identity, **_beyond_the_flags(evaluation)} for evaluation, identity in zip(evaluations, _identities(evaluations))]
 
 
 def _identities(evaluations):
-    """For each evaluation {what it was trained from: which}. What is not known of one is taken to be what it is of all others, if they agree."""
+    """For each evaluation {what it was trained from: which}. What is not known of one is taken to be what it is of all others, if they
+    agree."""
     identities = [provenance.identity(evaluation.entry.training.provenance) for evaluation in evaluations]
     values = {name: {identity[name] for identity in identities} - {None} for name in identities[0]}
     return [{name: of_all.copy().pop() if len(of_all) == 1 else identity[name] or 'not known' for name, of_all in values.items()}
@@ -279,8 +283,8 @@ def _beyond_the_flags(evaluation):
             values[f'evaluation {name}'] = getattr(setting, name)
     if setting.load_from:
         values['load_from'] = setting.load_from
-    return {**values, 'head': setting.head, 'labels': setting.orders_text, 'test_updates': setting.test_updates, 'query_norm': setting.query_norm,
-            'checkpoint': evaluation.entry.checkpoint}
+    return {**values, 'head': setting.head, 'labels': setting.orders_text, 'test_updates': setting.test_updates,
+            'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
 
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -378,7 +382,8 @@ def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
     figures = comparison.figures(comparison.lines, [comparison.headline])
     titles = ['difference', *p_titles(figures)]
-    rows = [[line.label, line.updates, *of_line.cells(comparison.digits, titles[1:])] for line, of_line in zip(comparison.lines, figures[0])]
+    rows = [[line.label, line.updates, *of_line.cells(comparison.digits, titles[1:])]
+            for line, of_line in zip(comparison.lines, figures[0])]
     rows[0][-len(titles):] = [''] * len(titles)
     return render.Table(comparison.title, ['run', 'updates', comparison.unit, *titles], rows, notes=[test_note(figures)])
 

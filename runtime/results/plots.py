@@ -81,7 +81,8 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
         updates, low, high = np.arange(len(mean)) - (label in without_updates), mean - half, mean + half
         drawn += axes.plot(updates[first:], mean[first:], markersize=4, zorder=3,
                            label=f'{_plain(label)} (before adaptation: {number(mean[0], unit.digits)})', **style)
-        axes.fill_between(updates[first:], low[first:], high[first:], color=style['color'], alpha=0.2, linewidth=2 * (label in without_updates))
+        axes.fill_between(updates[first:], low[first:], high[first:], color=style['color'], alpha=0.2,
+                          linewidth=2 * (label in without_updates))
         if first:
             axes.errorbar(0, mean[0], half[0], markersize=5, markerfacecolor='none', **{**style, 'linestyle': 'none'})
         bounds.append(np.array([low, high])[:, 1:])
@@ -90,8 +91,9 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
     longest = max(values.shape[-1] - 1 - (label in without_updates) for label, values in runs.items())
     bottom, top = axes.get_ylim()
     has_mark = first and any(bottom <= mark <= top for mark in marks)
-    axes.set(xlabel='inner updates' + (f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''),
-             xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)), ylabel=f'{"query " * first}{unit.title}\n(band: 95% interval)',
+    remark = f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''
+    axes.set(xlabel='inner updates' + remark, xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)),
+             ylabel=f'{"query " * first}{unit.title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     _finish(figure, axes, heading, runs)
     return figure
@@ -282,8 +284,8 @@ def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -
     right = np.sum(after == np.argmax(batch.query_y[0], axis=-1))
     shown = names[:SHOWN_CLASSES]
     figure = Figure(figsize=(1.25 * (shots + queries) + 0.8, 1.5 * len(shown) + 1.3), layout='constrained')
-    text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query images, '
-            f'with the class predicted before → after adaptation ({counted(num_updates, "update")}) and its probability; '
+    text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query '
+            f'images, with the class predicted before → after adaptation ({counted(num_updates, "update")}) and its probability; '
             f'{right} of {total} are right')
     figure.suptitle(_plain('\n'.join(textwrap.wrap(text, int(16 * figure.get_figwidth())))), fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
@@ -321,7 +323,8 @@ def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndar
     heights = [1.45 * rows[0] + 0.4, 1.8 * rows[1] + 0.4]
     figure = Figure(figsize=(1.35 * columns, sum(heights)), layout='constrained')
     more = f' (the first {shown_query} of {len(task.names)})' if len(task.names) > shown_query else ''
-    titles = [f'support: what the model was adapted to{_first_classes(len(classes))}', f'query: the class predicted, and its probability{more}']
+    titles = [f'support: what the model was adapted to{_first_classes(len(classes))}',
+              f'query: the class predicted, and its probability{more}']
     for part, title, tiles, count in zip(figure.subfigures(2, 1, height_ratios=heights), titles, (support, query), rows):
         part.suptitle(title, fontsize='medium')
         panels = part.subplots(count, columns, squeeze=False).ravel()

@@ -47,7 +47,8 @@ class Provenance:
     @property
     def comments(self) -> str:
         """Lines for a file of flags that say it."""
-        return ''.join(f'# {name}: {json.dumps(value, default=vars)}\n' for name, value in vars(self.without_classes).items() if name != 'classes')
+        return ''.join(f'# {name}: {json.dumps(value, default=vars)}\n' for name, value in vars(self.without_classes).items()
+                       if name != 'classes')
 
     def continued(self, now: 'Provenance') -> 'Provenance':
         """That of a model whose training goes on now."""
@@ -65,7 +66,8 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
     compared = then.data.keys() | now.data.keys() if now.is_known else then.data.keys() & now.data.keys()
     splits = [split for split in sorted(compared) if then.data.get(split) != now.data.get(split)]
     if splits:
-        moved = f' (then in {then.data_path}, now in {now.data_path})' if None not in {then.data_path, now.data_path} and then.data_path != now.data_path else ''
+        moved = (f' (then in {then.data_path}, now in {now.data_path})'
+                 if None not in {then.data_path, now.data_path} and then.data_path != now.data_path else '')
         sentences['data'] = f'the {examples} of the {" and ".join(splits)} split are not those that {model} was trained on{moved}'
     if then.is_known and now.weights:
         sentences.update(_weights_differ(then.weights, now.weights, model))
@@ -88,7 +90,8 @@ def _weights_differ(then, given, model):
 
 
 def identity(provenance: Provenance | None) -> dict[str, Any]:
-    """{name: value} by which models of equal flags differ; None where it is not known. Arithmetic is not of them: it differs by rounding."""
+    """{name: value} by which models of equal flags differ; None where it is not known. Arithmetic is not of them: it differs by
+    rounding."""
     if provenance is None:
         return {'training data': None, 'starting weights': None}
     weights = provenance.weights

@@ -37,7 +37,8 @@ def as_text(table: Table) -> str:
     """For a terminal."""
     cells = [table.columns, *([str(cell) or '-' for cell in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in cells]
+    lines = ['  '.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+             for row in cells]
     legend = [*(f'  {line}' for line in table.legend), ''] if table.legend else []
     return '\n'.join([table.title, '', *legend, *(f'  {line}' for line in lines), *(f'  ({note})' for note in table.notes)])
 

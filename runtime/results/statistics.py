@@ -20,7 +20,8 @@ class Unit(NamedTuple):
     factor: int                     # from the unit of the scores to the one that is shown
     digits: int                     # after the point
     higher_is_better: bool
-    limits: tuple[int, int | None] | None  # of the axis of a picture; None at the top: diverged values must be cut off; no limits: matplotlib's
+    # Of the axis of a picture; None at the top: diverged values must be cut off; no limits: matplotlib's.
+    limits: tuple[int, int | None] | None
     starts_with_support: bool = True  # the first column is of support rows, another quantity than the others
 
 

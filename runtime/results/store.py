@@ -127,7 +127,8 @@ def column_titles(test_updates: int) -> list[str]:
 def figures_of(values: np.ndarray, spread: np.ndarray | None = None) -> list[Figures]:
     """The figures of an Entry, given its scores [tasks, columns], and their spread over orders of the labels, if there are several."""
     spreads = [None] * values.shape[1] if spread is None else spread.mean(axis=0).tolist()
-    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)), bootstrap(values).tolist(), spreads)]
+    return [Figures(*column) for column in zip(*(statistic.tolist() for statistic in statistics(values)),
+                                               bootstrap(values).tolist(), spreads)]
 
 
 def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool = False) -> str:
@@ -168,7 +169,8 @@ def changing(directory: str) -> contextlib.AbstractContextManager:
 
 
 def move_later(directory: str, iteration: int, folder: Callable[[], str]) -> None:
-    """Moves the evaluations of checkpoints after an iteration to files of the same names in a folder, which is called for if there are any."""
+    """Moves the evaluations of checkpoints after an iteration to files of the same names in a folder, which is called for if there are
+    any."""
     for name in SHIPPED_FILE, FILE:
         path = os.path.join(directory, name)
         entries = _read_if_present(path)
@@ -189,7 +191,8 @@ def write(path: str, entries: list[Entry]) -> None:
 def write_reference_files(stem: str, values: np.ndarray) -> None:
     """Writes values [tasks, 1 + updates] to <stem>.csv and <stem>.pkl as the reference does; raises OSError if it cannot. The csv
     file has the header update0,update1,... and the rows mean, std, ci95; the pickle holds {'mses': values}."""
-    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])], *np.float32(statistics(values))])  # float32 is written with the digits it has
+    write_csv(stem + '.csv', [[f'update{updates}' for updates in range(values.shape[1])],
+                              *np.float32(statistics(values))])  # float32 is written with the digits it has
     write_atomically(stem + '.pkl', lambda file: pickle.dump({'mses': values}, file))
 
 

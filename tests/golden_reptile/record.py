@@ -95,8 +95,8 @@ def main(checkout, out):
             (support_x, support_y), (query_x, query_y) = map(arrays_of, split[-1])
             arrays |= {f'{name}/support_x': support_x, f'{name}/support_labels': support_y, f'{name}/query_x': query_x,
                        f'{name}/query_labels': query_y, f'{name}/logits': logits_of[0]}
-    arrays['config'] = json.dumps({'way': WAY, 'update_batch_size': SHOTS, 'update_lr': RATE, 'num_updates': STEPS, 'meta_lr': EPSILON, 'dim_hidden': HIDDEN,
-                                   'evaluated_updates': 2 * STEPS})
+    arrays['config'] = json.dumps({'way': WAY, 'update_batch_size': SHOTS, 'update_lr': RATE, 'num_updates': STEPS, 'meta_lr': EPSILON,
+                                   'dim_hidden': HIDDEN, 'evaluated_updates': 2 * STEPS})
     np.savez(out, **arrays)
 
 
