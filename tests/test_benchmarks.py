@@ -9,6 +9,7 @@ import pytest
 
 import gpu
 import step
+import step_profile
 from conftest import ROOT
 from workloads import SINUSOID, WORKLOADS, in_process, processor
 
@@ -49,6 +50,26 @@ def test_the_table_against_the_floor_names_kernel_and_processor(monkeypatch, cap
     title, _, row = capsys.readouterr().out.splitlines()
     assert title.startswith(f'GEMM 200 GFLOP/s (OpenBLAS Zen) on {os.cpu_count()} cores, {processor()};')
     assert row.split()[1:4] == [f'{floor:.3f}', f'{4 * floor:.3f}', '25%']
+
+
+def test_a_profile_counts_each_moment_once(tmp_path):
+    """Operations have the time in which none within them runs; one may begin when another ends."""
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+    space = xplane_pb2.XSpace()
+    plane = space.planes.add(name='/host:CPU')
+    for number, name in enumerate(['train', 'gradients/add:AddN_12', 'fusion.3', 'Sum']):
+        plane.event_metadata[number].name = name
+    line = plane.lines.add()
+    for number, start, length in (1, 10, 40), (0, 0, 100), (2, 20, 5), (3, 50, 30), (2, 25, 10):
+        line.events.add(metadata_id=number, offset_ps=start, duration_ps=length)
+    (tmp_path / 'profile').write_bytes(space.SerializeToString())
+    times = [(name, round(seconds * 1e12)) for name, seconds in step_profile.own_times(str(tmp_path / 'profile'))]
+    assert sorted(times) == [('AddN', 25), ('Sum', 30), ('fusion', 5), ('fusion', 10), ('train', 30)]
+
+
+def test_shares_of_a_step():
+    shares, seconds = step_profile.shares(SINUSOID, steps=2)
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0 < seconds
 
 
 def run_gpu(monkeypatch, compute, *arguments):
