@@ -329,8 +329,14 @@ def own_images(tmp_path):
     return tmp_path
 
 
+def names_once_split(source, split, root):
+    """The classes of a split, which is written down if it was not yet."""
+    source.folders(str(root)).record_split({})
+    return source.class_folders(split, str(root))
+
+
 def test_class_folders_are_split_once_and_written_down(own_images, capsys):
-    splits = {split: FOLDER.class_folders(split, str(own_images)) for split in SPLITS}
+    splits = {split: names_once_split(FOLDER, split, own_images) for split in SPLITS}
     assert [len(names) for names in splits.values()] == [7, 1, 2]
     assert sorted(sum(splits.values(), [])) == sorted(path.name for path in own_images.iterdir() if path.is_dir()
                                                       and not path.name.startswith('.'))
@@ -339,7 +345,7 @@ def test_class_folders_are_split_once_and_written_down(own_images, capsys):
     # A class that comes later does not change the split of the others; nor do other shares.
     write_image_tree(own_images, ['later'], images=3, size=(12, 20, 3))
     other = dataclasses.replace(FOLDER, split_ratios=(1, 1, 1))
-    assert {split: other.class_folders(split, str(own_images)) for split in SPLITS} == splits
+    assert {split: names_once_split(other, split, own_images) for split in SPLITS} == splits
 
 
 def test_the_split_depends_on_the_names_alone(own_images, tmp_path_factory):
@@ -401,7 +407,7 @@ def test_sixteen_bits_become_eight(tmp_path):
 
 def test_a_split_without_classes_to_train_on_is_refused_and_not_written(own_images):
     with pytest.raises(UserError, match='--split=1/1/100 leaves no class of the 10'):
-        dataclasses.replace(FOLDER, split_ratios=(1, 1, 100)).class_folders('train', str(own_images))
+        names_once_split(dataclasses.replace(FOLDER, split_ratios=(1, 1, 100)), 'train', own_images)
     assert not (own_images / 'splits.csv').exists()
 
 
@@ -476,7 +482,7 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
     for number in range(10):
         (tmp_path / f'class{number}').mkdir()
     source = dataclasses.replace(SOURCES['folder'], split_ratios=(60, 20, 20), split_given=True)
-    first = source.class_folders('val', str(tmp_path))
+    first = names_once_split(source, 'val', tmp_path)
     assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
     with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
         dataclasses.replace(source, split_ratios=(40, 30, 30)).class_folders('val', str(tmp_path))
@@ -488,7 +494,7 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
 def test_classes_that_came_later_are_named(tmp_path, capsys):
     for number in range(10):
         (tmp_path / f'class{number}').mkdir()
-    FOLDER.class_folders('train', str(tmp_path))
+    names_once_split(FOLDER, 'train', tmp_path)
     assert 'Ignored' not in capsys.readouterr().out
     for name in 'late', 'later':
         (tmp_path / name).mkdir()

@@ -298,6 +298,7 @@ def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_dat
 
 @pytest.mark.parametrize('flags, words', [
     (['--head_init=shared', '--inner_weights=body'], '--inner_weights=body keeps them equal'),
+    (['--head_init=new', '--inner_weights=body'], '--head_init=new starts with equal outputs for all classes'),
     (['--num_updates=0'], '--num_updates=0 needs a last layer'), (['--num_updates=0', '--head_init=shared'], '--num_updates=0 needs'),
     (['--method=protonet', '--stop_grad'], '--stop_grad is about the inner updates of the training'),
     (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),

@@ -24,6 +24,7 @@ from runtime.cli import flags, methods, rules, startup, workers
 from runtime.cli.request import resolve
 from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
+from runtime.jobs.learner import load
 from runtime.system.errors import UserError
 from utils import rows_of_step
 
@@ -583,6 +584,9 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     assert '--ensemble=3: all 2 checkpoints that were validated and kept' in run_ok(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
+    assert isinstance(load(directory).model, Ensemble)
+    chosen = load(directory, checkpoint=2)
+    assert os.path.basename(chosen.checkpoint) == 'model2' and not isinstance(chosen.model, Ensemble)
 
 
 @pytest.mark.slow
@@ -671,6 +675,7 @@ def test_presets_are_the_table_and_flags_override_them():
     (['--outer=reptile', '--multi_step_loss=5'], '--multi_step_loss is about a gradient'),
     (['--outer=reptile', '--learn_lr=step'], '--learn_lr is about a gradient'),
     (['--outer=reptile', '--first_order_iterations=5'], '--first_order_iterations is about a gradient'),
+    (['--outer=reptile', '--inner_weights=head'], '--inner_weights=head leaves the other weights as they were drawn'),
     (['--outer=reptile', '--query_norm=support'], 'learns from support examples alone'),
     (['--query_norm=both'], '--query_norm=both is for evaluation'), (['--recompute', '--engine=wide'], 'leave out --engine=wide'),
     (['--recompute', '--engine=vmap'], 'leave out --engine=vmap'),

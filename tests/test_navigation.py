@@ -342,7 +342,7 @@ def test_no_step_for_many_iterations_ends_in_a_sentence(tmp_path, eager, monkeyp
 
 @pytest.mark.parametrize('flag', ['--norm=batch_norm', '--meta_lr=0.1', '--num_updates=2', '--inner_weights=head', '--engine=map',
                                   '--num_classes=3', '--method=anil', '--strategy=mirrored', '--ensemble=2', '--predict',
-                                  '--learn_lr=layer'])
+                                  '--learn_lr=layer', '--method=boil', '--method=reptile'])
 def test_flags_that_mean_nothing_are_refused(flag, tmp_path):
     sentence = error_of(*FLAGS, flag, '--metatrain_iterations=3', f'--logdir={tmp_path}')
-    assert 'navigation' in sentence and flag.split('=')[0][2:] in sentence.replace('inner_weights', 'inner_weights method')
+    assert 'navigation' in sentence and flag.split('=')[0][2:] in sentence.replace('method', 'inner_weights method')

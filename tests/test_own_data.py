@@ -68,6 +68,16 @@ def test_folders_of_splits_are_taken_for_what_they_are(names, beside, inner, tmp
                 if beside else 'Left out' not in said), said
 
 
+def test_a_split_is_refused_where_folders_say_it(tmp_path):
+    write(tmp_path, 'val/a', 'test/b', 'train/c')
+    with pytest.raises(UserError, match='says which classes are for train, val and test; leave out --split=64/16/20'):
+        own(tmp_path, split_given=True).names('train')
+
+
+def test_label_column_of_folders_is_refused(tmp_path):
+    assert 'add --split_file' in error_of('--datasource=folder', f'--data_path={tmp_path}', '--label_column=breed')
+
+
 def test_two_folders_of_one_split(tmp_path):
     write(tmp_path, 'val/a', 'valid/b', 'train/c')
     with pytest.raises(UserError, match='holds both val and valid; rename one'):
@@ -163,12 +173,13 @@ def test_the_split_is_kept_with_the_run(tmp_path, monkeypatch, capsys):
     """On a disk that cannot be written to. Classes that come later do not change it."""
     root, kept = write(tmp_path / 'data', *(f'class{number}' for number in range(10))), tmp_path / 'run' / 'splits.csv'
     make_read_only(root, monkeypatch)
+    own(root, kept_manifest=str(kept)).record_split({})
     before = [own(root, kept_manifest=str(kept)).names(split) for split in SPLITS]
     assert kept.exists() and f'the list is in {kept}' in capsys.readouterr().out
     write(root, *(f'later{number}' for number in range(10)))
     assert [own(root, kept_manifest=str(kept)).names(split) for split in SPLITS] == before
     with pytest.raises(UserError, match='the split of the classes cannot be written to .*make a folder writable'):
-        own(root).names('train')
+        own(root).record_split({})
 
 
 def test_bad_images_are_decoded_once(tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ def test_starting_anew_puts_the_summaries_aside(tmp_path):
     for path in directory_of(tmp_path).glob('model*'):
         path.unlink()
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100', '--resume=False')
-    assert 'Summaries and results of an earlier training, which saved no checkpoint, were moved to' in output
+    assert 'Summaries and results that were there before this training were moved to' in output
     assert len(list(directory_of(tmp_path).glob('events*'))) == len(list(directory_of(tmp_path).glob('earlier1/events*'))) == 1
 
 
@@ -201,6 +201,10 @@ def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=4', '--save_interval=2', '--validation_tasks=7')
     assert counts == [7, 7] and re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
     assert '--validation_tasks=7' in (directory_of(tmp_path) / 'run.flags').read_text()
+    monkeypatch.setattr(training, 'ranked', lambda run, ranking, candidate: ranking)  # the earlier ones stay best
+    output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=6', '--save_interval=2', '--validation_tasks=9')
+    assert 'Note: checkpoints were ranked on 7 tasks of meta-validation, and are on 9 from here on' in output
+    assert re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
 
 
 def test_a_score_that_is_no_number_is_not_the_best():

@@ -194,6 +194,11 @@ def test_a_signed_rank_test_where_differences_are_far_from_normal():
     base, normal, heavy = rng.normal(size=50), rng.normal(size=50), rng.standard_cauchy(size=50)
     assert statistics.paired_test(base + normal, base) == (stats.ttest_rel(base + normal, base).pvalue, False)
     assert statistics.paired_test(heavy, np.zeros(50)) == (stats.wilcoxon(heavy, zero_method='pratt').pvalue, True)
+    tied = np.float32([0.8, 0.2, 0.6, 0.4, 0.4] * 20 + [9.0, -9.0, 8.0])  # the differences are 0.2, but for rounding
+    others = np.float32([0.6, 0.4, 0.4, 0.2, 0.4] * 20 + [0.0, 0.0, 0.0])
+    exact = np.array([0.2, -0.2, 0.2, 0.2, 0.0] * 20 + [9.0, -9.0, 8.0])
+    p, is_signed_rank = statistics.paired_test(tied.astype(float), others.astype(float))
+    assert is_signed_rank and p == stats.wilcoxon(exact, zero_method='pratt').pvalue
     assert statistics.paired_test(base, base) == (1.0, False) and np.isnan(statistics.paired_test(np.full(50, np.inf), base)[0])
     pair = [evaluation('a', scores=np.zeros([50, 2]).tolist()),
             evaluation('b', num_filters=3, scores=np.stack([normal, heavy], axis=1).tolist())]
@@ -212,6 +217,17 @@ def test_runs_that_differ_by_seed_only_are_averaged():
     text = render.as_text(compare.update_table(averaged))
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
     assert r'MAML, num\_updates=1 & $3$ & $1$ &' in render.as_latex(compare.method_table(averaged))
+
+
+def test_runs_of_different_names_are_not_averaged():
+    """Of one name, a seed twice is no group either."""
+    scores = np.random.default_rng(0).normal(size=[4, 9, 2]).tolist()
+    names = [('old', 1), ('old', 2), ('new', 1), ('new', 2)]
+    runs = [evaluation(f'{name}{seed}', user_label=name, seed=seed, scores=one) for (name, seed), one in zip(names, scores)]
+    old, new = compare.Comparison(runs).groups
+    assert (old.label, old.indices, new.label, new.indices) == ('old', (0, 1), 'new', (2, 3))
+    curves, _ = compare.curves_of(compare.Comparison(runs))
+    assert [*curves] == ['AB: old, 2 seeds', 'CD: new, 2 seeds']
 
 
 def test_methods_are_compared_over_tasks_and_seeds():
@@ -323,6 +339,12 @@ def test_some_checkpoints_of_each_run(tmp_path):
     assert 'best checkpoint of each seed' in run_ok(f'--compare={tmp_path}', '--checkpoints=best')
     assert run_ok(f'--across={tmp_path}', '--checkpoints=newest').count('MAML, ') == 2
     assert '--checkpoints is for --compare and --across' in error_of('--checkpoints=best')
+    only_together = [an_entry([[1, 2.0], [2, 3.0]], checkpoint='model3', iterations=3, ensemble=[3, newest], is_best=True,
+                              training={'newest': newest}) for newest in (4, 8)]
+    foreign = an_entry([[1, 2.0], [2, 3.0]], checkpoint='model99', iterations=99, setting={'load_from': '/elsewhere/model99'})
+    store.write(str(tmp_path / '0' / 'results.json'), [*only_together, foreign])
+    chosen = {which: collect.read_evaluations([str(tmp_path / '0')], which) for which in ('newest', 'best')}
+    assert all([evaluation.entry.ensemble for evaluation in of_which] == [[3, 8]] for of_which in chosen.values()), 'the latest'
     store.write(str(tmp_path / '0' / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]])])
     assert 'no such checkpoint was evaluated' in error_of(f'--compare={tmp_path / "0"}', '--checkpoints=best')
 
@@ -562,6 +584,9 @@ def test_curves_can_be_told_apart():
     marked = plots.curves({'a': np.array([[1., 1.1], [1.2, 1.3]])}, 'loss', 'x')
     unmarked = plots.curves({str(index): np.array([[0.1, 0.7], [0.1, 0.8]]) for index in range(7)}, 'accuracy', 'x')
     assert [('the mark at 0' in figure.axes[0].get_xlabel()) for figure in (marked, unmarked)] == [True, False]
+    returns = plots.curves({'oracle': np.array([[-0.5], [-0.6]])}, 'return', 'x', ['oracle']).axes[0]
+    (x,), (low, high) = returns.lines[0].get_xdata(), returns.get_xlim()
+    assert x == 0 and low < x < high, 'a return without an update is at 0'
 
 
 def test_a_task_names_its_classes(small_omniglot):

@@ -62,6 +62,13 @@ def test_other_tasks_than_in_training(trained):
             and evaluation(trained[1]).setting.update_lr == 0.1)
 
 
+def test_initial_weights_of_a_run_that_started_from_others(trained):
+    with open(trained[1] / 'run.flags', 'a', encoding='utf-8') as file:
+        file.write('--load_from=/elsewhere/model3\n')
+    sentence = error_of(f'--run={trained[1]}', '--train=False', '--test_iter=0')
+    assert 'did not start from initial weights; evaluate those that it started from by --load_from=/elsewhere/model3' in sentence
+
+
 def test_what_was_learnt_cannot_be_contradicted(trained):
     error = error_of(f'--run={trained[0]}', '--num_updates=3', '--norm=batch_norm', '--meta_lr=0.1')
     assert '--num_updates=3 contradicts --num_updates=2' in error and '--norm=batch_norm contradicts --norm=None' in error

@@ -302,6 +302,9 @@ def test_columns_are_those_of_the_model(regression, tmp_path, few_tasks):
     there = run_ok(*flags, *EVALUATE, f'--logdir={tmp_path / "logs"}')
     elsewhere = [*flags, *EVALUATE, f'--logdir={tmp_path / "other"}', f'--load_from={run / "model2"}']
     assert re.findall(' .* ± .*', there) == re.findall(' .* ± .*', run_ok(*elsewhere)) != []
+    path = sorted(regression.glob('val/*'))[0]
+    write(path, ['z', 'w', 'y'], [[1, 2, 3]] * 20)
+    assert f'{path} has no column x, which the training has' in error_of(*flags, *EVALUATE, f'--logdir={tmp_path / "logs"}')
     os.rename(run / 'columns.json', tmp_path / 'columns.json')
     assert f'there is no columns.json in {run}, which says' in error_of(*elsewhere)
 

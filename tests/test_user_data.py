@@ -90,6 +90,14 @@ def test_no_split_is_written_for_flags_that_do_not_fit(tmp_path):
     for wrong in '--num_classes=4', '--update_batch_size=3':
         error_of(*flags, '--split=5/1/4' if 'classes' in wrong else '--split=4/3/3', wrong)
         assert not (tmp_path / 'data' / 'splits.csv').exists()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(one := tmp_path / 'data' / 'class9' / 'x.png')
+    for path in (tmp_path / 'data' / 'class0').glob('*.png'):
+        path.unlink()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'data' / 'class0' / 'single.png')
+    for wrong in ['--method=protonet'], ['--method=baseline', '--pretrain_iterations=1']:  # both ask how many classes there are
+        assert 'a task needs 2' in error_of(*flags, '--split=4/3/3', '--num_classes=4', *wrong)
+        assert not (tmp_path / 'data' / 'splits.csv').exists()
+    one.rename(tmp_path / 'data' / 'class0' / 'x.png')
     assert 'Split the classes into 4 / 3 / 3' in run_ok(*flags, '--split=4/3/3')
     assert (tmp_path / 'data' / 'splits.csv').exists()
 

@@ -172,6 +172,8 @@ def resolve(line: CommandLine) -> Request:
     if directory is None:
         query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
+    if mode != 'train':
+        _refuse_initial_weights(line, stored, directory)
     # The weights of --load_from are those that the training started from.
     values.update(_without(stored, {*line.given, *(['load_from'] if mode != 'train' else [])}))
     _forget_data(values, stored, line.given)
@@ -216,13 +218,15 @@ def _check_declarations():
 def _without_meaning(preset, line):
     """{flag: value} of those flags of a --method that the source or the network of a command line has no use for. Raises UserError if
     nothing of the method would be left."""
-    request = Request('train', line.values, line.values, line.given, None)
-    unmet = {name: [PURPOSES[purpose][0] for purpose in ONLY.get(name, ()) if not PURPOSES[purpose][1](request)]
+    values = {**line.values, **_usual_flags(line, {})}
+    request = Request('train', values, values, line.given, None)
+    unmet = {name: [purpose for purpose in ONLY.get(name, ()) if not PURPOSES[purpose][1](request)]
              for name in preset if name in LEARNING}
     dropped = _without(preset, {name for name in preset if not unmet.get(name)})
     switches = preset.keys() & methods.switches()
     if switches and switches <= dropped.keys():
-        raise UserError(f'--method={request.method} is for {unmet[min(switches)][0].format_map(line.values)}')
+        reason = next(text for purpose, (text, _) in PURPOSES.items() if any(purpose in unmet[name] for name in switches))
+        raise UserError(f'--method={request.method} is for {reason.format_map(values)}')
     return dropped
 
 
@@ -235,6 +239,13 @@ def _own_network(values, directory=None, given=None):
                network_file.read(values['network']))
     values['network'] = network.identity
     return network
+
+
+def _refuse_initial_weights(line, stored, directory):
+    """Refuses --test_iter=0 of a run that started from other weights."""
+    if line.values['test_iter'] == 0 and stored['load_from'] and 'load_from' not in line.given:
+        raise UserError(f'--test_iter=0: the run in {directory} did not start from initial weights; evaluate those that it started from by '
+                        f'--load_from={stored["load_from"]}')
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

@@ -106,6 +106,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.tables and bool(r.task_column) and not r.targets, '--task_column needs --targets, the columns to predict'),
     (lambda r: bool(r.split_file) and r.mode != 'predict' and not (r.user_images or r.group_column),
      '--split_file={split_file} of a table needs --label_column or --task_column'),
+    (lambda r: r.user_images and bool(r.label_column) and not r.split_file,
+     '--label_column of images is for lists of them: add --split_file'),
     (lambda r: r.user_images and r.max_pool and r.conv and r.image_size < 16,
      '--image_size={image_size}: four times 2x2 pooling needs at least 16'),
     (lambda r: r.user_images and r.image_size > 1024,
@@ -128,8 +130,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
        f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
     (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
-    (lambda r: r.head_init == 'shared' and r.inner_weights == 'body',
-     '--head_init=shared starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
+    (lambda r: r.inner_weights == 'body' and (r.head_init == 'shared' or r.head_init == 'new' and r.logits == 'linear'),
+     '--head_init={head_init} starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
     (lambda r: r.computes_head and r.outer == 'reptile',
      '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),
     (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
@@ -153,6 +155,9 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
        f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
+    (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.inner_weights != 'all' and not r.load_from,
+     '--outer=reptile trains what the inner loop adapts, and --inner_weights={inner_weights} leaves the other weights as they were drawn: '
+     'leave it out, or start from trained weights by --load_from'),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
      '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),
     (lambda r: r.inner_optimizer == 'adam' and r.outer == 'gradient',

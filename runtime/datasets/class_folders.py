@@ -67,11 +67,25 @@ class ClassFolders(FolderOptions):
                 f'{splits.MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
 
     def names(self, split: str) -> list[str]:
-        """The split's class folders relative to the root, sorted. Class folders that are not split yet are split permanently.
-        Raises splits.EmptySplit if the split has no classes; UserError if the root or a class folder is missing, or the
-        preparation was not completed."""
-        self.record_split({})
-        return self._names(split)
+        """The split's class folders relative to the root, sorted. Raises splits.EmptySplit if the split has no classes; UserError if the
+        root or a class folder is missing, or the preparation was not completed."""
+        self._check_prepared()
+        if self._is_packed():
+            return list(self._packed_record(split)[split]['classes'])
+        classes = self._classes()
+        if self.split_ratios and split == 'train':  # of the user's own images, once a run
+            self._report(classes)
+        if not classes[split]:
+            folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
+            contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
+            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
+        missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
+        if self.script and missing == classes[split]:
+            raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
+        if missing:
+            raise UserError(f'{len(missing)} of the {len(classes[split])} class folders of the {split} split are missing in {self.root}, '
+                            f'first {missing[0]}; {self.missing_hint}')
+        return classes[split]
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes a manifest into the root, or else to `kept_manifest`, if class folders there are not split yet. `load` does not
@@ -96,25 +110,6 @@ class ClassFolders(FolderOptions):
             again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
 
-    def _names(self, split):
-        self._check_prepared()
-        if self._is_packed():
-            return list(self._packed_record(split)[split]['classes'])
-        classes = self._classes()
-        if self.split_ratios and split == 'train':  # of the user's own images, once a run
-            self._report(classes)
-        if not classes[split]:
-            folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
-            contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
-            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
-        missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
-        if self.script and missing == classes[split]:
-            raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
-        if missing:
-            raise UserError(f'{len(missing)} of the {len(classes[split])} class folders of the {split} split are missing in {self.root}, '
-                            f'first {missing[0]}; {self.missing_hint}')
-        return classes[split]
-
     def _classes(self) -> dict[str, list[str]]:
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
@@ -122,7 +117,7 @@ class ClassFolders(FolderOptions):
             return splits.by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
         if self.unsplit():
             return splits.by_split(self._in_proportions())
-        if self.split_given and 0 in self.split_ratios:
+        if self.split_given:
             raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
                             f'{splits.split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
         if self._labelled:
@@ -153,7 +148,7 @@ class ClassFolders(FolderOptions):
         """
         if self._is_packed():
             return self._load_packed(split, image_shape)
-        names = self._names(split)
+        names = self.names(split)
         classes = self._listed(names) if self._labelled else self._in_folders(split, names)
         cache = os.path.join(self.root, '.cache', f'{split}_{"x".join(map(str, image_shape))}')
         fingerprint = self._fingerprint(classes, image_shape)

@@ -93,7 +93,8 @@ class Tables(splits.Splitting):
         counts = collections.Counter(frozenset(sheet.columns) for sheet in every)
         model = max(every, key=lambda sheet: counts[frozenset(sheet.columns)])
         names = self._names(model)
-        values = map_tables(lambda sheet: sheet_values(sheet, names, model.path), sheets)
+        like = 'the training' if self.trained_columns else model.path
+        values = map_tables(lambda sheet: sheet_values(sheet, names, like), sheets)
         report_numbers(every, names)
         return names, values
 
@@ -282,7 +283,7 @@ def _check_form(sheet):
 def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) -> np.ndarray:
     """The numbers in some columns, float64 [rows, names].
 
-    `like` is the file that has these columns and no others; None: the sheet may have others too. Raises UserError if there are
+    `like` names what has these columns and no others; None: the sheet may have others too. Raises UserError if there are
     other columns, or cells that are not finite numbers.
     """
     _check_columns(sheet, names, like)

@@ -48,10 +48,14 @@ class Damaged(UserError):
     """A checkpoint that cannot be read."""
 
 
-class Score(TypedDict):
-    """How a checkpoint did on meta-validation."""
+class _Score(TypedDict):
     iteration: int
     score: float
+
+
+class Score(_Score, total=False):
+    """How a checkpoint did on meta-validation; those of earlier versions lack the number of tasks."""
+    tasks: int
 
 
 class Record(TypedDict, total=False):
@@ -219,7 +223,7 @@ def find(directory: str, selection: int | str | None) -> Checkpoint:
 
 
 def ranking_of(record: Record) -> list[Score]:
-    """{'iteration', 'score'} of the checkpoints that did best on meta-validation, the best first; earlier versions ranked one."""
+    """The scores of the checkpoints that did best on meta-validation, the best first; earlier versions ranked one."""
     return record.get('ranking', [record['best']] if record['best'] else [])
 
 

@@ -105,7 +105,8 @@ def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -
 
 def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensemble]:
     """The ways in which an evaluation uses the restored model."""
-    heads = {'own': {}, 'nearest class mean': {'head_init': 'prototypes'}, 'nearest neighbour': {'head_init': 'neighbours'}}
+    heads = {'own': {}, 'nearest class mean': {'head_init': 'prototypes', 'logits': 'linear'},
+             'nearest neighbour': {'head_init': 'neighbours'}}
     return {Variant(norm, head): restored.model.variant(dim_output=run.model.dim_output, query_norm=norm, **heads[head])
             for norm in run.query_norms for head in run.heads}
 
@@ -236,7 +237,8 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
     checkpoint, iteration = os.path.basename(restored.prefix), restored.iterations or 0
-    stem = os.path.join(run.directory, f'evaluation_{run.split}_{checkpoint}')
+    unusual = ['ensemble'] * bool(restored.ensemble) + [run.datasource] * (run.datasource != restored.trained_on)
+    stem = os.path.join(run.directory, '_'.join(['evaluation', run.split, checkpoint, *unusual]))
     titles = {variant: f', {variant.label}' if len(values_of) > 1 else '' for variant in values_of}
     curves = {checkpoint + titles[variant]: values for variant, values in values_of.items()}
     figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)

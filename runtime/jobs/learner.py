@@ -37,7 +37,7 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
 
     Args:
         run: a run's directory, or a folder that holds exactly one, as for --run.
-        checkpoint: an iteration, 'best' (on meta-validation) or None, the newest.
+        checkpoint: an iteration, 'best' (on meta-validation) or None, the newest, or the ensemble that the method has.
         query_norm: how batch norm treats the rows of a prediction: 'support': each by the statistics of the support rows;
             'batch': all together, by their own statistics; 'each': each with the support rows.
         updates: inner steps of `adapt`; None: as many as an evaluation takes.
@@ -45,9 +45,11 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
 
     Raises UserError if there is no such run or checkpoint, it is damaged, or it does not learn from examples.
     """
+    if query_norm == 'both':
+        raise UserError("query_norm='both' is for evaluations; give 'support', 'batch' or 'each'")
     flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}'] + ['--trust_network'] * trust_network
     if checkpoint is not None:
-        flags.append('--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}')
+        flags += ['--ensemble=1', '--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}']
     if updates is not None:
         flags.append(f'--test_updates={updates}')
     request = resolve(parse(['load', *flags]))

@@ -20,14 +20,14 @@ RETRY_SECONDS = 30  # between attempts to save after a failure
 class TrainState:
     """The progress of a run. With the model's variables, all that it needs to continue as if it had never been interrupted."""
     iteration: int = 0              # finished iterations
-    ranking: list = dataclasses.field(default_factory=list)  # {'iteration', 'score'} of the checkpoints best on meta-validation
+    ranking: list[checkpoints.Score] = dataclasses.field(default_factory=list)  # of the checkpoints best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
     idle: int = 0                   # iterations in a row in which an outer step was sought and none taken
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
 
     @property
-    def best(self) -> dict | None:
-        """{'iteration', 'score'} of the checkpoint best on meta-validation."""
+    def best(self) -> checkpoints.Score | None:
+        """That of the checkpoint best on meta-validation."""
         return self.ranking[0] if self.ranking else None
 
     @classmethod

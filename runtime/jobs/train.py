@@ -104,6 +104,10 @@ def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainSta
         state = TrainState.of(checkpoint.record)
         # Later checkpoints may have replaced the others.
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
+        counts = {entry['tasks'] for entry in state.ranking if 'tasks' in entry} - {run.validation_tasks}
+        if counts:
+            print(f'Note: checkpoints were ranked on {", ".join(map(str, sorted(counts)))} tasks of meta-validation, and are on '
+                  f'{run.validation_tasks} from here on')
         return state, provenance
     if run.load_from:
         record = load_weights(run.load_from, model, run.network_flags, starts=True).record
@@ -151,7 +155,7 @@ def prepare_directory(run: Training, state: TrainState, model: Model, provenance
     later = any(iteration > state.iteration for iteration in checkpoints.iterations(run.directory))
     moved = checkpoints.move_aside(run.directory, state.iteration)
     if moved:
-        what = 'Later checkpoints' if later else 'Summaries and results of an earlier training, which saved no checkpoint,'
+        what = 'Later checkpoints' if later else 'Summaries and results that were there before this training'
         print(f'{what} were moved to {moved}')
     stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source), run.network_file)
     try:
@@ -172,7 +176,7 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
     if not interruption.signal or saver.iteration == run.iterations:
         best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
                                f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g} on '
-                               f'{run.validation_tasks} tasks')
+                               f'{state.best.get("tasks", run.validation_tasks)} tasks')
         print(f'The last checkpoint is {newest}{best or ""}')
         return
     without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
@@ -259,7 +263,8 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
             journal.write(state.iteration, 'metaval', before, after)
             progress.announce('')
             if saving:
-                ranking = ranked(run, ranking, {'iteration': state.iteration, 'score': score(run, before, after)})
+                scored = checkpoints.Score(iteration=state.iteration, score=score(run, before, after), tasks=run.validation_tasks)
+                ranking = ranked(run, ranking, scored)
 
         stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
         if saver.is_due(saving) or stopping:
@@ -349,9 +354,8 @@ def score(run: Training, before: float, after: float) -> float:
     return before if run.tasks.baseline == 'oracle' else after
 
 
-def ranked(run: Training, ranking: list[dict], candidate: dict) -> list[dict]:
-    """The `run.ensemble` best, or as many as there were, of {'iteration', 'score'}, best first, of equals the earlier; scores must be
-    finite."""
+def ranked(run: Training, ranking: list[checkpoints.Score], candidate: checkpoints.Score) -> list[checkpoints.Score]:
+    """The `run.ensemble` best, or as many as there were, best first, of equals the earlier; scores must be finite."""
     if not math.isfinite(candidate['score']):
         return ranking
     sign = -1 if UNITS[run.metric].higher_is_better else 1

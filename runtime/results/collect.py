@@ -95,13 +95,21 @@ def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[E
 
 
 def _chosen(evaluations, checkpoints):
-    """Of the evaluations of a run all, those of its newest checkpoint that was evaluated, or of its best."""
+    """Of the evaluations of a run all, or those of its newest checkpoint that was evaluated (of the latest ensemble, if there are only
+    ensembles), or of the one that was the best last. Weights of other runs are neither."""
+    if checkpoints == 'all':
+        return evaluations
+    own = [evaluation for evaluation in evaluations if not evaluation.entry.setting.load_from]
     if checkpoints == 'best':
-        return [evaluation for evaluation in evaluations if evaluation.entry.is_best]
-    if checkpoints == 'newest':
-        newest = max((evaluation.entry.iterations or 0 for evaluation in evaluations), default=0)
-        return [evaluation for evaluation in evaluations if evaluation.entry.iterations == newest and not evaluation.entry.ensemble]
-    return evaluations
+        return _with_largest([evaluation for evaluation in own if evaluation.entry.is_best], lambda entry: entry.training.newest or 0)
+    single = [evaluation for evaluation in own if not evaluation.entry.ensemble]
+    return _with_largest(single, lambda entry: entry.iterations or 0) or _with_largest(own, lambda entry: entry.training.newest or 0)
+
+
+def _with_largest(evaluations, quantity):
+    """The evaluations with the largest quantity of their entries."""
+    largest = max((quantity(evaluation.entry) for evaluation in evaluations), default=None)
+    return [evaluation for evaluation in evaluations if quantity(evaluation.entry) == largest]
 
 
 def result_directories(folder: str, names: Sequence[str] = (FILE, SHIPPED_FILE)) -> list[str]:

@@ -167,14 +167,14 @@ class Comparison:
 
 
 def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
-    """Indices of evaluations that differ by their training's seed only, for each such group of two or more.
+    """Indices of evaluations that differ by their training's seed only, and have one name, for each such group of two or more.
 
     They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, they are the
     best of equally long trainings, and all seeds must be there: a mean over some would be over seeds that were chosen by chance.
     """
     alike, seeds = {}, {}
     for index, (setting, evaluation) in enumerate(zip(settings(evaluations), evaluations)):
-        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None}, sort_keys=True)
+        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label}, sort_keys=True)
         seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
         alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
         if evaluation.entry.is_best:

@@ -50,7 +50,7 @@ def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: 
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title, values if not updates else ())}
     if run.source.image_shape:
-        figures['tasks'] = task_sheet(model, tasks, run.model.num_updates, title)
+        figures['tasks'] = task_sheet(model, tasks, min(run.model.num_updates, updates), title)
     elif isinstance(tasks, FunctionTasks):
         figures['tasks'] = functions(model, tasks, title)
     elif isinstance(tasks, TableTasks):
@@ -78,7 +78,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
     axes, drawn, bounds, marks = figure.subplots(), [], [], []
     for (label, values), style in zip(runs.items(), itertools.cycle(STYLES)):
         mean, half = _mean_and_half(values * unit.factor, values.ndim == 3)
-        updates, low, high = np.arange(len(mean)) - (label in without_updates), mean - half, mean + half
+        updates, low, high = np.arange(len(mean)) - first * (label in without_updates), mean - half, mean + half
         drawn += axes.plot(updates[first:], mean[first:], markersize=4, zorder=3,
                            label=f'{_plain(label)} (before adaptation: {number(mean[0], unit.digits)})', **style)
         axes.fill_between(updates[first:], low[first:], high[first:], color=style['color'], alpha=0.2,
@@ -88,7 +88,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
         bounds.append(np.array([low, high])[:, 1:])
         marks.append(mean[0])
     _limit(axes, unit, drawn, bounds)
-    longest = max(values.shape[-1] - 1 - (label in without_updates) for label, values in runs.items())
+    longest = max(values.shape[-1] - 1 - first * (label in without_updates) for label, values in runs.items())
     bottom, top = axes.get_ylim()
     has_mark = first and any(bottom <= mark <= top for mark in marks)
     remark = f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''

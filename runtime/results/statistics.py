@@ -113,10 +113,12 @@ def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
         return 1.0, False
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
+        unit = ROUNDING * np.abs(differences).max()
         shape = np.abs([scipy.stats.skew(differences), scipy.stats.kurtosis(differences)])
         if len(differences) >= LEAST_FOR_RANKS and (shape > FAR_FROM_NORMAL).any():
-            return float(scipy.stats.wilcoxon(differences, zero_method='pratt').pvalue), True
-        varies = np.ptp(differences) > ROUNDING * np.abs(differences).max()
+            ranked = np.round(differences / unit)  # so that differences which are equal but for rounding have one rank
+            return float(scipy.stats.wilcoxon(ranked, zero_method='pratt').pvalue), True
+        varies = np.ptp(differences) > unit
         return float(scipy.stats.ttest_1samp(differences, 0).pvalue) if varies else math.nan, False
 
 
