@@ -73,6 +73,8 @@ class Network(Protocol):
 
     def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
         """The last layer: features [rows, features] -> outputs [rows, dim_output]."""
+        matrix, bias = self.head_names
+        return features @ tensors[matrix] + tensors[bias]
 
 
 @functools.cache
@@ -86,7 +88,7 @@ def network_of(config: ModelConfig) -> Network:
     return ConvNet(config) if config.image_shape else DenseNet(config)
 
 
-class DenseNet:
+class DenseNet(Network):
     """Fully connected layers `dim_hidden`, each normalised and rectified, and a linear one.
 
     Weights `w1 b1 w2 b2 ...`: [inputs, units] by `truncated_normal`, biases [units] 0, as in the reference.
@@ -113,11 +115,8 @@ class DenseNet:
             x = dense_block(x, tensors[f'w{layer}'], tensors[f'b{layer}'], self._config.norm, scope, tensors, stats_rows)
         return x
 
-    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
-        return _linear(tensors, features, *self.head_names)
 
-
-class ConvNet:
+class ConvNet(Network):
     """Four blocks of 3x3 convolution, normalisation and ReLU that halve the image, and a linear layer.
 
     Weights `conv1 b1 ... conv4 b4 w5 b5`: convolutions [3, 3, channels, num_filters] by `glorot_uniform`; w5 [features,
@@ -151,9 +150,6 @@ class ConvNet:
             x = conv_block(x, tensors[f'conv{layer}'], tensors[f'b{layer}'], config.norm, str(layer - 1), tensors,
                            config.max_pool, config.engine == 'vmap', stats_rows)
         return tf.reduce_mean(x, axis=[1, 2]) if config.head == 'mean' else tf.reshape(x, [-1, math.prod(x.shape[1:])])
-
-    def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
-        return _linear(tensors, features, *self.head_names)
 
 
 class KerasNetwork:
@@ -441,10 +437,6 @@ def _with_current_statistics(call, inputs, training=None, mask=None):
 def _remembering_input(seen, call, inputs, **kwargs):
     seen.features = inputs
     return call(inputs, **kwargs)
-
-
-def _linear(tensors: Tensors, x: tf.Tensor, matrix: str, bias: str) -> tf.Tensor:
-    return x @ tensors[matrix] + tensors[bias]
 
 
 def _drawn(seed: int, layers: Iterable[tuple[str, Callable, Sequence[int]]]) -> Tensors:

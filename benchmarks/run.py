@@ -23,19 +23,13 @@ import sys
 import tempfile
 import time
 
-from run_files import MAIN
+from run_files import MAIN, ROOT
 
 from workloads import in_process
 
-OMNIGLOT = '--datasource=omniglot --update_batch_size=1'
-CONV = '--meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_filters=32 --max_pool=True'
-TRAINING = {
-    'sinusoid': '--datasource=sinusoid --norm=None --update_batch_size=10',
-    'omniglot5': f'{OMNIGLOT} --meta_batch_size=32 --update_lr=0.4 --num_updates=1',
-    'omniglot20': f'{OMNIGLOT} --meta_batch_size=16 --num_classes=20 --update_lr=0.1 --num_updates=5',
-    'mini1': f'--datasource=miniimagenet {CONV}',
-    'cifarfs1': f'--datasource=cifarfs {CONV}',
-}
+CONFIGS = {'sinusoid': 'sinusoid_10shot', 'omniglot5': 'omniglot_5way1shot', 'omniglot20': 'omniglot_20way1shot',
+           'mini1': 'miniimagenet_5way1shot', 'cifarfs1': 'cifarfs_5way1shot'}
+TRAINING = {name: f'--flagfile={os.path.join(ROOT, "configs", config)}.flags' for name, config in CONFIGS.items()}
 WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluation': ('mini1', 1)}
 GROWTH_ITERATIONS, GROWTH_REPORTS = 105_000, {5_000, *range(20_000, 100_001, 20_000)}  # the process still runs at the last one
 
@@ -43,7 +37,7 @@ GROWTH_ITERATIONS, GROWTH_REPORTS = 105_000, {5_000, *range(20_000, 100_001, 20_
 def measure_pipeline(name: str, seconds: float = 20) -> dict[str, float]:
     """{'fresh', 'kept': seconds per step, 'waiting': share of the fresh steps' time}, each over about `seconds`."""
     import main
-    run, data = main.run_and_data(main.parse(['main.py', *TRAINING[name].split(), '--metatrain_iterations=1000000000']))
+    run, data = main.run_and_data(main.parse(['main.py', TRAINING[name], '--metatrain_iterations=1000000000']))
     from maml import MAML
     from runtime.jobs.train import meta_batches
     model = MAML(run.model)
@@ -83,7 +77,7 @@ def measure_whole(name: str) -> float:
     """Seconds of the process; raises subprocess.CalledProcessError if it failed."""
     training, iterations = WHOLE[name]
     with tempfile.TemporaryDirectory() as logdir:
-        command = [sys.executable, MAIN, *TRAINING[training].split(), f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
+        command = [sys.executable, MAIN, TRAINING[training], f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
         if name == 'evaluation':
             subprocess.run(command, check=True, capture_output=True)
             command += ['--train=False', '--test_set=True']
@@ -104,7 +98,7 @@ def report_whole(name: str, rounds: int) -> None:
 def report_growth() -> None:
     """Prints memory and open files of a long training, after some numbers of iterations."""
     with tempfile.TemporaryDirectory() as logdir:
-        process = subprocess.Popen([sys.executable, MAIN, *TRAINING['sinusoid'].split(), f'--metatrain_iterations={GROWTH_ITERATIONS}',
+        process = subprocess.Popen([sys.executable, MAIN, TRAINING['sinusoid'], f'--metatrain_iterations={GROWTH_ITERATIONS}',
                                     f'--logdir={logdir}'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
             match = re.match(r'Iteration (\d+):', line)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 import run_files  # noqa: F401  (puts the program on the path)
 
 from runtime.cli.startup import import_tensorflow
+from step import seconds_of_step
 from workloads import WORKLOADS, Workload, processor
 
 import_tensorflow()
@@ -57,11 +58,7 @@ def own_times(path: str) -> Iterator[tuple[str, float]]:
 
 def shares(workload: Workload, steps: int) -> tuple[dict[str, float], float]:
     """{kind: share}, and the seconds of a step over all cores."""
-    model, batch = workload.model(), workload.batch()
-
-    def step():
-        return {name: float(value) for name, value in model.metatrain_step(batch, workload.iteration).items()}
-
+    step = functools.partial(seconds_of_step, workload.model(), workload.batch(), workload.iteration)
     step(), step()
     with tempfile.TemporaryDirectory() as folder:
         with tf.profiler.experimental.Profile(folder):
