@@ -17,7 +17,7 @@ from runtime.datasets.class_folders import ClassFolders, FolderOptions
 from runtime.datasets.functions import Family, FunctionTasks, Harmonic, Sinusoid, SinusoidOrLine
 from runtime.datasets.goals import Navigation
 from runtime.datasets.images import resized
-from runtime.datasets.splits import MANIFEST
+from runtime.datasets.splits import MANIFEST, split_named
 from runtime.datasets.tables import Tables
 from runtime.datasets.tasks import SPLITS, Examples, Source, SupervisedSource, TaskBatch, TaskConfig, split_rows
 from runtime.system.errors import UserError
@@ -28,7 +28,7 @@ DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
 def class_name(folder: str) -> str:
     """A class folder's name, without the folder of its split if there is one."""
     split, _, name = folder.partition('/')
-    return name if split in SPLITS and name else folder
+    return name if split_named(split) and name else folder
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from data.reading import LARGEST_PICTURE, MEGABYTE, read_picture, refusing
-from runtime.system.files import require_regular_file
+from runtime.system.files import require_regular_file, walk
 
 STASH_BYTES = 256 * MEGABYTE
 TEXT_BYTES, LONGEST_TEXT = 64 * MEGABYTE, 4 * MEGABYTE  # of the text files of a tar file that are kept in memory: of all, of each
@@ -26,7 +26,7 @@ class Folder(NamedTuple):
     path: str
 
     def names(self) -> list[str]:
-        paths = [os.path.join(parent, name) for parent, _, names in os.walk(self.path) for name in names]
+        paths = [os.path.join(parent, name) for parent, _, names in walk(self.path) for name in names]
         return sorted(os.path.relpath(path, self.path).replace(os.sep, '/') for path in paths)
 
     def read(self, name: str) -> bytes:

@@ -72,6 +72,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except MemoryError:
         sys.exit('there is not enough memory to read the download; close other programs, or download it again if it is damaged')
+    except BrokenPipeError:
+        console.end_of_pipe()
     except OSError as error:
         sys.exit(f'the download cannot be read: {error}; make its files readable, or download it again')
     except UserError as error:
@@ -128,10 +130,17 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
 
 
 def is_prepared(args: argparse.Namespace, recipe: str, facts: Mapping[str, object]) -> bool:
-    """Whether the destination was prepared by this recipe, with nothing missing, and is not to be made again."""
-    record = preparation_record(args.destination)
+    """Whether the destination was prepared by this recipe, with nothing missing, is there, and is not to be made again."""
+    record, content = preparation_record(args.destination), _content(args.destination)
     return (not args.force and record.get('complete') is True and not record.get('missing')
-            and (record.get('recipe'), record.get('facts', {})) == (recipe, facts))
+            and (record.get('recipe'), record.get('facts', {})) == (recipe, facts)
+            and bool(content) and set(record.get('content', ())) <= set(content))
+
+
+def _content(folder):
+    """The names of the files and folders with the data in a destination."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if not name.startswith('.') and name not in (MANIFEST, PARTIAL_MANIFEST))
 
 
 def identity(inputs: Sequence[str]) -> list[list]:
@@ -168,13 +177,16 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
             '--destination')
     with locked_folder(destination, busy, '--destination'):
         record = preparation_record(destination)  # one of an earlier version has no source
-        again = args.force or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source)
+        # Files without a record may have been made in another way.
+        again = (args.force or not os.path.exists(record_path)
+                 or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source))
         # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
         write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
         remove_parts(destination)  # of killed preparations: no other process holds the lock
         complaints = write(destination, again)
         write_json(record_path, {'recipe': recipe, 'source': source, 'complete': not complaints or args.allow_missing,
-                                 **({'missing': True} if complaints else {}), **({'facts': facts} if facts else {})})
+                                 'content': _content(destination), **({'missing': True} if complaints else {}),
+                                 **({'facts': facts} if facts else {})})
     if complaints:
         text = 'Problems found:\n' + '\n'.join('  ' + line for line in complaints)
         if not args.allow_missing:
@@ -202,6 +214,8 @@ def locked_folder(folder: str, busy: str, flag: str) -> Iterator[None]:
                     os.remove(path)
     except filelock.Timeout:
         sys.exit(busy)
+    except BrokenPipeError:  # of the output
+        raise
     except OSError as error:
         sys.exit(f'writing to {folder} failed: {error}; make room or name another folder with {flag}, and run '
                  'the same command to resume')

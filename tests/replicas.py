@@ -1,4 +1,4 @@
-"""A process on several replicas, for test_distribution.py: python tests/replicas.py DEVICES (gradients FILE | main FLAGS...)
+"""A process on several replicas, for clusters.py: python tests/replicas.py DEVICES (gradients FILE | main FLAGS...)
 
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 

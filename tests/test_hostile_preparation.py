@@ -337,7 +337,8 @@ def test_any_record_of_an_earlier_preparation(record, tmp_path):
     prepare(tmp_path)
     (tmp_path / '.prepared.json').write_bytes(record)
     prepare(tmp_path)
-    assert json.loads((tmp_path / '.prepared.json').read_text()) == {'recipe': '', 'source': [], 'complete': True}
+    assert json.loads((tmp_path / '.prepared.json').read_text()) == {
+        'recipe': '', 'source': [], 'complete': True, 'content': ['train']}
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

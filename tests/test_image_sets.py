@@ -184,7 +184,7 @@ def test_another_split_moves_no_picture(tmp_path, prepare, capsys):
     assert 'split frn, crop False' in capsys.readouterr().out
     assert json.loads((folder / '.prepared.json').read_text()) == {
         'recipe': 'crop=False', 'source': preparation.identity([source / 'CUB_200_2011.tgz']), 'complete': True, 'missing': True,
-        'facts': {'split': 'frn', 'crop': False}}
+        'content': ['classes'], 'facts': {'split': 'frn', 'crop': False}}
 
 
 def test_pictures_of_that_size_are_copied_and_digits_of_colour_kept(tmp_path, prepare):

@@ -235,7 +235,27 @@ def test_lists_with_splits(tmp_path):
         ['train/n0'], ['val/n1'], ['test/n2']]
 
 
+def test_lists_whose_splits_are_not_told(tmp_path):
+    """They would be split at random. The name of the column may be in capitals."""
+    listed(tmp_path, False, True, ',', 'filename,label')
+    lists = [write_text(tmp_path / f'my_{split}.csv', f'filename,label\n0{number}.png,n{number}\n') for number, split in enumerate(SPLITS)]
+    with pytest.raises(UserError, match='several lists must be called train.csv, val.csv and test.csv, or have a column split'):
+        load(tmp_path, split_file=','.join(map(str, lists)))
+    capitals = write_text(tmp_path / 'all.csv', 'Split,filename,label\ntrain,00.png,a\nVal,01.png,b\ntest,02.png,c\n')
+    assert [load(tmp_path, split, split_file=str(capitals)).names for split in SPLITS] == [['train/a'], ['val/b'], ['test/c']]
+
+
+def test_images_behind_links_are_listed(tmp_path):
+    write_image_tree(tmp_path / 'elsewhere', ['images'], images=2, size=(6, 6, 3))
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'linked').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'data' / 'circle').symlink_to(tmp_path / 'data')
+    path = write_text(tmp_path / 'train.csv', 'filename,label\n00.png,a\nlinked/images/01.png,b\n')
+    assert load(tmp_path / 'data', split_file=str(path)).names == ['train/a', 'train/b']
+
+
 @pytest.mark.parametrize('text, words', [
+    ('filename,label\n00.png,a\n01.png,"b\n02.png,c\n', 'bad.csv cannot be read: unexpected end of data'),
     ('filename,label\n00.png,a\n99.png,b\n', '1 of the 2 images that are listed are not in .*first 99.png .line 3 of'),
     ('filename,label\n00.png,a\nimages/00.png,b\n', 'images/00.png is in line 2 of .* and in line 3'),
     ('filename,label\nx,a\n', 'no column of .* names images below .*, such as '),
@@ -310,6 +330,35 @@ def test_one_table_with_a_column_of_labels(tmp_path):
     with pytest.raises(UserError, match='--label_column names the one'):
         Tables(str(path)).load('train')
     assert SOURCES['table'].files.group_column is None
+
+
+def test_values_of_a_column_that_are_no_names_of_folders(tmp_path):
+    """They are kept as they are, by the run too."""
+    path, kept, names = tmp_path / 'all.csv', tmp_path / 'run' / 'splits.csv', ['/data/a', 'b/', '..', 'd e', '.', 'f//g', 'h']
+    write_text(path, 'species,x\n' + ''.join(f'{name},{row}\n' for name in names for row in range(4)))
+    for _ in range(2):
+        tables = Tables(str(path), (), None, 'species', kept_manifest=str(kept))
+        assert sorted(name for split in SPLITS for name in tables.load(split).names) == sorted(names)
+        tables.record_split({})
+    assert kept.exists()
+
+
+def test_files_of_one_folder_whose_columns_differ(tmp_path):
+    """In their order only: numbers go by the names. A column may be called class, where another one has the label."""
+    for split, label in zip(SPLITS, 'abc'):
+        write_text(tmp_path / split / 'p.csv', f'x,class,label\n1,2,{label}\n3,4,{label}\n')
+        write_text(tmp_path / split / 'q.csv', f'label,class,x\n{label},200,100\n{label},400,300\n')
+    tables = Tables(str(tmp_path), (), None, 'label')
+    np.testing.assert_allclose(tables._values[1]['train']['a'], [[1, 2], [3, 4], [100, 200], [300, 400]])
+    assert tables._values[0] == ['x', 'class']
+    write_text(tmp_path / 'val' / 'r.csv', 'x;class;label\n1,5;2,5;b\n')
+    with pytest.raises(UserError, match='p.csv and .*r.csv have lines of b, and only one of them has decimal commas'):
+        Tables(str(tmp_path), (), None, 'label').load('train')
+    for text, words in ('x,z,label\n1,2,b\n', 'r.csv has no column class, which .*p.csv has'), (
+            'x,class,z,label\n1,2,3,b\n', 'r.csv has a column z, which .*p.csv lacks'):
+        write_text(tmp_path / 'val' / 'r.csv', text)
+        with pytest.raises(UserError, match=words):
+            Tables(str(tmp_path), (), None, 'label').load('train')
 
 
 def test_three_tables_with_a_column_of_tasks(tmp_path):

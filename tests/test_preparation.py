@@ -1,4 +1,5 @@
 """The preparation scripts on small downloads, good and bad: one clear sentence, and no damage, for each bad one."""
+import argparse
 import csv
 import errno
 import io
@@ -507,6 +508,38 @@ def test_force_makes_everything_again(mini, tmp_path):
     mini('--allow_missing')
     assert path.read_bytes() == b'other'
     assert mini('--allow_missing', '--force')[1] == prepared
+    path.write_bytes(b'of unknown origin')
+    (tmp_path / 'prepared' / '.prepared.json').unlink()
+    assert mini('--allow_missing')[1] == prepared
+
+
+def test_what_is_gone_is_not_prepared(tmp_path):
+    args = argparse.Namespace(destination=str(tmp_path), force=False, allow_missing=False)
+
+    def write(destination, again):
+        for name in 'train', 'val':
+            os.makedirs(os.path.join(destination, name), exist_ok=True)
+        return []
+
+    preparation.run_preparation(args, 'recipe', [], write)
+    assert preparation.is_prepared(args, 'recipe', {})
+    (tmp_path / 'val').rmdir()
+    assert not preparation.is_prepared(args, 'recipe', {})
+    (tmp_path / 'train').rmdir()
+    assert not preparation.is_prepared(args, 'recipe', {})
+
+
+def test_a_closed_pipe_is_no_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation.console, 'protect', lambda: None)
+    monkeypatch.setattr(preparation.console.os, 'dup2', lambda *_: None)
+
+    def main():
+        with preparation.locked_folder(str(tmp_path), 'busy', '--destination'):
+            raise BrokenPipeError
+
+    with pytest.raises(SystemExit) as end:
+        preparation.run_script(main)
+    assert end.value.code == 141
 
 
 @pytest.mark.parametrize('source', ['miniImagenet', 'cifarfs', 'fc100'])

@@ -147,8 +147,9 @@ def main() -> None:
                  'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')
     inputs = [os.path.join(args.source, split + end)
               for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
+    elsewhere = [] if os.path.realpath(args.source) == os.path.realpath(args.destination) else [args.source]
     pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
-         recipe=f'channels={args.channels}', inputs=list(filter(os.path.exists, inputs)))
+         recipe=f'channels={args.channels}', inputs=list(filter(os.path.exists, inputs)) or elsewhere)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from runtime.datasets.images import ImageFile, image_file
 from runtime.datasets.splits import split_named
 from runtime.system.errors import UserError
-from runtime.system.files import read_csv
+from runtime.system.files import read_csv, walk
 
 LABELS = 'label', 'class', 'category'  # columns that are taken for the label if no flag names one
 Labelled = dict[str | None, dict[str, list[ImageFile]]]
@@ -45,6 +45,8 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
                         f'{missing[0]}; remove their lines, or give the folder of the images as --data_path')
     if None in labelled and len(labelled) > 1:
         raise UserError(f'--split_file={paths} gives only some of the images a split')
+    if None in labelled and len(list_paths(paths)) > 1:
+        raise UserError(f'--split_file={paths}: several lists must be called train.csv, val.csv and test.csv, or have a column split')
     return {split: {label: sorted(images) for label, images in sorted(by_label.items())} for split, by_label in labelled.items()}
 
 
@@ -57,7 +59,7 @@ def list_paths(text: str) -> list[str]:
 def _index(root: str, suffixes: set[str]) -> Mapping[str, Sequence[str]]:
     """{name: paths of images relative to the root}, by each name that a list may have for them."""
     index = collections.defaultdict(list)
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.'):
@@ -76,7 +78,7 @@ def _rows(path, root, label_column, index):
         raise UserError(f'--split_file={path} cannot be read: {error}') from error
     if not rows or len(columns) < 2:
         raise UserError(f'{path} lists no images: its first line names its columns, such as filename,label, and then comes a line for each')
-    cells = [{name: (row[name] or '').strip() for name in columns} for row in rows]
+    columns, cells = _named_alike(columns, rows)
     image = _image_column(path, cells, label_column, index, root)
     label = _label_column(path, columns, image, label_column)
     has_splits, of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
@@ -85,6 +87,12 @@ def _rows(path, root, label_column, index):
         if not row[image] or not row[label] or '/' in row[label] or (has_splits and split is None):
             raise UserError(f'{place} lacks an image, a label (without a slash) or, if there is such a column, a split')
         yield place, row[image], row[label], split
+
+
+def _named_alike(columns, rows):
+    """Columns and rows in which the column `split` has small letters, and cells no blanks around them."""
+    names = {name: 'split' if name.lower() == 'split' else name for name in columns}
+    return list(names.values()), [{names[name]: (row[name] or '').strip() for name in names} for row in rows]
 
 
 def _image_column(path, rows, label_column, index, root):

@@ -48,9 +48,9 @@ class Splitting:
     split_file: str | None = None     # a manifest, or lists of images; see `read_image_lists`
     kept_manifest: str | None = None  # of a run: has the split where it cannot be written beside the data
 
-    def manifest_rows(self, manifest: str, root: str | None = None) -> list[tuple[str, str]]:
+    def manifest_rows(self, manifest: str, root: str | None = None, folders: bool = True) -> list[tuple[str, str]]:
         """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
-        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root)]
+        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root, folders)]
         if self.split_given and rows != split_classes([name for _, name in rows], self.split_ratios, manifest):
             raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to split '
                             'again')
@@ -64,11 +64,11 @@ def by_split(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 # Manifests ----------------------------------------------------------------------------------------------------------
 
-def read_manifest(path: str, split: str, root: str | None = None) -> list[str]:
-    """Class folders of a split, sorted, from a csv file with the columns split and class.
+def read_manifest(path: str, split: str, root: str | None = None, folders: bool = True) -> list[str]:
+    """Classes of a split, sorted, from a csv file with the columns split and class.
 
-    A name without a folder in the root is read without blanks around it and slashes at its end. Raises UserError if the file cannot
-    be read, or a line is malformed.
+    If they are `folders`, a name without a folder in the root is read without blanks around it and slashes at its end. Raises UserError
+    if the file cannot be read, or a line is malformed.
     """
     try:
         columns, rows = read_csv(path)
@@ -79,9 +79,11 @@ def read_manifest(path: str, split: str, root: str | None = None) -> list[str]:
     line_of, names = {}, []
     for number, row in enumerate(rows, start=2):
         name, row_split = row['class'] or '', split_named(row['split'] or '')
-        if root and not os.path.isdir(os.path.join(root, name)) or name.endswith('/'):
+        if not folders:
+            name = name.strip()
+        elif root and not os.path.isdir(os.path.join(root, name)) or name.endswith('/'):
             name = name.strip().rstrip('/')
-        if row_split is None or not _is_below(name):
+        if row_split is None or (not _is_below(name) if folders else not name):
             raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
                             f'{", ".join(SPLITS)} and class a folder below the data')
         if line_of.setdefault(name, number) != number:

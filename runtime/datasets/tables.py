@@ -117,24 +117,29 @@ class Tables(splits.Splitting):
             raise UserError(f'{self.root} is a file with the columns {", ".join(sheets[0].columns)}: --label_column names the one with the '
                             'class of each line, or --task_column the one with its task')
         groups: dict[str, Sheet] = {}
+        columns = [name for name in sheets[0].columns if name != self.group_column] if sheets else []
         for sheet in sheets:
             if self.group_column not in sheet.columns:
                 raise UserError(f'{sheet.path} has no column {self.group_column}; it has {", ".join(sheet.columns)}')
             index = sheet.columns.index(self.group_column)
-            without = [name for name in sheet.columns if name != self.group_column]
+            _check_columns(sheet, [*columns, self.group_column], sheets[0].path)
+            order = [sheet.columns.index(name) for name in columns]
             for row, line in zip(sheet.rows, sheet.lines):
                 name = row[index].strip()
                 if not name:
                     raise UserError(f'the column {self.group_column} of {sheet.path} is empty in line {line}')
-                group = groups.setdefault(name, Sheet(sheet.path, without, [], [], sheet.decimal_comma))
-                group.rows.append(row[:index] + row[index + 1:])
+                group = groups.setdefault(name, Sheet(sheet.path, columns, [], [], sheet.decimal_comma))
+                if group.decimal_comma != sheet.decimal_comma:
+                    raise UserError(f'{group.path} and {sheet.path} have lines of {name}, and only one of them has decimal commas; write '
+                                    'both alike')
+                group.rows.append([row[place] for place in order])
                 group.lines.append(line)
         return dict(sorted(groups.items()))
 
     def _divided(self, groups: dict[str, Sheet]) -> dict[str, dict[str, Sheet]]:
         """The tasks or classes of one file, by split."""
         manifest = self._manifest()
-        rows = self.manifest_rows(manifest) if manifest else self._in_proportions(groups)
+        rows = self.manifest_rows(manifest, folders=False) if manifest else self._in_proportions(groups)
         missing = [name for _, name in rows if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
@@ -169,7 +174,7 @@ class Tables(splits.Splitting):
         if not features:
             raise UserError(f'--targets={",".join(self.target_names)} names all columns of {sheet.path}, which leaves nothing to predict '
                             'from')
-        if not self.target_names and CLASS in features:
+        if not self.target_names and not self.group_column and CLASS in features:
             raise UserError(f'{sheet.path} has a column {CLASS}, but each csv file is a class; remove that column, or name it by '
                             f'--label_column={CLASS}, or the columns to predict by --targets')
         return [*features, *self.target_names]

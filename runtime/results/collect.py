@@ -14,6 +14,7 @@ from runtime.cli.flags import default
 from runtime.results.statistics import UNITS
 from runtime.results.store import FILE, SHIPPED_FILE, SPLIT_TITLES, Entry, EvaluationTasks, entries_of
 from runtime.system.errors import UserError
+from runtime.system.files import walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +116,8 @@ def _with_largest(evaluations, quantity):
 def result_directories(folder: str, names: Sequence[str] = (FILE, SHIPPED_FILE)) -> list[str]:
     """The folder, and folders below it at any depth, that hold results, or another of some files; without what --resume=False and
     --test_iter moved aside."""
-    directories, visited = [], set()
-    for directory, below, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(directory) in visited:  # links may lead round in a circle
-            below.clear()
-            continue
-        visited.add(os.path.realpath(directory))
+    directories = []
+    for directory, below, files in walk(folder):
         below[:] = sorted(name for name in below if not re.fullmatch(r'earlier\d+', name))
         directories += [directory] if set(names).intersection(files) else []
     return directories

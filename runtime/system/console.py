@@ -6,7 +6,7 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from absl.flags import Error
 
@@ -98,8 +98,13 @@ def run(main: Callable[[list[str]], None], name: str) -> None:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does; Python must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # of SIGPIPE
+    except BrokenPipeError:
+        end_of_pipe()
     except OSError as error:
         sys.exit(f'{name}: {error}')
+
+
+def end_of_pipe() -> NoReturn:
+    """Ends a program whose reader has closed its output, as `head` does, with the status of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python must not try to write the rest
+    sys.exit(128 + 13)

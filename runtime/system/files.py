@@ -65,10 +65,21 @@ def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO
 def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
     """The names of the columns of a csv file in UTF-8, and its rows; raises OSError, UnicodeDecodeError or csv.Error."""
     with open_regular(path, newline='', encoding='utf-8-sig') as file:
-        reader = csv.DictReader(file, delimiter=delimiter_of(file))
+        reader = csv.DictReader(file, delimiter=delimiter_of(file), strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = list(reader)
         return list(reader.fieldnames), rows
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` through symbolic links too, each folder once: links may lead round in a circle."""
+    visited = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in visited:
+            folders.clear()
+        else:
+            visited.add(os.path.realpath(path))
+            yield path, folders, names
 
 
 def delimiter_of(file: TextIO) -> str:
