@@ -8,6 +8,7 @@ trainings continue exactly, and what is done is not done again. Mistakes in the 
 are reported before the first starts; a run that fails later is reported, and the next one starts.
 """
 import argparse
+import dataclasses
 import itertools
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 from run_files import EVALUATION, evaluations_asked, missing_classes, request_of, run_main
 
+from runtime.cli.flags import GROUPS
 from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
 from runtime.system.errors import UserError, listing
@@ -39,8 +41,17 @@ class StudyRun(NamedTuple):
     @property
     def is_evaluated(self) -> bool:
         """Whether results.json has the evaluation that the study makes."""
-        return any(entry.ensemble if self.evaluation.ensemble > 1 else entry.iterations == sum(self.training.iterations)
+        total = sum(self.training.iterations)
+        return any(entry.ensemble and entry.training.newest == total if self.evaluation.ensemble > 1 else entry.iterations == total
                    for entry in evaluations_asked(self.training.directory, self.evaluation))
+
+    @property
+    def evaluation_arguments(self) -> list[str]:
+        """By --run where the training starts from the weights of --load_from: an evaluation would be of those."""
+        if not self.training.load_from:
+            return [*self.arguments, *EVALUATION]
+        given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'})
+        return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION]
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:
@@ -53,6 +64,7 @@ def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) 
         arguments = [f'--flagfile={file}', *others, *values]
         try:
             requests = [request_of([*arguments, *more]) for more in ((), EVALUATION)]
+            requests[1] = dataclasses.replace(requests[1], values={**requests[1].values, 'load_from': None})
             for request, split in zip(requests, ('train', 'test')):
                 check_flags(request)
                 if missing := missing_classes(request, split):
@@ -87,7 +99,7 @@ def make(runs: Sequence[StudyRun]) -> list[str]:
         print(f'\n{number} of {len(runs)}: {run.name}', flush=True)
         if run.is_trained and run.is_evaluated:
             print('done', flush=True)
-        elif not run.is_trained and call(run.arguments) or call([*run.arguments, *EVALUATION]):
+        elif not run.is_trained and call(run.arguments) or call(run.evaluation_arguments):
             failed.append(run.name)
     return failed
 

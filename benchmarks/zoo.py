@@ -27,6 +27,7 @@ from run_files import MAIN, ROOT, TIMES, missing_classes, request_of
 from runtime.cli.startup import import_tensorflow
 
 import_tensorflow()
+from runtime.cli.network_file import FOLDER as NETWORK  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
@@ -53,6 +54,8 @@ def flags_of(entry: store.Entry) -> list[str]:
     values = {'update_batch_size': tasks.update_batch_size, 'test_query': tasks.query_shots, 'test_seed': tasks.seed,
               'num_test_tasks': tasks.count, 'test_set': tasks.split == 'test', 'query_norm': setting.query_norm,
               'update_lr': setting.update_lr, 'inner_batch': setting.inner_batch, 'test_updates': setting.test_updates}
+    values |= {'permutations': setting.permutations} if setting.permutations > 1 else {}
+    values |= {'head': 'nearest'} if setting.head != 'own' else {}
     values |= {'num_classes': tasks.num_classes} if tasks.num_classes else {}
     values |= {'datasource': tasks.datasource, 'resize': True} if tasks.datasource != trained['datasource'] else {}
     values |= {'ensemble': len(entry.ensemble)} if entry.ensemble else {'ensemble': 1, 'test_iter': entry.iterations}
@@ -64,12 +67,12 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
     subprocess.CalledProcessError if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         for name in os.listdir(evaluation.directory):
-            if is_checkpoint(name) or name in COPIED:
+            if is_checkpoint(name) or name in (*COPIED, NETWORK):
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
         subprocess.run([sys.executable, MAIN, f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        entry, = store.read(os.path.join(folder, store.FILE))
-        return entry
+        again = {(entry.setting.head, entry.setting.orders): entry for entry in store.read(os.path.join(folder, store.FILE))}
+        return again[evaluation.entry.setting.head, evaluation.entry.setting.orders]
 
 
 def repeat(evaluation: Evaluation) -> tuple[str, str]:
@@ -143,7 +146,7 @@ def pack_run(directory: str, destination: str) -> None:
             with checkpoints.exclusive(destination):
                 os.replace(destination, os.path.join(temporary, 'earlier'))
         os.replace(folder, destination)
-    size = sum(os.path.getsize(os.path.join(destination, name)) for name in os.listdir(destination))
+    size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(destination) for name in names)
     print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [saved[-1], *best])}; evaluations: {len(entries)}; '
           f'{size / 2 ** 20:.1f} MB')
 
@@ -152,7 +155,7 @@ def refuse_other_files(destination: str) -> None:
     """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
     locks = '.lock', '.results.lock'
     others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
-              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
+              if name not in (*COPIED, NETWORK, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
     if others:
         raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
@@ -166,6 +169,8 @@ def write_run(directory: str, folder: str, newest: int, best: list[int], entries
     for name in os.listdir(directory):
         if name in COPIED or is_checkpoint(name, newest):
             shutil.copy(os.path.join(directory, name), folder)
+    if os.path.isdir(os.path.join(directory, NETWORK)):
+        shutil.copytree(os.path.join(directory, NETWORK), os.path.join(folder, NETWORK))
     if entries:
         store.write(os.path.join(folder, store.SHIPPED_FILE), entries)
 

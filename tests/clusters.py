@@ -1,4 +1,4 @@
-"""Processes of one training, and what they have saved, for test_distribution.py and test_multiworker.py."""
+"""Processes of one training, and what they have saved, for test_distribution.py and test_lost_workers.py."""
 import glob
 import json
 import os

@@ -21,8 +21,6 @@ from runtime.cli import startup  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()
-# Rewriting each graph before its first run takes a seventh of that; what runs main.py in a process of its own has it rewritten.
-tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
 import compiled_models  # noqa: E402
 
 from maml import MAML  # noqa: E402

@@ -15,6 +15,7 @@ from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from networks import initial_head, network_of
 from runtime.datasets.tasks import TaskConfig
+from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Permuted
 from runtime.jobs.learner import load
 
@@ -296,9 +297,25 @@ def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_dat
     assert np.array_equal(tf.train.load_variable(str(found)[:-6], 'conv2'), tf.train.load_variable(f'{protonet}/model2', 'conv2'))
 
 
+@pytest.mark.parametrize('optimizer', ['adam', 'sgd'])
+def test_the_classifier_of_a_pre_training_is_restored(optimizer, tmp_path):
+    config = dataclasses.replace(DENSE, pretrain_classes=7, meta_optimizer=optimizer)
+    saved, resumed, evaluated = MAML(config), MAML(config, seed=1), MAML(dataclasses.replace(config, pretrain_classes=0), seed=1)
+    record = {'iteration': 3, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'pretrain', 'pretrain_iterations': 3,
+              'provenance': {'data': {}}}
+    checkpoints.save(str(tmp_path / 'model3'), saved.state(), record)
+    checkpoint = checkpoints.load(str(tmp_path / 'model3'))
+    checkpoints.restore(checkpoint, resumed.state())
+    checkpoints.restore(checkpoint, evaluated.parameters())
+    for name, variable in resumed.state().items():
+        assert np.array_equal(variable, saved.state()[name]), name
+    assert np.array_equal(evaluated.weights['w1'], saved.weights['w1'])
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--head_init=shared', '--inner_weights=body'], '--inner_weights=body keeps them equal'),
     (['--head_init=new', '--inner_weights=body'], '--head_init=new starts with equal outputs for all classes'),
+    (['--pretrain_iterations=9', '--metatrain_iterations=0', '--norm_per_step'], '--norm_per_step=True is about meta-training'),
     (['--num_updates=0'], '--num_updates=0 needs a last layer'), (['--num_updates=0', '--head_init=shared'], '--num_updates=0 needs'),
     (['--method=protonet', '--stop_grad'], '--stop_grad is about the inner updates of the training'),
     (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),

@@ -244,6 +244,7 @@ def test_second_derivatives_are_tested(parts, words):
         network_check.check(config)
     assert all(word in str(error.value) for word in words), error.value
     network_check.check(dataclasses.replace(config, stop_grad=True))
+    network_check.check(dataclasses.replace(config, num_updates=0))
 
 
 class StateOfItsOwn(keras.Model):

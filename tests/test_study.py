@@ -29,6 +29,22 @@ def test_runs_are_the_combinations_of_values(tmp_path):
     assert len({run.training.directory for run in runs}) == 4 and all(run.evaluation.test_set and not run.evaluation.train for run in runs)
 
 
+def test_a_run_that_starts_from_weights_is_evaluated_itself(tmp_path):
+    run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--load_from=/elsewhere/model5', '--num_test_tasks=7'])
+    assert (run.training.load_from, run.evaluation.load_from) == ('/elsewhere/model5', None)
+    assert run.evaluation_arguments == [f'--run={run.training.directory}', '--num_test_tasks=7', *study.EVALUATION]
+
+
+def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
+    run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--ensemble=2', '--metatrain_iterations=5'])
+    os.makedirs(run.training.directory)
+    tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
+    for newest, is_evaluated in (3, False), (5, True):
+        store.add(run.training.directory, an_entry(np.ones([600, 2]), tasks=tasks, checkpoint=f'model{newest}', iterations=newest,
+                                                   ensemble=[newest, 1], training={'newest': newest}))
+        assert run.is_evaluated == is_evaluated
+
+
 def test_all_mistakes_are_reported_before_the_first_run(tmp_path):
     with pytest.raises(UserError) as error:
         runs_of(tmp_path, 'max_pool=True,False', 'update_lr=1,x', 'test_seed=1,2')

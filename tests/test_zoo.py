@@ -61,6 +61,22 @@ def test_flags_that_repeat_an_evaluation():
             rules.check_flags(resolve(main.parse(['main.py', f'--run={os.path.join(ROOT, directory)}', *zoo.flags_of(entry)])))
 
 
+def test_flags_that_repeat_other_heads_and_orders():
+    entry = shipped(SEED3)[0]
+    for changes, flag in ({'head': 'nearest neighbour', 'test_updates': 0}, '--head=nearest'), ({'permutations': 3}, '--permutations=3'):
+        assert flag in zoo.flags_of(dataclasses.replace(entry, setting=dataclasses.replace(entry.setting, **changes)))
+
+
+def test_a_network_of_ones_own_ships_with_its_run(tmp_path):
+    run, packed = tmp_path / 'run', tmp_path / 'packed'
+    shutil.copytree(SEED3, run)
+    (run / 'network').mkdir()
+    (run / 'network' / 'conv4.py').write_text('# a network')
+    for _ in range(2):  # an earlier pack is replaced
+        zoo.pack(str(run), str(packed))
+        assert (packed / 'network' / 'conv4.py').read_text() == '# a network'
+
+
 @pytest.mark.slow
 def test_shipped_figures_are_reproduced(capsys):
     assert zoo.check([SEED3, SEED3])  # named twice, evaluated once

@@ -128,7 +128,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
     *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
        f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
-      for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'outer')),
+      for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'norm_per_step', 'outer')),
     (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
     (lambda r: r.inner_weights == 'body' and (r.head_init == 'shared' or r.head_init == 'new' and r.logits == 'linear'),
      '--head_init={head_init} starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
@@ -176,6 +176,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--datasource={datasource} contradicts --datasource={trained[datasource]}, which a prediction needs; leave it out'),
     (lambda r: r.is_transfer and not (r.images and r.training.images),
      '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
+    (lambda r: not r.source.supervised and r.update_batch_size != r.trained['update_batch_size'],
+     '--update_batch_size={update_batch_size}: an evaluation on --datasource={datasource} adapts to --test_query episodes'),
     (lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],

@@ -53,7 +53,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
     replicas = run.replicas
     with checkpoints.exclusive(run.directory) if replicas.chief else contextlib.nullcontext():
         model = new_model(run, run.tasks.seed)
-        if run.model.network and run.check_network:
+        if run.model.network and run.check_network and run.metatrain_iterations:
             network_check.check(run.model)
         provenance = present_provenance(run, data, model)
         # The chief comes here after it has tidied up the directory; only then do the other workers look into it.
