@@ -81,7 +81,7 @@ def test_a_preparation_that_cannot_print_is_not_complete(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, 'print', broken)
-        with pytest.raises(SystemExit):
+        with pytest.raises(BrokenPipeError):
             prepare(tmp_path)
     assert not complete(tmp_path)
 
