@@ -318,7 +318,7 @@ def test_baselines(tmp_path, eager, monkeypatch):
         assert 'Pretrain Iteration 1: ' in printed and f'{inputs}-4-4-2' in printed
         assert weights_of(tmp_path / str(inputs), 1)['w1'].shape == (inputs, 4)
         directory, = glob.glob(f'{tmp_path}/{inputs}/*/')
-        assert checkpoints.ranking_of(checkpoints.find(directory, None).record) == [{'iteration': 1, 'score': score}]
+        assert checkpoints.ranking_of(checkpoints.find(directory, None).record) == [{'iteration': 1, 'score': score, 'tasks': 2}]
         run_ok(*joint, *TEST)
     run_ok(f'--run={tmp_path / "4"}', *TEST, '--test_updates=0', '--log=False')
     with_updates, without = results_of(glob.glob(f'{tmp_path}/4/*/')[0])
