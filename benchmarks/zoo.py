@@ -37,7 +37,7 @@ from runtime.results.collect import Evaluation, read_evaluations, result_directo
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
-COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, METRICS, TIMES
+COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, METRICS, TIMES, NETWORK
 SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', 'left out'
 # Processors of another kind round differently, which changes the outputs for a query example in some thousand.
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval
@@ -67,7 +67,7 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
     subprocess.CalledProcessError if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         for name in os.listdir(evaluation.directory):
-            if is_checkpoint(name) or name in (*COPIED, NETWORK):
+            if is_checkpoint(name) or name in COPIED:
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
         subprocess.run([sys.executable, MAIN, f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -155,7 +155,7 @@ def refuse_other_files(destination: str) -> None:
     """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
     locks = '.lock', '.results.lock'
     others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
-              if name not in (*COPIED, NETWORK, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
+              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
     if others:
         raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
@@ -168,9 +168,8 @@ def write_run(directory: str, folder: str, newest: int, best: list[int], entries
         checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(checkpoint.arrays), checkpoint.record)
     for name in os.listdir(directory):
         if name in COPIED or is_checkpoint(name, newest):
-            shutil.copy(os.path.join(directory, name), folder)
-    if os.path.isdir(os.path.join(directory, NETWORK)):
-        shutil.copytree(os.path.join(directory, NETWORK), os.path.join(folder, NETWORK))
+            path = os.path.join(directory, name)
+            shutil.copytree(path, os.path.join(folder, name)) if os.path.isdir(path) else shutil.copy(path, folder)
     if entries:
         store.write(os.path.join(folder, store.SHIPPED_FILE), entries)
 

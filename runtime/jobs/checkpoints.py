@@ -307,8 +307,8 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
     """Assigns the values of a checkpoint to variables: `MAML.state()`, to continue a training, or for an evaluation
     `MAML.parameters()`, which lack the state of the optimizer. Raises UserError, which says what differs, if they do not match.
     """
-    # The weights, of a classifier too, if the model has one.
-    arrays = without_optimizer(checkpoint.arrays) | {name: array for name, array in checkpoint.arrays.items() if name in variables}
+    weights = without_optimizer(checkpoint.arrays)
+    arrays = {name: array for name, array in checkpoint.arrays.items() if name in weights or name in variables}  # a classifier's too
     if any(_OPTIMIZER in name for name in variables):
         if not any(_OPTIMIZER in name for name in checkpoint.arrays):
             raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
