@@ -177,9 +177,9 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
             '--destination')
     with locked_folder(destination, busy, '--destination'):
         record = preparation_record(destination)  # one of an earlier version has no source
+        fits = record and record.get('recipe', recipe) == recipe and record.get('source', source) == source
         # Files without a record may have been made in another way.
-        again = (args.force or not os.path.exists(record_path)
-                 or not (record and record.get('recipe', recipe) == recipe and record.get('source', source) == source))
+        again = args.force or bool(_content(destination)) and not (os.path.exists(record_path) and fits)
         # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
         write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
         remove_parts(destination)  # of killed preparations: no other process holds the lock

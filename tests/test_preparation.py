@@ -497,8 +497,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.undo()
     files = tree(tmp_path)
     assert 0 < len(files) < 50 and set(files.values()) == {content}
+    done = {name: (tmp_path / name).stat().st_mtime_ns for name in files}
     preparation.prepare(pictures, classes, (84, 84), args)
     assert len(tree(tmp_path)) == 50
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files} == done
 
 
 def test_force_makes_everything_again(mini, tmp_path):
