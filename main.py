@@ -103,7 +103,8 @@ choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge
        "examples", Learning('.{}'), only='supervised')
 choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'what joint training tells apart: the classes of tasks; or all classes of '
        'meta-training, in batches of --meta_batch_size images', Learning('.{}'), only='images')
-choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}'), only='classes')
+choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}logits'),
+       only='classes')
 boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normalisation too', Learning('.adaptnorm'), only='normalisation')
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')

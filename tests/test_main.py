@@ -478,6 +478,9 @@ def test_load_from(arguments, tmp_path, few_tasks):
     own, loaded, again = results_of(ours.parent)
     assert [entry.setting.load_from for entry in (own, loaded, again)] == [None, prefix, str(ours)]
     assert own.scores == loaded.scores == again.scores
+    run_ok(*arguments, '--num_updates=2', '--train=False', '--stop_grad', f'--load_from={ours}')
+    elsewhere, = results_of(next(tmp_path.glob('*stopgrad*')))
+    assert elsewhere.training.method == 'MAML' and not elsewhere.training.flags['stop_grad'], 'as these weights were trained'
 
     # Trained on: from these weights, with fresh optimizers; and then resumed like any other run.
     elsewhere = [*arguments, f'--logdir={tmp_path}/on', '--metatrain_iterations=2', '--meta_lr=0', f'--load_from={prefix}']

@@ -16,6 +16,7 @@ from scipy import stats
 
 import main
 from conftest import ROOT, an_entry, error_of, results_of, run_ok
+from runtime.cli.flags import FLAGS, LEARNING, labels
 from runtime.cli.request import resolve
 from runtime.results import collect, compare, plots, render, statistics, store
 from runtime.system.errors import UserError
@@ -458,6 +459,13 @@ def test_what_makes_a_run_is_in_its_name():
     assert directory_name('--datasource=folder', '--data_path=x', '--split=8/1/1', '--image_size=20', '--rotations',
                           '--image_channels=1').endswith('batchnorm.size20.channels1.rotations.split8-1-1')
     assert directory_name('--datasource=folder', '--split=64/16/20', '--seed=0', '--meta_lr=0.001') == directory_name()
+
+
+def test_no_two_flags_name_a_directory_alike():
+    defaults = {name: FLAGS[name].default for name in LEARNING}
+    others = [(name, value) for name in LEARNING for value in getattr(FLAGS[name].parser, 'enum_values', []) if value != defaults[name]]
+    names = [labels({**defaults, name: value}) for name, value in others if name != 'datasource']  # whose experiments share a directory
+    assert len(names) > 15 and len(names) == len(set(names))
 
 
 def test_numbers_of_runs_that_diverged():

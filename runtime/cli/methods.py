@@ -55,6 +55,13 @@ def preset_hint(method: str, given: Collection[str], sentence: str) -> str:
     return f' (--method={method} sets {own}; a flag on the command line overrides it)' if own else ''
 
 
+def name(values: Mapping[str, Any], only_pretrains: bool) -> str:
+    """What a training with these flags is called: 'oracle', 'pre-training', or the `title` of a method."""
+    if values.get('baseline') == 'oracle':
+        return 'oracle'
+    return 'pre-training' if only_pretrains and values['pretrain_labels'] == 'tasks' else title(values)
+
+
 def title(values: Mapping[str, Any]) -> str:
     """The name of the method that flags describe: that of the nearest preset, with the switches in which they differ from it."""
     def differing(preset):

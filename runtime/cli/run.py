@@ -114,8 +114,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     pretrain_iterations, metatrain_iterations = request.iterations
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
-        method=tasks.baseline or ('pre-training' if request.only_pretrains and request.pretrain_labels == 'tasks' else
-                                  methods.title(request.trained)),
+        method=methods.name(request.trained, request.only_pretrains),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
         checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),

@@ -5,13 +5,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
 from maml import MAML
 from networks import network_of
+from runtime.cli import methods
 from runtime.cli.run import Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
@@ -43,6 +44,8 @@ class Restored(NamedTuple):
     newest: int | None = None   # iterations of the run's newest checkpoint
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
+    method: str = ''            # of weights that are not of this run: the name of their method, if it is known
+    flags: dict[str, Any] = {}  # of the same: those that determined what was learnt
 
 
 class Variant(NamedTuple):
@@ -148,9 +151,10 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
-        training=store.Training('random initialisation' if restored.iterations == 0 else run.method, run.pretrain_iterations,
-                                run.metatrain_iterations, {**run.learning_flags, 'datasource': restored.trained_on},
-                                restored.provenance and restored.provenance.without_classes, restored.newest),
+        training=store.Training(
+            'random initialisation' if restored.iterations == 0 else restored.method or run.method, run.pretrain_iterations,
+            run.metatrain_iterations, {**run.learning_flags, **restored.flags, 'datasource': restored.trained_on},
+            restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
             update_batch_size=run.tasks.update_batch_size, query_shots=run.tasks.query_shots, seed=run.tasks.seed,
@@ -264,8 +268,10 @@ def restore(run: Trained) -> Restored:
         if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
             raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
                             f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
-        return Restored(model, run.load_from, record.get('iteration'), learnt.get('datasource', run.trained_on), record.get('provenance'),
-                        {run.load_from: checkpoint.checksum})
+        flags = {**run.learning_flags, **learnt}  # a record of an earlier version may lack some
+        return Restored(model, run.load_from, record.get('iteration'), flags['datasource'], record.get('provenance'),
+                        {run.load_from: checkpoint.checksum}, flags=flags,
+                        method=methods.name(flags, record.get('regime') == 'pretrain') if learnt else '')
     if run.checkpoint == 0:
         return Restored(model, checkpoints.path(run.directory, 0), 0, run.trained_on, None, {})
     is_ensemble = run.ensemble > 1
