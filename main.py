@@ -49,9 +49,8 @@ Usage:
 
   Each command is also a file in configs/, as in --flagfile=configs/omniglot_5way1shot.flags.
 
-  To evaluate, repeat the command with --train=False, and with --test_set=True for meta-test instead of meta-validation.
-  To classify your own images, repeat it with --predict, --support_dir=DIR and --query_dir=DIR; tables: --support_csv, --query_csv.
-  --run=DIR uses the flags of the training in DIR, to evaluate, to predict or to continue.
+  To evaluate: --run=DIR --train=False, and --test_set=True for meta-test instead of meta-validation; DIR is the run's directory.
+  To classify your own images: --run=DIR --predict --support_dir=DIR --query_dir=DIR; rows of tables: --support_csv, --query_csv.
   Regression on functions needs no data; prepare the other data sets first: see docs/data.md.
 """  # noqa: E501  (a command is one line, to be copied)
 
@@ -89,8 +88,8 @@ real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), low
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression; in navigation, episodes)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
-real('ridge_lambda', 50.0, 'of --head_init=ridge: where the learned penalty starts', Learning('.lambda{}'))
-real('ridge_scale', 10.0, 'of --head_init=ridge: where the learned scale of outputs starts', Learning('.scale{}'))
+real('ridge_lambda', 50.0, 'initial value of the learned penalty of --head_init=ridge', Learning('.lambda{}'))
+real('ridge_scale', 10.0, 'initial value of the learned scale of outputs of --head_init=ridge', Learning('.scale{}'))
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
 number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
@@ -124,19 +123,21 @@ choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop',
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
 choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted '
        'and shared weights, without query examples', Learning('.{}'), only='supervised')
-choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'of the inner loop; adam, without momentum, for --outer=reptile: second moments carry '
-       'over from task to task', Learning('.inner{}'), only='supervised')
+choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'optimizer of the inner loop; adam, without momentum, for --outer=reptile: second '
+       'moments carry over from task to task', Learning('.inner{}'), only='supervised')
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
 number('ensemble', 1, 'n: keep the n checkpoints that did best on meta-validation, and evaluate their mean outputs', 1, only='supervised')
 group('Method')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
        Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
-number('num_filters', 64, 'filters of each convolution (miniImagenet: 32)', 1, Learning('hidden{}', 'convolutions'), only='images')
+number('num_filters', 64, 'filters of each convolution; 32 in the paper for MiniImagenet', 1, Learning('hidden{}', 'convolutions'),
+       only='images')
 boolean('conv', True, 'convolutional network for images; False: fully connected, 256-128-64-64', Learning(network='images'),
         only='supervised')
 boolean('max_pool', False, 'convolutions of stride 1 and 2x2 max pooling; False: convolutions of stride 2',
         Learning('maxpool', 'convolutions'), only='images')
-string('network', None, 'FILE.py:FUNCTION, instead of all of these: a function (input_shape, outputs) -> keras.Model; see docs/networks.md',
+string('network', None, 'FILE.py:FUNCTION, instead of the networks that the other flags describe: a function (input_shape, outputs) -> '
+       'keras.Model; see docs/networks.md',
        Learning(network_label, network='all'), only='supervised')
 string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis',
        Learning('.input{}', network='all'), only='own networks, numbers')
@@ -155,8 +156,8 @@ choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch 
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, 'directory of a run: use the flags of its training, to evaluate, predict or continue; flags on the command line '
-       'override them')
+string('run', None, 'directory of a run: use the flags of its training, to evaluate, to predict or to continue; an evaluation may have '
+       'other tasks')
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints', 1)
@@ -168,16 +169,17 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
         'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-number('test_updates', -1, 'inner updates of an evaluation; -1: 10, or --num_updates if that is more, or 0', -1, only='evaluation')
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10 (navigation: 4), --num_updates if that is more, 0 if that is 0', -1,
+       only='evaluation')
 strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a '
         'name')
 strings('across', None, 'a table of the runs in these folders against the tasks of all sources on which they were evaluated')
 choice('checkpoints', 'all', ['all', 'newest', 'best'], 'of each run, those that --compare and --across show: all that were evaluated, the '
        'newest, or the best on meta-validation', only='comparison')
 string('against', None, 'a flag in which the runs of --compare differ: --plot draws their results against it', only='comparison')
-choice('format', 'text', ['text', 'csv', 'latex'], 'of what --compare and --across print: tables for a terminal, csv, or a tabular '
-       'environment', only='comparison')
-choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'of the pictures that --plot and --predict draw')
+choice('format', 'text', ['text', 'csv', 'latex'], 'format of what --compare and --across print: tables for a terminal, csv, or LaTeX',
+       only='comparison')
+choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'format of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1, only='evaluation')
 choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='evaluation')
@@ -187,7 +189,8 @@ boolean('resize', False, "resize the images of --datasource to the training's si
 group('Evaluation')
 boolean('predict', False, 'adapt the trained model to the images of --support_dir and classify those of --query_dir, or to the rows of '
         '--support_csv and predict for those of --query_csv', only='files')
-string('support_dir', None, 'folder with a folder of images for each class, at most --num_classes', only='images, prediction')
+string('support_dir', None, 'folder with a folder of images for each class; a trained last layer takes --num_classes at most',
+       only='images, prediction')
 string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, "rows to adapt to: the training's columns, and class if it had no --targets", only='tables, prediction')
 string('query_csv', None, 'rows to predict for', only='tables, prediction')

@@ -19,11 +19,13 @@ WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
 
 def validations(text: str) -> np.ndarray:
-    """[[iteration, accuracy after adaptation]] of a console log, in order; of a part that was trained twice, the later."""
-    accuracies, iteration = {}, 0
+    """[[iteration, accuracy after adaptation]] of a console log, in order, those of pre-training first; of a part that was trained twice,
+    the later."""
+    accuracies, pretrained, iteration = {}, 0, 0
     for line in text.splitlines():
-        if match := re.match(r'Iteration (\d+): ', line):
-            iteration = int(match[1])
+        if match := re.match(r'(Pretrain )?Iteration (\d+): ', line):
+            pretrained = int(match[2]) if match[1] else pretrained
+            iteration = pretrained if match[1] else pretrained + int(match[2])
         elif match := re.match(r'Validation (?:results|of model(\d+)): \S+, (\S+)$', line):
             accuracies[int(match[1] or iteration)] = float(match[2])
     return np.array(sorted(accuracies.items())).reshape(-1, 2)

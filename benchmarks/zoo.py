@@ -29,6 +29,7 @@ from runtime.cli.startup import import_tensorflow
 import_tensorflow()
 from runtime.cli.network_file import FOLDER as NETWORK  # noqa: E402
 from runtime.cli.stored_run import FLAG_FILE  # noqa: E402
+from runtime.datasets.splits import MANIFEST  # noqa: E402
 from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.jobs.journal import CONSOLE, METRICS  # noqa: E402
@@ -37,7 +38,7 @@ from runtime.results.collect import Evaluation, read_evaluations, result_directo
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
-COPIED = FLAG_FILE, COLUMNS_FILE, CONSOLE, METRICS, TIMES, NETWORK
+COPIED = FLAG_FILE, COLUMNS_FILE, MANIFEST, CONSOLE, METRICS, TIMES, NETWORK
 SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', 'left out'
 # Processors of another kind round differently, which changes the outputs for a query example in some thousand.
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval

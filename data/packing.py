@@ -47,9 +47,11 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         shape: (height, width, channels) of every image.
         args, recipe, inputs: as for `preparation.prepare`.
     """
+    outputs = [RECORD, *(split + '.npy' for split in SPLITS)]
+
     def write(destination, again):
         if again:
-            for name in RECORD, *(split + '.npy' for split in SPLITS):
+            for name in outputs:
                 pathlib.Path(destination, name).unlink(missing_ok=True)
         record, damaged = _earlier(destination), {}
         for split in SPLITS:
@@ -68,7 +70,7 @@ def pack(lists: Mapping[str, ImageList], classes: Mapping[str, Class], shape: tu
         print(describe_classes(counts), 'in', destination, flush=True)
         return differences(counts, classes, named)
 
-    run_preparation(args, recipe, inputs, write)
+    run_preparation(args, recipe, inputs, write, outputs)
 
 
 def _earlier(destination: str) -> dict[str, dict]:

@@ -13,7 +13,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -126,21 +126,22 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         write_partial_manifest(counts, classes, destination, needed=bool(complaints) and args.allow_missing)
         return complaints
 
-    run_preparation(args, recipe, inputs, write, facts)
+    outputs = {name.split('/')[0] for name in [*classes, *(picture.name for picture in pictures)]}
+    run_preparation(args, recipe, inputs, write, outputs, facts)
 
 
 def is_prepared(args: argparse.Namespace, recipe: str, facts: Mapping[str, object]) -> bool:
     """Whether the destination was prepared by this recipe, with nothing missing, is there, and is not to be made again."""
-    record, content = preparation_record(args.destination), _content(args.destination)
+    record = preparation_record(args.destination)
+    content = record.get('content', [])
     return (not args.force and record.get('complete') is True and not record.get('missing')
             and (record.get('recipe'), record.get('facts', {})) == (recipe, facts)
-            and bool(content) and set(record.get('content', ())) <= set(content))
+            and bool(content) and content == _present(args.destination, content))
 
 
-def _content(folder):
-    """The names of the files and folders with the data in a destination."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in names if not name.startswith('.') and name not in (MANIFEST, PARTIAL_MANIFEST))
+def _present(folder, names):
+    """Those of some names that a folder has, sorted."""
+    return sorted(name for name in names if os.path.exists(os.path.join(folder, name)))
 
 
 def identity(inputs: Sequence[str]) -> list[list]:
@@ -158,7 +159,7 @@ def checksum(path: str) -> int:
 
 
 def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str], write: Callable[[str, bool], list[str]],
-                    facts: Mapping[str, object] | None = None) -> None:
+                    outputs: Collection[str], facts: Mapping[str, object] | None = None) -> None:
     """Calls `write` under a lock, and records in the destination what the program reads before it uses the images there.
 
     Raises SystemExit if the destination cannot be written to, or lies within one of `inputs`, or there are complaints.
@@ -167,6 +168,8 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
         recipe, inputs, facts: as for `prepare`.
         write: function of the destination and of whether all files must be made again: by force, or of another recipe or source.
             It returns complaints.
+        outputs: the names, directly in the destination, of all that it may write there; other files may be there too, such as the
+            script and the download.
     """
     destination, source = os.path.realpath(args.destination), identity(inputs)
     for folder in map(os.path.realpath, inputs):
@@ -179,13 +182,13 @@ def run_preparation(args: argparse.Namespace, recipe: str, inputs: Sequence[str]
         record = preparation_record(destination)  # one of an earlier version has no source
         fits = record and record.get('recipe', recipe) == recipe and record.get('source', source) == source
         # Files without a record may have been made in another way.
-        again = args.force or bool(_content(destination)) and not (os.path.exists(record_path) and fits)
+        again = args.force or bool(_present(destination, outputs)) and not (os.path.exists(record_path) and fits)
         # Without a recipe if there may be files of another one until all are made: after a kill they are made again.
         write_json(record_path, {'recipe': None if again else recipe, 'source': source, 'complete': False})
         remove_parts(destination)  # of killed preparations: no other process holds the lock
         complaints = write(destination, again)
         write_json(record_path, {'recipe': recipe, 'source': source, 'complete': not complaints or args.allow_missing,
-                                 'content': _content(destination), **({'missing': True} if complaints else {}),
+                                 'content': _present(destination, outputs), **({'missing': True} if complaints else {}),
                                  **({'facts': facts} if facts else {})})
     if complaints:
         text = 'Problems found:\n' + '\n'.join('  ' + line for line in complaints)

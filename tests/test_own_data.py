@@ -15,6 +15,7 @@ from conftest import error_of, results_of, run_ok, write_image_tree
 from data_generator import SOURCES
 from runtime.cli import stored_run
 from runtime.cli.request import resolve
+from runtime.cli.run_data import source_and_tasks
 from runtime.datasets import class_folders, images, lists, splits
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.images import BadImages
@@ -252,6 +253,57 @@ def test_images_behind_links_are_listed(tmp_path):
     (tmp_path / 'data' / 'circle').symlink_to(tmp_path / 'data')
     path = write_text(tmp_path / 'train.csv', 'filename,label\n00.png,a\nlinked/images/01.png,b\n')
     assert load(tmp_path / 'data', split_file=str(path)).names == ['train/a', 'train/b']
+    (tmp_path / 'elsewhere' / 'a_link').symlink_to(tmp_path / 'elsewhere' / 'images')
+    path = write_text(tmp_path / 'train.csv', 'filename,label\nimages/00.png,a\nimages/01.png,b\n')
+    assert load(tmp_path / 'elsewhere', split_file=str(path)).names == ['train/a', 'train/b']
+
+
+def test_labels_that_are_names_of_images_too(tmp_path):
+    path = write_text(listed(tmp_path, False, True, ',', 'x,y'), 'label,id\n00,01\n00,02\n01,03\n02,04\n03,05\n')
+    assert sorted(name for split in SPLITS for name in load(tmp_path, split, split_file=str(path)).names) == ['00', '01', '02', '03']
+
+
+def test_lists_that_change_after_a_training(tmp_path, capsys):
+    """The split of the run names the labels; a training that starts anew splits those of now."""
+    path, kept = listed(tmp_path, False, True, ',', 'filename,label'), tmp_path / 'run' / 'splits.csv'
+    folders = own(tmp_path, split_file=str(path), kept_manifest=str(kept))
+    folders.record_split({'train': folders.names('train')})
+    text = path.read_text()
+    write_text(path, text.replace('11.png,label3', '11.png,new'))
+    names = {split: load(tmp_path, split, split_file=str(path), kept_manifest=str(kept)).names for split in SPLITS}
+    assert 'Ignored: the labels new in' in capsys.readouterr().out and names == {
+        split: folders.names(split) for split in SPLITS}
+    write_text(path, text.replace('label3', 'other'))
+    with pytest.raises(UserError, match='splits.csv lists label3, which is no label in .*labels.csv; restore it'):
+        load(tmp_path, split_file=str(path), kept_manifest=str(kept))
+    anew = [load(tmp_path, split, split_file=str(path), kept_manifest=str(kept), splits_anew=True).names for split in SPLITS]
+    assert sorted(sum(anew, [])) == ['label0', 'label1', 'label2', 'other']
+
+
+@pytest.mark.parametrize('flags, anew', [([], True), (['--resume=False'], True), (['--train=False'], False)])
+def test_who_reads_the_split_that_a_run_keeps(flags, anew, tmp_path):
+    line = ['main.py', '--datasource=folder', f'--data_path={tmp_path}/data', f'--logdir={tmp_path}/logs', *flags]
+    request = resolve(main.parse(line))
+    assert source_and_tasks(request)[0].splits_anew == anew
+    write_text(tmp_path / 'logs' / os.path.basename(request.directory) / 'model2.index', '')
+    assert source_and_tasks(request)[0].splits_anew == (flags == ['--resume=False'])
+
+
+def test_a_class_folder_of_a_manifest_is_gone(tmp_path):
+    write(tmp_path, *'abcdef').joinpath('splits.csv').write_text('split,class\ntrain,a\ntrain,gone\nval,b\ntest,c\n')
+    with pytest.raises(UserError, match='1 of the 2 class folders .* first gone, which .*splits.csv lists; restore it'):
+        load(tmp_path)
+
+
+def test_what_to_do_about_a_split_of_few_classes(tmp_path):
+    """A hint about --split where that made the split, only."""
+    assert 'for --split=64/16/20' in own(write(tmp_path / 'a', *'abcdef')).too_few_hint(5)
+    assert own(write(tmp_path / 'b', 'train/a', 'val/b')).too_few_hint(5) == 'lower it, or add classes to that split'
+    table = one_table(tmp_path / 'c' / 'all.csv')
+    assert 'change --split=64/16/20' in Tables(str(table), (), None, 'species').too_few_hint(5)
+    assert 'add tasks to that split' in Tables(str(tmp_path / 'c'), ('y',), None, 'species').too_few_hint(5)
+    with pytest.raises(UserError, match='column species of x holds 2 classes, which cannot be split'):
+        split_classes(list('ab'), RATIOS, 'the column species of x', 'classes')
 
 
 @pytest.mark.parametrize('text, words', [
@@ -259,7 +311,7 @@ def test_images_behind_links_are_listed(tmp_path):
     ('filename,label\n00.png,a\n99.png,b\n', '1 of the 2 images that are listed are not in .*first 99.png .line 3 of'),
     ('filename,label\n00.png,a\nimages/00.png,b\n', 'images/00.png is in line 2 of .* and in line 3'),
     ('filename,label\nx,a\n', 'no column of .* names images below .*, such as '),
-    ('filename,label\n00.png,\n', 'line 2 of .* lacks an image, a label'),
+    ('split,label\ntrain,a\n', 'no column of .* names images'), ('filename,label\n00.png,\n', 'line 2 of .* lacks an image, a label'),
     ('filename,one,two\n00.png,a,b\n', 'has the columns filename, one, two; name the one with the labels by --label_column'),
     ('filename,label,split\n00.png,a,somewhere\n', 'line 2 of .* lacks'), ('filename,label\n', 'lists no images'), ('', 'lists no images'),
 ])
@@ -366,6 +418,9 @@ def test_three_tables_with_a_column_of_tasks(tmp_path):
         one_table(tmp_path / f'{split}.csv', names, 'patient')
     tables = Tables(str(tmp_path), ('y',), None, 'patient')
     assert [tables.load(split).names for split in SPLITS] == [list('abc'), list('de'), ['f']] and list(tables.columns.features) == ['x']
+    for flag, how in ('--split=64/16/20', {'split_given': True}), ('--split_file', {'split_file': 'mine.csv'}):
+        with pytest.raises(UserError, match=f'says which tasks are for train, val and test; leave out {flag}'):
+            Tables(str(tmp_path), ('y',), None, 'patient', **how).load('train')
 
 
 def test_many_columns_are_not_all_named():
@@ -420,7 +475,8 @@ def test_the_run_names_its_lists_from_everywhere(tmp_path, monkeypatch):
     (tmp_path / 'x,y.csv').touch()
     assert lists.list_paths('x,y.csv') == ['x,y.csv']
     (tmp_path / 'images').mkdir()
-    values = main.parse(['main.py', '--datasource=folder', '--data_path=images', '--split_file=train.csv,val.csv']).values
+    values = main.parse(['main.py', '--datasource=folder', '--data_path=images', '--split_file=train.csv,val.csv',
+                        '--label_column=breed']).values
     text = stored_run.description(values)
     assert f'--split_file={tmp_path}/train.csv,{tmp_path}/val.csv\n' in text and f'--data_path={tmp_path}/images\n' in text
     (tmp_path / 'run').mkdir()
@@ -429,3 +485,4 @@ def test_the_run_names_its_lists_from_everywhere(tmp_path, monkeypatch):
                        (['--data_path=.', '--split_file=mine.csv'], 'mine.csv')):
         request = resolve(main.parse(['main.py', '--run=run', '--train=False', *more]))
         assert request.split_file == (f'{tmp_path}/train.csv,{tmp_path}/val.csv' if kept is True else kept or None)
+        assert request.label_column == (None if kept is False else 'breed'), 'a column of the lists'

@@ -478,7 +478,9 @@ def test_a_run_that_was_interrupted_goes_on(kill, status, tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    """The disk fills up in the middle: one sentence, nothing half-written, and what is done stays done."""
+    """The disk fills up in the middle: one sentence, nothing half-written, and what is done stays done; in the folder of the script, which
+    is the default destination."""
+    (tmp_path / 'proc_images.py').touch()
     args = preparation.arguments('', '', str(tmp_path)).parse_args([])
     content, room = picture(0), 20 * len(picture(0))
     pictures = [preparation.Picture(f'train/a/{number}.jpg', lambda: content) for number in range(50)]
@@ -495,12 +497,12 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='No space left on device.*run the same command to resume'):
         preparation.prepare(pictures, classes, (84, 84), args)
     monkeypatch.undo()
-    files = tree(tmp_path)
+    files = tree(tmp_path / 'train')
     assert 0 < len(files) < 50 and set(files.values()) == {content}
-    done = {name: (tmp_path / name).stat().st_mtime_ns for name in files}
+    done = {name: (tmp_path / 'train' / name).stat().st_mtime_ns for name in files}
     preparation.prepare(pictures, classes, (84, 84), args)
-    assert len(tree(tmp_path)) == 50
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files} == done
+    assert len(tree(tmp_path / 'train')) == 50
+    assert {name: (tmp_path / 'train' / name).stat().st_mtime_ns for name in files} == done
 
 
 def test_force_makes_everything_again(mini, tmp_path):
@@ -523,8 +525,11 @@ def test_what_is_gone_is_not_prepared(tmp_path):
             os.makedirs(os.path.join(destination, name), exist_ok=True)
         return []
 
-    preparation.run_preparation(args, 'recipe', [], write)
-    assert preparation.is_prepared(args, 'recipe', {})
+    archive = tmp_path / 'archive.zip'
+    archive.touch()
+    preparation.run_preparation(args, 'recipe', [], write, ['train', 'val'])
+    archive.unlink()
+    assert preparation.is_prepared(args, 'recipe', {}), 'the download is not needed any more'
     (tmp_path / 'val').rmdir()
     assert not preparation.is_prepared(args, 'recipe', {})
     (tmp_path / 'train').rmdir()

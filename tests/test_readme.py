@@ -16,8 +16,8 @@ from runtime.cli import flags
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}
 COMMANDS = re.findall(r'^python (main\.py --datasource=.*)$', README + PAGES['evaluation.md'], re.M)
-PREDICTION = sorted({command for command in COMMANDS if '--predict' in command})
-TRAINING = [command for command in COMMANDS if '--train=False' not in command and command not in PREDICTION]
+TRAINING = [command for command in COMMANDS if '--train=False' not in command]
+PREDICTION = sorted(set(re.findall(r'^python (main\.py .*--predict --support_dir.*)$', README + PAGES['evaluation.md'], re.M)))
 
 
 def test_usage_text_and_readme_agree():
@@ -26,8 +26,7 @@ def test_usage_text_and_readme_agree():
 
 def test_evaluation_commands_are_training_commands_with_two_flags():
     for command in set(COMMANDS) - set(TRAINING):
-        training = re.sub(' (--train=False --test_set=True|--predict --support_dir=examples --query_dir=images)$', '', command)
-        assert '--load_from' in command or training in TRAINING
+        assert '--load_from' in command or command.removesuffix(' --train=False --test_set=True') in TRAINING
 
 
 def test_the_table_of_flags_is_that_of_the_help():
@@ -86,12 +85,12 @@ def test_training_commands_run(command, small_data, tmp_path, few_tasks):
 def test_prediction_command(command, small_omniglot, tmp_path):
     """As printed, of the shipped model, in a folder with examples and images of characters."""
     for number in range(3):
-        for folder, image in (f'examples/{number}', '00.png'), ('images', '01.png'):
+        for folder, image in (f'my_characters/{number}', '00.png'), ('my_drawings', '01.png'):
             os.makedirs(tmp_path / folder, exist_ok=True)
             shutil.copy(small_omniglot / 'alphabet' / f'test{number:02d}' / image, tmp_path / folder / f'{number}.png')
     shutil.copytree(os.path.join(ROOT, 'logs', 'omniglot5way'), tmp_path / 'logs' / 'omniglot5way')
     process = run_process(*shlex.split(command)[1:], cwd=tmp_path)
-    assert process.returncode == 0 and 'predict_examples_images.csv and .png' in process.stdout, process.stderr
+    assert process.returncode == 0 and 'predict_my_characters_my_drawings.csv and .png' in process.stdout, process.stderr
 
 
 @pytest.mark.slow

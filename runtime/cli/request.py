@@ -204,6 +204,8 @@ def _forget_data(values, stored, given):
         values['data_path'] = None
     if not same_folder(values['data_path'], stored['data_path']) and 'split_file' not in given:
         values['split_file'] = None
+        if SOURCES[values['datasource']].image_shape and 'label_column' not in given:  # of the list
+            values['label_column'] = None
 
 
 def _check_declarations():
@@ -256,4 +258,5 @@ def _refuse_contradictions(values, learnt, stated, directory, may_differ):
     contradictions += [f'--train_{name}={value} contradicts --{name}={learnt[name]}' for name, value in stated.items()
                        if value != learnt[name]]
     if contradictions:
-        raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out the former')
+        raise UserError(f'{", ".join(contradictions)}, with which the run in {directory} was trained; leave out what '
+                        'contradicts it')

@@ -66,14 +66,18 @@ def _splitting(request):
     same = same_folder(request.data_path, request.trained['data_path'])  # the run keeps the split of the data that it was trained on
     return dict(split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given,
                 split_file=request.split_file and ','.join(list_paths(request.split_file)),
-                kept_manifest=os.path.join(request.directory, MANIFEST) if same else None)
+                kept_manifest=os.path.join(request.directory, MANIFEST) if same else None,
+                splits_anew=request.mode == 'train' and not _resumes(request))
+
+
+def _resumes(request):
+    """Whether a training has a checkpoint to go on from. Not by `checkpoints.iterations`: data are read before TensorFlow is imported."""
+    return request.resume and bool(glob.glob(os.path.join(glob.escape(request.directory), 'model*.index')))
 
 
 def _known_columns(request):
     """The columns of tables that the model was trained with; None if a training starts from scratch."""
-    train, directory = request.mode == 'train', request.directory
-    # Not `checkpoints.iterations`: data are read before TensorFlow is imported.
-    resumes = request.resume and glob.glob(os.path.join(glob.escape(directory), 'model*.index'))
+    train, directory, resumes = request.mode == 'train', request.directory, _resumes(request)
     if request.load_from and not (train and resumes):
         folder = os.path.dirname(os.path.expanduser(request.load_from)) or '.'
         columns = read_columns(folder)

@@ -62,6 +62,8 @@ class ClassFolders(FolderOptions):
         """What to do if a split has fewer than num_classes classes."""
         if not self.split_ratios:
             return 'lower it'
+        if not self.unsplit() and self._manifest() not in (self.kept or '', os.path.join(self.root, splits.MANIFEST)):
+            return 'lower it, or add classes to that split'
         enough = math.ceil(num_classes * sum(self.split_ratios) / min(filter(None, self.split_ratios)))
         return (f'lower it, or have {enough} class folders or more (for {splits.split_flag(self.split_ratios)}) and delete '
                 f'{splits.MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
@@ -83,8 +85,10 @@ class ClassFolders(FolderOptions):
         if self.script and missing == classes[split]:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
         if missing:
+            listed = self.script is None and self._manifest()
+            advice = f'which {listed} lists; restore it, or remove its line from that file' if listed else self.missing_hint
             raise UserError(f'{len(missing)} of the {len(classes[split])} class folders of the {split} split are missing in {self.root}, '
-                            f'first {missing[0]}; {self.missing_hint}')
+                            f'first {missing[0]}{", " if listed else "; "}{advice}')
         return classes[split]
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
@@ -114,7 +118,12 @@ class ClassFolders(FolderOptions):
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            return splits.by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
+            classes = splits.by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
+            unknown = sorted(set().union(*classes.values()) - self._labelled[None].keys()) if self._labelled else []
+            if unknown:
+                raise UserError(f'{manifest} lists {listing(unknown, 1, ", ")}, which is no label in {self.split_file}; restore it, or '
+                                'remove it from the former')
+            return classes
         if self.unsplit():
             return splits.by_split(self._in_proportions())
         if self.split_given:
@@ -285,7 +294,7 @@ class ClassFolders(FolderOptions):
         """The path of the manifest that splits the classes, if there is one."""
         if self.split_file and self._split_file_is_manifest():
             return self.split_file
-        elsewhere = [] if self._split_by_folders() else [self.kept_manifest, self.shipped_manifest]
+        elsewhere = [] if self._split_by_folders() else [self.kept, self.shipped_manifest]
         if self._labelled is not None:
             candidates = elsewhere if None in self._labelled else []
         else:
@@ -314,7 +323,12 @@ class ClassFolders(FolderOptions):
         splits.report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()},
                             self.root)
         listed = {name.split('/')[0] for names in classes.values() for name in names}
-        unlisted = [] if self._labelled or self.split_file else sorted(set(subfolders(self.root)) - listed)
+        if self._labelled:
+            unlisted = sorted(self._labelled[None].keys() - listed) if manifest else []
+            if unlisted:
+                print(f'Ignored: the labels {listing(unlisted, 1, ", ")} in {self.split_file}, which {manifest} does not list')
+            return
+        unlisted = [] if self.split_file else sorted(set(subfolders(self.root)) - listed)
         if unlisted:
             advice = ('Add a line for each, or delete that file to split all of them again' if manifest else
                       'They are beside the folders train, val and test')
@@ -375,6 +389,7 @@ def subfolders(folder: str) -> list[str]:
 class Preparation(TypedDict, total=False):
     """What a preparation recorded."""
     complete: bool
+    content: list[str]          # what it made, directly in the folder
     facts: dict[str, Any]
 
 

@@ -60,7 +60,9 @@ def _index(root: str, suffixes: set[str]) -> Mapping[str, Sequence[str]]:
     """{name: paths of images relative to the root}, by each name that a list may have for them."""
     index = collections.defaultdict(list)
     for folder, folders, names in walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        # Links last: of a folder with two paths, the list may have the one that is no link.
+        folders[:] = sorted((name for name in folders if not name.startswith('.')),
+                            key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith('.'):
                 path = os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
@@ -98,8 +100,9 @@ def _named_alike(columns, rows):
 def _image_column(path, rows, label_column, index, root):
     """The column of which most cells name images."""
     counts = {name: sum(row[name] in index for row in rows) for name in rows[0] if name not in ('split', label_column)}
-    image = max(counts, key=lambda name: counts[name])
-    if not counts[image]:
+    # Labels may be the names of images, too.
+    image = max(counts, key=lambda name: (counts[name], name.lower() not in LABELS), default=None)
+    if not (image and counts[image]):
         raise UserError(f'no column of {path} ({", ".join(rows[0])}) names images below {root}, such as '
                         f'{next(iter(index), "(it holds none)")}; give their folder as --data_path')
     return image

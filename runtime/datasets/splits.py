@@ -47,6 +47,12 @@ class Splitting:
     split_given: bool = False         # the user asked for these ratios: refuse a manifest with others
     split_file: str | None = None     # a manifest, or lists of images; see `read_image_lists`
     kept_manifest: str | None = None  # of a run: has the split where it cannot be written beside the data
+    splits_anew: bool = False         # a training that starts anew: what an earlier one kept does not count
+
+    @property
+    def kept(self) -> str | None:
+        """The path of the split that a run keeps, if it counts."""
+        return None if self.splits_anew else self.kept_manifest
 
     def manifest_rows(self, manifest: str, root: str | None = None, folders: bool = True) -> list[tuple[str, str]]:
         """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
@@ -104,18 +110,18 @@ def _is_below(name: str) -> bool:
 
 # Proportions --------------------------------------------------------------------------------------------------------
 
-def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str) -> list[tuple[str, str]]:
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str, what: str = 'class folders') -> list[tuple[str, str]]:
     """[(split, class)]: splits classes in an order that depends on their names only.
 
     Args:
         ratios: proportions of train, val and test; each that is not 0 gets at least one class.
-        root: what to call the folder in an error.
+        root, what: what to call the folder, and what it holds, in an error.
 
     Raises UserError if there are too few classes.
     """
     parts = sum(ratio > 0 for ratio in ratios)
     if len(names) < parts:
-        raise UserError(f'{root} holds {len(names)} class folders, which cannot be split into train, val and test')
+        raise UserError(f'{root} holds {len(names)} {what}, which cannot be split into train, val and test')
     shuffled = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors='surrogateescape')).digest())
     counts = [max(ratio > 0, len(names) * ratio // sum(ratios)) for ratio in ratios]
     first = next(index for index, ratio in enumerate(ratios) if ratio)  # gets what is left over

@@ -80,7 +80,13 @@ class Tables(splits.Splitting):
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
-        return 'lower it, or add csv files' if not self.group_column else f'lower it, or change {splits.split_flag(self.split_ratios)}'
+        by_proportions = os.path.isfile(self.root) and not self.split_file
+        return 'lower it, or ' + (f'change {splits.split_flag(self.split_ratios)}' if by_proportions else f'add {self._what} to that split')
+
+    @property
+    def _what(self):
+        """Text: what is split."""
+        return 'tasks' if self.target_names else 'classes'
 
     @cached_property
     def _values(self) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
@@ -106,6 +112,9 @@ class Tables(splits.Splitting):
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
         files, folders = splits.split_entries(self.root, '.csv'), splits.split_entries(self.root)
+        if (self.split_given or self.split_file) and (files or folders):
+            flag = '--split_file' if self.split_file else splits.split_flag(self.split_ratios)
+            raise UserError(f'{self.root} says which {self._what} are for train, val and test; leave out {flag}')
         if self.group_column and files:
             return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
         sheets = map_tables(read_sheet, {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS})
@@ -143,17 +152,18 @@ class Tables(splits.Splitting):
         missing = [name for _, name in rows if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
-                            'does not have')
+                            'does not have; restore these, or remove them from that file')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
             print(f'Ignored: {listing(unlisted, 1, ", ")} in the column {self.group_column}, which {manifest} does not list')
         return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
 
     def _manifest(self):
-        return next((path for path in (self.split_file, self.kept_manifest) if path and os.path.exists(path)), self.split_file)
+        return next((path for path in (self.split_file, self.kept) if path and os.path.exists(path)), self.split_file)
 
     def _in_proportions(self, names):
-        return splits.split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}')
+        return splits.split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}',
+                                    self._what)
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes the split of the tasks or classes of one file into the run's directory, if it is not written anywhere yet.

@@ -41,7 +41,8 @@ _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
 _OF_THE_NEWEST = 'test_*',
 _PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)\D')
-_DESCRIPTIONS = 'run.flags', 'columns.json', 'network'  # what describes the run: its flags, the columns of tables, a network of one's own
+# What describes the run: its flags, the columns of tables, the split of one's own data, a network of one's own.
+_DESCRIPTIONS = 'run.flags', 'columns.json', 'splits.csv', 'network'
 
 
 class Damaged(UserError):

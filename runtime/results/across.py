@@ -12,6 +12,7 @@ from runtime.results.collect import Evaluation, differing_parts, read_evaluation
 from runtime.results.statistics import UNITS, plus_minus, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
+OWN_DATA = 'folder', 'table'  # sources that are whatever --data_path names
 KNOWN_CLASSES = '+'  # marks tasks some of whose classes the model was trained on, or those of another source with the names of such
 COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path']
 
@@ -82,7 +83,8 @@ class Matrix:
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        mark = OWN_SOURCE if evaluation.trained_on == evaluation.entry.tasks.datasource else ''
+        datasource = evaluation.entry.tasks.datasource
+        mark = OWN_SOURCE if evaluation.trained_on == datasource and datasource not in OWN_DATA else ''
         mark += KNOWN_CLASSES if evaluation.entry.known_classes else ''
         mean, _, half = self.statistics[row, column]
         return plus_minus(mean, half, UNITS[self.metric].digits) + mark

@@ -91,7 +91,7 @@ class Entry:
     tasks: EvaluationTasks
     setting: Setting
     known_classes: list[str]    # classes that the model was trained on, or of another source with the names of such
-    metric: str                 # 'accuracy' (a fraction) | 'loss'
+    metric: str                 # 'accuracy' (a fraction) | 'loss' | 'return'
     seconds: float
     versions: dict[str, str]    # of Python, libraries and this program, and the arithmetic of the evaluation
     figures: list[Figures]      # of each column of `scores`
