@@ -357,9 +357,9 @@ class MAML:
     def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None, network: Callable | None = None):
         """The initial weights are a function of config and seed; `network` is that of the config (docs/networks.md). With several
         replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`."""
-        self.replicas, self.description = replicas or Replicas(), network_of(config).description
         config = dataclasses.replace(config, network=network, mask_seed=seed) if network else config
-        self.config = config = engine.resolve(config, network_of(config).convolutional, network_of(config).vectorizes)
+        self.replicas, self.description = replicas or Replicas(), network_of(config).description
+        self.config = config = engine.resolve(config, network_of(config))
         self.shared = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in group.items()}
                                         for group in initial_parameters(config, seed)))
         self.weights, self.norm_params, rates, inner_optimizer_state = self.shared

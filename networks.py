@@ -486,7 +486,8 @@ def classifier_outputs(config: ModelConfig, tensors: Tensors, x: tf.Tensor) -> t
     """The outputs of the classifier of pre-training (Baseline and Baseline++: Chen et al., 2019), [rows, pretrain_classes]."""
     network = network_of(config)
     own = {name: tensors[CLASSIFIER + name] for name in network.head_names}
-    return outputs_of(config, {**tensors, **own}, network.features(tensors, x))
+    of_all_classes = dataclasses.replace(config, dim_output=config.pretrain_classes)
+    return outputs_of(of_all_classes, {**tensors, **own}, network.features(tensors, x))
 
 
 def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, support_y: tf.Tensor) -> Tensors:
@@ -536,8 +537,9 @@ def repeated_column(config, weights, features, support_y):
 def new_layer(config, weights, features, support_y):
     """A layer that has learned nothing: zeros, or for cosines, which zeros do not have, random numbers."""
     shape = [features.shape[-1], support_y.shape[-1]]
-    matrix = (tf.zeros(shape, features.dtype) if config.logits == 'linear' else
-              tf.random.stateless_normal(shape, [0, 0], dtype=features.dtype))
+    with tf.init_scope():  # XLA would draw other numbers
+        matrix = (tf.zeros(shape, features.dtype) if config.logits == 'linear' else
+                  tf.random.stateless_normal(shape, [0, 0], dtype=features.dtype))
     return matrix, tf.zeros(shape[1:], features.dtype)
 
 

@@ -155,9 +155,11 @@ def loss_of(config: ModelConfig, outputs: tf.Tensor, targets: tf.Tensor) -> tf.T
 
 
 def accuracy(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Fraction of rows whose largest output is the target's class: [..., rows, way] -> [...], in [0, 1]."""
+    """Fraction of rows whose largest output is the target's class: [..., rows, way] -> [...], in [0, 1]; nan if an output is not finite,
+    for then adaptation diverged, and which output is the largest says nothing."""
     hits = tf.equal(tf.argmax(outputs, axis=-1), tf.argmax(targets, axis=-1))
-    return tf.reduce_mean(tf.cast(hits, outputs.dtype), axis=-1)
+    fraction = tf.reduce_mean(tf.cast(hits, outputs.dtype), axis=-1)
+    return tf.where(tf.reduce_all(tf.math.is_finite(outputs), axis=(-2, -1)), fraction, math.nan)
 
 
 class Metrics(NamedTuple):

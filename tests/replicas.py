@@ -3,8 +3,7 @@
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
 gradients: the meta-gradients of a meta-batch, and the weights after 100 training steps, of networks of the shapes that sinusoid,
-Omniglot and miniImageNet have, one with learned step sizes and offsets of each step, and one of Keras with Dropout, are written to FILE
-by the chief.
+Omniglot and miniImageNet have, the last with all of MAML++, and of one of Keras with Dropout, are written to FILE by the chief.
 """
 import dataclasses
 import os
@@ -27,11 +26,8 @@ def shapes():
     omniglot = ModelConfig(dim_input=28 * 28, dim_output=5, loss='xent', update_batch_size=1, update_lr=0.4, head='mean',
                            image_shape=(28, 28, 1), num_filters=4)
     mini = dataclasses.replace(omniglot, dim_input=84 * 84 * 3, image_shape=(84, 84, 3), num_filters=2, max_pool=True,
-                               head='flatten', update_lr=0.01, num_updates=2, clip=10.0)
-
-    steps = dataclasses.replace(omniglot, update_lr=0.1, num_updates=2, learn_lr='step', norm_scale=True, norm_per_step=True,
-                                multi_step_loss=50)
-
+                               head='flatten', update_lr=0.01, num_updates=2, clip=10.0, learn_lr='step', norm_scale=True,
+                               norm_per_step=True, multi_step_loss=50)
     own = dataclasses.replace(omniglot, update_lr=0.1, num_updates=2, network=a_network)
 
     def images(config):
@@ -47,7 +43,7 @@ def shapes():
 
     points = SOURCES['sinusoid'].tasks(TaskConfig(5, 10, 10, seed=0), 'train')
     return {'sinusoid': (sinusoid, points.draw), 'omniglot': (omniglot, images(omniglot)), 'mini': (mini, images(mini)),
-            'steps': (steps, images(steps)), 'keras': (own, images(own))}
+            'keras': (own, images(own))}
 
 
 def a_network(input_shape, outputs):

@@ -18,6 +18,8 @@ from runtime.datasets.tasks import TaskConfig
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Permuted
 from runtime.jobs.learner import load
+from runtime.system.errors import UserError
+from utils import accuracy
 
 FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_heads'), os.environ.get('MAML_GOLDEN_HEADS', '')]
 FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
@@ -297,6 +299,32 @@ def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_dat
     assert np.array_equal(tf.train.load_variable(str(found)[:-6], 'conv2'), tf.train.load_variable(f'{protonet}/model2', 'conv2'))
 
 
+@pytest.mark.parametrize('first, second', [('learned', 'shared'), ('shared', 'learned')])
+def test_a_body_of_a_last_layer_of_another_shape(first, second):
+    """A training starts from it; an evaluation would be of a last layer that nobody has trained."""
+    saved, model = (MAML(dataclasses.replace(DENSE, num_updates=1, head_init=init), seed=seed) for seed, init in enumerate((first, second)))
+    arrays = {name: variable.numpy() for name, variable in saved.parameters().items()}
+    checkpoint = checkpoints.Checkpoint('model3', arrays, {'iteration': 3, 'flags': {}}, 0)
+    with pytest.raises(UserError, match='does not fit the network'):
+        checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=False)
+    fresh = model.weights['w2'].numpy()
+    checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=True)
+    assert np.array_equal(model.weights['w1'], saved.weights['w1']) and np.array_equal(model.weights['w2'], fresh)
+
+
+def test_a_last_layer_that_is_called_head_is_not_made_up():
+    variables = {'head/kernel': tf.Variable(tf.zeros([2, 3])), 'head/lambda': tf.Variable(1.0)}
+    with pytest.raises(UserError, match='head/kernel is missing there'):
+        checkpoints.restore_weights(checkpoints.Checkpoint('model3', {}, {'iteration': 3}, 0), variables, {}, ['head/kernel'], starts=False)
+
+
+def test_accuracy_where_adaptation_diverged():
+    """The largest of numbers that are not finite is no answer; other tasks keep theirs."""
+    outputs = np.zeros([3, 2, 2], np.float32)
+    outputs[0, 0], outputs[1, 1] = (1, 0), (np.nan, 0)
+    np.testing.assert_array_equal(accuracy(outputs, np.float32([[[1, 0], [0, 1]]] * 3)), [0.5, np.nan, 0.5])
+
+
 @pytest.mark.parametrize('optimizer', ['adam', 'sgd'])
 def test_the_classifier_of_a_pre_training_is_restored(optimizer, tmp_path):
     config = dataclasses.replace(DENSE, pretrain_classes=7, meta_optimizer=optimizer)
@@ -320,6 +348,7 @@ def test_the_classifier_of_a_pre_training_is_restored(optimizer, tmp_path):
     (['--method=protonet', '--stop_grad'], '--stop_grad is about the inner updates of the training'),
     (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),
     (['--method=r2d2', '--outer=reptile'], 'is not shared: leave out one'),
+    (['--method=reptile', '--pretrain_iterations=9'], 'leave out --pretrain_iterations'),
     (['--method=r2d2', '--pretrain_iterations=1'], 'needs a last layer that tasks share'),
     (['--ridge_scale=2'], '--ridge_scale is for --head_init=ridge'),
     (['--method=r2d2', '--ridge_lambda=0'], '--ridge_lambda must be positive'),

@@ -22,11 +22,19 @@ def wait_for_checkpoint(logdir, processes):
         time.sleep(0.05)
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The flags of a training of two workers, and what it ends with undisturbed."""
+    flags, logdir = [*SINUSOID, '--metatrain_iterations=900'], tmp_path_factory.mktemp('whole')
+    run('main', *flags, f'--logdir={logdir}', workers=2)
+    return flags, checkpoint(logdir, 900)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('victim, number', [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)])
-def test_a_worker_that_is_gone(victim, number, tmp_path):
+def test_a_worker_that_is_gone(victim, number, whole, tmp_path):
     """The others end within a minute with a message; all started again end as if nothing had happened, bit for bit."""
-    flags = [*SINUSOID, '--metatrain_iterations=1500']
+    flags, undisturbed = whole
     processes = start('main', *flags, f'--logdir={tmp_path}/killed', workers=2)
     wait_for_checkpoint(tmp_path / 'killed', processes)
     processes[victim].send_signal(number)
@@ -42,10 +50,9 @@ def test_a_worker_that_is_gone(victim, number, tmp_path):
         stopped = [re.findall(r'Stopped by SIGTERM after iteration (\d+);', errors) for *_, errors in found]
         assert stopped[0] == stopped[1] != [], found
     run('main', *flags, f'--logdir={tmp_path}/killed', workers=2)
-    run('main', *flags, f'--logdir={tmp_path}/whole', workers=2)
-    killed, whole = checkpoint(tmp_path / 'killed', 1500), checkpoint(tmp_path / 'whole', 1500)
-    for name in whole.keys() - {'record'}:
-        np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
+    killed = checkpoint(tmp_path / 'killed', 900)
+    for name in undisturbed.keys() - {'record'}:
+        np.testing.assert_array_equal(killed[name], undisturbed[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -109,6 +116,13 @@ def test_cluster(monkeypatch):
     assert workers.cluster_from_environment('one') == workers.cluster_from_environment('mirrored') == (1, 0)
     monkeypatch.delenv('TF_CONFIG')
     assert workers.cluster_from_environment('auto') == (1, 0)
+
+
+def test_a_classifier_needs_all_of_its_batch():
+    with pytest.raises(UserError, match='cannot be spread over 2 replicas; add --strategy=one'):
+        workers.check_classifier('classes', 20, 2)
+    for harmless in ('tasks', 20, 2), ('classes', 0, 2), ('classes', 20, 1):
+        workers.check_classifier(*harmless)
 
 
 @pytest.mark.parametrize('tasks, replicas, words', [(25, 2, 'are 24 and 26'), (3, 8, 'is 8'), (33, 32, 'are 32 and 64')])

@@ -181,6 +181,34 @@ def test_the_features_of_anil_are_computed_once(function, fixed, monkeypatch):
 
 
 @pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('logits', ['linear', 'cosine'])
+def test_a_classifier_of_all_classes(logits):
+    """Baseline: its last layer has more outputs than tasks have."""
+    config = a_config(pretrain_classes=7, head_init='new', inner_weights='head', logits=logits, num_updates=1)
+    model, labels = MAML(config, network=GOLDEN.mlp_skip), np.eye(7, dtype=np.float32)[None]
+    x = np.random.default_rng(0).uniform(size=(1, 7, 5)).astype(np.float32)
+    before = {name: variable.numpy() for name, variable in model.weights.items()}
+    model.pretrain_step(TaskBatch(x, labels, x, labels))
+    changed = {name for name, variable in model.weights.items() if not np.array_equal(variable, before[name])}
+    assert any('classifier' in name for name in changed) and any('classifier' not in name for name in changed)
+
+
+@pytest.mark.parametrize('function, changes', [
+    (dropout, {'recompute': True}), (None, {'head_init': 'new', 'inner_weights': 'head', 'logits': 'cosine', 'engine': 'map'})])
+def test_random_numbers_do_not_depend_on_who_compiles(function, changes):
+    config = a_config(**{name: value for name, value in changes.items() if name not in ('recompute', 'engine')})
+    models = [MAML(each, network=function) for each in (config, dataclasses.replace(config, **changes))]
+    for model in models:
+        model.metatrain_step(a_batch(config), 3)
+    for name, variable in models[0].weights.items():
+        np.testing.assert_allclose(variable, models[1].weights[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_description_is_of_the_given_network():
+    assert MAML(a_config(), network=dropout).description == MAML(a_config(network=dropout)).description
+
+
+@pytest.mark.usefixtures('eager')
 def test_fewer_outputs():
     config = a_config()
     model = MAML(config, seed=1, network=GOLDEN.mlp_skip)
@@ -234,7 +262,9 @@ CONV = functools.partial(layers.Conv2D, 3, 3, padding='same', activation='tanh')
     ([CONV, functools.partial(layers.UpSampling2D, 2, interpolation='bilinear'), CONV],
      ['in the layer up_sampling2d (UpSampling2D)', 'is wrong by', '--check_network=False']),
     ([CONV, functools.partial(layers.Resizing, 7, 7, 'bicubic'), CONV], ['in the layer resizing', 'no second derivative (LookupError']),
-    ([CONV, functools.partial(layers.Lambda, lambda x: x * tf.stop_gradient(x), name='half')], ['in the layer half (Lambda)'])])
+    ([CONV, functools.partial(layers.Lambda, lambda x: x * tf.stop_gradient(x), name='half')], ['in the layer half (Lambda)']),
+    ([functools.partial(layers.Dense, 3, dtype='float32')],
+     ['tested in float64, in which this network cannot compute', '--check_network=False'])])
 def test_second_derivatives_are_tested(parts, words):
     config = dataclasses.replace(a_config((6, 6, 2)), network=a_network(*parts))
     if words is None:
@@ -367,7 +397,9 @@ def test_a_run_keeps_its_network(own, monkeypatch):
     directory = next((folder / 'logs').iterdir())
     assert directory.name.endswith('.net-net') and 'norm' not in directory.name  # its normalisation is the user's
     straight = checkpoints.load(str(directory / 'model4')).arrays
+    copied = (directory / 'network' / 'net.py').stat().st_mtime_ns
     run_ok(*flags, '--test_iter=2')
+    assert (directory / 'network' / 'net.py').stat().st_mtime_ns == copied, 'the only copy is not written again'
     resumed = checkpoints.load(str(directory / 'model4')).arrays
     assert straight.keys() == resumed.keys() and all(np.array_equal(straight[name], resumed[name]) for name in straight)
     assert (directory / 'earlier1' / 'network' / 'net.py').exists()

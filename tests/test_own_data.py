@@ -443,6 +443,7 @@ def test_a_table_without_validation(tmp_path, few_tasks, monkeypatch):
     output = run_ok(*flags)
     assert 'nothing is validated' in output and 'Split the values of species into 5 / 0 / 3' in output and 'did best' not in output
     run, = (tmp_path / 'logs').iterdir()
+    assert 'metaval' not in (run / 'metrics.csv').read_text()
     assert 'trained on' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
     monkeypatch.chdir(tmp_path)
     run_ok(f'--run={run}', '--data_path=all.csv', *EVALUATE)

@@ -209,9 +209,9 @@ def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch)
 
 def test_a_score_that_is_no_number_is_not_the_best():
     def ranked(count, *scores, metric='loss'):
-        ranking, run = [], types.SimpleNamespace(metric=metric, ensemble=count)
+        ranking, run = [], types.SimpleNamespace(metric=metric, ensemble=count, validation_tasks=300)
         for iteration, score in enumerate(scores):
-            ranking = training.ranked(run, ranking, {'iteration': iteration, 'score': score})
+            ranking = training.ranked(run, ranking, iteration, score)
         return [entry['iteration'] for entry in ranking]
 
     assert ranked(1, math.nan) == [] and ranked(1, 0.5, math.nan) == [0]
@@ -270,7 +270,7 @@ def test_infinite_weights_are_not_saved(tmp_path):
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
     run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False, source=SOURCES['sinusoid'])
     with pytest.raises(UserError, match='w2 contains NaN or infinity after iteration 7; nothing was saved yet'):
-        saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7))
+        saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7), [])
     assert not any(tmp_path.iterdir())
 
 

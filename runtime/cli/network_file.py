@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -71,7 +72,7 @@ def write_copy(directory: str, network: NetworkFile) -> None:
     """Copies a network into a run's directory, instead of an earlier one, and notes that this user runs it; raises UserError."""
     folder = os.path.join(directory, FOLDER)
     try:
-        if os.path.abspath(folder) != network.folder:
+        if os.path.abspath(folder) != network.folder and not _is_copied(folder, network):
             shutil.rmtree(folder, ignore_errors=True)
             for path, content in network.files.items():
                 os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
@@ -85,6 +86,13 @@ def write_copy(directory: str, network: NetworkFile) -> None:
             write_atomically(_list_of_trusted(), ''.join(f'{checksum}\n' for checksum in [*trusted, network.checksum]).encode())
         except OSError as error:
             print(f'{_list_of_trusted()} cannot be written ({error.strerror}): --run={directory} will need --trust_network')
+
+
+def _is_copied(folder, network):
+    """Whether a folder has all files of a network, as a training that goes on finds it: it must not lose its only copy."""
+    with contextlib.suppress(OSError):
+        return all(pathlib.Path(folder, path).read_bytes() == content for path, content in network.files.items())
+    return False
 
 
 def _list_of_trusted():

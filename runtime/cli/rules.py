@@ -136,7 +136,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),
     (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
      '--pretrain_labels=classes is about pre-training: add --pretrain_iterations'),
-    (lambda r: r.pretrain_labels == 'classes' and r.task_chunk > 0, '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
+    (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.task_chunk > 0,
+     '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
     (lambda r: r.computes_head and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
@@ -158,6 +159,9 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.inner_weights != 'all' and not r.load_from,
      '--outer=reptile trains what the inner loop adapts, and --inner_weights={inner_weights} leaves the other weights as they were drawn: '
      'leave it out, or start from trained weights by --load_from'),
+    (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.iterations[0] > 0,
+     '--outer=reptile has a step size that is not one of gradients, as pre-training needs: leave out --pretrain_iterations, or pre-train '
+     'another run and start from it by --load_from'),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
      '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),
     (lambda r: r.inner_optimizer == 'adam' and r.outer == 'gradient',

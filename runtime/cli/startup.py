@@ -39,6 +39,7 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     if request.mode == 'train':
         workers.check_meta_batch(request.meta_batch_size, request.task_chunk, replicas.count)
         workers.check_one_after_the_other(request.inner_optimizer, replicas.count)
+        workers.check_classifier(request.pretrain_labels, request.iterations[0], replicas.count)
     for name in 'ensemble', 'permutations':
         if request.mode != 'train' and request.values[name] > 1 and replicas.count > 1:
             raise UserError(f'--{name}={request.values[name]} is evaluated on one device: add --strategy=one')

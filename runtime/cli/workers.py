@@ -112,6 +112,13 @@ def check_one_after_the_other(inner_optimizer: str, replicas: int) -> None:
                         f'replicas; add --strategy=one, or --inner_optimizer=sgd')
 
 
+def check_classifier(pretrain_labels: str, pretrain_iterations: int, replicas: int) -> None:
+    """Raises UserError if a classifier would be trained on several replicas: batch norm takes the statistics of its whole batch."""
+    if pretrain_labels == 'classes' and pretrain_iterations and replicas > 1:
+        raise UserError(f'--pretrain_labels=classes trains a classifier on one batch of images, which cannot be spread over {replicas} '
+                        'replicas; add --strategy=one')
+
+
 def check_shared(replicas: Replicas, directory: str) -> None:
     """Raises UserError if the workers do not all see the directory that the first one trains in."""
     if replicas.workers == 1:

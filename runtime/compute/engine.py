@@ -17,6 +17,7 @@ from runtime.compute.distribution import Replicas
 
 if TYPE_CHECKING:
     from maml import ModelConfig, Parameters
+    from networks import Network
 
 # The dtype of sums over tasks. In float32 they would depend on how tasks are divided between replicas and chunks, and training
 # diverges from the last digit on: a ReLU near zero is soon on in one run and off in the other.
@@ -24,18 +25,20 @@ SUM_DTYPE = tf.float64
 Structure = Any  # nested tuples and dicts of tensors
 
 
-def resolve(config: ModelConfig, convolutional: bool, vectorizes: bool = True) -> ModelConfig:
+def resolve(config: ModelConfig, network: Network) -> ModelConfig:
     """A ModelConfig whose fields `engine` and `jit` are decided.
 
-    'auto' is 'vmap' (all tasks in one graph), if the network `vectorizes`, for dense nets, which are small, and on a GPU; else 'map':
+    'auto' is 'vmap' (all tasks in one graph), if the network can be vectorised, for dense nets, which are small, and on a GPU; else 'map':
     on a CPU, a task with convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for
-    dense nets, such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives.
+    dense nets, such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives,
+    and no random layers, for which it would draw other numbers.
     """
     kind = {'tasks': 'map', 'wide': 'vmap'}.get(config.engine, config.engine)  # names in earlier versions
+    compilable = not network.convolutional or has_gpu()
     if kind == 'auto':
-        kind = 'vmap' if vectorizes and (not convolutional or has_gpu()) and not config.recompute else 'map'
-    jit = kind == 'vmap' and (not convolutional or has_gpu()) or config.recompute and not convolutional
-    return dataclasses.replace(config, engine=kind, jit=jit)
+        kind = 'vmap' if network.vectorizes and compilable and not config.recompute else 'map'
+    jit = kind == 'vmap' and compilable or config.recompute and not network.convolutional
+    return dataclasses.replace(config, engine=kind, jit=jit and not network.random)
 
 
 def has_gpu() -> bool:

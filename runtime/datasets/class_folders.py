@@ -81,15 +81,18 @@ class ClassFolders(FolderOptions):
             folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
             contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
             raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
-        missing = [] if self._labelled else [name for name in classes[split] if not os.path.isdir(os.path.join(self.root, name))]
-        if self.script and missing == classes[split]:
+        self._check_folders(split, [] if self._labelled else classes[split])
+        return classes[split]
+
+    def _check_folders(self, split, names):
+        missing = [name for name in names if not os.path.isdir(os.path.join(self.root, name))]
+        if missing and self.script and missing == names:
             raise UserError(f'{self.root} is not prepared: it holds no class folder of the {split} split; {self.missing_hint}')
         if missing:
             listed = self.script is None and self._manifest()
-            advice = f'which {listed} lists; restore it, or remove its line from that file' if listed else self.missing_hint
-            raise UserError(f'{len(missing)} of the {len(classes[split])} class folders of the {split} split are missing in {self.root}, '
-                            f'first {missing[0]}{", " if listed else "; "}{advice}')
-        return classes[split]
+            advice = f', which {listed} lists; restore it, or remove its line from that file' if listed else f'; {self.missing_hint}'
+            raise UserError(f'{len(missing)} of the {len(names)} class folders of the {split} split are missing in {self.root}, '
+                            f'first {missing[0]}{advice}')
 
     def record_split(self, loaded: Mapping[str, list[str]]) -> None:
         """Writes a manifest into the root, or else to `kept_manifest`, if class folders there are not split yet. `load` does not

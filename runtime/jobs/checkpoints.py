@@ -356,7 +356,7 @@ def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], n
     if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
         network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
     arrays = _with_last_layer(arrays, variables, last_layer, starts)
-    _add_what_plain_maml_lacks(arrays, variables, network_flags.get('norm') == 'batch_norm')
+    _add_what_plain_maml_lacks(arrays, variables, last_layer, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
 
@@ -372,17 +372,21 @@ def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
 
 
 def _with_last_layer(arrays, variables, last_layer, starts):
-    """Arrays without a last layer that the model lacks, and with one that only the model has, if a training starts."""
+    """Arrays without a last layer that the model lacks; if a training starts, with the model's own if only it has one, or one of
+    another shape."""
     arrays = {name: array for name, array in arrays.items()
-              if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
+              if (name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX)))
+              and not (starts and name in last_layer and name in variables and array.shape != variables[name].shape)}
     fresh = [name for name in last_layer if starts and name in variables]
     return {**{name: variables[name].numpy() for name in fresh}, **arrays}
 
 
-def _add_what_plain_maml_lacks(arrays, variables, scaled):
-    """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too."""
+def _add_what_plain_maml_lacks(arrays, variables, last_layer, scaled):
+    """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too. A network's last layer, which
+    may be called head, is none of what heads have besides."""
     for name, variable in variables.items():
-        if name not in arrays and (name.startswith(('lr/', 'inner/', HEAD_PREFIX)) or scaled and name.endswith('/gamma')):
+        of_head = name.startswith(HEAD_PREFIX) and name not in last_layer
+        if name not in arrays and (of_head or name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)

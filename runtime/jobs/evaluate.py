@@ -263,15 +263,7 @@ def restore(run: Trained) -> Restored:
     """The network that the flags describe, with the weights of the checkpoint that they ask for, or an ensemble."""
     model = new_model(run, run.learning_flags['seed'], dim_output=run.num_outputs)
     if run.load_from:
-        checkpoint = load_weights(run.load_from, model, run.network_flags)
-        record, learnt = checkpoint.record, checkpoint.record.get('flags', {})
-        if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
-            raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
-                            f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
-        flags = {**run.learning_flags, **learnt}  # a record of an earlier version may lack some
-        return Restored(model, run.load_from, record.get('iteration'), flags['datasource'], record.get('provenance'),
-                        {run.load_from: checkpoint.checksum}, flags=flags,
-                        method=methods.name(flags, record.get('regime') == 'pretrain') if learnt else '')
+        return _of_another_run(run, model)
     if run.checkpoint == 0:
         return Restored(model, checkpoints.path(run.directory, 0), 0, run.trained_on, None, {})
     is_ensemble = run.ensemble > 1
@@ -292,6 +284,19 @@ def restore(run: Trained) -> Restored:
     return Restored(model, checkpoint.prefix, iterations[0], run.trained_on, record['provenance'],
                     {member.prefix: member.checksum for member in members}, newest=newest.record['iteration'],
                     is_best=best is not None and best['iteration'] == iterations[0], ensemble=iterations if is_ensemble else ())
+
+
+def _of_another_run(run, model):
+    """`restore` from the checkpoint that --load_from names."""
+    checkpoint = load_weights(run.load_from, model, run.network_flags)
+    record, learnt = checkpoint.record, checkpoint.record.get('flags', {})
+    if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
+        raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
+                        f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
+    flags = {**run.learning_flags, **learnt}  # a record of an earlier version may lack some
+    method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
+    return Restored(model, run.load_from, record.get('iteration'), flags['datasource'], record.get('provenance'),
+                    {run.load_from: checkpoint.checksum}, method=method, flags=flags)
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:

@@ -24,7 +24,11 @@ def check(config: ModelConfig) -> None:
     if config.stop_grad or config.outer == 'reptile' or not config.num_updates:
         return
     config = dataclasses.replace(config, dtype='float64')
-    network, random = network_of(config), np.random.default_rng(0)
+    try:
+        network, random = network_of(config), np.random.default_rng(0)
+    except UserError as error:
+        raise UserError(f'the second derivatives are tested in float64, in which this network cannot compute ({error}); leave the dtypes '
+                        'of its layers and constants to Keras, or add --check_network=False to train without the test') from error
     x = tf.constant(random.uniform(size=[ROWS, config.dim_input]))
     y = tf.constant(np.eye(config.dim_output)[np.arange(ROWS) % config.dim_output] if config.loss == 'xent' else
                     random.normal(size=[ROWS, config.dim_output]))

@@ -39,7 +39,10 @@ def predict(run: Trained, task: UserTask) -> None:
     predictor = learner.adapt_rows(task.batch.support_x[0], task.batch.support_y[0], task.classes or None)
     values = predictor.of_rows(task.batch.query_x[0])
     predictions = of_classes(task, values) if task.classes else of_targets(task, values, run.source.files.columns)
-    path = os.path.join(run.directory, f'predict_{task.name}' + ('_querynormbatch' if run.query_norms[0] == 'batch' else ''))
+    if not np.isfinite(values).all():
+        raise UserError(f'adaptation to {task.support} diverged, so there are no predictions: lower --update_lr or --test_updates')
+    norm = run.query_norms[0]
+    path = os.path.join(run.directory, f'predict_{task.name}' + (f'_querynorm{norm}' if norm != 'support' else ''))
     rows = [[*task.columns, *predictions.columns], *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))]
     written = path + '.csv'
     try:

@@ -48,37 +48,37 @@ class Saver:
         """Whether to save now: if a checkpoint is due (`saving`), or after a failure if it is time to retry."""
         return saving if self._failed_at is None else time.monotonic() - self._failed_at > RETRY_SECONDS
 
-    def save(self, state: TrainState) -> bool:
-        """Saves the model and the state of the run; returns whether that worked. Raises UserError if weights are not finite."""
+    def save(self, state: TrainState, ranking: list[checkpoints.Score]) -> None:
+        """Saves the model and the state of the run with a new ranking, which the state gets only if that worked: an interrupted saving
+        must not change what is best. Raises UserError if weights are not finite."""
         run, variables = self._run, self._model.state()
         broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
         if broken:
             raise diverged(run, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
         if state.iteration == self.iteration or not run.replicas.chief:
-            self.iteration = state.iteration
-            return True
-        prefix = checkpoints.path(run.directory, state.iteration)
-        record = {**dataclasses.asdict(state), 'best': state.best, 'flags': run.learning_flags, 'regime': run.regime,
+            self.iteration, state.ranking = state.iteration, ranking
+            return
+        prefix, saved = checkpoints.path(run.directory, state.iteration), dataclasses.replace(state, ranking=ranking)
+        record = {**dataclasses.asdict(saved), 'best': saved.best, 'flags': run.learning_flags, 'regime': run.regime,
                   'pretrain_iterations': run.pretrain_iterations, 'provenance': self._provenance}
         try:
             checkpoints.save(prefix, variables, record)
         except OSError as error:
             self._failed_at = time.monotonic()
             self._log(f'Saving {prefix} failed ({error}). Training continues; retrying every {RETRY_SECONDS} s')
-            return False
+            return
         if self._failed_at is not None:
             self._log(f'Saving works again: {prefix}')
-        self.iteration, self._failed_at = state.iteration, None
+        self.iteration, self._failed_at, state.ranking = state.iteration, None, ranking
         with contextlib.suppress(OSError):  # the next save will prune
             checkpoints.prune(run.directory, [entry['iteration'] for entry in state.ranking])
-        return True
 
-    def finish(self, state: TrainState, interruption: Interruption) -> None:
+    def finish(self, state: TrainState, ranking: list[checkpoints.Score], interruption: Interruption) -> None:
         """Saves the last state; retries until that works, or until an interruption."""
         while self.iteration < state.iteration and not interruption.signal:
             time.sleep(1)
             if self.is_due(True):
-                self.save(state)
+                self.save(state, ranking)
 
 
 def diverged(run: Training, what: str) -> UserError:

@@ -256,24 +256,21 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
         ranking = state.ranking
-        if saving or state.iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0:
+        if 'val' in data and (saving or reports_validation(run, state.iteration)):
             progress.announce('validating')
             validation_model.copy_parameters(model)  # of which it may have fewer outputs
-            before, after = validate(run, validation_model, data.get('val'), state.iteration, saving, summaries, progress)
+            before, after = validate(run, validation_model, data['val'], state.iteration, saving, summaries, progress)
             journal.write(state.iteration, 'metaval', before, after)
             progress.announce('')
-            if saving:
-                scored = checkpoints.Score(iteration=state.iteration, score=score(run, before, after), tasks=run.validation_tasks)
-                ranking = ranked(run, ranking, scored)
+            ranking = ranked(run, ranking, state.iteration, score(run, before, after)) if saving else ranking
 
         stopping = interruption.agreed if run.replicas.workers > 1 else interruption.signal
         if saver.is_due(saving) or stopping:
             summaries.flush()  # so that they hold everything that happened before the checkpoint
-            if saver.save(dataclasses.replace(state, ranking=ranking)):
-                state.ranking = ranking  # only now: an interrupted saving must not change what is best
+            saver.save(state, ranking)
         if stopping:
             return
-    saver.finish(dataclasses.replace(state, ranking=ranking), interruption)
+    saver.finish(state, ranking, interruption)
 
 
 def summarise(run: Training, tasks: Tasks, model: Model, iteration: int, summaries: Summaries) -> None:
@@ -311,13 +308,15 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.unprinted += metrics[finite].tolist()
 
 
+def reports_validation(run: Training, iteration: int) -> bool:
+    """Whether an iteration's validation is reported even if no checkpoint is saved."""
+    return iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0
+
+
 @np.errstate(all='ignore')  # adaptation diverged on some tasks
-def validate(run: Training, model: Model, tasks: Tasks | None, iteration: int, saving: bool, summaries: Summaries,
+def validate(run: Training, model: Model, tasks: Tasks, iteration: int, saving: bool, summaries: Summaries,
              progress: Progress) -> tuple[float, float]:
-    """The mean metric of validation tasks before and after adaptation; NaN if there are none. Prints it and writes summaries, with figures
-    when `saving`."""
-    if tasks is None:
-        return math.nan, math.nan
+    """The mean metric of validation tasks before and after adaptation. Prints it and writes summaries, with figures when `saving`."""
     updates = usual_updates(run.model.num_updates, run.source.validation_updates)
     metrics = evaluate_tasks(model, tasks, run.validation_tasks if saving else REPORTED_TASKS, updates)
     summaries.write('metaval', metrics, iteration, updates)
@@ -327,8 +326,8 @@ def validate(run: Training, model: Model, tasks: Tasks | None, iteration: int, s
         summaries.write_figures('metaval', figures, iteration)
     pre, post = task_metrics(metrics).mean(axis=0)[[0, max(run.model.num_updates, 1)]]
     if run.metric == 'accuracy':  # Reference behaviour: no line in regression
-        reporting = iteration % (PRINTS_PER_VALIDATION * run.source.print_interval) == 0
-        progress.log(f'{"Validation results" if reporting else f"Validation of model{iteration}"}: {pre:.6g}, {post:.6g}')
+        title = 'Validation results' if reports_validation(run, iteration) else f'Validation of model{iteration}'
+        progress.log(f'{title}: {pre:.6g}, {post:.6g}')
     return float(pre), float(post)
 
 
@@ -354,10 +353,12 @@ def score(run: Training, before: float, after: float) -> float:
     return before if run.tasks.baseline == 'oracle' else after
 
 
-def ranked(run: Training, ranking: list[checkpoints.Score], candidate: checkpoints.Score) -> list[checkpoints.Score]:
-    """The `run.ensemble` best, or as many as there were, best first, of equals the earlier; scores must be finite."""
-    if not math.isfinite(candidate['score']):
+def ranked(run: Training, ranking: list[checkpoints.Score], iteration: int, score: float) -> list[checkpoints.Score]:
+    """A ranking with another checkpoint, if its score is finite: the `run.ensemble` best, or as many as there were, best first, of equals
+    the earlier."""
+    if not math.isfinite(score):
         return ranking
+    candidate = checkpoints.Score(iteration=iteration, score=score, tasks=run.validation_tasks)
     sign = -1 if UNITS[run.metric].higher_is_better else 1
     best_first = sorted([*ranking, candidate], key=lambda entry: (sign * entry['score'], entry['iteration']))
     return best_first[:max(run.ensemble, len(ranking))]  # a training that goes on without --ensemble keeps what it has
