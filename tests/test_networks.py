@@ -15,6 +15,7 @@ from keras import layers
 from test_methods import Fixture, fixtures, relative
 
 import layer_table
+import main
 import maml
 import stock_keras
 from conftest import ROOT, error_of, module_at, run_ok
@@ -22,6 +23,7 @@ from maml import MAML, ModelConfig, inner_loop, objective
 from networks import network_of
 from runtime.cli import network_file
 from runtime.cli.methods import PRESETS
+from runtime.cli.request import resolve
 from runtime.datasets.tasks import TaskBatch
 from runtime.jobs import checkpoints, learner, network_check
 from runtime.system.errors import UserError
@@ -423,6 +425,13 @@ def test_a_run_keeps_its_network(own, monkeypatch):
     assert 'meta-validation' in run_ok(f'--run={directory}', '--train=False', '--trust_network', '--log=False')
     (directory / 'network' / 'sizes.py').write_text('WIDTH = 5\n')
     assert 'is not the code' in error_of(f'--run={directory}', '--train=False', '--trust_network')
+
+
+def test_presets_set_nothing_of_the_built_in_networks(own):
+    """So that weights of a plain run of the network fit."""
+    flags = ['main.py', *own[1], '--datasource=cifarfs']
+    plain, preset = resolve(main.parse(flags)), resolve(main.parse([*flags, '--method=maml++']))
+    assert preset.dropped == {'num_filters': 48, 'norm_scale': True} and preset.network_flags == plain.network_flags
 
 
 def test_files_that_are_no_networks(own):

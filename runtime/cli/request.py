@@ -7,7 +7,7 @@ from typing import Any
 
 from data_generator import SOURCES, TableSource
 from runtime.cli import methods, network_file, stored_run
-from runtime.cli.flags import LEARNING, ONLY, CommandLine, labels
+from runtime.cli.flags import BUILT_IN_NETWORKS, LEARNING, ONLY, CommandLine, labels
 from runtime.cli.network_file import NetworkFile
 from runtime.datasets.tasks import Source
 from runtime.system.errors import UserError
@@ -224,7 +224,7 @@ def _without_meaning(preset, line):
     request = Request('train', values, values, line.given, None)
     unmet = {name: [purpose for purpose in ONLY.get(name, ()) if not PURPOSES[purpose][1](request)]
              for name in preset if name in LEARNING}
-    dropped = _without(preset, {name for name in preset if not unmet.get(name)})
+    dropped = {name: value for name, value in preset.items() if unmet.get(name) or request.network and name in BUILT_IN_NETWORKS}
     switches = preset.keys() & methods.switches()
     if switches and switches <= dropped.keys():
         reason = next(text for purpose, (text, _) in PURPOSES.items() if any(purpose in unmet[name] for name in switches))
