@@ -713,16 +713,6 @@ def test_what_a_preset_drops_is_said(capsys, monkeypatch):
                                        'network has no use for them\n')
 
 
-@pytest.mark.parametrize('declared', [{'network': 'image'}, {'only': 'image'}])
-def test_a_declaration_for_what_there_is_not(declared, monkeypatch):
-    field, value = next(iter(declared.items()))
-    if field == 'network':
-        monkeypatch.setitem(flags.LEARNING, 'mean_loss', flags.Learning(network=value))
-    else:
-        monkeypatch.setitem(flags.ONLY, 'mean_loss', [value])
-    assert re.search(rf"--mean_loss is declared with {field}='image': there are [a-z, ]*\bimages,", error_of('--norm=None'))
-
-
 def test_moments_that_tasks_hand_on_need_one_device():
     with pytest.raises(UserError, match='--inner_optimizer=adam .* 2 replicas'):
         workers.check_one_after_the_other('adam', 2)

@@ -160,7 +160,6 @@ def resolve(line: CommandLine) -> Request:
     whose training has the same flags. Raises UserError if the run's file of flags cannot be read, or flags on the command line
     contradict what was learnt.
     """
-    _check_declarations()
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
     stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
@@ -206,15 +205,6 @@ def _forget_data(values, stored, given):
         values['split_file'] = None
         if SOURCES[values['datasource']].image_shape and 'label_column' not in given:  # of the list
             values['label_column'] = None
-
-
-def _check_declarations():
-    """Refuses a flag of a method of one's own that is declared for something that there is not."""
-    declared = [*((name, 'network', learning.network) for name, learning in LEARNING.items() if learning.network not in (None, 'all')),
-                *((name, 'only', purpose) for name, purposes in ONLY.items() for purpose in purposes)]
-    problems = [f'--{name} is declared with {field}={value!r}' for name, field, value in declared if value not in PURPOSES]
-    if problems:
-        raise UserError(f'{"; ".join(problems)}: there are {", ".join(PURPOSES)}, and for network also all')
 
 
 def _without_meaning(preset, line):
