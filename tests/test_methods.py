@@ -696,7 +696,8 @@ def test_a_flag_that_a_preset_sets_is_named(flags, hint):
 @pytest.mark.parametrize('given, dropped', [
     (['--method=maml++'], ['num_filters', 'mean_loss']), (['--method=boil', '--norm=None'], ['mean_loss', 'adapt_norm', 'norm_scale']),
     (['--method=maml++', '--datasource=omniglot'], []),
-    (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale'])])
+    (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale']),
+    (['--method=protomaml', '--datasource=omniglot', '--norm=None'], ['query_norm'])])
 def test_a_preset_drops_what_has_no_meaning(given, dropped):
     """For the source, or the network; the same flag is refused where the user gives it."""
     request = resolve(main.parse(['main.py', *given]))
