@@ -197,10 +197,6 @@ class ImageSource(SupervisedSource, FolderOptions):
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(FolderOptions)}
         return ClassFolders(data_path or own, self.script, own and os.path.join(own, MANIFEST), **options)
 
-    def class_folders(self, split: str, data_path: str | None = None) -> list[str]:
-        """Names of the split's class folders; see `ClassFolders.names`."""
-        return self.folders(data_path).names(split)
-
     def load(self, split: str, data_path: str | None = None) -> Examples:
         """The split's decoded images; see `ClassFolders.load`."""
         return self.folders(data_path).load(split, self.stored_shape or self.image_shape)

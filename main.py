@@ -88,8 +88,8 @@ real('meta_lr', 0.001, 'step size of the outer loop', Learning('.metalr{}'), low
 number('update_batch_size', 5, 'shot K: support examples per class (per task, in regression; in navigation, episodes)', 1, Learning())
 real('update_lr', 1e-3, 'step size alpha of the inner gradient descent', Learning(), lower_bound=0)
 number('num_updates', 1, 'inner updates during training; 0: none, for --head_init=prototypes or ridge', 0, Learning())
-real('ridge_lambda', 50.0, 'initial value of the learned penalty of --head_init=ridge', Learning('.lambda{}'))
-real('ridge_scale', 10.0, 'initial value of the learned scale of outputs of --head_init=ridge', Learning('.scale{}'))
+real('ridge_lambda', 50.0, 'initial value of the learned penalty of --head_init=ridge', Learning('.lambda{}'), only='ridge')
+real('ridge_scale', 10.0, 'initial value of the learned scale of outputs of --head_init=ridge', Learning('.scale{}'), only='ridge')
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
 number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
@@ -112,7 +112,7 @@ choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], 'learn the inner ste
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the "
        "paper (transductive); those of the support examples, the default of --predict; those of the support examples and the one query "
-       "example; or, in evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised')
+       "example; or, in evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised, batch norm')
 number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'),
        only='supervised')
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
@@ -182,8 +182,8 @@ choice('format', 'text', ['text', 'csv', 'latex'], 'format of what --compare and
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'format of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1, only='evaluation')
-choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='evaluation')
-number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='evaluation, classes')
+choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='scores, classes')
+number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='scores, classes')
 real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it', only='evaluation')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')

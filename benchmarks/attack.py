@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -221,24 +222,20 @@ class Checkpoints(Target):
     """One of the two files of a checkpoint."""
 
     def valid(self, rng: random.Random) -> bytes:
-        import tensorflow as tf
-
-        from runtime.jobs import checkpoints
-        self.prefix = os.path.join(self.folder, 'model5')
-        self.variables = {'w1': np.arange(6.).reshape(2, 3), 'step': np.int64(7)}
-        record = {'iteration': 5, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain', 'pretrain_iterations': 0,
-                  'data': {}}
-        checkpoints.save(self.prefix, {name: tf.Variable(value) for name, value in self.variables.items()}, record)
-        self.suffix = rng.choice(['.index', '.data-00000-of-00001'])
-        with open(self.prefix + self.suffix, 'rb') as file:
+        index, = glob.glob(os.path.join(ROOT, 'logs', 'sine', '*', 'model70000.index'))
+        shipped = [index, index.replace('.index', '.data-00000-of-00001')]
+        for path in shipped:
+            shutil.copy(path, self.folder)
+        self.attacked = rng.choice(shipped)
+        with open(self.attacked, 'rb') as file:
             return file.read()
 
     def read(self, content: bytes) -> None:
         from runtime.jobs import checkpoints
-        self.path('model5' + self.suffix, content)
-        checkpoint = checkpoints.load(self.prefix)
-        assert checkpoint.record['iteration'] == 5
-        assert all(np.array_equal(checkpoint.arrays[name], value) for name, value in self.variables.items())
+        path, whole = self.path(os.path.basename(self.attacked), content), checkpoints.load(os.path.splitext(self.attacked)[0])
+        checkpoint = checkpoints.load(os.path.splitext(path)[0])
+        assert checkpoint.record == whole.record
+        assert all(np.array_equal(checkpoint.arrays[name], value) for name, value in whole.arrays.items())
 
 
 TARGETS = {'pickles': Pickles, 'CIFAR archives': Cifar, 'zip archives': Zips, 'images': Images, 'manifests': Manifests,

@@ -1,17 +1,14 @@
-"""Times whole runs of main.py, their input pipeline and their memory. Nothing else should run meanwhile.
+"""Measures the input pipeline of trainings, and their memory. Nothing else should run meanwhile.
 
     python benchmarks/run.py
-    python benchmarks/run.py --only start evaluation --rounds 5
+    python benchmarks/run.py --only growth
 
 Images must be prepared under data/; missing sources are skipped.
 
-  pipeline    a source's training steps on fresh meta-batches, against as many on one fixed meta-batch: seconds per step of
-              both, taken in turn, and the share of the time in which a step waited for its meta-batch
-  start       from the start of the process to the end of one iteration, validation and saving included
-  sinusoid    70,000 iterations of the 10-shot sinusoid, the whole process
-  evaluation  600 tasks of 1-shot MiniImagenet, 10 updates, the whole process, from weights of one iteration
-  growth      memory (but for files, whose unused pages the system reclaims) and open files of 100,000 iterations of the
-              sinusoid; Linux only
+  pipeline  a source's training steps on fresh meta-batches, against as many on one fixed meta-batch: seconds per step of
+            both, taken in turn, and the share of the time in which a step waited for its meta-batch
+  growth    memory (but for files, whose unused pages the system reclaims) and open files of 100,000 iterations of the
+            sinusoid; Linux only
 """
 import argparse
 import json
@@ -30,7 +27,6 @@ from workloads import in_process
 CONFIGS = {'sinusoid': 'sinusoid_10shot', 'omniglot5': 'omniglot_5way1shot', 'omniglot20': 'omniglot_20way1shot',
            'mini1': 'miniimagenet_5way1shot', 'cifarfs1': 'cifarfs_5way1shot'}
 TRAINING = {name: f'--flagfile={os.path.join(ROOT, "configs", config)}.flags' for name, config in CONFIGS.items()}
-WHOLE = {'start': ('omniglot5', 1), 'sinusoid': ('sinusoid', 70_000), 'evaluation': ('mini1', 1)}
 GROWTH_ITERATIONS, GROWTH_REPORTS = 105_000, {5_000, *range(20_000, 100_001, 20_000)}  # the process still runs at the last one
 
 
@@ -73,28 +69,6 @@ def report_pipeline() -> None:
         print(f'{name:12}{row}', flush=True)
 
 
-def measure_whole(name: str) -> float:
-    """Seconds of the process; raises subprocess.CalledProcessError if it failed."""
-    training, iterations = WHOLE[name]
-    with tempfile.TemporaryDirectory() as logdir:
-        command = [sys.executable, MAIN, TRAINING[training], f'--metatrain_iterations={iterations}', f'--logdir={logdir}']
-        if name == 'evaluation':
-            subprocess.run(command, check=True, capture_output=True)
-            command += ['--train=False', '--test_set=True']
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        return time.perf_counter() - start
-
-
-def report_whole(name: str, rounds: int) -> None:
-    """Prints the median time of a process."""
-    try:
-        seconds = [measure_whole(name) for _ in range(rounds)]
-        print(f'{name:12}{statistics.median(seconds):10.1f} s, median of {sorted(round(s, 1) for s in seconds)}', flush=True)
-    except subprocess.CalledProcessError:
-        print(f'{name:12}   no data', flush=True)
-
-
 def report_growth() -> None:
     """Prints memory and open files of a long training, after some numbers of iterations."""
     with tempfile.TemporaryDirectory() as logdir:
@@ -112,17 +86,15 @@ def report_growth() -> None:
 
 def main() -> None:
     reports = {'pipeline': report_pipeline, 'growth': report_growth}
-    names = ['pipeline', *WHOLE, 'growth']
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=names, default=names)
-    parser.add_argument('--rounds', type=int, default=3, help='of the whole processes')
+    parser.add_argument('--only', nargs='+', choices=reports, default=list(reports))
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure_pipeline(args.measure)))
     else:
         for name in args.only:
-            report_whole(name, args.rounds) if name in WHOLE else reports[name]()
+            reports[name]()
 
 
 if __name__ == '__main__':

@@ -1,10 +1,8 @@
 """What the scripts share that run the program; it puts the program on the path, so that they import it first."""
-import contextlib
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -14,11 +12,9 @@ TIMES = 'training_time.json'    # {machine: {'seconds', 'iterations'} of trainin
 sys.path.insert(0, ROOT)
 
 
-def run_main(arguments: Sequence[str], enough: Callable[[], bool] = lambda: False, poll: float = 1,
-             **options: Any) -> tuple[int, list[int]]:
+def run_main(arguments: Sequence[str], **options: Any) -> tuple[int, list[int]]:
     """main.py in a process of its own, with further options of Popen: its status, and the signals that this process got
-    meanwhile, each of which was passed on, so that main.py saves. `enough` is called every `poll` seconds; once it returns True,
-    main.py is stopped by SIGTERM, and the status is 0."""
+    meanwhile, each of which was passed on, so that main.py saves."""
     from runtime.system.interruption import signals_handled_by
     # In a session of its own: else Ctrl-C would reach it twice, from the terminal and from here, and the second ends it unsaved.
     process = subprocess.Popen([sys.executable, '-u', MAIN, *arguments], start_new_session=True, **options)
@@ -29,13 +25,7 @@ def run_main(arguments: Sequence[str], enough: Callable[[], bool] = lambda: Fals
         process.send_signal(number)
 
     with signals_handled_by(pass_on):
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(poll), received
-            if enough():
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-                return 0, received
+        return process.wait(), received
 
 
 def request_of(arguments: Sequence[str]):

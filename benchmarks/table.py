@@ -3,7 +3,6 @@ commands of its rows to docs/results-commands.md.
 
     make table                                   (or: nice python benchmarks/table.py)
     python benchmarks/table.py --only fc100      rows whose name contains that
-    python benchmarks/table.py --until 10000     trains no row beyond that many iterations
     python benchmarks/table.py --evaluate        trains nothing: evaluates the checkpoints so far, and writes the table
     python benchmarks/table.py --write           only writes both pages, from existing results
 
@@ -35,7 +34,6 @@ from runtime.system.files import locked, read_json, write_atomically, write_json
 from runtime.system.schema import checked  # noqa: E402
 from workloads import processor  # noqa: E402
 
-POLL = 1  # seconds between checks of a training's progress
 PAGE, COMMANDS_PAGE = os.path.join('docs', 'results.md'), os.path.join('docs', 'results-commands.md')
 LOCK = os.path.join('logs', '.table.lock')
 COMMANDS_NOTE = '''# The commands of the results
@@ -163,16 +161,13 @@ def times(directory: str) -> dict[str, dict]:
         return {}
 
 
-def train(row: Row, state: State, until: int) -> None:
-    """Trains a row to its end, or to the first checkpoint of `until` iterations, and adds seconds and iterations to its recorded
-    time. Ends the program if it is interrupted."""
-    def newest():
-        return max(checkpoints.iterations(state.directory), default=0)
-
+def train(row: Row, state: State) -> None:
+    """Trains a row to its end, and adds seconds and iterations to its recorded time. Ends the program if it is interrupted."""
     started = time.monotonic()
-    status, _ = run_main(row.arguments, lambda: newest() >= until, POLL, preexec_fn=lowest_priority)
+    status, _ = run_main(row.arguments, preexec_fn=lowest_priority)
     recorded, machine = times(state.directory), f'{os.cpu_count()} cores, {processor()}'
-    done = {'seconds': time.monotonic() - started, 'iterations': newest() - state.newest}
+    done = {'seconds': time.monotonic() - started,
+            'iterations': max(checkpoints.iterations(state.directory), default=0) - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
     write_json(os.path.join(state.directory, TIMES), recorded)
@@ -246,18 +241,18 @@ def write_table() -> None:
     print(f'Written: {PAGE}, {COMMANDS_PAGE}')
 
 
-def main_loop(rows: list[Row], until: int) -> None:
-    """Trains each row to its end, or to `until` iterations if that is less, and evaluates it."""
+def main_loop(rows: list[Row], trains: bool) -> None:
+    """Trains each row to its end, unless it trains nothing, and evaluates it."""
     for count, row in enumerate(rows, start=1):
         state = state_of(row)
         title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.iterations:,} iterations'
-        unfinished = state.newest < min(state.iterations, until)
+        unfinished = trains and state.newest < state.iterations
         if state.missing and unfinished:
             print(f'{title}: left out, {state.missing}', flush=True)
             continue
         print(title, flush=True)
         if unfinished:
-            train(row, state, until)
+            train(row, state)
             state = state_of(row)
         if state.newest and not state.missing:
             evaluate(row, state)
@@ -268,9 +263,7 @@ def command_line(arguments: list[str] | None = None) -> None:
     """Runs the queue, as the command line asks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='rows whose name contains this')
-    parser.add_argument('--until', type=int, default=sys.maxsize, metavar='N', help='train no row beyond N iterations')
-    parser.add_argument('--evaluate', dest='until', action='store_const', const=0,
-                        help='train nothing: evaluate the checkpoints so far')
+    parser.add_argument('--evaluate', action='store_true', help='train nothing: evaluate the checkpoints so far')
     parser.add_argument('--write', action='store_true', help='only write the table')
     options = parser.parse_args(arguments)
     chosen = [row for row in ROWS if options.only in row.name]
@@ -281,7 +274,7 @@ def command_line(arguments: list[str] | None = None) -> None:
             write_table()
         else:
             with locked(LOCK, wait=False):
-                main_loop(chosen, options.until)
+                main_loop(chosen, not options.evaluate)
     except filelock.Timeout:
         sys.exit('another queue is running; wait for it, or stop it (Ctrl-C there)')
     except UserError as error:

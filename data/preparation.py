@@ -28,6 +28,7 @@ from runtime.datasets.tasks import SPLITS
 from runtime.system import console
 from runtime.system.errors import UserError
 from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically, write_json
+from runtime.system.interruption import signals_handled_by
 
 LOCK = '.lock'
 DOWNLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'downloads.csv')
@@ -256,20 +257,15 @@ def deferred_interrupt() -> Iterator[list[int]]:
     For thread pools and other code with many locks: a KeyboardInterrupt inside it could leave a lock held. A second Ctrl-C ends
     the program at once.
     """
-    interrupts, before = [], signal.getsignal(signal.SIGINT)
+    interrupts = []
 
     def record(number, frame):
         interrupts.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    changed = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if changed:
-        signal.signal(signal.SIGINT, record)
-    try:
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    with signals_handled_by(record, [signal.SIGINT] if raises else []):
         yield interrupts
-    finally:
-        if changed:
-            signal.signal(signal.SIGINT, before)
     if interrupts:
         raise KeyboardInterrupt
 

@@ -332,7 +332,7 @@ def own_images(tmp_path):
 def names_once_split(source, split, root):
     """The classes of a split, which is written down if it was not yet."""
     source.folders(str(root)).record_split({})
-    return source.class_folders(split, str(root))
+    return source.folders(str(root)).names(split)
 
 
 def test_class_folders_are_split_once_and_written_down(own_images, capsys):
@@ -358,11 +358,11 @@ def test_the_split_depends_on_the_names_alone(own_images, tmp_path_factory):
 
 def test_folders_named_train_val_and_test_need_no_split(tmp_path):
     write_image_tree(tmp_path, class_names(2, 1, 1), images=2, size=(8, 8))
-    assert FOLDER.class_folders('train', str(tmp_path)) == ['train/train00', 'train/train01']
+    assert FOLDER.folders(str(tmp_path)).names('train') == ['train/train00', 'train/train01']
     assert not (tmp_path / 'splits.csv').exists()
     os.rename(tmp_path / 'val', tmp_path / 'elsewhere')
     with pytest.raises(UserError, match='the val split in .* has no classes; it must hold folders train, val and test'):
-        FOLDER.class_folders('val', str(tmp_path))
+        FOLDER.folders(str(tmp_path)).names('val')
 
 
 def test_own_images_of_any_format_and_size_are_resized(tmp_path):
@@ -438,9 +438,9 @@ def test_a_run_among_the_classes(own_images):
 
 def test_names_of_classes_in_two_splits_are_reported(tmp_path, capsys):
     write_image_tree(tmp_path, ['train/cat', 'train/cow', 'val/cow', 'test/cat', 'test/cow', 'test/dog'], images=1, size=(4, 4, 3))
-    assert FOLDER.class_folders('train', str(tmp_path)) == ['train/cat', 'train/cow']
+    assert FOLDER.folders(str(tmp_path)).names('train') == ['train/cat', 'train/cow']
     assert f'Note: {tmp_path} has a class cow in train and in val, and 3 more such names. If' in capsys.readouterr().out
-    assert FOLDER.class_folders('test', str(tmp_path)) and capsys.readouterr().out == ''
+    assert FOLDER.folders(str(tmp_path)).names('test') and capsys.readouterr().out == ''
 
 
 def test_integers_of_unknown_range_are_refused(tmp_path):
@@ -456,7 +456,7 @@ def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):
     for content in b'{"recipe": "", "complete": false}', b'', b'[]':
         (tmp_path / '.prepared.json').write_bytes(content)
         with pytest.raises(UserError, match='was interrupted or found something missing; run it again: python data/cifarfs'):
-            SOURCES['cifarfs'].class_folders('train', str(tmp_path))
+            SOURCES['cifarfs'].folders(str(tmp_path)).names('train')
 
 
 def test_transparent_images_are_on_white(tmp_path):
@@ -483,12 +483,12 @@ def test_a_split_that_is_asked_for_is_not_passed_over(tmp_path):
         (tmp_path / f'class{number}').mkdir()
     source = dataclasses.replace(SOURCES['folder'], split_ratios=(60, 20, 20), split_given=True)
     first = names_once_split(source, 'val', tmp_path)
-    assert source.class_folders('val', str(tmp_path)) == first and len(first) == 2
+    assert source.folders(str(tmp_path)).names('val') == first and len(first) == 2
     with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
-        dataclasses.replace(source, split_ratios=(40, 30, 30)).class_folders('val', str(tmp_path))
+        dataclasses.replace(source, split_ratios=(40, 30, 30)).folders(str(tmp_path)).names('val')
     with pytest.raises(UserError, match='splits.csv does not match --split=40/30/30'):
-        dataclasses.replace(source, split_ratios=(40, 30, 30), split_file=str(tmp_path / 'splits.csv')).class_folders('val', str(tmp_path))
-    assert dataclasses.replace(source, split_ratios=(40, 30, 30), split_given=False).class_folders('val', str(tmp_path)) == first
+        dataclasses.replace(source, split_ratios=(40, 30, 30), split_file=str(tmp_path / 'splits.csv')).folders(str(tmp_path)).names('val')
+    assert dataclasses.replace(source, split_ratios=(40, 30, 30), split_given=False).folders(str(tmp_path)).names('val') == first
 
 
 def test_classes_that_came_later_are_named(tmp_path, capsys):
@@ -498,7 +498,7 @@ def test_classes_that_came_later_are_named(tmp_path, capsys):
     assert 'Ignored' not in capsys.readouterr().out
     for name in 'late', 'later':
         (tmp_path / name).mkdir()
-    assert not {'late', 'later'} & set(FOLDER.class_folders('train', str(tmp_path)))
+    assert not {'late', 'later'} & set(FOLDER.folders(str(tmp_path)).names('train'))
     assert f'Ignored class folders not listed in {tmp_path}/splits.csv: late and 1 more.' in capsys.readouterr().out
 
 

@@ -415,7 +415,7 @@ def test_the_program_names_the_command(tmp_path):
     from data_generator import SOURCES
     from runtime.system.errors import UserError
     with pytest.raises(UserError, match='prepare the images with: python data/omniglot_resized/resize_images.py --download'):
-        SOURCES['omniglot'].class_folders('train', str(tmp_path / 'nowhere'))
+        SOURCES['omniglot'].folders(str(tmp_path / 'nowhere')).names('train')
 
 
 def test_make_omniglot_fetches_prepares_and_evaluates():

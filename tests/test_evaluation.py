@@ -109,7 +109,7 @@ def test_other_ways_and_shots(trained):
 @pytest.mark.parametrize('more, words', [
     (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--run=DIR']),
     (['--query_norm=both'], ['--query_norm', '--train=False']),
-    (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm=both', 'layer_norm']),
+    (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm is for batch norm', 'layer_norm']),
     (['--train=False', '--support_dir=x'], ['--support_dir is for --predict']),
 ])
 def test_what_the_network_does_not_allow(trained, more, words):

@@ -235,7 +235,7 @@ def test_the_nearest_of_the_program(trained):
     assert 'labels=averaged over 3 orders' in run_ok('--compare', str(maml))
     assert '--permutations=7: the labels of --num_classes=3' in error_of(*evaluation, '--permutations=7', '--num_classes=3')
     assert '--head=nearest is without inner updates' in error_of(*evaluation, '--head=nearest', '--test_updates=3')
-    assert '--head=nearest is for evaluation' in error_of(
+    assert '--head is for evaluation' in error_of(
         f'--run={maml}', '--predict', '--head=nearest', '--support_dir=a', '--query_dir=b')
 
 

@@ -177,10 +177,10 @@ def test_another_split_moves_no_picture(tmp_path, prepare, capsys):
     source, folder = write('cub', tmp_path / 'source', cub()), tmp_path / 'prepared'
     _, before = prepare('cub', source, '--allow_missing')
     times = {path: path.stat().st_mtime_ns for path in folder.rglob('*.jpg')}
-    assert SOURCES['cub'].class_folders('train', str(folder)) == [f'classes/{BIRDS[0]}']
+    assert SOURCES['cub'].folders(str(folder)).names('train') == [f'classes/{BIRDS[0]}']
     _, after = prepare('cub', source, '--allow_missing', '--split=frn')
     assert after == before and times == {path: path.stat().st_mtime_ns for path in folder.rglob('*.jpg')}
-    assert SOURCES['cub'].class_folders('train', str(folder)) == [f'classes/{BIRDS[1]}', f'classes/{BIRDS[2]}']
+    assert SOURCES['cub'].folders(str(folder)).names('train') == [f'classes/{BIRDS[1]}', f'classes/{BIRDS[2]}']
     assert 'split frn, crop False' in capsys.readouterr().out
     assert json.loads((folder / '.prepared.json').read_text()) == {
         'recipe': 'crop=False', 'source': preparation.identity([source / 'CUB_200_2011.tgz']), 'complete': True, 'missing': True,

@@ -696,7 +696,8 @@ def test_a_flag_that_a_preset_sets_is_named(flags, hint):
 @pytest.mark.parametrize('given, dropped', [
     (['--method=maml++'], ['num_filters', 'mean_loss']), (['--method=boil', '--norm=None'], ['mean_loss', 'adapt_norm', 'norm_scale']),
     (['--method=maml++', '--datasource=omniglot'], []),
-    (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale'])])
+    (['--method=boil', '--datasource=omniglot', '--norm=layer_norm'], ['norm_scale']),
+    (['--method=protomaml', '--datasource=omniglot', '--norm=None'], ['query_norm'])])
 def test_a_preset_drops_what_has_no_meaning(given, dropped):
     """For the source, or the network; the same flag is refused where the user gives it."""
     request = resolve(main.parse(['main.py', *given]))
@@ -711,16 +712,6 @@ def test_what_a_preset_drops_is_said(capsys, monkeypatch):
     startup.run_and_data(main.parse(['main.py', '--method=boil', '--norm=None']))
     assert capsys.readouterr().out == ('--method=boil without --adapt_norm=True, --norm_scale=True, --mean_loss=True: the source or the '
                                        'network has no use for them\n')
-
-
-@pytest.mark.parametrize('declared', [{'network': 'image'}, {'only': 'image'}])
-def test_a_declaration_for_what_there_is_not(declared, monkeypatch):
-    field, value = next(iter(declared.items()))
-    if field == 'network':
-        monkeypatch.setitem(flags.LEARNING, 'mean_loss', flags.Learning(network=value))
-    else:
-        monkeypatch.setitem(flags.ONLY, 'mean_loss', [value])
-    assert re.search(rf"--mean_loss is declared with {field}='image': there are [a-z, ]*\bimages,", error_of('--norm=None'))
 
 
 def test_moments_that_tasks_hand_on_need_one_device():

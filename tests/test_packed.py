@@ -63,7 +63,7 @@ def test_what_is_packed_is_what_is_loaded(tmp_path, capsys):
                 np.testing.assert_array_equal(found.values[start + number], image(name, number))
     config = TaskConfig(num_classes=2, update_batch_size=1, query_shots=2, seed=0, data_path=str(tmp_path))
     batch = SOURCE.tasks(config, 'train').draw(0, 3)
-    assert batch.support_x.shape == (3, 2, 64 * 64) and SOURCE.class_folders('val', str(tmp_path)) == ['val/val0', 'val/val1']
+    assert batch.support_x.shape == (3, 2, 64 * 64) and SOURCE.folders(str(tmp_path)).names('val') == ['val/val0', 'val/val1']
 
 
 def test_complaints_and_allow_missing(tmp_path):

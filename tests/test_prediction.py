@@ -139,7 +139,7 @@ def test_refusals(trained, folders, tmp_path):
     assert '--query_dir=/nowhere is not a folder' in error(query='/nowhere')
     assert 'only this folder and its direct subfolders are searched' in error(query=tmp_path)  # those below are deeper
     assert 'there are 0' in error(support=support / 'cat')
-    assert '--predict needs one --query_norm' in error('--query_norm=both')
+    assert '--query_norm=both is for evaluation' in error('--query_norm=both')
     assert '--predict needs --query_dir' in error_of(*trained, '--predict', f'--support_dir={support}')
     assert 'sinusoid has none' in error_of('--predict', f'--support_dir={support}', f'--query_dir={query}')
     assert 'there is no checkpoint' in error('--test_iter=7')

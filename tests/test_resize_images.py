@@ -95,7 +95,7 @@ def test_what_is_there_can_be_used(source, tmp_path):
     arguments = ['--source', source, '--destination', tmp_path / 'small']
     assert run(*arguments, '--allow_missing').returncode == 0
     manifest = tmp_path / 'small' / 'splits.partial.csv'
-    names = SOURCES['omniglot'].class_folders('train', str(tmp_path / 'small'))
+    names = SOURCES['omniglot'].folders(str(tmp_path / 'small')).names('train')
     assert names == ['Latin/character01', 'Latin/character02'] and manifest.exists()
     assert run(*arguments).returncode == 1 and not manifest.exists()
 
@@ -109,7 +109,7 @@ def test_one_of_the_two_archives(source, tmp_path):
         process = run('--source', source, '--destination', tmp_path / 'small', '--allow_missing')
         assert (process.returncode, 'Traceback' in process.stderr) == (name == 'images_background', False)
         assert run('--source', source, '--destination', tmp_path / 'other').returncode == 1
-    assert SOURCES['omniglot'].class_folders('train', str(tmp_path / 'small')) == ['Latin/character01', 'Latin/character02']
+    assert SOURCES['omniglot'].folders(str(tmp_path / 'small')).names('train') == ['Latin/character01', 'Latin/character02']
 
 
 def test_a_damaged_drawing_is_named_and_the_others_are_made(source, tmp_path):

@@ -13,6 +13,8 @@ import flags_page
 import main
 import maml
 from conftest import ROOT, run_ok
+from runtime.cli.flags import LEARNING, ONLY
+from runtime.cli.request import PURPOSES
 
 # {room: what it may import besides itself}. A room is a file of the top level or a package of runtime/.
 MAY_IMPORT = {
@@ -140,6 +142,13 @@ def test_frames_between_the_training_loop_and_the_inner_step(most, more, tmp_pat
     for stack in stacks:
         between = stack[stack.index('loop') + 1:stack.index('spy')]
         assert len(between) <= most, between
+
+
+def test_flags_are_declared_for_purposes_that_there_are():
+    for name, declared in LEARNING.items():
+        assert declared.network in {None, 'all', *PURPOSES}, f"--{name} is declared with network={declared.network!r}"
+    for name, purposes in ONLY.items():
+        assert set(purposes) <= set(PURPOSES), f"--{name} is declared with only={', '.join(purposes)!r}; there are {', '.join(PURPOSES)}"
 
 
 # The docs ---------------------------------------------------------------------------------------------------------------

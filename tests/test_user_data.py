@@ -80,7 +80,7 @@ def test_a_class_may_be_called_train(tmp_path):
     names = ['train', 'bus', *(f'class{number}' for number in range(8))]
     write_image_tree(tmp_path, names, images=2, size=(8, 8, 3))
     source = SOURCES['folder']
-    found = [name for split in ('train', 'val', 'test') for name in source.class_folders(split, str(tmp_path))]
+    found = [name for split in ('train', 'val', 'test') for name in source.folders(str(tmp_path)).names(split)]
     assert sorted(found) == sorted(names)
 
 

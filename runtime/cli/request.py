@@ -142,11 +142,13 @@ PURPOSES: dict[str, tuple[str, Callable[[Request], bool]]] = {
     'classes': ('classification', lambda r: r.classes),
     'batch norm': ('batch norm: with --norm={norm} leave it out', lambda r: r.norm == 'batch_norm'),
     'normalisation': ('networks with a normalisation, and --norm=None has none', lambda r: r.norm != 'None'),
+    'ridge': ('--head_init=ridge', lambda r: r.head_init == 'ridge'),
     'own networks': ('a network of your own: add --network', lambda r: bool(r.network)),
     'convolutions': ('convolutional networks', lambda r: r.images and r.conv),
     'fully connected': ('fully connected networks: add --conv=False, or leave it out (--num_filters is for convolutions)',
                         lambda r: not r.images or not r.conv),
     'evaluation': ('evaluation: add --train=False', lambda r: r.mode != 'train'),
+    'scores': ('evaluation: add --train=False, and leave out --predict', lambda r: r.mode == 'evaluate'),
     'transfer': ('the evaluation of a model of another source: add --run=DIR and --datasource', lambda r: r.is_transfer),
     'prediction': ('--predict', lambda r: r.mode == 'predict'),
     'comparison': ('--compare and --across', lambda r: False),
@@ -160,7 +162,6 @@ def resolve(line: CommandLine) -> Request:
     whose training has the same flags. Raises UserError if the run's file of flags cannot be read, or flags on the command line
     contradict what was learnt.
     """
-    _check_declarations()
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
     stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
@@ -206,15 +207,6 @@ def _forget_data(values, stored, given):
         values['split_file'] = None
         if SOURCES[values['datasource']].image_shape and 'label_column' not in given:  # of the list
             values['label_column'] = None
-
-
-def _check_declarations():
-    """Refuses a flag of a method of one's own that is declared for something that there is not."""
-    declared = [*((name, 'network', learning.network) for name, learning in LEARNING.items() if learning.network not in (None, 'all')),
-                *((name, 'only', purpose) for name, purposes in ONLY.items() for purpose in purposes)]
-    problems = [f'--{name} is declared with {field}={value!r}' for name, field, value in declared if value not in PURPOSES]
-    if problems:
-        raise UserError(f'{"; ".join(problems)}: there are {", ".join(PURPOSES)}, and for network also all')
 
 
 def _without_meaning(preset, line):

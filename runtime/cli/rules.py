@@ -147,8 +147,6 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
     *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
-    *((lambda r, name=name: r.values[name] != default(name) and r.head_init != 'ridge', f'--{name} is for --head_init=ridge')
-      for name in RIDGE),
     (lambda r: r.stop_grad and r.first_order_iterations > 0,
      '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     (lambda r: r.recompute and r.engine in ('vmap', 'wide'),
@@ -189,16 +187,12 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.classes and r.num_classes > r.trained['num_classes'] and not r.computes_head and r.head == 'own',
      '--num_classes={num_classes}: the network was trained with --num_classes={trained[num_classes]} and has no more outputs than '
      'that; evaluate on tasks of at most that many classes'),
-    (lambda r: r.head == 'nearest' and not r.classes, '--head=nearest is for classification'),
-    (lambda r: r.head == 'nearest' and r.mode == 'predict', '--head=nearest is for evaluation: leave out --predict'),
     (lambda r: r.head == 'nearest' and 'test_updates' in r.given and r.test_updates != 0,
      '--head=nearest is without inner updates: leave out --test_updates={test_updates}'),
-    (lambda r: r.permutations > 1 and r.mode == 'predict', '--permutations is for evaluation: leave out --predict'),
     (lambda r: r.classes and r.permutations > math.factorial(min(r.num_classes, 13)),
      '--permutations={permutations}: the labels of --num_classes={num_classes} classes have fewer orders'),
-    (lambda r: r.query_norm == 'both' and r.mode == 'train', '--query_norm=both is for evaluation: add --train=False'),
-    (lambda r: r.query_norm != 'batch' and r.norm != 'batch_norm',
-     '--query_norm={query_norm} applies only to batch norm; with --norm={norm} each example is normalised separately'),
+    (lambda r: r.query_norm == 'both' and r.mode != 'evaluate',
+     '--query_norm=both is for evaluation, with --train=False and without --predict; else give batch, support or each'),
     (lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
      '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
     *((lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and name in r.given,
@@ -212,5 +206,4 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, name=name: r.mode == 'predict' and r.tables and not r.values[name], f'--predict needs --{name}, a csv file')
       for name in ('support_csv', 'query_csv')),
     (lambda r: r.mode == 'predict' and r.strategy not in ('auto', 'one'), '--predict runs on one device: leave out --strategy'),
-    (lambda r: r.mode == 'predict' and r.query_norm == 'both', '--predict needs one --query_norm: batch, support or each'),
 ]

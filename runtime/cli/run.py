@@ -163,7 +163,7 @@ def _model_config(request, source, tasks):
         raise UserError(f'--input_shape={request.input_shape} is {math.prod(shape)} numbers, and a row has {source.dim_input(tasks)}')
     return ModelConfig(**{
         **same, 'query_norm': _query_norms(request)[0], 'meta_lr_final': max(request.meta_lr_final, 0.0),
-        'pretrain_classes': len(source.class_folders('train', tasks.data_path)) if by_classes else 0,
+        'pretrain_classes': len(source.folders(tasks.data_path).names('train')) if by_classes else 0,
         'dim_input': source.dim_input(tasks), 'dim_output': source.dim_output(tasks), 'loss': source.loss, 'head': source.head,
         'clip': source.clip, 'dim_hidden': hidden or source.dim_hidden, 'input_shape': shape, 'mask_seed': request.trained['seed'],
         'network': request.network_file and network_file.load(request.network_file),

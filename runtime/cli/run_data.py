@@ -142,7 +142,7 @@ def _validation_config(request, source, tasks):
     """
     if not (source.image_shape and (source.validate_on_fewer or request.computes_head)):
         return tasks
-    available = len(source.class_folders('val', tasks.data_path))
+    available = len(source.folders(tasks.data_path).names('val'))
     return dataclasses.replace(tasks, num_classes=available) if 1 < available < tasks.num_classes else tasks
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any, TextIO
 
+from runtime.system.console import Console
 from runtime.system.files import open_regular, require_regular_file, write_csv
 
 CONSOLE, METRICS = 'console.log', 'metrics.csv'
@@ -15,19 +16,17 @@ class _Both:
     """A stream that also writes to a file; what cannot be written to the file is left out."""
 
     def __init__(self, stream: TextIO, file: TextIO):
-        self._stream, self._file = stream, file
+        self._stream, self._file = stream, Console(file)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._file.write(text)
+        self._file.write(text)
         return self._stream.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.flush()
+        self._file.flush()
         self._stream.flush()
 
 

@@ -1,7 +1,6 @@
 """Figures: metrics against updates, functions before and after adaptation, and the images of tasks and predictions."""
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
@@ -368,9 +367,7 @@ def save(figure: Figure, path: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Glyph .* missing from')  # drawn as boxes: names may be in any script
-            content = io.BytesIO()
-            figure.savefig(content, dpi=DPI, format=os.path.splitext(path)[1][1:])
-            write_atomically(path, content.getvalue())
+            write_atomically(path, lambda file: figure.savefig(file, dpi=DPI, format=os.path.splitext(path)[1][1:]))
     except OSError as error:
         raise UserError(f'the picture {path} cannot be written: {error.strerror}') from error
 

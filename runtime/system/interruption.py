@@ -2,7 +2,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # SIGHUP comes when the terminal is closed or the connection to it breaks. Not all systems have it.
@@ -10,10 +10,11 @@ TERMINATION_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', '
 
 
 @contextlib.contextmanager
-def signals_handled_by(handler: Callable[[int, Any], object] | signal.Handlers) -> Iterator[None]:
-    """While entered, SIGINT, SIGTERM and SIGHUP are handled so; those that the process ignores, as in background jobs of a script and under
-    nohup, stay ignored."""
-    before = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
+def signals_handled_by(handler: Callable[[int, Any], object] | signal.Handlers,
+                       signals: Sequence[int] = TERMINATION_SIGNALS) -> Iterator[None]:
+    """While entered, SIGINT, SIGTERM and SIGHUP, or other signals, are handled so; those that the process ignores, as in background jobs
+    of a script and under nohup, stay ignored."""
+    before = {number: signal.getsignal(number) for number in signals}
     for number, earlier_handler in before.items():
         if earlier_handler != signal.SIG_IGN:
             signal.signal(number, handler)
