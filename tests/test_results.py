@@ -534,6 +534,13 @@ def test_pictures_of_sinusoids(two_runs):
     assert 'cannot be written' in error_of(*flags)
 
 
+def test_pictures_of_another_evaluation_have_another_name(two_runs):
+    logdir = two_runs[1].parent
+    output = run_ok(*SINUSOID, f'--logdir={logdir}', '--metatrain_iterations=2000', '--train=False', '--num_test_tasks=5', '--plot',
+                    '--test_seed=3', '--update_batch_size=4', '--train_update_batch_size=10')
+    assert 'evaluation_val_model2000_4shot_seed3_updates.png' in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('source', ['omniglot', 'folder'])
 def test_pictures_of_images(source, small_data, tmp_path):

@@ -231,18 +231,30 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
+def picture_stem(run: Evaluation, restored: Restored) -> str:
+    """What the paths of an evaluation's pictures begin with: split, checkpoint, and in what it differs from the usual evaluation of the
+    run, so that another one does not replace them."""
+    tasks, trained = run.tasks, run.learning_flags
+    differences = {'ensemble': bool(restored.ensemble), run.datasource: run.datasource != restored.trained_on,
+                   f'{tasks.num_classes}way': run.source.loss == 'xent' and tasks.num_classes != run.num_outputs,
+                   f'{tasks.update_batch_size}shot': tasks.update_batch_size != trained['update_batch_size'],
+                   '-'.join(run.query_norms): run.query_norms != (trained['query_norm'],), f'seed{tasks.seed}': tasks.seed != 0,
+                   'nearest': run.heads != ('own',), f'{run.permutations}orders': run.permutations > 1}
+    names = [name for name, differs in differences.items() if differs]
+    return os.path.join(run.directory, '_'.join(['evaluation', run.split, os.path.basename(restored.prefix), *names]))
+
+
 def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[Variant, np.ndarray],
          restored: Restored) -> list[str]:
-    """Writes the figures of an evaluation with {variant: values}, named after split and checkpoint; returns their paths. The model is of
-    the first variant.
+    """Writes the figures of an evaluation with {variant: values}, whose paths begin with `picture_stem`; returns their paths. The model is
+    of the first variant.
 
     They are for TensorBoard too, where each evaluation is a run of its own, because it reads one file of a run at a time.
     """
     from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
 
     checkpoint, iteration = os.path.basename(restored.prefix), restored.iterations or 0
-    unusual = ['ensemble'] * bool(restored.ensemble) + [run.datasource] * (run.datasource != restored.trained_on)
-    stem = os.path.join(run.directory, '_'.join(['evaluation', run.split, checkpoint, *unusual]))
+    stem = picture_stem(run, restored)
     titles = {variant: f', {variant.label}' if len(values_of) > 1 else '' for variant in values_of}
     curves = {checkpoint + titles[variant]: values for variant, values in values_of.items()}
     figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)
