@@ -11,6 +11,8 @@ import numpy as np
 import run_files  # noqa: F401  (puts the program on the path)
 from matplotlib.figure import Figure
 
+import main  # noqa: F401  (declares the flags)
+from runtime.cli import stored_run
 from runtime.jobs.journal import CONSOLE
 from runtime.results import plots
 from runtime.results.collect import result_directories, split_name
@@ -18,14 +20,13 @@ from runtime.results.collect import result_directories, split_name
 WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
 
-def validations(text: str) -> np.ndarray:
-    """[[iteration, accuracy after adaptation]] of a console log, in order, those of pre-training first; of a part that was trained twice,
-    the later."""
-    accuracies, pretrained, iteration = {}, 0, 0
+def validations(text: str, pretrained: int) -> np.ndarray:
+    """[[iteration, accuracy after adaptation]] of the console log of a training with so many iterations of pre-training, in order, these
+    first; of a part that was trained twice, the later."""
+    accuracies, iteration = {}, 0
     for line in text.splitlines():
         if match := re.match(r'(Pretrain )?Iteration (\d+): ', line):
-            pretrained = int(match[2]) if match[1] else pretrained
-            iteration = pretrained if match[1] else pretrained + int(match[2])
+            iteration = int(match[2]) + (0 if match[1] else pretrained)
         elif match := re.match(r'Validation (?:results|of model(\d+)): \S+, (\S+)$', line):
             accuracies[int(match[1] or iteration)] = float(match[2])
     return np.array(sorted(accuracies.items())).reshape(-1, 2)
@@ -36,12 +37,12 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(end - WINDOW, 0):end].mean() for end in range(1, len(values) + 1)])
 
 
-def draw(logs: dict[str, str], path: str) -> None:
-    """Writes the picture of {label: text of a console log}."""
+def draw(logs: dict[str, tuple[str, int]], path: str) -> None:
+    """Writes the picture of {label: what `console_log` returned}."""
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
-    for label, text in logs.items():
-        iterations, accuracies = validations(text).T
+    for label, log in logs.items():
+        iterations, accuracies = validations(*log).T
         axes.plot(iterations, 100 * running_mean(accuracies), label=label)
     axes.set(xscale='log', xlabel='iterations', ylabel='accuracy in %')
     axes.set_title(f'Meta-validation during training, running mean of {WINDOW} validations on 100 tasks', fontsize='small')
@@ -50,13 +51,13 @@ def draw(logs: dict[str, str], path: str) -> None:
     plots.save(figure, path)
 
 
-def console_log(folder: str) -> str:
-    """The text of the only console log in a folder, or below it."""
+def console_log(folder: str) -> tuple[str, int]:
+    """The text of the only console log in a folder, or below it, and the iterations of pre-training of the run."""
     directories = result_directories(folder, [CONSOLE])
     if len(directories) != 1:
         sys.exit(f'{folder} should hold one {CONSOLE}, and holds {len(directories)}')
     with open(os.path.join(directories[0], CONSOLE), encoding='utf-8') as file:
-        return file.read()
+        return file.read(), stored_run.read(directories[0])['pretrain_iterations']
 
 
 if __name__ == '__main__':

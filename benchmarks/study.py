@@ -67,7 +67,7 @@ def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) 
             requests[1] = dataclasses.replace(requests[1], values={**requests[1].values, 'load_from': None})
             for request, split in zip(requests, ('train', 'test')):
                 check_flags(request)
-                if missing := missing_classes(request, split):
+                if missing := missing_classes(requests[0], split):  # by the split that the training has, or will make
                     raise UserError(missing)
             runs.append(StudyRun(arguments, *requests))
         except (UserError, absl_flags.Error) as error:

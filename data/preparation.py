@@ -134,7 +134,9 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
 def is_prepared(args: argparse.Namespace, recipe: str, facts: Mapping[str, object]) -> bool:
     """Whether the destination was prepared by this recipe, with nothing missing, is there, and is not to be made again."""
     record = preparation_record(args.destination)
-    content = record.get('content', [])
+    content = record.get('content')
+    if content is None:  # of an earlier version
+        content = sorted([*subfolders(args.destination), *_present(args.destination, [f'{split}.npy' for split in SPLITS])])
     return (not args.force and record.get('complete') is True and not record.get('missing')
             and (record.get('recipe'), record.get('facts', {})) == (recipe, facts)
             and bool(content) and content == _present(args.destination, content))

@@ -304,11 +304,13 @@ def test_a_body_of_a_last_layer_of_another_shape(first, second):
     """A training starts from it; an evaluation would be of a last layer that nobody has trained."""
     saved, model = (MAML(dataclasses.replace(DENSE, num_updates=1, head_init=init), seed=seed) for seed, init in enumerate((first, second)))
     arrays = {name: variable.numpy() for name, variable in saved.parameters().items()}
-    checkpoint = checkpoints.Checkpoint('model3', arrays, {'iteration': 3, 'flags': {}}, 0)
+    checkpoint = checkpoints.Checkpoint('model3', arrays, {'iteration': 3, 'flags': {'head_init': first}}, 0)
     with pytest.raises(UserError, match='does not fit the network'):
         checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=False)
     fresh = model.weights['w2'].numpy()
-    checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=True)
+    with pytest.raises(UserError, match='does not fit the network'):
+        checkpoints.restore_weights(checkpoint._replace(record={}), model.parameters(), {}, ['w2', 'b2'], starts=True, head_init=second)
+    checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=True, head_init=second)
     assert np.array_equal(model.weights['w1'], saved.weights['w1']) and np.array_equal(model.weights['w2'], fresh)
 
 

@@ -21,7 +21,7 @@ import stock_keras
 from conftest import ROOT, error_of, module_at, run_ok
 from maml import MAML, ModelConfig, inner_loop, objective
 from networks import network_of
-from runtime.cli import network_file
+from runtime.cli import methods, network_file
 from runtime.cli.methods import PRESETS
 from runtime.cli.request import resolve
 from runtime.datasets.tasks import TaskBatch
@@ -432,6 +432,7 @@ def test_presets_set_nothing_of_the_built_in_networks(own):
     flags = ['main.py', *own[1], '--datasource=cifarfs']
     plain, preset = resolve(main.parse(flags)), resolve(main.parse([*flags, '--method=maml++']))
     assert preset.dropped == {'num_filters': 48, 'norm_scale': True} and preset.network_flags == plain.network_flags
+    assert methods.name(preset.trained, False) == 'MAML++'
 
 
 def test_files_that_are_no_networks(own):

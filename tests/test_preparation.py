@@ -530,6 +530,11 @@ def test_what_is_gone_is_not_prepared(tmp_path):
     preparation.run_preparation(args, 'recipe', [], write, ['train', 'val'])
     archive.unlink()
     assert preparation.is_prepared(args, 'recipe', {}), 'the download is not needed any more'
+    record = json.loads((tmp_path / '.prepared.json').read_text())
+    del record['content']  # as in version 2.0.0
+    (tmp_path / '.prepared.json').write_text(json.dumps(record))
+    assert preparation.is_prepared(args, 'recipe', {})
+    preparation.run_preparation(args, 'recipe', [], write, ['train', 'val'])
     (tmp_path / 'val').rmdir()
     assert not preparation.is_prepared(args, 'recipe', {})
     (tmp_path / 'train').rmdir()

@@ -23,6 +23,7 @@ from runtime.jobs import checkpoints, saving
 from runtime.jobs import train as training
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
+from utils import Metrics
 
 SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 
@@ -205,6 +206,16 @@ def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=6', '--save_interval=2', '--validation_tasks=9')
     assert 'Note: checkpoints were ranked on 7 tasks of meta-validation, and are on 9 from here on' in output
     assert re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
+
+
+def test_a_validation_task_that_diverged_counts_as_wrong(monkeypatch):
+    """It must not hide what the others say."""
+    metrics = Metrics(np.zeros(4), np.zeros([1, 4]), np.full(4, 0.25), np.array([[1, np.nan, 1, 0]]))
+    monkeypatch.setattr(training, 'evaluate_tasks', lambda *_: metrics)
+    nothing = types.SimpleNamespace(write=lambda *_: None, log=lambda _: None)
+    run = types.SimpleNamespace(metric='accuracy', plot=False, validation_tasks=4, model=types.SimpleNamespace(num_updates=1),
+                                source=types.SimpleNamespace(validation_updates=1, print_interval=100))
+    assert training.validate(run, None, None, 500, False, nothing, nothing) == (0.25, 0.5)
 
 
 def test_a_score_that_is_no_number_is_not_the_best():

@@ -124,9 +124,12 @@ def test_validations_of_a_console_log(tmp_path):
     log = ('Iteration 400: 0.2, 0.3\nIteration 500: 0.2, 0.4\nValidation results: 0.2, 0.35\nValidation of model700: 0.2, 0.5\n'
            'Resuming from model500\nIteration 600: 0.2, 0.5\nValidation of model700: 0.2, 0.45\nIteration 1000: 0.2, 0.5\n'
            'Validation results: 0.2, 0.25\n')
-    np.testing.assert_array_equal(curves.validations(log), [[500, 0.35], [700, 0.45], [1000, 0.25]])
+    np.testing.assert_array_equal(curves.validations(log, 0), [[500, 0.35], [700, 0.45], [1000, 0.25]])
+    classifier = 'Pretrain Iteration 200: 0.2, 0.3\nValidation results: 0.2, 0.3\nIteration 100: 0.2, 0.4\nValidation results: 0.2, 0.4\n'
+    np.testing.assert_array_equal(curves.validations(classifier, 250), [[200, 0.3], [350, 0.4]])
     np.testing.assert_allclose(curves.running_mean(np.array([1., 2, 3, 4, 5, 6, 7])), [1, 1.5, 2, 2.5, 3, 4, 5])
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'console.log').write_text(log)
+    (tmp_path / 'run' / 'run.flags').write_text('')
     curves.draw({'a': curves.console_log(str(tmp_path))}, str(tmp_path / 'curves.png'))
     assert (tmp_path / 'curves.png').stat().st_size > 5000

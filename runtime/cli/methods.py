@@ -3,7 +3,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from runtime.cli.flags import GROUPS, default
+from runtime.cli.flags import BUILT_IN_NETWORKS, GROUPS, default
 
 
 class Preset(NamedTuple):
@@ -67,8 +67,9 @@ def title(values: Mapping[str, Any]) -> str:
     def differing(preset):
         flags = {**{name: default(name) for name in [*switches(), 'num_updates']}, **preset.flags}
         none = [] if bool(values['num_updates']) == bool(flags['num_updates']) else ['num_updates']  # without or with inner updates
-        return [name for name in switches() if values[name] != flags[name]] + none
+        return [name for name in switches() if values[name] != flags[name] and name not in meaningless] + none
 
+    meaningless = [*(BUILT_IN_NETWORKS if values.get('network') else []), *(['query_norm'] if values.get('norm') != 'batch_norm' else [])]
     nearest = min(PRESETS.values(), key=lambda preset: len(differing(preset)))  # of several the first: MAML
     others = [name if values[name] is True else f'{name}={values[name]}' for name in differing(nearest)]
     return nearest.title + (f' with {", ".join(others)}' if others else '')

@@ -89,9 +89,11 @@ def write_copy(directory: str, network: NetworkFile) -> None:
 
 
 def _is_copied(folder, network):
-    """Whether a folder has all files of a network, as a training that goes on finds it: it must not lose its only copy."""
+    """Whether a folder has the files of a network and no others, as a training that goes on finds it: it must not lose its only copy."""
     with contextlib.suppress(OSError):
-        return all(pathlib.Path(folder, path).read_bytes() == content for path, content in network.files.items())
+        there = {path.relative_to(folder).as_posix() for path in pathlib.Path(folder).rglob('*.py')}
+        return there == set(network.files) and all(
+            pathlib.Path(folder, path).read_bytes() == content for path, content in network.files.items())
     return False
 
 

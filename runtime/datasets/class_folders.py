@@ -299,7 +299,7 @@ class ClassFolders(FolderOptions):
             return self.split_file
         elsewhere = [] if self._split_by_folders() else [self.kept, self.shipped_manifest]
         if self._labelled is not None:
-            candidates = elsewhere if None in self._labelled else []
+            candidates = [self.kept] if None in self._labelled else []
         else:
             candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *elsewhere]
         return next((path for path in candidates if path and os.path.exists(path)), None)

@@ -334,18 +334,20 @@ def load_any(prefix: str) -> Checkpoint:
 
 
 def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str],
-                    starts: bool) -> None:
+                    starts: bool, head_init: str = 'learned') -> None:
     """Assigns the values of what `load_any` read to a model's parameters; raises UserError, which lists the differences, if
     names, shapes or flags differ.
 
     What plain MAML lacks stays as it is if the checkpoint lacks it: learned step sizes, the state of an inner optimizer, scales
     of batch norm. Where a network has offsets and scales for each inner step and the checkpoint has one set, all become that set.
-    The model may lack the last layer. In a training that `starts`, the checkpoint may: that layer then stays as it is.
+    The model may lack the last layer. In a training that `starts`, the checkpoint may, or may have learnt one for another --head_init:
+    that layer then stays as it is.
 
     Args:
         variables: {name: tf.Variable}, weights in the order in which the reference made them.
         network_flags: {flag: value}, which the record of a checkpoint of this program must not contradict.
         last_layer: the names of the network's last layer.
+        head_init: of the model.
     """
     prefix, arrays, record, _ = checkpoint
     if record:  # the state of an inner optimizer is left out if the model has none
@@ -355,7 +357,7 @@ def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], n
         arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
     if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
         network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
-    arrays = _with_last_layer(arrays, variables, last_layer, starts)
+    arrays = _with_last_layer(arrays, variables, last_layer, starts, record.get('flags', {}).get('head_init', head_init) != head_init)
     _add_what_plain_maml_lacks(arrays, variables, last_layer, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
@@ -371,12 +373,14 @@ def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
     return None if bias is None else bias.shape[-1]
 
 
-def _with_last_layer(arrays, variables, last_layer, starts):
-    """Arrays without a last layer that the model lacks; if a training starts, with the model's own if only it has one, or one of
-    another shape."""
+def _with_last_layer(arrays, variables, last_layer, starts, of_another_kind):
+    """Arrays without a last layer that the model lacks; if a training starts, with the model's own where only that has one, or where the
+    arrays have one of another kind and shape."""
     arrays = {name: array for name, array in arrays.items()
-              if (name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX)))
-              and not (starts and name in last_layer and name in variables and array.shape != variables[name].shape)}
+              if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
+    if starts and of_another_kind:
+        arrays = {name: array for name, array in arrays.items()
+                  if name not in last_layer or name not in variables or array.shape == variables[name].shape}
     fresh = [name for name in last_layer if starts and name in variables]
     return {**{name: variables[name].numpy() for name in fresh}, **arrays}
 

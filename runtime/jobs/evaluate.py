@@ -13,6 +13,7 @@ from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
 from maml import MAML
 from networks import network_of
 from runtime.cli import methods
+from runtime.cli.flags import default
 from runtime.cli.run import Evaluation, Trained
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
@@ -305,7 +306,9 @@ def _of_another_run(run, model):
     if learnt.get('learn_lr', 'no') != 'no' and learnt['update_lr'] != run.model.update_lr:
         raise UserError(f'--update_lr={run.model.update_lr}: the step sizes of this model are learned, and an evaluation '
                         f'cannot change them; give --update_lr={learnt["update_lr"]}, with which its training started')
-    flags = {**run.learning_flags, **learnt}  # a record of an earlier version may lack some
+    flags = run.learning_flags
+    if learnt:  # a record of an earlier version may lack some, which had their defaults
+        flags = {**flags, **{name: default(name) for name in flags if name not in ('datasource', 'num_classes')}, **learnt}
     method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
     return Restored(model, run.load_from, record.get('iteration'), flags['datasource'], record.get('provenance'),
                     {run.load_from: checkpoint.checksum}, method=method, flags=flags)
@@ -316,7 +319,8 @@ def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = F
     checkpoint, last_layer = checkpoints.load_any(prefix), network_of(model.config).head_names
     outputs, classes = checkpoints.outputs(checkpoint, last_layer), network_flags.get('num_classes')
     if classes is None or outputs is None or outputs <= classes:
-        checkpoints.restore_weights(checkpoint, model.parameters(), network_flags, last_layer, starts)
+        checkpoints.restore_weights(checkpoint, model.parameters(), network_flags, last_layer, starts,
+                                    model.config.head_init)
     else:
         wide = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas)
         checkpoints.restore_weights(checkpoint, wide.parameters(), {**network_flags, 'num_classes': outputs}, last_layer, starts)

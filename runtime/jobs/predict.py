@@ -40,7 +40,8 @@ def predict(run: Trained, task: UserTask) -> None:
     values = predictor.of_rows(task.batch.query_x[0])
     predictions = of_classes(task, values) if task.classes else of_targets(task, values, run.source.files.columns)
     if not np.isfinite(values).all():
-        raise UserError(f'adaptation to {task.support} diverged, so there are no predictions: lower --update_lr or --test_updates')
+        advice = ': lower --update_lr or --test_updates' if run.test_updates and run.model.learn_lr == 'no' else ''
+        raise UserError(f'adaptation to {task.support} diverged, so there are no predictions{advice}')
     norm = run.query_norms[0]
     path = os.path.join(run.directory, f'predict_{task.name}' + (f'_querynorm{norm}' if norm != 'support' else ''))
     rows = [[*task.columns, *predictions.columns], *([*given, *answer] for given, answer in zip(task.cells, predictions.cells))]

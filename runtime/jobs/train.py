@@ -324,7 +324,10 @@ def validate(run: Training, model: Model, tasks: Tasks, iteration: int, saving: 
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
         figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)}, updates)
         summaries.write_figures('metaval', figures, iteration)
-    pre, post = task_metrics(metrics).mean(axis=0)[[0, max(run.model.num_updates, 1)]]
+    values = task_metrics(metrics)
+    if run.metric == 'accuracy':
+        values = np.nan_to_num(values)  # one task on which adaptation diverged counts as wrong, and must not hide the others
+    pre, post = values.mean(axis=0)[[0, max(run.model.num_updates, 1)]]
     if run.metric == 'accuracy':  # Reference behaviour: no line in regression
         title = 'Validation results' if reports_validation(run, iteration) else f'Validation of model{iteration}'
         progress.log(f'{title}: {pre:.6g}, {post:.6g}')
