@@ -83,8 +83,7 @@ class Matrix:
         if (row, column) not in self.cells:
             return ''
         evaluation = self.cells[row, column]
-        datasource = evaluation.entry.tasks.datasource
-        mark = OWN_SOURCE if evaluation.trained_on == datasource and datasource not in OWN_DATA else ''
+        mark = OWN_SOURCE if _is_of_own_source(evaluation) else ''
         mark += KNOWN_CLASSES if evaluation.entry.known_classes else ''
         mean, _, half = self.statistics[row, column]
         return plus_minus(mean, half, UNITS[self.metric].digits) + mark
@@ -98,13 +97,19 @@ class Matrix:
 
     def table(self) -> render.Table:
         """A row for each model, a column for each target."""
-        notes = [f'{OWN_SOURCE}: the source that the model was trained on']
+        notes = [f'{OWN_SOURCE}: the source that the model was trained on'] if any(map(_is_of_own_source, self.cells.values())) else []
         if any(evaluation.entry.known_classes for evaluation in self.cells.values()):
             notes.append(f'{KNOWN_CLASSES}: the model was trained on some of the classes, or on classes of these names')
         rows = [[label, model.updates, *(self.text(row, column) for column in range(len(self.targets)))]
                 for row, (label, model) in enumerate(zip(self.labels, self.models))]
         return render.Table(f'{UNITS[self.metric].title}, with its 95% interval, after the updates of each method'
                             + (f'; {self.common}' if self.common else ''), ['model', 'updates', *self.targets], rows, notes=notes)
+
+
+def _is_of_own_source(evaluation):
+    """Whether an evaluation is on the source of the training, as far as that is known."""
+    datasource = evaluation.entry.tasks.datasource
+    return evaluation.trained_on == datasource and datasource not in OWN_DATA
 
 
 def matrices_of(evaluations: Sequence[Evaluation]) -> list[Matrix]:
