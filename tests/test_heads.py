@@ -17,6 +17,7 @@ from networks import initial_head, network_of
 from runtime.datasets.tasks import TaskConfig
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Permuted
+from runtime.jobs.evaluate import load_weights
 from runtime.jobs.learner import load
 from runtime.system.errors import UserError
 from utils import accuracy
@@ -306,7 +307,7 @@ def test_a_body_of_a_last_layer_of_another_shape(first, second):
     arrays = {name: variable.numpy() for name, variable in saved.parameters().items()}
     checkpoint = checkpoints.Checkpoint('model3', arrays, {'iteration': 3, 'flags': {'head_init': first}}, 0)
     with pytest.raises(UserError, match='does not fit the network'):
-        checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=False)
+        checkpoints.restore_weights(checkpoint, model.parameters(), {}, ['w2', 'b2'], starts=False, head_init=second)
     fresh = model.weights['w2'].numpy()
     with pytest.raises(UserError, match='does not fit the network'):
         checkpoints.restore_weights(checkpoint._replace(record={}), model.parameters(), {}, ['w2', 'b2'], starts=True, head_init=second)
@@ -314,10 +315,21 @@ def test_a_body_of_a_last_layer_of_another_shape(first, second):
     assert np.array_equal(model.weights['w1'], saved.weights['w1']) and np.array_equal(model.weights['w2'], fresh)
 
 
+def test_a_body_of_more_classes_starts_another_kind_of_last_layer(tmp_path):
+    saved = MAML(dataclasses.replace(DENSE, num_updates=1))
+    model = MAML(dataclasses.replace(DENSE, num_updates=1, dim_output=2, head_init='shared'), seed=1)
+    record = {'iteration': 3, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {'num_classes': 3, 'head_init': 'learned'},
+              'regime': 'metatrain', 'pretrain_iterations': 0, 'provenance': {'data': {}}}
+    checkpoints.save(str(tmp_path / 'model3'), saved.state(), record)
+    load_weights(str(tmp_path / 'model3'), model, {'num_classes': 2}, starts=True)
+    assert np.array_equal(model.weights['w1'], saved.weights['w1'])
+
+
 def test_a_last_layer_that_is_called_head_is_not_made_up():
     variables = {'head/kernel': tf.Variable(tf.zeros([2, 3])), 'head/lambda': tf.Variable(1.0)}
     with pytest.raises(UserError, match='head/kernel is missing there'):
-        checkpoints.restore_weights(checkpoints.Checkpoint('model3', {}, {'iteration': 3}, 0), variables, {}, ['head/kernel'], starts=False)
+        checkpoints.restore_weights(checkpoints.Checkpoint('model3', {}, {'iteration': 3}, 0), variables, {}, ['head/kernel'], starts=False,
+                                    head_init='learned')
 
 
 def test_accuracy_where_adaptation_diverged():

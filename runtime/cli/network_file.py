@@ -91,8 +91,8 @@ def write_copy(directory: str, network: NetworkFile) -> None:
 def _is_copied(folder, network):
     """Whether a folder has the files of a network and no others, as a training that goes on finds it: it must not lose its only copy."""
     with contextlib.suppress(OSError):
-        there = {path.relative_to(folder).as_posix() for path in pathlib.Path(folder).rglob('*.py')}
-        return there == set(network.files) and all(
+        copied = {path.relative_to(folder).as_posix() for path in pathlib.Path(folder).rglob('*.py')}
+        return copied == set(network.files) and all(
             pathlib.Path(folder, path).read_bytes() == content for path, content in network.files.items())
     return False
 

@@ -334,7 +334,7 @@ def load_any(prefix: str) -> Checkpoint:
 
 
 def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], network_flags: dict, last_layer: Sequence[str],
-                    starts: bool, head_init: str = 'learned') -> None:
+                    starts: bool, head_init: str) -> None:
     """Assigns the values of what `load_any` read to a model's parameters; raises UserError, which lists the differences, if
     names, shapes or flags differ.
 

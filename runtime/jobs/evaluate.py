@@ -318,13 +318,12 @@ def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = F
     """`checkpoints.load_any`, and its weights into a model, which gets the first outputs of a classifier that has more."""
     checkpoint, last_layer = checkpoints.load_any(prefix), network_of(model.config).head_names
     outputs, classes = checkpoints.outputs(checkpoint, last_layer), network_flags.get('num_classes')
-    if classes is None or outputs is None or outputs <= classes:
-        checkpoints.restore_weights(checkpoint, model.parameters(), network_flags, last_layer, starts,
-                                    model.config.head_init)
-    else:
-        wide = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas)
-        checkpoints.restore_weights(checkpoint, wide.parameters(), {**network_flags, 'num_classes': outputs}, last_layer, starts)
-        model.copy_parameters(wide)
+    is_wider = classes is not None and outputs is not None and outputs > classes
+    target = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas) if is_wider else model
+    flags = {**network_flags, 'num_classes': outputs} if is_wider else network_flags
+    checkpoints.restore_weights(checkpoint, target.parameters(), flags, last_layer, starts, model.config.head_init)
+    if is_wider:
+        model.copy_parameters(target)
     return checkpoint
 
 
