@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from absl import flags
 from PIL import Image
 
@@ -20,8 +19,9 @@ from runtime.cli import flags as program_flags  # noqa: E402
 from runtime.cli import startup  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
-startup.import_tensorflow()
+startup.import_tensorflow()  # first, for it says how TensorFlow is set up
 import compiled_models  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
