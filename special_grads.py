@@ -23,6 +23,7 @@ try:
 except ImportError:  # TensorFlow before 2.13
     from tensorflow.python.eager.tape import stop_recording
 
+SUMMED = 256     # numbers that are added in one go
 Structure = Any  # nested tensors
 
 
@@ -39,8 +40,7 @@ def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: i
         A tensor shaped like x.
     """
     def mean(values):
-        counted = values if stats_rows is None else values[:stats_rows]
-        return _sum(counted, axes) / _size(counted, axes)
+        return _mean(values if stats_rows is None else values[:stats_rows], axes)
 
     centred = x - mean(x)
     return centred * tf.math.rsqrt(mean(tf.square(centred)) + epsilon)
@@ -49,15 +49,14 @@ def standardize(x: tf.Tensor, axes: Sequence[int], epsilon: float, stats_rows: i
 def moments(x: tf.Tensor, axes: Sequence[int], keepdims: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and biased variance over axes, as `tf.nn.moments`, but exactly differentiable any number of times."""
     axes = [axis % len(x.shape) for axis in axes]
-    size = _size(x, axes)
+    size = math.prod(x.shape[axis] for axis in axes)
 
     @tf.custom_gradient
     def variance(x):
         # The sum of what is centred is 0: the term of the mean vanishes in the first derivative. It is in the second.
-        centred = x - _sum(x, axes) / size
-        return _sum(tf.square(centred), axes) / size, lambda upstream: 2 / size * upstream * (x - _sum(x, axes) / size)
+        return _mean(tf.square(x - _mean(x, axes)), axes), lambda upstream: 2 / size * upstream * (x - _mean(x, axes))
 
-    both = _sum(x, axes) / size, variance(x)
+    both = _mean(x, axes), variance(x)
     return both if keepdims else tuple(tf.squeeze(values, axes) for values in both)
 
 
@@ -123,26 +122,26 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
 
     @tf.custom_gradient
     def forward(z):
-        axes = [0, 1, 2]
-
         def m(x):
-            return _sum(x, axes) / _size(z, axes)
+            kept = math.prod(x.shape[1:3]) / math.prod(z.shape[1:3])  # 1, or after pooling a quarter, whose other positions are 0
+            mean = _mean(x, [0, 1, 2])
+            return mean if kept == 1 else kept * mean
 
         # Tapes must not make derivatives of these loops, which they would compile. (`tf.stop_gradient` does not do: `tf.vectorized_map`
         # drops custom gradients, and what then differentiates the operations themselves would meet it.)
         with stop_recording():
             mean = m(z)
-            scale = tf.math.rsqrt(m(fused(_row_sum_of_squares)(z, mean)) + epsilon)
+            scale = tf.math.rsqrt(m(fused(_row_mean_of_squares)(z, mean)) + epsilon)
             u = fused(_shift_and_scale)(z, mean, scale, pool)
 
         @tf.custom_gradient
         def backward(z, g):
-            winner, sum_gu = fused(_winner_and_sum)(z, g, u, pool)
-            m_g, m_gu = m(g), m(sum_gu)
+            winner, mean_gu = fused(_winner_and_mean)(z, g, u, pool)
+            m_g, m_gu = m(g), m(mean_gu)
 
             def backward_again(w):
-                picked, sum_wu, sum_wg = fused(_pick_and_sums)(w, z, mean, scale, u, winner, g)
-                m_w, m_wu, m_wg = m(w), m(sum_wu), m(sum_wg)
+                picked, mean_wu, mean_wg = fused(_pick_and_means)(w, z, mean, scale, u, winner, g)
+                m_w, m_wu, m_wg = m(w), m(mean_wu), m(mean_wg)
                 dg = scale * (picked - m_w - u * m_wu)
                 dz = fused(_second)(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg)
                 return _last_derivative(dz), _last_derivative(dg)
@@ -176,23 +175,23 @@ def _second(z, mean, scale, u, winner, g, w, m_g, m_gu, m_w, m_wu, m_wg):
     return factors[0] * (w - m_w) + factors[1] * (g - m_g) + factors[2] * u
 
 
-def _row_sum_of_squares(z, mean):
-    return tf.reduce_sum(tf.math.squared_difference(z, mean), axis=0, keepdims=True)
+def _row_mean_of_squares(z, mean):
+    return tf.reduce_mean(tf.math.squared_difference(z, mean), axis=0, keepdims=True)
 
 
-def _row_sum_of_products(x, y):
-    return tf.reduce_sum(x * y, axis=0, keepdims=True)
+def _row_mean_of_products(x, y):
+    return tf.reduce_mean(x * y, axis=0, keepdims=True)
 
 
-def _winner_and_sum(z, g, u, pool):
-    """`_winner`, if there is pooling, and the sum over rows of g u."""
-    return _winner(z) if pool else None, _row_sum_of_products(g, u)
+def _winner_and_mean(z, g, u, pool):
+    """`_winner`, if there is pooling, and the mean over rows of g u."""
+    return _winner(z) if pool else None, _row_mean_of_products(g, u)
 
 
-def _pick_and_sums(w, z, mean, scale, u, winner, g):
-    """w at the winning corners, and the sums over rows of w u before pooling and of that w g."""
+def _pick_and_means(w, z, mean, scale, u, winner, g):
+    """w at the winning corners, and the means over rows of w u before pooling and of that w g."""
     picked = _pick(w, winner)
-    return picked, _row_sum_of_products(w, _unpooled(u, z, mean, scale, winner)), _row_sum_of_products(picked, g)
+    return picked, _row_mean_of_products(w, _unpooled(u, z, mean, scale, winner)), _row_mean_of_products(picked, g)
 
 
 def _unpooled(u, z, mean, scale, winner):
@@ -249,19 +248,18 @@ def _last_derivative(x):
     return x, gradient
 
 
-def _size(x, axes):
-    return math.prod(x.shape[axis] for axis in axes)
-
-
-def _sum(x, axes):
-    """Sum over axes with those axes kept; one axis at a time, because TensorFlow sums them all in one long float32 chain.
+def _mean(x, axes):
+    """Mean over axes, which are kept, of at most SUMMED numbers at a time: TensorFlow adds them in one long float32 chain.
 
     Over the 35,280 positions of a first miniImagenet layer that chain is wrong in the fifth digit; within a few meta-updates
     Adam amplifies that to a thousandth.
     """
+    together = []
     for axis in axes:
-        x = tf.reduce_sum(x, axis, keepdims=True) if x.shape[axis] > 1 else x
-    return x
+        if together and math.prod(x.shape[of] for of in (*together, axis)) > SUMMED:
+            x, together = tf.reduce_mean(x, together, keepdims=True), []
+        together.append(axis)
+    return tf.reduce_mean(x, together, keepdims=True)
 
 
 def im2col(x: tf.Tensor, size: int, stride: int) -> tf.Tensor:

@@ -232,8 +232,8 @@ def test_tapes_make_no_derivatives_of_compiled_loops():
     function = tf.function(lambda x, g, w: twice(lambda x: batch_standardize(x, 1e-3, pool=True), x, g, w), autograph=False)
     library = function.get_concrete_function(image, pooled, image).graph.as_graph_def().library.function
     loops = {re.sub(r'_\d+$', '', definition.signature.name) for definition in library}
-    assert loops == {f'__inference__{name}' for name in ('row_sum_of_squares', 'shift_and_scale', 'winner_and_sum', 'first',
-                                                         'pick_and_sums', 'second')}
+    assert loops == {f'__inference__{name}' for name in ('row_mean_of_squares', 'shift_and_scale', 'winner_and_mean', 'first',
+                                                         'pick_and_means', 'second')}
 
 
 @pytest.mark.parametrize('pool', [False, True])
