@@ -38,7 +38,7 @@ QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test
                'test_a_configuration_that_makes_no_sense'}
 NOT_QUICK = {'test_frames_between_the_training_loop_and_the_inner_step', 'test_the_example_of_a_source_works',
              'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training', 'test_a_table_without_validation',
-             'test_class_folders_that_cannot_be_written_to'}
+             'test_class_folders_that_cannot_be_written_to', 'test_how_tensorflow_is_set_up'}
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -20,7 +21,7 @@ from scipy import stats
 
 from conftest import ROOT, an_entry, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
-from runtime.cli import workers
+from runtime.cli import startup, workers
 from runtime.datasets import arrays, class_folders, images
 from runtime.jobs import checkpoints
 from runtime.jobs import train as training
@@ -468,3 +469,30 @@ def test_results_are_written_piece_by_piece(tmp_path):
     store.add(str(tmp_path), entry)
     text = (tmp_path / 'results.json').read_text()
     assert text == json.dumps(json.loads(text), indent=1) and store.read(str(tmp_path / 'results.json')) == [entry]
+
+
+SETTINGS_OF_TENSORFLOW = """
+import resource
+from runtime.cli.startup import import_tensorflow
+import_tensorflow()
+import tensorflow as tf
+from runtime.results.provenance import arithmetic
+double = tf.function(lambda x: x + x)
+large = tf.zeros([20_000_000])
+double(large)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    double(large)
+print(arithmetic('map', 1)['oneDNN'], (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5)
+"""
+
+
+@pytest.mark.parametrize('environment, one_dnn', [({}, 'on'), ({'TF_CPU_ALLOCATOR_USE_BFC': '0', 'TF_ENABLE_ONEDNN_OPTS': '0'}, 'off')])
+@pytest.mark.skipif(platform.system() != 'Linux' or platform.machine() != 'x86_64', reason='other systems have other defaults')
+def test_how_tensorflow_is_set_up(environment, one_dnn):
+    """A large tensor takes over the memory of an earlier one, without a fault for each of its pages; the environment may say otherwise."""
+    others = {name: value for name, value in os.environ.items() if name not in startup.SETTINGS}
+    output = subprocess.check_output([sys.executable, '-c', SETTINGS_OF_TENSORFLOW], cwd=ROOT, text=True, env=others | environment)
+    shown, faults = output.split()
+    assert shown == one_dnn
+    assert (float(faults) > 20) == bool(environment)  # pages may have 2 MB, too
