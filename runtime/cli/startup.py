@@ -17,7 +17,7 @@ from runtime.system.interruption import TERMINATION_SIGNALS
 
 # What TensorFlow reads when it is imported; the environment may say otherwise. The system's allocator gives large tensors back at
 # once, and each page of the next one costs a fault: a fifth of a MiniImagenet step. TensorFlow's own keeps them. oneDNN's kernels
-# are its default on processors with AVX-512 only; with AVX2 they take 0.6 to 0.8 of the time of Eigen's.
+# are its default on processors with AVX-512 only; with AVX2 a step takes 0.7 to 0.9 of the time with Eigen's.
 SETTINGS = {'TF_CPU_ALLOCATOR_USE_BFC': '1', **({'TF_ENABLE_ONEDNN_OPTS': '1'} if platform.machine() in ('x86_64', 'AMD64') else {})}
 SHOWN_BYTES = 20000  # of what libraries print before they abort
 _STARTED = b'\0started\0'
