@@ -14,7 +14,7 @@ from runtime.cli import rules
 from runtime.cli.request import resolve
 from runtime.jobs import checkpoints
 from runtime.results import store
-from runtime.results.collect import result_directories
+from runtime.results.collect import read_evaluations, result_directories
 
 LOGS = os.path.join(ROOT, 'logs')
 TRACKED = subprocess.run(['git', 'ls-files', 'logs'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
@@ -107,6 +107,22 @@ def test_other_figures_are_reported(tmp_path, capsys):
     assert 'evaluation failed: ' in printed and 'there is no checkpoint model63000' in printed
     assert printed.endswith('0 the same, 1 nearly the same, 2 different, 0 left out\n')
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_figure_whose_interval_has_no_width(monkeypatch):
+    """The accuracy of outputs that are all alike, for example, which another processor sums up to another last digit."""
+    evaluation = next(iter(read_evaluations([SEED3])))
+    without, usual, *others = evaluation.entry.figures
+    without = dataclasses.replace(without, ci95=0.0)
+    recorded = dataclasses.replace(evaluation.entry, figures=[without, usual, *others])
+
+    def outcome(changes):
+        figures = [dataclasses.replace(figure, mean=figure.mean + change) for figure, change in zip((without, usual), changes)]
+        monkeypatch.setattr(zoo, 'evaluate_again', lambda *_: dataclasses.replace(evaluation.entry, figures=[*figures, *others]))
+        return zoo.repeat(dataclasses.replace(evaluation, entry=recorded))[0]
+
+    assert outcome((1e-9, 0)) == zoo.SAME and outcome((1e-9, 0.0002)) == zoo.CLOSE
+    assert outcome((1e-3, 0)) == outcome((1e-9, 0.0032)) == zoo.DIFFERENT
 
 
 def test_what_cannot_be_repeated_is_left_out(tmp_path, capsys):
