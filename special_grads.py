@@ -23,7 +23,7 @@ try:
 except ImportError:  # TensorFlow before 2.13
     from tensorflow.python.eager.tape import stop_recording
 
-SUMMED = 256     # numbers that are added in one go
+SUMMED = 256     # numbers over which several axes are averaged at a time
 Structure = Any  # nested tensors
 
 
@@ -124,8 +124,8 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     def forward(z):
         def m(x):
             kept = math.prod(x.shape[1:3]) / math.prod(z.shape[1:3])  # 1, or after pooling a quarter, whose other positions are 0
-            mean = _mean(x, [0, 1, 2])
-            return mean if kept == 1 else kept * mean
+            of_kept = _mean(x, [0, 1, 2])
+            return of_kept if kept == 1 else kept * of_kept
 
         # Tapes must not make derivatives of these loops, which they would compile. (`tf.stop_gradient` does not do: `tf.vectorized_map`
         # drops custom gradients, and what then differentiates the operations themselves would meet it.)
@@ -249,7 +249,8 @@ def _last_derivative(x):
 
 
 def _mean(x, axes):
-    """Mean over axes, which are kept, of at most SUMMED numbers at a time: TensorFlow adds them in one long float32 chain.
+    """Mean over axes, which are kept: axes with at most SUMMED numbers together, or one, at a time, because TensorFlow adds all numbers
+    of an operation in one long float32 chain.
 
     Over the 35,280 positions of a first miniImagenet layer that chain is wrong in the fifth digit; within a few meta-updates
     Adam amplifies that to a thousandth.

@@ -94,10 +94,11 @@ def repeat(evaluation: Evaluation) -> tuple[str, str]:
     recorded, now = ([figure(figures.mean, figures.ci95, entry.metric) for figures in each.figures] for each in (entry, again))
     if recorded == now:
         return SAME, f'{recorded[entry.headline_column]} after {evaluation.headline_updates}'
-    close = all(shown == shown_now or abs(before.mean - after.mean) <= TOLERANCE * before.ci95  # an interval may have no width
-                for before, after, shown, shown_now in zip(entry.figures, again.figures, recorded, now))
-    return CLOSE if close else DIFFERENT, ', '.join(f'{before} recorded and {after} now after {updates}'
-                                for updates, (before, after) in enumerate(zip(recorded, now)) if before != after)
+    changed = [updates for updates, (before, after) in enumerate(zip(recorded, now)) if before != after]  # an interval may have no width
+    close = all(abs(entry.figures[updates].mean - again.figures[updates].mean) <= TOLERANCE * entry.figures[updates].ci95
+                for updates in changed)
+    return (CLOSE if close else DIFFERENT,
+            ', '.join(f'{recorded[updates]} recorded and {now[updates]} now after {updates}' for updates in changed))
 
 
 def check(folders: list[str]) -> bool:
