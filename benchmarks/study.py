@@ -2,7 +2,7 @@
 
     python benchmarks/study.py configs/cifarfs_5way1shot.flags --vary method=maml,anil --vary seed=0,1 --logdir=logs/study/
 
-trains four runs. All further flags are main.py's, for every run. Each run is trained to its end, and its newest checkpoint (with an
+trains four runs. All further flags are main.py's, for every run. Each run is trained to its end, and its last checkpoint (with an
 --ensemble its best ones) is evaluated on meta-test. It can be interrupted (Ctrl-C, SIGTERM) and started again by the same command:
 trainings continue exactly, and what is done is not done again. Mistakes in the flags of any run, and images that are not prepared,
 are reported before the first starts; a run that fails later is reported, and the next one starts.
@@ -47,11 +47,14 @@ class StudyRun(NamedTuple):
 
     @property
     def evaluation_arguments(self) -> list[str]:
-        """By --run where the training starts from the weights of --load_from: an evaluation would be of those."""
+        """By --test_iter, because the run may have been trained for longer before; by --run where the training starts from the weights
+        of --load_from: an evaluation would be of those."""
+        which = () if self.evaluation.ensemble > 1 or {'test_iter', 'test_best'} & self.evaluation.given else (
+            f'--test_iter={sum(self.training.iterations)}',)
         if not self.training.load_from:
-            return [*self.arguments, *EVALUATION]
+            return [*self.arguments, *EVALUATION, *which]
         given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'})
-        return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION]
+        return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION, *which]
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:

@@ -32,7 +32,7 @@ def test_runs_are_the_combinations_of_values(tmp_path):
 def test_a_run_that_starts_from_weights_is_evaluated_itself(tmp_path):
     run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--load_from=/elsewhere/model5', '--num_test_tasks=7'])
     assert (run.training.load_from, run.evaluation.load_from) == ('/elsewhere/model5', None)
-    assert run.evaluation_arguments == [f'--run={run.training.directory}', '--num_test_tasks=7', *study.EVALUATION]
+    assert run.evaluation_arguments == [f'--run={run.training.directory}', '--num_test_tasks=7', *study.EVALUATION, '--test_iter=70000']
 
 
 def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
@@ -72,7 +72,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         store.add(third.training.directory, an_entry(np.ones([600, 2]), **{'tasks': tasks, **changes}))
     store.add(first.training.directory, an_entry(np.ones([600, 2]), tasks=tasks))
     assert study.make(runs) == [second.name]
-    assert calls == [second.arguments, [*third.arguments, *study.EVALUATION]]
+    assert calls == [second.arguments, [*third.arguments, *study.EVALUATION, '--test_iter=5']]
 
 
 @pytest.mark.slow
