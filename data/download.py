@@ -145,7 +145,7 @@ def fetch(group: str, args: argparse.Namespace, recipe: str = '', facts: Mapping
 def read_table(path: str, group: str) -> list[File]:
     """The files of a group. Raises SystemExit if the table cannot be read or has none."""
     try:
-        files = [_file(row) for row in read_csv(path)[1] if row['group'] == group]
+        files = [_file(row) for row in read_csv(path)[1].values() if row['group'] == group]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         sys.exit(f'the table of downloads {path} cannot be read ({reason(error)}); its first line must be '
                  f'{",".join(sorted(COLUMNS))}, in any order')

@@ -21,7 +21,7 @@ DAMAGE = Exception
 
 def read_classes(path: str) -> list[dict[str, str]]:
     """Rows of a csv file that ships with the scripts, as dicts."""
-    return read_csv(path)[1]
+    return list(read_csv(path)[1].values())
 
 
 def read_file(path: str, limit: int | None = None) -> bytes:

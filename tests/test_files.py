@@ -53,4 +53,5 @@ def test_only_regular_files_are_read(tmp_path):
 @pytest.mark.parametrize('name', ['a\rb', 'a\nb', 'a,b', 'a"b', ' a', 'ü', ''])
 def test_csv_files_keep_any_name(name, tmp_path):
     write_csv(tmp_path / 'file.csv', [('split', 'class'), ('train', name)])
-    assert read_csv(tmp_path / 'file.csv') == (['split', 'class'], [{'split': 'train', 'class': name}])
+    columns, rows = read_csv(tmp_path / 'file.csv')
+    assert columns == ['split', 'class'] and list(rows.values()) == [{'split': 'train', 'class': name}]

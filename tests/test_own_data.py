@@ -263,6 +263,15 @@ def test_labels_that_are_names_of_images_too(tmp_path):
     assert sorted(name for split in SPLITS for name in load(tmp_path, split, split_file=str(path)).names) == ['00', '01', '02', '03']
 
 
+def test_a_manifest_may_have_further_columns(tmp_path):
+    """Unless a class is there more than once: then it is a list of images."""
+    write_image_tree(tmp_path, ['a', 'b', 'c'], images=2, size=(6, 6, 3))
+    path = write_text(tmp_path / 'mine.csv', 'class,split,images\nb,train,2\na,val,2\nc,test,2\n')
+    assert [load(tmp_path, split, split_file=str(path)).names for split in SPLITS] == [['b'], ['a'], ['c']]
+    path = write_text(tmp_path / 'list.csv', 'class,split,image\nb,train,a/00.png\nb,train,a/01.png\nb,val,b/00.png\nb,test,c/00.png\n')
+    assert [load(tmp_path, split, split_file=str(path)).names for split in SPLITS] == [['train/b'], ['val/b'], ['test/b']]
+
+
 def test_lists_that_change_after_a_training(tmp_path, capsys):
     """The split of the run names the labels; a training that starts anew splits those of now."""
     path, kept = listed(tmp_path, False, True, ',', 'filename,label'), tmp_path / 'run' / 'splits.csv'
@@ -309,6 +318,7 @@ def test_what_to_do_about_a_split_of_few_classes(tmp_path):
 @pytest.mark.parametrize('text, words', [
     ('filename,label\n00.png,a\n01.png,"b\n02.png,c\n', 'bad.csv cannot be read: unexpected end of data'),
     ('filename,label\n00.png,a\n99.png,b\n', '1 of the 2 images that are listed are not in .*first 99.png .line 3 of'),
+    ('filename,label\n\n00.png,a\n\n\n99.png,b\n', 'first 99.png .line 6 of'),
     ('filename,label\n00.png,a\nimages/00.png,b\n', 'images/00.png is in line 2 of .* and in line 3'),
     ('filename,label\nx,a\n', 'no column of .* names images below .*, such as '),
     ('split,label\ntrain,a\n', 'no column of .* names images'), ('filename,label\n00.png,\n', 'line 2 of .* lacks an image, a label'),

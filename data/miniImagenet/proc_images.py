@@ -136,7 +136,7 @@ def read_rows(path: str) -> Iterator[tuple[str, str]]:
         sys.exit(f'{path} cannot be read: {error}')
     if not rows:
         sys.exit(f'{path} names no images; its first line is filename,label and then comes a line for each image')
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows.items():
         name, label = (row.get('filename') or '').strip(), (row.get('label') or '').strip()
         if not name or not label:
             sys.exit(f'line {number} of {path} has no filename or no label; its first line must be filename,label')

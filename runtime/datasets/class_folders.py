@@ -187,8 +187,11 @@ class ClassFolders(FolderOptions):
         return read_image_lists(self.split_file, self.root, self.label_column, readable_suffixes())
 
     def _split_file_is_manifest(self):
+        """Whether that file has the columns split and class, and if there are others, each class once; a list has a line for each image."""
         with contextlib.suppress(OSError, ValueError, csv.Error):
-            return set(read_csv(self.split_file)[0]) == {'split', 'class'}
+            columns, rows = read_csv(self.split_file)
+            extra = set(columns) - {'split', 'class'}
+            return len(columns) - len(extra) == 2 and not (extra and len({row['class'] for row in rows.values()}) < len(rows))
         return False
 
     def _listed(self, names: list[str]) -> list[ImageClass]:

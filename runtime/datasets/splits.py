@@ -83,7 +83,7 @@ def read_manifest(path: str, split: str, root: str | None = None, folders: bool 
     if {'split', 'class'} - set(columns):
         raise UserError(f'the first line of the manifest {path} must be split,class')
     line_of, names = {}, []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows.items():
         name, row_split = row['class'] or '', split_named(row['split'] or '')
         if not folders:
             name = name.strip()

@@ -62,12 +62,13 @@ def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO
     return open(path, mode, **options)
 
 
-def read_csv(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
-    """The names of the columns of a csv file in UTF-8, and its rows; raises OSError, UnicodeDecodeError or csv.Error."""
+def read_csv(path: str | os.PathLike) -> tuple[list[str], dict[int, dict[str, str]]]:
+    """The names of the columns of a csv file in UTF-8, and {number of its line, from 1: row}, without empty lines; raises OSError,
+    UnicodeDecodeError or csv.Error."""
     with open_regular(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, delimiter=delimiter_of(file), strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        rows = list(reader)
+        rows = dict((reader.line_num, row) for row in reader)
         return list(reader.fieldnames), rows
 
 
