@@ -245,17 +245,27 @@ def test_transparent_grey_is_put_on_white(bits, tmp_path):
     (tmp_path / 'images' / 'train' / 'a').mkdir(parents=True)
     grey = 1 if bits > 1 else 0
     path = tmp_path / 'images' / 'train' / 'a' / '0.png'
-    path.write_bytes(png([grey, 0 if bits > 1 else 1], bits, transparent=grey))
+    path.write_bytes(png([grey, 0 if bits > 1 else 1], bits, grey))
     shown = SOURCES['folder'].folders(str(tmp_path / 'images')).load('train', (1, 2, 1)).values
     assert shown.ravel().tolist() == [255, 0 if bits > 1 else 255]
 
 
-def png(row, bits, transparent):
-    """A grey PNG file of one row."""
+def test_transparent_colour_of_16_bits_is_put_on_white(tmp_path):
+    """Which Pillow reads as 8 bits, but not the transparent value."""
+    (tmp_path / 'images' / 'train' / 'a').mkdir(parents=True)
+    path, colour = tmp_path / 'images' / 'train' / 'a' / '0.png', [0x1234, 0x5678, 0x9abc]
+    path.write_bytes(png([*colour, 0x1200, 0x5600, 0xffff], 16, *colour))
+    shown = SOURCES['folder'].folders(str(tmp_path / 'images')).load('train', (1, 2, 3)).values
+    assert shown.ravel().tolist() == [255, 255, 255, 0x12, 0x56, 255]
+
+
+def png(row, bits, *transparent):
+    """A PNG file of one row, grey, or of colours, if three numbers are transparent."""
 
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
-    packed = np.packbits([int(bit) for value in row for bit in f'{value:0{bits}b}']).tobytes()
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', len(row), 1, bits, 0, 0, 0, 0))
-            + chunk(b'tRNS', struct.pack('>H', transparent)) + chunk(b'IDAT', zlib.compress(b'\0' + packed)) + chunk(b'IEND', b''))
+    packed, channels = np.packbits([int(bit) for value in row for bit in f'{value:0{bits}b}']).tobytes(), len(transparent)
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', len(row) // channels, 1, bits, channels - 1, 0, 0, 0))
+            + chunk(b'tRNS', struct.pack(f'>{channels}H', *transparent)) + chunk(b'IDAT', zlib.compress(b'\0' + packed))
+            + chunk(b'IEND', b''))

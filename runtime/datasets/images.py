@@ -162,10 +162,12 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
 
 
 def _with_scaled_transparency(image):
-    """An opened image. Of grey PNG files of 2 or 4 bits Pillow scales the pixels to 8 bits, but not the transparent grey."""
-    scale = {'L;2': 85, 'L;4': 17}.get(image.tile[0][3]) if image.format == 'PNG' and image.tile else None
-    if scale and 'transparency' in image.info:
-        image.info['transparency'] *= scale
+    """An opened image. Pillow scales the pixels of PNG files of 2, 4 or 3 x 16 bits to 8 bits, but not the transparent value."""
+    kind = image.tile[0][3] if image.format == 'PNG' and image.tile else None
+    if kind in ('L;2', 'L;4') and 'transparency' in image.info:
+        image.info['transparency'] *= {'L;2': 85, 'L;4': 17}[kind]
+    if kind == 'RGB;16B' and 'transparency' in image.info:
+        image.info['transparency'] = tuple(value >> 8 for value in image.info['transparency'])
     return image
 
 
