@@ -367,6 +367,10 @@ def test_a_picture_of_many_classes_shows_the_first():
     model = types.SimpleNamespace(predict=lambda batch, updates: types.SimpleNamespace(post=[y]))
     figure = plots.task_sheet(model, tasks, 1, 'x')
     assert 'the first 20 of 420 classes' in figure.get_suptitle() and len(figure.axes) == 2 * 20
+    assert '420 of 420 are right' in figure.get_suptitle().replace('\n', ' ')
+    model.predict = lambda batch, updates: types.SimpleNamespace(post=[np.full_like(y, np.nan if updates else 0)])
+    figure = plots.task_sheet(model, tasks, 1, 'x')
+    assert 'adaptation diverged' in figure.get_suptitle().replace('\n', ' ') and figure.axes[1].get_title() == '1 → diverged'
 
 
 @pytest.mark.parametrize('channels', [1, 3])

@@ -273,10 +273,11 @@ def _label_panels(figure, panels, xlabel, ylabel, legend_columns):
 
 def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -> Figure:
     """The images of the first task, one row for each of the first SHOWN_CLASSES: support images, then query images with the
-    classes predicted after `num_updates` inner updates."""
+    classes predicted after `num_updates` inner updates, of which none is right if the adaptation diverged."""
     batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
-    after = np.argmax(probabilities, axis=-1)
+    diverged = not np.isfinite(probabilities).all()
+    after = np.full(len(probabilities), -1) if diverged else np.argmax(probabilities, axis=-1)
     before = np.argmax(model.predict(batch, 0).post[0][0], axis=-1)
     support_rows, query_rows = ([np.flatnonzero(column) for column in labels[0].T] for labels in (batch.support_y, batch.query_y))
     shots, queries, total = min(len(support_rows[0]), 5), min(len(query_rows[0]), 4), len(after)
@@ -285,7 +286,7 @@ def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -
     figure = Figure(figsize=(1.25 * (shots + queries) + 0.8, 1.5 * len(shown) + 1.3), layout='constrained')
     text = (f'{heading}: its first task{_first_classes(len(names))}. Left: support images. Right: {queries * len(shown)} of {total} query '
             f'images, with the class predicted before → after adaptation ({counted(num_updates, "update")}) and its probability; '
-            f'{right} of {total} are right')
+            f'{"adaptation diverged" if diverged else f"{right} of {total} are right"}')
     figure.suptitle(_plain('\n'.join(textwrap.wrap(text, int(16 * figure.get_figwidth())))), fontsize='small')
     panels = figure.subplots(len(shown), shots + queries, squeeze=False)
     for label, name in enumerate(shown):
@@ -295,7 +296,8 @@ def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -
             _show(axes, batch.query_x[0, row], tasks.source)
             correct = after[row] == label
             mark = '✓' if correct else '✗'
-            axes.set_title(f'{before[row] + 1} → {after[row] + 1} {mark} {probabilities[row, after[row]]:.0%}', fontsize='small')
+            outcome = 'diverged' if diverged else f'{after[row] + 1} {mark} {probabilities[row, after[row]]:.0%}'
+            axes.set_title(f'{before[row] + 1} → {outcome}', fontsize='small')
             for spine in axes.spines.values():
                 spine.set(color='#2e7d5b' if correct else '#c8553d', linewidth=2, linestyle='-' if correct else '--')
         panels[label, 0].set_ylabel(f'{label + 1}: {name}', fontsize='x-small')
