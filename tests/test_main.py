@@ -481,6 +481,9 @@ def test_load_from(arguments, tmp_path, few_tasks):
     run_ok(*arguments, '--num_updates=2', '--train=False', '--stop_grad', f'--load_from={ours}')
     elsewhere, = results_of(next(tmp_path.glob('*stopgrad*')))
     assert elsewhere.training.method == 'MAML' and not elsewhere.training.flags['stop_grad'], 'as these weights were trained'
+    run_ok(*arguments, '--num_updates=2', '--train=False', f'--logdir={tmp_path}/off', '--metatrain_iterations=9', f'--load_from={ours}')
+    off, = results_of(next(tmp_path.glob('off/*')))
+    assert (off.training.pretrain_iterations, off.training.metatrain_iterations) == (0, 3), 'and not as the flags of the evaluation say'
 
     # Trained on: from these weights, with fresh optimizers; and then resumed like any other run.
     elsewhere = [*arguments, f'--logdir={tmp_path}/on', '--metatrain_iterations=2', '--meta_lr=0', f'--load_from={prefix}']

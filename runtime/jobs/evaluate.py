@@ -46,6 +46,7 @@ class Restored(NamedTuple):
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
     method: str = ''            # of weights that are not of this run: the name of their method, if it is known
+    trained_for: tuple[int, int] | None = None  # of the same: their iterations of pre-training and of meta-training, if these are known
     flags: dict[str, Any] = {}  # of the same: those that determined what was learnt
 
 
@@ -147,14 +148,15 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
 def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Sequence[str], result: Result) -> store.Entry:
     """The entry of results.json for a result of an evaluation."""
     variant, values = result.variant, result.values
+    pretrained, metatrained = restored.trained_for or (run.pretrain_iterations, run.metatrain_iterations)
     preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
     facts = {**run.source.task_facts, **({'preparation': preparation} if preparation else {})}  # such as which of several published splits
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
         training=store.Training(
-            'random initialisation' if restored.iterations == 0 else restored.method or run.method, run.pretrain_iterations,
-            run.metatrain_iterations, {**run.learning_flags, **restored.flags, 'datasource': restored.trained_on},
+            'random initialisation' if restored.iterations == 0 else restored.method or run.method, pretrained, metatrained,
+            {**run.learning_flags, **restored.flags, 'datasource': restored.trained_on},
             restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
@@ -310,8 +312,10 @@ def _of_another_run(run, model):
     if learnt:  # a record of an earlier version may lack some, which had their defaults
         flags = {**flags, **{name: default(name) for name in flags if name not in ('datasource', 'num_classes')}, **learnt}
     method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
-    return Restored(model, run.load_from, record.get('iteration'), flags['datasource'], record.get('provenance'),
-                    {run.load_from: checkpoint.checksum}, method=method, flags=flags)
+    iterations, pretrained = record.get('iteration'), record.get('pretrain_iterations', 0)
+    trained_for = None if iterations is None else (min(iterations, pretrained), max(iterations - pretrained, 0))
+    return Restored(model, run.load_from, iterations, flags['datasource'], record.get('provenance'),
+                    {run.load_from: checkpoint.checksum}, method=method, trained_for=trained_for, flags=flags)
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:
