@@ -77,7 +77,7 @@ string('split', '64/16/20', 'proportions in which your classes are split into tr
        'of them', Learning('.split{}'), only='own data')
 boolean('skip_bad_images', False, 'leave out images that cannot be decoded or have the wrong size', only='images')
 boolean('verify', False, 'compare checksums of decoded images at start-up, not only sizes and times', only='images')
-number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size', -1)
+number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size (navigation: 40 episodes)', -1)
 number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning('.seed{}'))
 number('test_seed', 0, "seed of an evaluation's tasks, whatever the model's --seed", 0)
 group('Data')
@@ -94,7 +94,7 @@ boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a con
 boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
 number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
 group('Training')
-choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line override it')
+choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line and in a --flagfile override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop adapts: all weights, the last layer, or all other layers',
        Learning('.inner{}'), only='supervised')
 choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: "
@@ -169,8 +169,8 @@ boolean('test_best', False, 'evaluate the checkpoint that did best on meta-valid
 boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
         'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
-number('test_updates', -1, 'inner updates of an evaluation; -1: 10 (navigation: 4), --num_updates if that is more, 0 if that is 0', -1,
-       only='evaluation')
+number('test_updates', -1, 'inner updates of an evaluation; -1: 10 (navigation: 4), or --num_updates if that is more; but 0 with '
+       '--num_updates=0', -1, only='evaluation')
 strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a '
         'name')
 strings('across', None, 'a table of the runs in these folders against the tasks of all sources on which they were evaluated')

@@ -714,6 +714,18 @@ def test_what_a_preset_drops_is_said(capsys, monkeypatch):
                                        'network has no use for them\n')
 
 
+@pytest.mark.parametrize('given, note', [
+    ('--method=boil --num_updates=5 --test_query=3',
+     'Note: --method=boil has --num_updates=1, but the command line or its --flagfile has --num_updates=5\n'),
+    ('--method=boil --num_updates=1', ''), ('--method=fomaml --stop_grad --update_lr=0.1', ''), ('--num_updates=7', '')])
+def test_what_overrides_a_preset_is_said(given, note, small_omniglot, capsys, monkeypatch):
+    """It may come from a --flagfile, which is for another method."""
+    monkeypatch.setattr(startup, 'import_tensorflow', lambda *_: startup.Replicas())
+    source = ['--datasource=omniglot', '--update_batch_size=1', f'--data_path={small_omniglot}']
+    startup.run_and_data(main.parse(['main.py', *source, *given.split()]))
+    assert capsys.readouterr().out == note
+
+
 def test_moments_that_tasks_hand_on_need_one_device():
     with pytest.raises(UserError, match='--inner_optimizer=adam .* 2 replicas'):
         workers.check_one_after_the_other('adam', 2)

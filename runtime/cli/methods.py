@@ -1,9 +1,9 @@
-"""The methods of the family: each is a set of flags. --method names one; flags on the command line override it."""
+"""The methods of the family: each is a set of flags. --method names one; flags on the command line, and in a --flagfile, override it."""
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from runtime.cli.flags import BUILT_IN_NETWORKS, GROUPS, default
+from runtime.cli.flags import BUILT_IN_NETWORKS, GROUPS, LEARNING, default
 
 
 class Preset(NamedTuple):
@@ -47,6 +47,11 @@ def switches() -> list[str]:
 def settings(method: str, given: Collection[str]) -> dict[str, Any]:
     """{flag: value} that --method stands for, without the flags given on the command line."""
     return {name: value for name, value in PRESETS[method].flags.items() if name not in given}
+
+
+def overridden(method: str, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """{flag: value} of what --method stands for where other values were given, of flags that change what is learnt."""
+    return {name: value for name, value in PRESETS[method].flags.items() if name in given and name in LEARNING and values[name] != value}
 
 
 def preset_hint(method: str, given: Collection[str], sentence: str) -> str:

@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any
 
-from runtime.cli import rules, workers
+from runtime.cli import methods, rules, workers
 from runtime.cli.flags import CommandLine
 from runtime.cli.request import resolve
 from runtime.cli.run import Run, make_run
@@ -34,6 +34,10 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
         dropped = ', '.join(f'--{name}={value}' for name, value in request.dropped.items())
         print(f'--method={request.method} without {dropped}: the source or the network has no use for '
               f'{"them" if len(request.dropped) > 1 else "it"}')
+    others = methods.overridden(request.method, request.values, request.given) if request.mode == 'train' else {}
+    if others:
+        own, given = (' '.join(f'--{name}={values[name]}' for name in others) for values in (others, request.values))
+        print(f'Note: --method={request.method} has {own}, but the command line or its --flagfile has {given}')
     strategy = 'one' if request.mode == 'predict' else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.
