@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,7 @@ LONGEST_NAME = 150  # in bytes, of a file or folder; the file's temporary name i
 DAMAGE = Exception
 
 
-def read_classes(path: str) -> list[dict[str, str]]:
+def read_classes(path: str) -> list[dict[str, Any]]:
     """Rows of a csv file that ships with the scripts, as dicts."""
     return list(read_csv(path)[1].values())
 

@@ -157,6 +157,10 @@ def test_prediction_of_targets(regression, tmp_path, few_tasks):
     write(query, ['x', 'z', 'y'], [[40, 0, -5000], [60, 0, 5000]])
     error = float(run_ok('--predict', f'--run={run}', f'--support_csv={support}', f'--query_csv={query}').split('error: y ')[1].split()[0])
     assert error == pytest.approx(np.sqrt(((low + 5000) ** 2 + (high - 5000) ** 2) / 2), rel=1e-4)
+    write(query, ['x', 'z', 'y'], [[40, 0, ''], [60, 0, 5000]])
+    output = run_ok('--predict', f'--run={run}', f'--support_csv={support}', f'--query_csv={query}')
+    error = float(output.split('Root mean squared error of the 1 row with targets: y ')[1].split()[0])
+    assert error == pytest.approx(abs(high - 5000), rel=1e-4)
 
 
 def test_prediction_of_classes(classes, tmp_path, few_tasks):

@@ -38,7 +38,8 @@ class Sheet(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     lines: list[int]     # in the file, of each row
-    decimal_comma: bool  # whether numbers are written as 1,5
+    delimiter: str       # of cells
+    decimal_comma: bool = False  # whether numbers are written as 1,5; see `with_decimal_commas`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,14 @@ class Tables(splits.Splitting):
     def _sheets(self) -> dict[str, dict[str, Sheet]]:
         """{split: {table: sheet}}."""
         if os.path.isfile(self.root):
-            return self._divided(self._groups([read_sheet(self.root)]))
+            return self._divided(self._groups(self._as_written([read_sheet(self.root)])))
+        tables = map_tables(read_sheet, self._paths())
+        sheets = iter(self._as_written([sheet for of_split in tables.values() for sheet in of_split.values()]))
+        tables = {split: {name: next(sheets) for name in of_split} for split, of_split in tables.items()}
+        return {split: self._groups(list(of_split.values())) for split, of_split in tables.items()} if self.group_column else tables
+
+    def _paths(self) -> dict[str, dict[str, str]]:
+        """{split: {table: path of its csv file}}, of a folder."""
         if not os.path.isdir(self.root):
             raise UserError(f'there is no folder {self.root}; {LAYOUT}')
         files, folders = splits.split_entries(self.root, '.csv'), splits.split_entries(self.root)
@@ -116,9 +124,11 @@ class Tables(splits.Splitting):
             flag = '--split_file' if self.split_file else splits.split_flag(self.split_ratios)
             raise UserError(f'{self.root} says which {self._what} are for train, val and test; leave out {flag}')
         if self.group_column and files:
-            return {split: self._groups([read_sheet(os.path.join(self.root, files[split]))]) if split in files else {} for split in SPLITS}
-        sheets = map_tables(read_sheet, {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS})
-        return {split: self._groups(list(tables.values())) for split, tables in sheets.items()} if self.group_column else sheets
+            return {split: {files[split]: os.path.join(self.root, files[split])} if split in files else {} for split in SPLITS}
+        return {split: table_files(os.path.join(self.root, folders.get(split, split))) for split in SPLITS}
+
+    def _as_written(self, sheets: list[Sheet]) -> list[Sheet]:
+        return with_decimal_commas(sheets, lambda name: name != self.group_column)
 
     def _groups(self, sheets: Sequence[Sheet]) -> dict[str, Sheet]:
         """The lines of each task or class of some sheets, {name: sheet} in the order of names."""
@@ -137,7 +147,7 @@ class Tables(splits.Splitting):
                 name = row[index].strip()
                 if not name:
                     raise UserError(f'the column {self.group_column} of {sheet.path} is empty in line {line}')
-                group = groups.setdefault(name, Sheet(sheet.path, columns, [], [], sheet.decimal_comma))
+                group = groups.setdefault(name, sheet._replace(columns=columns, rows=[], lines=[]))
                 if group.decimal_comma != sheet.decimal_comma:
                     raise UserError(f'{group.path} and {sheet.path} have lines of {name}, and only one of them has decimal commas; write '
                                     'both alike')
@@ -271,7 +281,6 @@ def read_sheet(path: str) -> Sheet:
         with open_regular(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file, strict=True, delimiter=delimiter_of(file), skipinitialspace=True)
             lines = [(reader.line_num, row) for row in reader if row]
-            decimal_comma = reader.dialect.delimiter != ',' and _has_decimal_commas(cell for _, row in lines[1:] for cell in row)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}') from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -279,7 +288,7 @@ def read_sheet(path: str) -> Sheet:
     if len(lines) < 2:
         raise UserError(f'{path} {"has no rows below the names of its columns" if lines else "is empty"}')
     sheet = Sheet(path, [name.strip() for name in lines[0][1]], [row for _, row in lines[1:]], [number for number, _ in lines[1:]],
-                  decimal_comma)
+                  reader.dialect.delimiter)
     _check_form(sheet)
     return sheet
 
@@ -324,13 +333,22 @@ def _check_columns(sheet, names, like):
         raise UserError(f'{sheet.path} has a column {others[0]}, which {like} lacks')
 
 
-def _has_decimal_commas(cells: Iterable[str]) -> bool:
-    """Whether the numbers in a file that commas do not separate are written as 1,5; not if some are written as 1.5, or if all of them may
-    be thousands like 1,500."""
+def with_decimal_commas(sheets: Sequence[Sheet], has_numbers: Callable[[str], bool]) -> list[Sheet]:
+    """Some sheets, read alike: if the numbers of one have decimal commas, so have those of others that do not show it. `has_numbers` says
+    which columns count."""
+    commas = [sheet.delimiter != ',' and _has_decimal_commas(cell for row in sheet.rows for name, cell in zip(sheet.columns, row)
+                                                             if has_numbers(name)) for sheet in sheets]
+    return [sheet._replace(decimal_comma=any(commas) if of_sheet is None else of_sheet) for sheet, of_sheet in zip(sheets, commas)]
+
+
+def _has_decimal_commas(cells: Iterable[str]) -> bool | None:
+    """Whether numbers that commas do not separate are written as 1,5; not if some are written as 1.5. None: they do not show it, because
+    all of them may be thousands like 1,500."""
     written = [cell.strip() for cell in cells if not math.isfinite(as_number(cell)) or '.' in cell]
     numbers = [cell for cell in written if math.isfinite(as_number(cell, True))]
-    return (any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers)
-            and not any('.' in cell for cell in numbers))
+    if any('.' in cell for cell in numbers):
+        return False
+    return any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers) or None
 
 
 def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:

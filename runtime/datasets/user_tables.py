@@ -1,7 +1,18 @@
 """A task that the user has put into two csv files: rows to learn from, and rows to predict for."""
+import itertools
+
 import numpy as np
 
-from runtime.datasets.tables import CLASS, Sheet, map_collecting_errors, read_sheet, report_numbers, sheet_values
+from runtime.datasets.tables import (
+    CLASS,
+    Columns,
+    Sheet,
+    map_collecting_errors,
+    read_sheet,
+    report_numbers,
+    sheet_values,
+    with_decimal_commas,
+)
 from runtime.datasets.tasks import Source, TaskBatch, UserTask, one_hot, task_name
 from runtime.system.errors import UserError
 
@@ -12,26 +23,36 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
     Args:
         support_csv: has the columns of the training; in classification also one called class, or like the column of labels of the
             training.
-        query_csv: has the features; where it has the targets or classes too, predictions are compared with them.
+        query_csv: has the features; in rows that have the targets or the class too, predictions are compared with them.
     """
-    columns = source.files.columns
-    support, queries = map_collecting_errors(read_sheet, [support_csv, query_csv])
+    columns, classes = source.files.columns, []
+    names = [*columns.features, *columns.targets]
+    support, queries = with_decimal_commas(map_collecting_errors(read_sheet, [support_csv, query_csv]), names.__contains__)
     report_numbers([support, queries], [])
-    targets, classes = list(columns.targets), []
-    has_answer = np.full(len(queries.rows), bool(targets) and set(targets) <= set(queries.columns))
-    columns_of = [(support, targets), (queries, targets if has_answer.all() else [])]
-    values = map_collecting_errors(lambda pair: columns.standardise(sheet_values(pair[0], [*columns.features, *pair[1]])), columns_of)
-    (support_x, support_y), (query_x, query_y) = (np.split(rows, [len(columns.features)], axis=1) for rows in values)
-    if not targets:
+    has_answer, features = _has_targets(queries, columns), len(columns.features)
+    answered = queries._replace(rows=list(itertools.compress(queries.rows, has_answer)),
+                                lines=list(itertools.compress(queries.lines, has_answer)))
+    support_rows, query_x = map_collecting_errors(lambda part: columns.standardise(sheet_values(*part)),
+                                                  [(support, names), (queries, names[:features])])
+    support_x, support_y = np.split(support_rows, [features], axis=1)
+    query_y = np.zeros((len(query_x), len(columns.targets)), np.float32)
+    if has_answer.any():
+        query_y[has_answer] = columns.standardise(sheet_values(answered, names))[:, features:]
+    if not columns.targets:
         column = source.files.group_column or CLASS
         classes = _classes(support, column)
         support_y, query_y = (one_hot(_class_column(sheet, column), classes) for sheet in (support, queries))
         has_answer = query_y.any(axis=1)
-    elif not has_answer.all():
-        query_y = np.zeros((len(query_x), len(targets)), np.float32)
     return UserTask(TaskBatch(*(rows[None] for rows in (support_x, support_y, query_x, query_y))), classes, has_answer, 'row',
                     f'--support_csv={support_csv}', task_name(support_csv, query_csv), [f'line {number}' for number in queries.lines],
                     queries.columns, queries.rows)
+
+
+def _has_targets(queries: Sheet, columns: Columns) -> np.ndarray:
+    """Whether each row has all targets of the model, bool [rows]; an empty cell is not known."""
+    known = bool(columns.targets) and set(columns.targets) <= set(queries.columns)
+    places = [queries.columns.index(name) for name in columns.targets] if known else []
+    return np.array([known and all(row[place].strip() for place in places) for row in queries.rows])
 
 
 def _classes(support: Sheet, column: str) -> list[str]:

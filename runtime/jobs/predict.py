@@ -9,7 +9,7 @@ from runtime.datasets.tables import Columns
 from runtime.datasets.tasks import UserTask
 from runtime.jobs.learner import Learner
 from runtime.results import plots
-from runtime.system.errors import UserError
+from runtime.system.errors import UserError, counted
 from runtime.system.files import write_csv
 
 SHOWN, WIDEST = 10, 60  # predictions on the console, characters of a name there
@@ -80,10 +80,12 @@ def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
 def of_targets(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
     """Predictions of targets, in their own units, [queries, targets]."""
     summary = ''
-    if task.has_answer.all():
-        errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float))) ** 2, axis=0))
+    known = np.asarray(task.has_answer)
+    if known.any():
+        errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float)))[known] ** 2, axis=0))
         texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
-        summary = f'Root mean squared error: {", ".join(texts)}\n'
+        rows = '' if known.all() else f' of the {counted(int(known.sum()), "row")} with targets'
+        summary = f'Root mean squared error{rows}: {", ".join(texts)}\n'
     cells = [[f'{value:.6g}' for value in row] for row in values]
     lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]
     return Predictions([f'predicted {name}' for name in columns.targets], cells, lines, summary)

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -62,14 +63,14 @@ def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO
     return open(path, mode, **options)
 
 
-def read_csv(path: str | os.PathLike) -> tuple[list[str], dict[int, dict[str, str]]]:
-    """The names of the columns of a csv file in UTF-8, and {number of its line, from 1: row}, without empty lines; raises OSError,
-    UnicodeDecodeError or csv.Error."""
+def read_csv(path: str | os.PathLike) -> tuple[list[str], dict[int, dict[str, str | None]]]:
+    """The names of the columns of a csv file in UTF-8, and {number of its line, from 1: row}, without empty lines; a cell that a row
+    lacks is None. Raises OSError, UnicodeDecodeError or csv.Error."""
     with open_regular(path, newline='', encoding='utf-8-sig') as file:
-        reader = csv.DictReader(file, delimiter=delimiter_of(file), strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        rows = dict((reader.line_num, row) for row in reader)
-        return list(reader.fieldnames), rows
+        reader = csv.reader(file, delimiter=delimiter_of(file), strict=True)
+        (_, header), *lines = [(reader.line_num, row) for row in reader if row] or [(0, [])]
+    columns = [name.strip() for name in header]
+    return columns, {number: dict(itertools.zip_longest(columns, row[:len(columns)])) for number, row in lines}
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -84,10 +85,13 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def delimiter_of(file: TextIO) -> str:
-    """What separates the cells of a csv file that was just opened, by its first line: a comma, a semicolon or a tab."""
-    first = file.readline()
+    """What separates the cells of a csv file that was just opened: a tab, a semicolon or a comma. Names of columns may have commas in
+    them, so the first two lines that are not empty decide, if they have equally many cells; else the first one does."""
+    lines = list(itertools.islice((line for line in file if line.strip()), 2))
     file.seek(0)
-    return max(',;\t', key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), ())))
+    cells = {delimiter: [len(row) for row in csv.reader(lines, delimiter=delimiter)] for delimiter in '\t;,'}
+    fitting = [delimiter for delimiter, (first, *others) in cells.items() if first > 1 and others == [first]] if lines else []
+    return max(fitting or ',;\t', key=lambda delimiter: cells[delimiter][:1])
 
 
 def read_json(path: str | os.PathLike) -> Any:
