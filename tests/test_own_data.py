@@ -20,9 +20,10 @@ from runtime.datasets import class_folders, images, lists, splits
 from runtime.datasets.class_folders import ClassFolders
 from runtime.datasets.images import BadImages
 from runtime.datasets.splits import EmptySplit, split_classes
-from runtime.datasets.tables import Columns, Tables, as_number, read_sheet, sheet_values
+from runtime.datasets.tables import Columns, Tables, as_number, read_sheet, sheet_values, with_decimal_commas
 from runtime.datasets.tasks import SPLITS
 from runtime.system.errors import UserError
+from runtime.system.files import read_csv
 
 RATIOS = (64, 16, 20)
 
@@ -179,8 +180,8 @@ def test_the_split_is_kept_with_the_run(tmp_path, monkeypatch, capsys):
     assert kept.exists() and f'the list is in {kept}' in capsys.readouterr().out
     write(root, *(f'later{number}' for number in range(10)))
     assert [own(root, kept_manifest=str(kept)).names(split) for split in SPLITS] == before
-    with pytest.raises(UserError, match='the split of the classes cannot be written to .*make a folder writable'):
-        own(root).record_split({})
+    with pytest.raises(UserError, match='the split of the classes cannot be written to .* nor to .*make a folder writable'):
+        own(root, kept_manifest=str(root / 'run' / 'splits.csv')).record_split({})
 
 
 def test_bad_images_are_decoded_once(tmp_path, monkeypatch):
@@ -272,6 +273,54 @@ def test_a_manifest_may_have_further_columns(tmp_path):
     assert [load(tmp_path, split, split_file=str(path)).names for split in SPLITS] == [['train/b'], ['val/b'], ['test/b']]
 
 
+@pytest.mark.parametrize('data', ['folders', 'list', 'table'])
+def test_moved_data_are_split_as_in_the_training(data, tmp_path):
+    """A split anew could test classes of the training. Data that are divided into train, val and test need no split."""
+    root = write(tmp_path / 'old', *'abcde')
+    text = 'split,class\n' + ''.join(f'{split},{name}\n' for split, name in zip(['train', 'train', 'train', 'val', 'test'], 'edcba'))
+    flags, split_file = ['--datasource=folder'], write_text(tmp_path / 'mine.csv', text)
+    if data == 'list':
+        write_text(split_file, 'filename,label\n' + ''.join(f'{name}/00.png,{name}\n' for name in 'abcde'))
+    if data == 'table':
+        root, flags = one_table(root / 'all.csv', 'abcde'), ['--datasource=table', '--label_column=species']
+    run, moved = tmp_path / 'run', root.rename(tmp_path / ('moved.csv' if data == 'table' else 'moved'))
+    flags += [f'--data_path={root}', f'--split_file={split_file}']
+    write_text(run / 'run.flags', stored_run.description(main.parse(['main.py', *flags]).values))
+
+    def source(*more):
+        request = resolve(main.parse(['main.py', f'--run={run}', f'--data_path={moved}', '--train=False', '--num_classes=1', *more]))
+        return source_and_tasks(request)[0]
+
+    with pytest.raises(UserError, match=f'is not that of the training, {root}, which had --split_file={split_file}: give --split_file'):
+        source()
+    source('--split=0/0/100')
+    again = source(f'--split_file={split_file}')
+    if data == 'folders':
+        assert [again.folders(str(moved)).names(split) for split in SPLITS] == [['c', 'd', 'e'], ['b'], ['a']]
+        divided = write(tmp_path / 'divided', 'train/a', 'val/b', 'test/c')
+        source(f'--data_path={divided}')
+
+
+def test_an_evaluation_of_other_data_needs_no_split_that_is_written(tmp_path, monkeypatch, capsys):
+    listed(tmp_path, False, True, ',', 'filename,label')
+    folders = own(tmp_path, split_file=str(tmp_path / 'labels.csv'))  # without a run that keeps it
+    folders.record_split({'test': folders.names('test')})
+    make_read_only(tmp_path, monkeypatch)
+    own(write(tmp_path / 'folders', *'abcde')).record_split({})
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('label', ['.', '..'])
+def test_labels_that_are_no_names_of_folders(label, tmp_path):
+    path, kept = listed(tmp_path, False, True, ',', 'filename,label'), tmp_path / 'run' / 'splits.csv'
+    write_text(path, path.read_text().replace('label2', label))
+    folders = own(tmp_path, split_file=str(path), kept_manifest=str(kept))
+    names = {split: folders.names(split) for split in SPLITS}
+    folders.record_split({})
+    assert names == {split: own(tmp_path, split_file=str(path), kept_manifest=str(kept)).names(split) for split in SPLITS}
+    assert label in sum(names.values(), [])
+
+
 def test_lists_that_change_after_a_training(tmp_path, capsys):
     """The split of the run names the labels; a training that starts anew splits those of now."""
     path, kept = listed(tmp_path, False, True, ',', 'filename,label'), tmp_path / 'run' / 'splits.csv'
@@ -308,6 +357,9 @@ def test_what_to_do_about_a_split_of_few_classes(tmp_path):
     """A hint about --split where that made the split, only."""
     assert 'for --split=64/16/20' in own(write(tmp_path / 'a', *'abcdef')).too_few_hint(5)
     assert own(write(tmp_path / 'b', 'train/a', 'val/b')).too_few_hint(5) == 'lower it, or add classes to that split'
+    (tmp_path / 'd').mkdir()
+    hint = own(tmp_path / 'd', split_file=str(listed(tmp_path / 'd', False, True, ',', 'filename,label'))).too_few_hint(5)
+    assert 'have 32 labels or more' in hint and 'delete' not in hint
     table = one_table(tmp_path / 'c' / 'all.csv')
     assert 'change --split=64/16/20' in Tables(str(table), (), None, 'species').too_few_hint(5)
     assert 'add tasks to that split' in Tables(str(tmp_path / 'c'), ('y',), None, 'species').too_few_hint(5)
@@ -348,13 +400,35 @@ def test_tables_with_any_separator(separator, comma, quoting, tmp_path):
         values = rng.normal(0, 10.0 ** rng.integers(-3, 5), (5, 3)).round(rng.integers(1, 7))
         rows = [['x', 'y', 'z'], *([repr(float(value)) for value in row] for row in values)]
         path = write_text(tmp_path / f'{case}.csv', table_text(rows, separator, comma, quoting))
-        sheet = read_sheet(str(path))
+        sheet, = with_decimal_commas([read_sheet(str(path))], 'xyz'.__contains__)
         assert sheet.columns == ['x', 'y', 'z'] and (sheet_values(sheet, 'xyz') == values).all()
+
+
+@pytest.mark.parametrize('text', [
+    'x;height, cm;weight, kg\n1;2;3\n', 'x\theight, cm\tweight, kg\n1\t2\t3\n', '\nx;y;z\n1;2;3\n', 'x;y, cm;z, kg\n\n1;2;3\n',
+    '\ufeffx,y;cm,z;kg\n1,2,3\n', '"x";"y, cm";"z"\n1,0;2,0;3,0\n', 'x;y, cm;z, kg\n1;2,0;3,00\n'])
+def test_names_of_columns_with_separators(text, tmp_path):
+    sheet, = with_decimal_commas([read_sheet(str(write_text(tmp_path / 'x.csv', text)))], lambda name: True)
+    assert sheet_values(sheet, sheet.columns).tolist() == [[1, 2, 3]]
+    columns, rows = read_csv(tmp_path / 'x.csv')
+    assert columns == sheet.columns and len(rows) == 1 and list(rows) == sheet.lines
+
+
+def test_decimal_commas_are_shared(tmp_path):
+    """By files read together, and whatever a column says that is not read as numbers."""
+    texts = 'name;x\n1.5;1,5\n2.5;2,25\n', 'name;x\na;1,500\n', 'name;x\na;1.500\n', 'name,x\na,1\n'
+    sheets = [read_sheet(str(write_text(tmp_path / f'{number}.csv', text))) for number, text in enumerate(texts)]
+    assert [sheet.decimal_comma for sheet in with_decimal_commas(sheets, 'x'.__eq__)] == [True, True, False, False]
+    assert [sheet.decimal_comma for sheet in with_decimal_commas(sheets[1:], 'x'.__eq__)] == [False] * 3
+    path = write_text(tmp_path / 'all.csv', 'dose;x\n' + ''.join(f'{number}.5;{number},25\n' for number in range(10)))
+    tables = Tables(str(path), (), None, 'dose')
+    assert sorted(value for of_split in tables._values[1].values() for value in np.concatenate(list(of_split.values())).ravel()) == [
+        number + 0.25 for number in range(10)]
 
 
 @pytest.mark.parametrize('rows', ['1,500;2\n3,250;4', '1.5;2\n1,5;4', '1.234,5;2'])
 def test_numbers_that_may_mean_two_things_are_refused(rows, tmp_path):
-    sheet = read_sheet(str(write_text(tmp_path / 'x.csv', f'x;y\n{rows}\n')))
+    sheet, = with_decimal_commas([read_sheet(str(write_text(tmp_path / 'x.csv', f'x;y\n{rows}\n')))], 'xy'.__contains__)
     with pytest.raises(UserError, match='not a? ?finite number'):
         sheet_values(sheet, ['x', 'y'])
 
@@ -492,7 +566,7 @@ def test_the_run_names_its_lists_from_everywhere(tmp_path, monkeypatch):
     assert f'--split_file={tmp_path}/train.csv,{tmp_path}/val.csv\n' in text and f'--data_path={tmp_path}/images\n' in text
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'run.flags').write_text(text)
-    for more, kept in (([], True), (['--data_path=images'], True), (['--data_path=.'], False),
+    for more, kept in (([], True), (['--data_path=images'], True), (['--data_path=.', '--split=0/0/100'], False),
                        (['--data_path=.', '--split_file=mine.csv'], 'mine.csv')):
         request = resolve(main.parse(['main.py', '--run=run', '--train=False', *more]))
         assert request.split_file == (f'{tmp_path}/train.csv,{tmp_path}/val.csv' if kept is True else kept or None)

@@ -27,6 +27,8 @@ def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
         source = dataclasses.replace(source, skip_bad_images=request.skip_bad_images, verify=request.verify)
     if request.user_images and not request.split_file and request.mode != 'predict':
         _refuse_runs_among_classes(request, source)
+    if request.own_data and request.mode != 'predict':
+        _refuse_another_split(request, source)
     train = request.mode == 'train'
     usual_query_shots = source.query_shots(request.update_batch_size, train)
     return source, TaskConfig(
@@ -47,6 +49,17 @@ def _refuse_runs_among_classes(request, source):
                         'give another --logdir')
 
 
+def _refuse_another_split(request, source):
+    """Raises UserError if data would be split in proportions, in place of those of the training, which had a --split_file: they may be the
+    same, moved, and classes of the training would be tested."""
+    before, path = request.trained['split_file'], os.path.expanduser(request.data_path)
+    if not before or request.split_file or 'split' in request.given:
+        return
+    if source.folders(path).unsplit() if request.user_images else os.path.isfile(path):
+        raise UserError(f'--data_path={request.data_path} is not that of the training, {request.trained["data_path"]}, which had '
+                        f'--split_file={before}: give --split_file, the same one if the data were moved, or --split')
+
+
 def _with_flags(request):
     """The source of a request as its flags change it, if the data are the user's own."""
     if request.tables:
@@ -63,10 +76,11 @@ def _with_flags(request):
 
 def _splitting(request):
     """How the user's own classes are split: fields of ImageSource and of Tables."""
-    same = same_folder(request.data_path, request.trained['data_path'])  # the run keeps the split of the data that it was trained on
+    # The run keeps the split of the data that it was trained on.
+    keeps = request.mode == 'train' or same_folder(request.data_path, request.trained['data_path'])
     return dict(split_ratios=tuple(map(int, request.split.split('/'))), split_given='split' in request.given,
                 split_file=request.split_file and ','.join(list_paths(request.split_file)),
-                kept_manifest=os.path.join(request.directory, MANIFEST) if same else None,
+                kept_manifest=os.path.join(request.directory, MANIFEST) if keeps else None,
                 splits_anew=request.mode == 'train' and not _resumes(request))
 
 

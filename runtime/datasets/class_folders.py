@@ -65,8 +65,10 @@ class ClassFolders(FolderOptions):
         if not self.unsplit() and self._manifest() not in (self.kept or '', os.path.join(self.root, splits.MANIFEST)):
             return 'lower it, or add classes to that split'
         enough = math.ceil(num_classes * sum(self.split_ratios) / min(filter(None, self.split_ratios)))
-        return (f'lower it, or have {enough} class folders or more (for {splits.split_flag(self.split_ratios)}) and delete '
-                f'{splits.MANIFEST} there, if there is one; to evaluate a model on all classes: --split=0/0/100')
+        kept = self._manifest()
+        return (f'lower it, or have {enough} {"class folders" if self._labelled is None else "labels"} or more (for '
+                f'{splits.split_flag(self.split_ratios)}){f" and delete {kept}" if kept else ""}; to evaluate a model on all classes: '
+                '--split=0/0/100')
 
     def names(self, split: str) -> list[str]:
         """The split's class folders relative to the root, sorted. Raises splits.EmptySplit if the split has no classes; UserError if the
@@ -98,8 +100,8 @@ class ClassFolders(FolderOptions):
         """Writes a manifest into the root, or else to `kept_manifest`, if class folders there are not split yet. `load` does not
         depend on it. If all classes are in one split there is nothing to write.
 
-        Raises UserError if there are too few classes, they are not {split: its class folders} as `load` returned them, or the
-        manifest cannot be written.
+        Raises UserError if there are too few classes, or they are not {split: its class folders} as `load` returned them; or if the
+        manifest cannot be written, and a run should keep it: an evaluation of other data can do without.
         """
         if not self.unsplit() or not os.path.isdir(self.root):
             return
@@ -108,7 +110,7 @@ class ClassFolders(FolderOptions):
             raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
         if len({split for split, _ in rows}) > 1:
             paths = [None if self._labelled else os.path.join(self.root, splits.MANIFEST), self.kept_manifest]
-            splits.keep_split(rows, [path for path in paths if path], 'classes')
+            splits.keep_split(rows, [path for path in paths if path], 'classes', required=bool(self.kept_manifest))
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -121,7 +123,8 @@ class ClassFolders(FolderOptions):
         """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
-            classes = splits.by_split(self.manifest_rows(manifest, self.root if self.script is None else None))
+            root = self.root if self.script is None else None
+            classes = splits.by_split(self.manifest_rows(manifest, root, folders=self._labelled is None))
             unknown = sorted(set().union(*classes.values()) - self._labelled[None].keys()) if self._labelled else []
             if unknown:
                 raise UserError(f'{manifest} lists {listing(unknown, 1, ", ")}, which is no label in {self.split_file}; restore it, or '

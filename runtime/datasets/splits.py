@@ -58,8 +58,8 @@ class Splitting:
         """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
         rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root, folders)]
         if self.split_given and rows != split_classes([name for _, name in rows], self.split_ratios, manifest):
-            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split, or delete that file to split '
-                            'again')
+            again = '' if manifest == self.kept_manifest else ', or delete that file to split again'  # a run's own belongs to its model
+            raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split{again}')
         return rows
 
 
@@ -138,9 +138,9 @@ def split_flag(ratios: tuple[int, int, int]) -> str:
     return '--split=' + '/'.join(map(str, ratios))
 
 
-def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str) -> None:
+def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str, required: bool = True) -> None:
     """Writes a manifest to the first of some paths that can be written, and prints where it is.
-    Raises UserError if it can be written to none of them."""
+    Raises UserError if it can be written to none of them, and is required."""
     reasons = []
     for path in paths:
         try:
@@ -152,8 +152,9 @@ def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str)
         counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
         print(f'Split the {what} into {counts} for train / val / test; the list is in {path}')
         return
-    raise UserError(f'the split of the {what} cannot be written to {" nor to ".join(reasons)}; make a folder writable, or sort them into '
-                    'folders train, val and test yourself')
+    if required:
+        raise UserError(f'the split of the {what} cannot be written to {" nor to ".join(reasons)}; make a folder writable, or sort them '
+                        'into folders train, val and test yourself')
 
 
 # What is strange ----------------------------------------------------------------------------------------------------
