@@ -142,7 +142,8 @@ string('network', None, 'FILE.py:FUNCTION, instead of the networks that the othe
 string('input_shape', None, 'shape in which --network gets the numbers of a row, as in 6,3; default: one axis',
        Learning('.input{}', network='all'), only='own networks, numbers')
 boolean('check_network', True, 'before a training, test the second derivatives of --network', only='own networks')
-string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40, or with --conv=False 256,128,64,64',
+string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40 (navigation: '
+       '100,100), or with --conv=False 256,128,64,64',
        Learning('.layers{}', network='all'), only='fully connected')
 group('Network')
 choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: '

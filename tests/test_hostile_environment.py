@@ -342,7 +342,8 @@ def config(worker='["a:1", "b:1"]', index='0'):
 @pytest.mark.parametrize('text', [
     config('["a:99999", "b:1"]'), config('["a:0", "b:1"]'), config('["a\\u0000:1", "b:1"]'), config('["a b:1", "b:1"]'),
     config('["-:1", "..:2"]'), config('["a:1", "a..b:1"]'), config('["a:1", "é:1234"]'), config('["a:1", "\\u001b[2J:1"]'),
-    config('["a:١", "b:1"]'), config(index='1e999'), config(index='0.7'), config(index='NaN'), config(index='true'),
+    config('["a:١", "b:1"]'), config('["worker-0.workers.default.svc.cluster.local", "b:1"]'),
+    config(index='1e999'), config(index='0.7'), config(index='NaN'), config(index='true'),
     '[' * 100_000, '{"cluster": ' * 100_000, config('[' * 100_000)])
 def test_clusters_that_cannot_be(text, monkeypatch):
     monkeypatch.setenv('TF_CONFIG', text)

@@ -438,6 +438,9 @@ def test_presets_set_nothing_of_the_built_in_networks(own):
 def test_files_that_are_no_networks(own):
     folder, flags = own
     (folder / 'broken.py').write_text('def net(:\n')
+    for name in 'my.net', 'time', 'os':
+        (folder / f'{name}.py').write_text('def net(shape, outputs):\n    pass\n')
+        assert f'Python cannot import a file called {name}.py' in error_of(*flags[1:], f'--network={folder}/{name}.py:net')
     (folder / 'raises.py').write_text('raise RuntimeError("no such luck")\n')
     for value, words in [('net', 'must be FILE.py:FUNCTION'), ('missing.py:net', 'No such file'),
                          ('broken.py:net', 'invalid syntax in line 1'),

@@ -73,6 +73,7 @@ def test_what_was_learnt_cannot_be_contradicted(trained):
     error = error_of(f'--run={trained[0]}', '--num_updates=3', '--norm=batch_norm', '--meta_lr=0.1')
     assert '--num_updates=3 contradicts --num_updates=2' in error and '--norm=batch_norm contradicts --norm=None' in error
     assert '--meta_lr=0.1 contradicts --meta_lr=0.001' in error
+    assert 'Nothing to do' in run_ok(f'--run={trained[0]}', '--baseline=None')
     assert '--norm=layer_norm contradicts' in error_of(f'--run={trained[0]}', '--train=False', '--norm=layer_norm')
     assert '--update_lr=0.1 contradicts' in error_of(f'--run={trained[0]}', '--update_lr=0.1')
     assert 'leave out --logdir' in error_of(f'--run={trained[0]}', '--logdir=elsewhere')

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import BuiltinImporter, FrozenImporter
 from typing import Any
 
 from runtime.system.errors import UserError, first_line
@@ -50,6 +51,8 @@ def read(value: str) -> NetworkFile:
     if not match:
         raise UserError(f'--network={value} must be FILE.py:FUNCTION, like examples/conv4.py:conv4')
     folder, name = os.path.split(os.path.expanduser(match[1]))
+    if '.' in name[:-3] or any(finder.find_spec(name[:-3]) for finder in (BuiltinImporter, FrozenImporter)):
+        raise UserError(f'--network={value}: Python cannot import a file called {name}; rename it')
     files: dict[str, bytes] = {}
     _add_file(files, folder, name)
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()

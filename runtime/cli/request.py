@@ -162,6 +162,7 @@ def resolve(line: CommandLine) -> Request:
     whose training has the same flags. Raises UserError if the run's file of flags cannot be read, or flags on the command line
     contradict what was learnt.
     """
+    line = _with_none(line)
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
     stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
@@ -180,8 +181,15 @@ def resolve(line: CommandLine) -> Request:
     _forget_data(values, stored, line.given)
     learnt = {name: stored[name] for name in LEARNING}
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
-    return Request(mode, values, {**values, **learnt, 'data_path': stored['data_path']}, line.given, directory,
+    where = {name: stored[name] for name in ('data_path', 'split_file')}
+    return Request(mode, values, {**values, **learnt, **where}, line.given, directory,
                    network_file=_own_network(values, directory, network))
+
+
+def _with_none(line):
+    """A command line in which --baseline=None is what it is by default."""
+    baseline = line.values['baseline']
+    return line._replace(values={**line.values, 'baseline': None if baseline == 'None' else baseline})
 
 
 def _without(values, names):

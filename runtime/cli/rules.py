@@ -82,7 +82,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
      '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} does not fit in memory'),
     # Data
-    (lambda r: r.baseline not in (None, 'None', 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
+    (lambda r: r.baseline not in (None, 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
     (lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
      '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
     (lambda r: not r.source.supervised and r.num_updates > 1,

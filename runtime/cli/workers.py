@@ -45,7 +45,8 @@ def cluster_from_environment(strategy: str) -> Cluster:
 
 def _is_address(text: str) -> bool:
     """Whether a text is host:port; TensorFlow would wait forever for anything else."""
-    match = re.fullmatch(r'(?:[A-Za-z0-9](?:[\w-]*[A-Za-z0-9])?\.?)+:([0-9]{1,5})', text, re.ASCII)
+    label = r'[A-Za-z0-9](?:[\w-]*[A-Za-z0-9])?'
+    match = re.fullmatch(rf'(?:{label}\.)*{label}\.?:([0-9]{{1,5}})', text, re.ASCII)  # only a dot separates: else matching takes forever
     return bool(match) and 1 <= int(match[1]) <= 65535
 
 
