@@ -293,7 +293,9 @@ def test_weights_of_a_model_with_another_last_layer(trained, tmp_path, small_dat
     flags = ['--datasource=cifarfs', f'--data_path={small_data["cifarfs"]}', '--update_batch_size=1', '--num_filters=4', '--max_pool',
              '--meta_batch_size=2', f'--logdir={tmp_path}', '--num_test_tasks=3', '--log=False']
     evaluation = ['--train=False', '--head_init=ridge', '--num_updates=0', f'--load_from={maml}/model2']
-    assert '0 query' in run_ok(*flags, *evaluation)
+    assert 'Note: adapted with --head_init=ridge, and trained with --head_init=learned' in run_ok(*flags, *evaluation)
+    entry, = results_of(next(tmp_path.glob('*ridge*')))
+    assert entry.setting.adapted_by == 'head_init=ridge' and entry.training.method == 'MAML' and len(entry.figures) == 2
     assert 'w5 is missing there' in error_of(*flags, '--train=False', f'--load_from={protonet}/model2')
     run_ok(*flags, '--metatrain_iterations=1', '--meta_lr=0', f'--load_from={protonet}/model2')
     found, = tmp_path.glob('*/model1.index')
@@ -322,6 +324,18 @@ def test_a_body_of_more_classes_starts_another_kind_of_last_layer(tmp_path):
               'regime': 'metatrain', 'pretrain_iterations': 0, 'provenance': {'data': {}}}
     checkpoints.save(str(tmp_path / 'model3'), saved.state(), record)
     load_weights(str(tmp_path / 'model3'), model, {'num_classes': 2}, starts=True)
+    assert np.array_equal(model.weights['w1'], saved.weights['w1'])
+
+
+@pytest.mark.parametrize('first, second, starts', [('learned', 'shared', True), ('shared', 'learned', True), ('shared', 'shared', False)])
+def test_a_body_of_fewer_classes_goes_to_a_last_layer_of_more(first, second, starts, tmp_path):
+    """Where the last layer is replaced, or one column serves all classes."""
+    saved, model = (MAML(dataclasses.replace(DENSE, num_updates=1, head_init=init, dim_output=way), seed=way)
+                    for init, way in ((first, 2), (second, 4)))
+    record = {'iteration': 3, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {'num_classes': 2, 'head_init': first},
+              'regime': 'metatrain', 'pretrain_iterations': 0, 'provenance': {'data': {}}}
+    checkpoints.save(str(tmp_path / 'model3'), saved.state(), record)
+    load_weights(str(tmp_path / 'model3'), model, {'num_classes': 4}, starts=starts)
     assert np.array_equal(model.weights['w1'], saved.weights['w1'])
 
 
@@ -358,6 +372,7 @@ def test_the_classifier_of_a_pre_training_is_restored(optimizer, tmp_path):
     (['--head_init=shared', '--inner_weights=body'], '--inner_weights=body keeps them equal'),
     (['--head_init=new', '--inner_weights=body'], '--head_init=new starts with equal outputs for all classes'),
     (['--pretrain_iterations=9', '--metatrain_iterations=0', '--norm_per_step'], '--norm_per_step=True is about meta-training'),
+    (['--pretrain_iterations=9', '--norm_per_step'], 'it would train the offsets and scales of the first one only'),
     (['--num_updates=0'], '--num_updates=0 needs a last layer'), (['--num_updates=0', '--head_init=shared'], '--num_updates=0 needs'),
     (['--method=protonet', '--stop_grad'], '--stop_grad is about the inner updates of the training'),
     (['--method=protonet', '--learn_lr=layer'], '--learn_lr is about the inner updates'),

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+OWN_DATA = 'folder', 'table'  # sources that are whatever --data_path names
 SPLITS = ('train', 'val', 'test')
 
 

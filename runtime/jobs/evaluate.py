@@ -14,11 +14,11 @@ from maml import MAML
 from networks import network_of
 from runtime.cli import methods
 from runtime.cli.flags import default
-from runtime.cli.run import Evaluation, Trained
+from runtime.cli.run import Evaluation, Trained, usual_updates
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
 from runtime.datasets.class_folders import listed_classes, preparation_facts
-from runtime.datasets.tasks import Tasks
+from runtime.datasets.tasks import OWN_DATA, Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble, Permuted
 from runtime.jobs.models import Navigator, Returns, new_model
@@ -31,6 +31,8 @@ from runtime.system.progress import Progress
 from utils import Metrics
 
 TEST_TASKS = 600
+# Flags of a training that say how its model adapts to a task. An evaluation of the weights of another run may have others.
+ADAPTATION = ('inner_weights', 'head_init', 'logits', 'adapt_norm', 'norm_per_step', 'mean_loss', 'learn_lr', 'inner_optimizer')
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
 
 
@@ -48,6 +50,7 @@ class Restored(NamedTuple):
     method: str = ''            # of weights that are not of this run: the name of their method, if it is known
     trained_for: tuple[int, int] | None = None  # of the same: their iterations of pre-training and of meta-training, if these are known
     flags: dict[str, Any] = {}  # of the same: those that determined what was learnt
+    adapted_by: dict[str, Any] = {}  # of the same: ADAPTATION of this evaluation, where it differs from their training's
 
 
 class Variant(NamedTuple):
@@ -135,6 +138,10 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
         described += f"; mean outputs of {', '.join(f'model{iteration}' for iteration in restored.ensemble)}"
     lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
              f'{restored.prefix} ({described})']
+    if restored.adapted_by:
+        here, there = (' '.join(f'--{name}={flags[name]}' for name in restored.adapted_by)
+                       for flags in (restored.adapted_by, restored.flags))
+        lines.append(f'Note: adapted with {here}, and trained with {there}')
     if seen_classes:
         what = 'have the names of classes that' if run.datasource != restored.trained_on else 'are among those that'
         lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} '
@@ -165,7 +172,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
         setting=store.Setting(
             query_norm=variant.query_norm, head=variant.head, permutations=run.permutations, orders=variant.orders,
             update_lr=run.model.update_lr, inner_batch=run.model.inner_batch, test_updates=run.test_updates,
-            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from)),
+            headline_updates=run.headline_updates, load_from=run.load_from and os.path.abspath(run.load_from),
+            adapted_by=', '.join(f'{name}={value}' for name, value in restored.adapted_by.items())),
         known_classes=list(seen_classes), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
                   **arithmetic(restored.model.config.engine, run.replicas.count)},
@@ -230,15 +238,27 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
                    and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
                    and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
                    and run.test_updates == max(run.model.num_updates, run.source.test_updates)
-                   and run.model.inner_batch == run.learning_flags['inner_batch'])
+                   and run.model.inner_batch == run.learning_flags['inner_batch'] and not is_elsewhere(run, restored))
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
+
+
+def is_elsewhere(run: Evaluation, restored: Restored) -> bool:
+    """Whether the tasks are of the user's own data, and these are not where those of the training were."""
+    path, before = run.tasks.data_path, restored.provenance and restored.provenance.data_path
+    return run.datasource in OWN_DATA and bool(path and before) and os.path.abspath(path) != before
 
 
 def picture_stem(run: Evaluation, restored: Restored) -> str:
     """What the paths of an evaluation's pictures begin with: split, checkpoint, and in what it differs from the usual evaluation of the
     run, so that another one does not replace them."""
     tasks, trained = run.tasks, run.learning_flags
+    updates, query = usual_updates(run.model.num_updates, run.source.test_updates), run.source.query_shots(tasks.update_batch_size, False)
     differences = {'ensemble': bool(restored.ensemble), run.datasource: run.datasource != restored.trained_on,
+                   f'of_{os.path.basename(os.path.dirname(os.path.abspath(restored.prefix)))}': bool(run.load_from),
+                   'otherdata': is_elsewhere(run, restored), f'{run.test_updates}updates': run.test_updates != updates,
+                   f'{tasks.query_shots}query': tasks.query_shots != query,
+                   f'updatelr{run.model.update_lr}': run.model.update_lr != trained['update_lr'],
+                   f'{run.num_test_tasks}tasks': run.num_test_tasks != run.source.usual_flags.get('num_test_tasks', TEST_TASKS),
                    f'{tasks.num_classes}way': run.source.loss == 'xent' and tasks.num_classes != run.num_outputs,
                    f'{tasks.update_batch_size}shot': tasks.update_batch_size != trained['update_batch_size'],
                    '-'.join(run.query_norms): run.query_norms != (trained['query_norm'],), f'seed{tasks.seed}': tasks.seed != 0,
@@ -314,8 +334,10 @@ def _of_another_run(run, model):
     method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
     iterations, pretrained = record.get('iteration'), record.get('pretrain_iterations', 0)
     trained_for = None if iterations is None else (min(iterations, pretrained), max(iterations - pretrained, 0))
-    return Restored(model, run.load_from, iterations, flags['datasource'], record.get('provenance'),
-                    {run.load_from: checkpoint.checksum}, method=method, trained_for=trained_for, flags=flags)
+    here = run.learning_flags
+    adapted_by = {name: here[name] for name in ADAPTATION if learnt and name in here and here[name] != flags[name]}
+    return Restored(model, run.load_from, iterations, flags['datasource'], record.get('provenance'), {run.load_from: checkpoint.checksum},
+                    method=method, trained_for=trained_for, flags=flags, adapted_by=adapted_by)
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:

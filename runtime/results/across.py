@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.cli.flags import default
+from runtime.datasets.tasks import OWN_DATA
 from runtime.results import render
 from runtime.results.collect import Evaluation, differing_parts, read_evaluations, split_name, task_parts
 from runtime.results.statistics import UNITS, plus_minus, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
-OWN_DATA = 'folder', 'table'  # sources that are whatever --data_path names
 KNOWN_CLASSES = '+'  # marks tasks some of whose classes the model was trained on, or those of another source with the names of such
 COLUMNS = ['model', 'trained_on', 'datasource', 'known_classes', 'tasks', 'metric', 'updates', 'mean', 'std', 'ci95', 'path']
 
@@ -47,7 +47,8 @@ def model_of(evaluation: Evaluation) -> Model:
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
     query_norm = '' if setting.query_norm == default('query_norm') else f'query_norm={setting.query_norm}'
     head = '' if setting.head == default('head') else setting.head
-    details = checkpoint, query_norm, head, setting.orders_text, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
+    adaptation = setting.adapted_by, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
+    details = checkpoint, query_norm, head, setting.orders_text, *adaptation
     return Model(evaluation.user_label or evaluation.method, evaluation.directory, details, evaluation.headline_updates)
 
 

@@ -63,6 +63,7 @@ class Setting:
     head: str = 'own'           # the model's 'own' last layer, or in its place the 'nearest class mean' or the 'nearest neighbour'
     permutations: int = 1       # orders of a task's labels
     orders: str = ''            # if there are several: the 'mean' of their accuracies, or that of their 'averaged' outputs
+    adapted_by: str = ''        # 'flag=value, ...' of how weights of another run were adapted, where it was otherwise than in training
 
     @property
     def orders_text(self) -> str:
@@ -232,7 +233,7 @@ def _check_consistency(entry, field):
     columns = len(entry.figures)
     for name, holds in {
             'metric': entry.metric in UNITS, 'tasks.split': entry.tasks.split in SPLIT_TITLES,
-            'scores': len(entry.scores) > 0 and columns > 0 and all(len(row) == columns for row in entry.scores),
+            'scores': len(entry.scores) == entry.tasks.count > 0 and columns > 0 and all(len(row) == columns for row in entry.scores),
             'setting.headline_updates': entry.setting.headline_updates >= 0 and entry.headline_column < columns}.items():
         if not holds:
             raise ValueError(f'{field}.{name} is not that of an evaluation')
