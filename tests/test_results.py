@@ -1,6 +1,7 @@
 """What evaluations leave behind: results.json, comparisons of runs, and pictures."""
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -218,6 +219,26 @@ def test_runs_that_differ_by_seed_only_are_averaged():
     text = render.as_text(compare.update_table(averaged))
     assert 'ABC over seeds' in text and f'{means.mean():.4f} ({means.std(ddof=1):.4f})' in text
     assert r'MAML, num\_updates=1 & $3$ & $1$ &' in render.as_latex(compare.method_table(averaged))
+
+
+def test_seeds_at_other_numbers_of_updates_are_not_averaged():
+    """One was evaluated with --test_updates, at which it is then reported; a sweep shows the number."""
+    scores = np.random.default_rng(0).normal(size=[4, 9, 4]).tolist()
+    runs = [evaluation(f'run{seed}', seed=seed, scores=one, setting={'headline_updates': 1 + 2 * (seed == 0)})
+            for seed, one in enumerate(scores[:3])]
+    group, = compare.Comparison(runs).groups
+    assert group.indices == (1, 2)
+    swept = [evaluation(f'{lr}{seed}', seed=seed, scores=one, update_lr=lr, setting={'headline_updates': 1 + 2 * (seed == 0)})
+             for (lr, seed), one in zip(itertools.product([0.1, 0.2], [0, 1]), scores)]
+    assert sorted(compare.sweep_of(compare.Comparison(swept), 'update_lr')) == ['updates=1', 'updates=3']
+
+
+@pytest.mark.parametrize('text, formula', [
+    ('1.83+', '$1.83{}^+$'), ('1.6e-79*', r'$1.6 \times 10^{-79}{}^*$'), ('57.40 ± 1.83*+', r'$57.40 \pm 1.83{}^{*+}$'),
+    ('1e+05', r'$1 \times 10^{5}$'), ('-', '-'), ('inf', r'$\infty$')])
+def test_numbers_in_latex(text, formula):
+    """TeX refuses x^{a}^b."""
+    assert render._formula(text) == formula
 
 
 def test_runs_of_different_names_are_not_averaged():
@@ -526,7 +547,7 @@ def test_pictures_of_sinusoids(two_runs):
     flags = [*SINUSOID, f'--logdir={logdir}', '--metatrain_iterations=2000', '--train=False', '--num_test_tasks=50', '--plot']
     output = run_ok(*flags)
     drawn = [line.removeprefix('Drawn: ') for line in output.splitlines() if line.startswith('Drawn: ')]
-    assert [os.path.basename(path) for path in drawn] == [f'evaluation_val_model2000_{what}.png' for what in ('updates', 'tasks')]
+    assert [os.path.basename(path) for path in drawn] == [f'evaluation_val_model2000_50tasks_{what}.png' for what in ('updates', 'tasks')]
     assert all(min(size_of(path)) > 300 for path in drawn)
     os.mkdir(drawn[0] + 'x')
     os.remove(drawn[0])
@@ -537,8 +558,12 @@ def test_pictures_of_sinusoids(two_runs):
 def test_pictures_of_another_evaluation_have_another_name(two_runs):
     logdir = two_runs[1].parent
     output = run_ok(*SINUSOID, f'--logdir={logdir}', '--metatrain_iterations=2000', '--train=False', '--num_test_tasks=5', '--plot',
-                    '--test_seed=3', '--update_batch_size=4', '--train_update_batch_size=10')
-    assert 'evaluation_val_model2000_4shot_seed3_updates.png' in output
+                    '--test_seed=3', '--update_batch_size=4', '--train_update_batch_size=10', '--test_updates=3', '--test_query=7',
+                    '--update_lr=0.5', '--train_update_lr=0.001')
+    assert 'evaluation_val_model2000_3updates_7query_updatelr0.5_5tasks_4shot_seed3_updates.png' in output
+    output = run_ok(*SINUSOID, f'--logdir={logdir.parent}/other', '--train=False', '--num_test_tasks=5', '--plot',
+                    f'--load_from={two_runs[1]}/model2000')
+    assert f'evaluation_val_model2000_of_{two_runs[1].name}_5tasks_updates.png' in output
 
 
 @pytest.mark.slow

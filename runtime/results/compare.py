@@ -174,7 +174,8 @@ def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
     """
     alike, seeds = {}, {}
     for index, (setting, evaluation) in enumerate(zip(settings(evaluations), evaluations)):
-        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label}, sort_keys=True)
+        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label,
+                           'updates': evaluation.headline_updates}, sort_keys=True)
         seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
         alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
         if evaluation.entry.is_best:
@@ -217,7 +218,9 @@ def sweep_of(comparison: Comparison, flag: str) -> dict[str, dict[Any, np.ndarra
     value and seed."""
     evaluations = comparison.evaluations
     described = [{name: value for name, value in setting.items() if name not in (flag, f'evaluation {flag}', 'seed', 'checkpoint')}
-                 | {'': method_without(evaluation, flag)} for evaluation, setting in zip(evaluations, settings(evaluations))]
+                 | {'': method_without(evaluation, flag)}
+                 | ({} if flag in ('num_updates', 'test_updates') else {'updates': evaluation.headline_updates})
+                 for evaluation, setting in zip(evaluations, settings(evaluations))]
     labels = [', '.join(parts) for parts in _label_parts(evaluations, described)]
     seeds: dict[str, dict[Any, dict[Any, np.ndarray]]] = {}
     for evaluation, label, setting, values in zip(evaluations, labels, described, comparison.headline):
@@ -283,7 +286,8 @@ def _beyond_the_flags(evaluation):
             values[f'evaluation {name}'] = getattr(setting, name)
     if setting.load_from:
         values['load_from'] = setting.load_from
-    return {**values, 'head': setting.head, 'labels': setting.orders_text, 'test_updates': setting.test_updates,
+    return {**values, 'head': setting.head, 'labels': setting.orders_text, 'adapted_by': setting.adapted_by,
+            'test_updates': setting.test_updates,
             'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
 
 

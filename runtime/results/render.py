@@ -74,7 +74,7 @@ def _formula(text):
     if text in ('', '-'):
         return text
     for pattern, replacement in ((r'(?<=\d)e([+-])0*(\d+)', lambda match: rf' \times 10^{{{match[1].strip("+")}{match[2]}}}'),
-                                 ('±', r'\\pm'), (r'[*+]+$', lambda match: '^' + (match[0] if len(match[0]) == 1 else f'{{{match[0]}}}')),
+                                 ('±', r'\\pm'), (r'[*+]+$', lambda match: '{}^' + (match[0] if len(match[0]) == 1 else f'{{{match[0]}}}')),
                                  ('inf', r'\\infty'), ('nan', r'\\mathrm{nan}')):
         text = re.sub(pattern, replacement, text)
     return f'${text}$'

@@ -105,7 +105,7 @@ def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
     """The p-value of a two-sided paired test on values [tasks], and whether it is Wilcoxon's signed-rank test instead of the t-test.
 
     It is where the differences are FAR_FROM_NORMAL: a few tasks then decide the mean, and the t-test's p-value may be far off.
-    Equal values count as half above and half below (Pratt, 1959). The p-value is 1 if all are equal but for ROUNDING; nan if one
+    Equal values are ranked, and their ranks left out (Pratt, 1959). The p-value is 1 if all are equal but for ROUNDING; nan if one
     is not finite, or if the difference is the same for all tasks.
     """
     differences = difference(values, base)
