@@ -192,9 +192,18 @@ def test_checkpoints_about_to_be_redone_are_moved_aside(tmp_path):
 
 
 def test_what_describes_checkpoints_goes_with_them(tmp_path):
-    for name in 'run.flags', 'columns.json':
+    for name in 'run.flags', 'columns.json', 'metrics.csv':
         (tmp_path / name).write_text(name)
+    (tmp_path / 'evaluation_test_model1000').mkdir()  # of TensorBoard
     save(tmp_path, 1000)
     assert files(tmp_path / os.path.basename(checkpoints.move_aside(str(tmp_path), 0))) == sorted(
-        ['columns.json', 'run.flags', f'model1000{INDEX}', f'model1000{DATA}'])
+        ['columns.json', 'evaluation_test_model1000', 'metrics.csv', 'run.flags', f'model1000{INDEX}', f'model1000{DATA}'])
     assert files(tmp_path) == ['columns.json', 'earlier1', 'run.flags']
+    (tmp_path / 'metrics.csv').write_text('10,metatrain,1,2\n')
+    for number in 100, 1000:
+        save(tmp_path, number)
+        (tmp_path / f'evaluation_val_model{number}').mkdir()
+    moved = checkpoints.move_aside(str(tmp_path), 100)
+    assert files(tmp_path / os.path.basename(moved)) == sorted(
+        ['columns.json', 'evaluation_val_model1000', 'metrics.csv', 'run.flags', f'model1000{INDEX}', f'model1000{DATA}'])
+    assert 'metrics.csv' in files(tmp_path)

@@ -366,6 +366,7 @@ def test_a_run_keeps_its_own_log(tmp_path, monkeypatch):
     whole = train(*flags, iterations=20, logdir=tmp_path / 'whole')
     parts = train(*flags, iterations=10, logdir=tmp_path / 'parts')
     with open(parts / 'metrics.csv', 'a', encoding='utf-8') as file:
+        file.write('x' * 200_000 + '\0\n' + '1' * 5000 + ',a,1,1\n')  # of a damaged disk
         file.write('12,metatrain,1,1\n14,metatrai')  # of a process that was killed
     run_ok(f'--run={parts}', '--metatrain_iterations=20', '--save_interval=2', '--log=False')
     rows = [list(csv.reader((run / 'metrics.csv').read_text().splitlines())) for run in (whole, parts)]

@@ -40,9 +40,10 @@ _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # What is meaningless for a run that starts from scratch in the directory, and what is of its newest checkpoint.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
 _OF_THE_NEWEST = 'test_*',
-_PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)\D')
-# What describes the run: its flags, the columns of tables, the split of one's own data, a network of one's own.
-_DESCRIPTIONS = 'run.flags', 'columns.json', 'splits.csv', 'network'
+_PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)(?!\d)')
+# What describes the run: its flags, the columns of tables, the split of one's own data, a network of one's own; and its metrics, of
+# which those of later iterations will be removed.
+_DESCRIPTIONS = 'run.flags', 'columns.json', 'splits.csv', 'network', 'metrics.csv'
 
 
 class Damaged(UserError):
@@ -355,9 +356,12 @@ def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], n
                   if name in variables or not name.startswith('inner/')}
     else:
         arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
-    if last_layer and not all(name in arrays and name in variables for name in last_layer):  # then the number of classes is free
-        network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}
-    arrays = _with_last_layer(arrays, variables, last_layer, starts, record.get('flags', {}).get('head_init', head_init) != head_init)
+    saved_head = record.get('flags', {}).get('head_init', head_init)
+    replaced = starts and saved_head != head_init
+    has_both = all(name in arrays and name in variables for name in last_layer)
+    if last_layer and (replaced or saved_head == head_init == 'shared' or not has_both):
+        network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}  # which is free then
+    arrays = _with_last_layer(arrays, variables, last_layer, starts, replaced)
     _add_what_plain_maml_lacks(arrays, variables, last_layer, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
@@ -373,12 +377,12 @@ def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
     return None if bias is None else bias.shape[-1]
 
 
-def _with_last_layer(arrays, variables, last_layer, starts, of_another_kind):
-    """Arrays without a last layer that the model lacks; if a training starts, with the model's own where only that has one, or where the
-    arrays have one of another kind and shape."""
+def _with_last_layer(arrays, variables, last_layer, starts, replaced):
+    """Arrays without a last layer that the model lacks; if a training starts, with the model's own where only that has one, or, if it is
+    `replaced`, where that of the arrays has another shape."""
     arrays = {name: array for name, array in arrays.items()
               if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
-    if starts and of_another_kind:
+    if replaced:
         arrays = {name: array for name, array in arrays.items()
                   if name not in last_layer or name not in variables or array.shape == variables[name].shape}
     fresh = [name for name in last_layer if starts and name in variables]

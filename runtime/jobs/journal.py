@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import os
+import re
 import sys
 from typing import Any, TextIO
 
@@ -62,8 +63,10 @@ class Journal(contextlib.ExitStack):
     def _keep_until(self, iteration):
         path, rows = os.path.join(self._directory, METRICS), []
         if os.path.exists(path):
-            with open_regular(path, newline='', encoding='utf-8', errors='replace') as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdecimal() and int(row[0]) <= iteration]
+            with open_regular(path, encoding='utf-8', errors='replace') as file:  # not by csv, which refuses some damaged files
+                lines = (line.rstrip('\n').split(',') for line in file)
+                rows = [row for row in lines
+                        if len(row) == len(_COLUMNS) and re.fullmatch('[0-9]{1,15}', row[0]) and int(row[0]) <= iteration]
         write_csv(path, [_COLUMNS, *rows])
 
     def write(self, iteration: int, phase: str, before: float, after: float) -> None:
