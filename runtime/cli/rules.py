@@ -129,6 +129,9 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
        f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'norm_per_step', 'outer')),
+    (lambda r: r.mode == 'train' and r.norm_per_step and r.iterations[0] > 0 and not r.only_pretrains,
+     '--norm_per_step: pre-training has no inner step, so it would train the offsets and scales of the first one only; train with '
+     '--pretrain_iterations alone, then start from its checkpoint by --load_from, which copies them to all'),
     (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
     (lambda r: r.inner_weights == 'body' and (r.head_init == 'shared' or r.head_init == 'new' and r.logits == 'linear'),
      '--head_init={head_init} starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
