@@ -170,7 +170,8 @@ def train(row: Row, state: State) -> None:
             'iterations': max(checkpoints.iterations(state.directory), default=0) - state.newest}
     earlier = recorded.get(machine, {})
     recorded[machine] = {name: earlier.get(name, 0) + more for name, more in done.items()}
-    write_json(os.path.join(state.directory, TIMES), recorded)
+    if os.path.isdir(state.directory):  # else it ended before it began
+        write_json(os.path.join(state.directory, TIMES), recorded)
     if status:
         sys.exit(f'the training of {row.name} ended with status {status}; start this again to continue')
 
