@@ -459,6 +459,8 @@ def test_one_table_with_a_column_of_labels(tmp_path):
     with pytest.raises(UserError, match='does not match --split=1/1/1'):
         tables(split_ratios=(1, 1, 1), split_given=True).load('train')
     manifest = write_text(tmp_path / 'mine.csv', 'split,class\ntrain,a\ntrain,b\ntest,h\n')
+    with pytest.raises(UserError, match='the train split of .* is empty, and there is no trained model'):
+        Tables(str(path), (), None, 'species', split_ratios=(0, 0, 100)).load('test')
     given = tables(split_file=str(manifest))
     assert given.load('train').names == ['a', 'b'] and given.load('test').names == ['h']
     with pytest.raises(EmptySplit):

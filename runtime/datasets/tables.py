@@ -207,7 +207,8 @@ class Tables(splits.Splitting):
             return self.trained_columns
         names, values = self._values
         if not values['train']:
-            raise UserError(f'{os.path.join(self.root, "train")} holds no csv files; {LAYOUT}')
+            raise UserError(f'{os.path.join(self.root, "train")} holds no csv files; {LAYOUT}' if not self.group_column else
+                            f'the train split of {self.root} is empty, and there is no trained model that says how its columns are scaled')
         rows = np.concatenate(list(values['train'].values()))
         scales = {name: _scale(name, column) for name, column in zip(names, rows.T)}
         features = {name: scales[name] for name in names if name not in self.target_names}
