@@ -69,12 +69,18 @@ def _escaped(text):
     return re.sub(r'([&%$#_{}])', r'\\\1', text.replace('\\', '/')).replace('~', r'\textasciitilde{}').replace('^', r'\^{}')
 
 
+def _mark(match):
+    """Marks after a number, raised; in LaTeX, what is raised cannot follow what is."""
+    after_power = '{}' if match.string[:match.start()].endswith('}') else ''
+    return f'{after_power}^{match[0]}' if len(match[0]) == 1 else f'{after_power}^{{{match[0]}}}'
+
+
 def _formula(text):
     """A number, or what else a cell holds: 57.40 ± 1.83+, 1.3e-13, inf."""
     if text in ('', '-'):
         return text
     for pattern, replacement in ((r'(?<=\d)e([+-])0*(\d+)', lambda match: rf' \times 10^{{{match[1].strip("+")}{match[2]}}}'),
-                                 ('±', r'\\pm'), (r'[*+]+$', lambda match: '{}^' + (match[0] if len(match[0]) == 1 else f'{{{match[0]}}}')),
+                                 ('±', r'\\pm'), (r'[*+]+$', _mark),
                                  ('inf', r'\\infty'), ('nan', r'\\mathrm{nan}')):
         text = re.sub(pattern, replacement, text)
     return f'${text}$'
