@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import classifier_outputs, head_column, initial_head, layers, mask_at, masks, network_of, outputs_of, shared_weights
+from networks import classifier_outputs, head_column, initial_head, layers, mask_at, masks, narrowed, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -394,10 +394,8 @@ class MAML:
 
     def copy_parameters(self, other: MAML) -> None:
         """Copies weights and all other parameters from another MAML, which may have more outputs; see `variant`."""
-        theirs = other.parameters()
-        for name, variable in self.parameters().items():
-            value = theirs[name]
-            variable.assign(value if variable.shape == value.shape else value[..., :variable.shape[-1]])
+        for name, value in narrowed(self.config, self.parameters(), other.config, other.parameters()).items():
+            self.parameters()[name].assign(value)
 
     def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.

@@ -183,16 +183,24 @@ class KerasNetwork:
         self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables
                            if id(variable) not in seeds]
         self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
-        self._norm_names = {weight.path for layer in self.layers if type(layer).__name__.endswith('Normalization')
-                            for weight in layer._trainable_variables}
+        self._norm_names = {weight.path for layer in self.layers if self._normalises(layer) for weight in layer._trainable_variables}
         self.convolutional, self.random = any('Conv' in type(layer).__name__ for layer in self.layers), bool(self._seeds)
         for layer in self._norms:  # whose argument says too whether random layers draw
             layer.call = functools.partial(_with_current_statistics, layer.call)
         self._refuse_unusable()
         self.head_names, self._head, self._no_head, self._has_linear_head, self._unused_head = (), None, '', False, {}
-        self._find_head(*self._probe())
+        self._gathered = set()  # names of weights of which only some rows are used, as an Embedding's
+        self._find_head(*self._called(self._probe, ' where training=True'))
         self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
+
+    def _normalises(self, layer):
+        return type(layer).__name__.endswith('Normalization') or isinstance(layer, self._keras.layers.BatchNormalization)
+
+    def _normalises_or_draws(self, layer):
+        """Whether a layer, or one in it, normalises, or the network is random and the layer has seeds."""
+        seeds = set(map(id, self._seeds)) if self.random else set()
+        return any(map(self._normalises, layer._flatten_layers())) or any(id(variable) in seeds for variable in layer.variables)
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError if the network cannot be used with a config."""
@@ -202,6 +210,9 @@ class KerasNetwork:
         if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
             raise UserError(f'last layers are computed (--head_init, --logits, pre-training of all classes) in place of a Dense layer with '
                             f'bias and without activation, at whose input are vectors; {self.name} does not end in one')
+        extra = {*HEADS[config.head_init].extra} if config.head_init in HEADS else set()
+        if taken := (extra & self._weights.keys()).difference(self.head_names):
+            raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
         if config.engine in ('vmap', 'wide') and self.convolutional:
             raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
         if config.loss == 'xent' and self._normalised:
@@ -241,7 +252,9 @@ class KerasNetwork:
     def tensors_in_place(self, tensors, rows, stats_rows=None):
         """While entered, the model computes with the tensors; its own variables are neither read nor changed."""
         seeds = _seed_states(tensors[MASKS], len(self._seeds)) if MASKS in tensors else [tf.zeros([2], tf.int64)] * len(self._seeds)
-        values = [*((variable, tensors[name]) for name, variable in self._weights.items()), *self._constants, *zip(self._seeds, seeds)]
+        weights = ((variable, _with_dense_gradient(tensors[name]) if name in self._gathered else tensors[name])
+                   for name, variable in self._weights.items())
+        values = [*weights, *self._constants, *zip(self._seeds, seeds)]
         with exact_statistics(rows, stats_rows), self._keras.StatelessScope(values, collect_losses=True) as scope:
             yield scope
 
@@ -256,16 +269,20 @@ class KerasNetwork:
                     raise UserError(f'the model of {self.name} makes {shape} of {ROWS} rows, and must make {[ROWS, self._outputs]}')
             return model
 
-        try:
-            model = _isolated(make, self._keras, seed, self._dtype)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}: '
-                            f'{first_line(error)}') from error
+        model = self._called(lambda: _isolated(make, self._keras, seed, self._dtype))
         if not isinstance(model, self._keras.Model):
             raise UserError(f'{self.name} returns a {type(model).__name__}, and must return a keras.Model')
         return model
+
+    def _called(self, function, where=''):
+        """What a function returns that runs code of the user's."""
+        try:
+            return function()
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}{where}: '
+                            f'{first_line(error)}') from error
 
     def _refuse_unusable(self):
         """Refuses what the rest of the program cannot name, average or save."""
@@ -293,11 +310,14 @@ class KerasNetwork:
         tensors = {name: tf.identity(weight.value) for name, weight in self._weights.items()}
         training = {**tensors, MASKS: tf.zeros([3], tf.float64)}
         problems = self._problems_of_graph(tf.function(lambda: self.features(training, x), autograph=False).get_concrete_function().graph)
-        with watched(self.layers) as calls, tf.GradientTape() as tape:
+        with watched(self.layers) as calls, tf.GradientTape(persistent=True) as tape:
             tape.watch(tensors)
             with self.tensors_in_place(training, len(x)) as scope:
+                before = [scope.get_current_value(seed) for seed in self._seeds]
                 outputs = self._call(x, True)
+                self.random = any(scope.get_current_value(seed) is not value for seed, value in zip(self._seeds, before))
                 problems += ['it has losses of its own (add_loss, regularizers), which are not used here'] if self.model.losses else []
+        self._gathered = {name for name, gradient in tape.gradient(outputs, tensors).items() if isinstance(gradient, tf.IndexedSlices)}
         self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
         pair = [self._rows_with_statistics_of_others(tensors, tf.concat([x[:-1], last], axis=0)) for last in (x[-1:], x[-1:] + 1)]
         self._separates_rows = np.allclose(*pair, rtol=1e-4, atol=1e-5)
@@ -307,8 +327,8 @@ class KerasNetwork:
     def _problems_of_graph(self, graph):
         return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
                 'of a layer' for variable in graph.variables] + [
-                f'it draws random numbers by {operation.type}: use keras.random with a SeedGenerator'
-                for operation in graph.get_operations() if operation.type in RANDOM_OPERATIONS]
+                f'it draws random numbers by {kind}: use keras.random with a SeedGenerator'
+                for kind in sorted(_kinds_of_operations(graph) & RANDOM_OPERATIONS)]
 
     def _changed(self, scope, tensors):
         """The paths of variables that a call assigned to, without the moving averages of batch norm, which nothing reads."""
@@ -332,7 +352,7 @@ class KerasNetwork:
         reasons = {
             'has no weights': not names,
             'has several inputs': len(arguments) != 1 or not tf.is_tensor(arguments[0]),
-            'normalises or is random': self._norm_names & set(names) or set(map(id, layer.variables)) & set(map(id, self._seeds))}
+            'normalises or is random': self._normalises_or_draws(layer)}
         reason = next((text for text, holds in reasons.items() if holds), None)
         if not reason and any(gradient is not None for gradient in tape.gradient(arguments[0], [tensors[name] for name in names])):
             reason = 'shares its weights with another'
@@ -343,6 +363,12 @@ class KerasNetwork:
         self._has_linear_head = type(layer) is self._keras.layers.Dense and (
             layer.use_bias, layer.activation, len(arguments[0].shape)) == (True, self._keras.activations.linear, 2)
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)
+
+
+@tf.custom_gradient
+def _with_dense_gradient(x):
+    """x, whose gradient is a tensor, not the slices of one."""
+    return tf.identity(x), tf.convert_to_tensor
 
 
 @functools.cache
@@ -429,9 +455,15 @@ def watched(layers: Sequence[Any]) -> Iterator[list[tuple[Any, tuple, dict, Any]
             layer.call = call
 
 
+def _kinds_of_operations(graph):
+    """The kinds of the operations in a graph, and in the functions that it calls."""
+    functions = graph.as_graph_def().library.function
+    return {operation.type for operation in graph.get_operations()} | {node.op for function in functions for node in function.node_def}
+
+
 def _with_current_statistics(call, inputs, training=None, mask=None):
     """A call of Keras's batch norm as in training, where it takes the statistics of the current rows."""
-    return call(inputs, training=True, mask=mask)
+    return call(inputs, training=True, **({} if mask is None else {'mask': mask}))  # a subclass may have no mask
 
 
 def _remembering_input(seen, call, inputs, **kwargs):
@@ -517,10 +549,41 @@ def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf
     return COSINE_SCALE * tf.matmul(tf.math.l2_normalize(features, axis=1), tf.math.l2_normalize(matrix, axis=0))
 
 
+def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensors: Tensors) -> Tensors:
+    """Values for a model, {name: tensor}, from those of one that may have more outputs, of which the model makes the first.
+
+    Raises UserError if a network of one's own with fewer outputs would compute something else.
+    """
+    values = {name: tf.convert_to_tensor(tensors[name])[..., :variable.shape[-1]] if variable.shape.rank else tensors[name]
+              for name, variable in variables.items()}
+    if config.network and config.dim_output < wider.dim_output and not (
+            all(values[name].shape == variable.shape for name, variable in variables.items())
+            and _makes_the_first(config, values, wider, {name: tf.convert_to_tensor(value) for name, value in tensors.items()})):
+        raise UserError(f'{network_of(config).name} with {config.dim_output} outputs is another function than with {wider.dim_output}, as '
+                        'it was trained: give tasks of as many classes')
+    return values
+
+
+def _makes_the_first(config, values, wider, tensors):
+    """Whether a network with fewer outputs makes the first of those of the wider one, or where the last layer is computed, has the
+    same features."""
+    x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
+    models = (network_of(config), values), (network_of(wider), tensors)
+    made = [network.features(of_model, x) for network, of_model in models]
+    if config.head_init == 'learned':
+        made = [network.head(of_model, features)[:, :config.dim_output] for (network, of_model), features in zip(models, made)]
+    return made[0].shape == made[1].shape and np.allclose(*made, rtol=1e-4, atol=1e-5)
+
+
 def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:
     """The last layer of a network with so many outputs, initially: [features, outputs] and [outputs]."""
     network = network_of(dataclasses.replace(config, dim_output=outputs))
     weights = network.initial_weights(seed)
+    if config.network and config.dim_output != outputs:
+        usual = network_of(config).initial_weights(seed)
+        if network.head_names != network_of(config).head_names or any(
+                weights[name].shape[:-1] != usual[name].shape[:-1] for name in network.head_names):
+            raise UserError(f'the features of {network.name} depend on the number of outputs, so its last layer cannot have another number')
     return {name: weights[name] for name in network.head_names}
 
 

@@ -222,6 +222,103 @@ def test_fewer_outputs():
     np.testing.assert_allclose(fewer.predict(two, 0).post, model.predict(batch, 0).post[..., :2], rtol=1e-6)
 
 
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('parts, same', [
+    ([lambda outputs: layers.Dense(3 * outputs), lambda outputs: layers.Reshape((3, outputs)),
+      lambda outputs: layers.Lambda(lambda x: tf.reduce_sum(x, axis=1))], False),
+    ([lambda outputs: layers.Dense(2 * outputs), layers.Dense], False), ([layers.Dense, layers.Dense], False),
+    ([lambda outputs: layers.Dense(4), layers.Dense, lambda outputs: layers.Lambda(lambda x: 2 * x)], True)])
+def test_fewer_outputs_of_a_network_whose_width_depends_on_them(parts, same):
+    config = a_config()
+    model = MAML(config, seed=1, network=sequential(*parts))
+    x = a_batch(config, tasks=1).query_x
+    if same:
+        batch = a_batch(config, tasks=1)
+        fewer = batch._replace(support_y=batch.support_y[..., :2], query_y=batch.query_y[..., :2])
+        np.testing.assert_allclose(model.variant(dim_output=2).predict(fewer, 0).post, model.predict(batch, 0).post[..., :2], rtol=1e-6)
+        assert model.variant(dim_output=2).weights.keys() == model.weights.keys() and x.shape[-1] == config.dim_input
+    else:
+        with pytest.raises(UserError, match='with 2 outputs is another function than with 3, as it was trained'):
+            model.variant(dim_output=2)
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_shared_column_needs_features_that_do_not_depend_on_the_outputs():
+    with pytest.raises(UserError, match='depend on the number of outputs'):
+        MAML(a_config(head_init='shared'), network=sequential(lambda outputs: layers.Dense(2 * outputs), layers.Dense))
+
+
+class Positions(layers.Layer):
+    """Adds learned numbers, which it looks up."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = self.add_weight(shape=(9, 1), name='table')
+
+    def call(self, x):
+        return x + tf.gather(self.table, [3, 1, 3, 0])[:, 0]
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('changes', [{}, {'stop_grad': True}, {'outer': 'reptile'}, {'learn_lr': 'weight'}])
+def test_weights_that_are_looked_up(changes):
+    """Whose gradients TensorFlow has as slices: they are those of the same sum written as a product."""
+    class Product(Positions):
+        def call(self, x):
+            return x + (tf.one_hot([3, 1, 3, 0], 9, dtype=x.dtype) @ self.table)[:, 0]
+
+    results = []
+    for layer in Positions, Product:
+        network = sequential(lambda outputs: layers.Dense(4, 'tanh'), lambda outputs, layer=layer: layer(), layers.Dense)
+        config = dataclasses.replace(a_config(), network=network, num_updates=2, dtype='float64', **changes)
+        network_check.check(config)
+        model = MAML(config, seed=1)
+        assert bool(network_of(model.config)._gathered) == (layer is Positions)
+        for number, value in enumerate(model.weights.values()):
+            value.assign(tf.random.stateless_normal(value.shape, [number, 0], dtype=tf.float64))
+        batch = TaskBatch(*(tf.cast(part, tf.float64) for part in a_batch(config)))
+        results.append([*model.meta_gradients(batch).values()])
+        model.metatrain_step(batch)
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+class Plain(layers.BatchNormalization):
+    def call(self, inputs, training=None):
+        return super().call(inputs, training=training)
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_batch_norm_of_ones_own_is_one():
+    network = network_of(MAML(a_config(), network=sequential(lambda outputs: Plain(), layers.Dense)).config)
+    assert {name.split('/')[-1] for name in network.initial_norm_params()} == {'gamma', 'beta'}
+
+
+class NormalisingHead(layers.Layer):
+    def __init__(self, outputs):
+        super().__init__()
+        self.norm, self.linear = layers.BatchNormalization(center=False, scale=False), layers.Dense(outputs)
+
+    def call(self, x):
+        return 3 * self.linear(self.norm(x))
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_last_layer_that_normalises_has_the_statistics_of_the_query_norm():
+    network = sequential(lambda outputs: layers.Dense(4), NormalisingHead)
+    network_check.check(dataclasses.replace(a_config(), network=network))
+    assert network_of(MAML(a_config(), network=network).config).head_names == ()
+    with pytest.raises(UserError, match='normalises or is random'):
+        MAML(a_config(inner_weights='head'), network=network)
+
+
+@pytest.mark.usefixtures('eager')
+def test_recurrent_layers_without_dropout_are_not_random():
+    def lstm(dropout):
+        return sequential(lambda outputs: layers.Reshape((5, 1)), lambda outputs: layers.LSTM(4, dropout=dropout), layers.Dense)
+    assert [network_of(MAML(a_config(), network=lstm(dropout)).config).random for dropout in (0, 0.5)] == [False, True]
+
+
 def meta_objective(config, parameters, task):
     with tf.GradientTape() as tape:
         tape.watch(parameters)
@@ -328,6 +425,29 @@ def sequential(*parts):
     return lambda input_shape, outputs: keras.Sequential([keras.Input(input_shape), *(part(outputs) for part in parts)])
 
 
+def by_hand(function):
+    """A network of code that Keras calls with tensors only."""
+    class ByHand(keras.Model):
+        def __init__(self, outputs):
+            super().__init__()
+            self.linear = layers.Dense(outputs)
+
+        def call(self, x):
+            return self.linear(function(x))
+
+    return lambda input_shape, outputs: ByHand(outputs)
+
+
+def hidden_head(input_shape, outputs):
+    x = inputs = keras.Input(input_shape)
+    return keras.Model(inputs, layers.Dense(outputs, name='logits')(layers.Dense(4, name='head')(x)))
+
+
+@tf.function
+def noise(x):
+    return x + tf.random.normal([1])
+
+
 @pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('function, changes, words', [
     (lambda shape, outputs: 3, {}, 'returns a int, and must return a keras.Model'),
@@ -343,6 +463,10 @@ def sequential(*parts):
     (a_network(functools.partial(layers.Dense, 4, kernel_regularizer='l2')), {}, 'losses of its own'),
     (a_network(functools.partial(layers.Dense, 4, kernel_constraint='non_neg')), {}, 'has a constraint'),
     (a_network(functools.partial(layers.Lambda, lambda x: x + tf.random.normal([1]))), {}, 'RandomStandardNormal'),
+    (by_hand(noise), {}, 'RandomStandardNormal'),
+    (by_hand(lambda x: x if tf.reduce_mean(x) > 100 else 2 * x), {}, ' where training=True: '),
+    (by_hand(lambda x: x + x.numpy().mean()), {}, 'raises AttributeError where training=True'),
+    (hidden_head, {'head_init': 'ridge'}, 'head/bias is a name that --head_init=ridge uses itself'),
     (a_network(functools.partial(layers.BatchNormalization, renorm=True)), {}, 'renorm'),
     (a_network(functools.partial(layers.Dense, 4, name='lr')), {}, 'a name that this program uses itself'),
     (sequential(lambda outputs: layers.Dense(outputs, 'softmax')), {}, 'must make logits'),
