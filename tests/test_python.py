@@ -123,11 +123,37 @@ def test_tables_in_their_own_units(targets, small_data, tmp_path):
     (np.zeros([0, 28, 28, 1], np.uint8), [], 'at least 1'),
     (np.zeros([4, 28, 28, 1], np.uint8), [0, 0, 0, 0], 'must name 2 to 5 classes'),
     (np.zeros([6, 28, 28, 1], np.uint8), range(6), 'must name 2 to 5 classes'),
-    (np.zeros([2, 28, 28, 1], np.uint8), np.eye(2), 'one for each row')])
+    (np.zeros([2, 28, 28, 1], np.uint8), np.eye(2), 'one for each row'),
+    (np.full([2, 28, 28, 1], np.nan), [0, 1], 'not finite'),
+    (np.zeros([2, 28, 28, 1], np.uint8), 5., 'support_y is one float'),
+    (np.zeros([2, 28, 28, 1], np.uint8), [[0], [0, 1]], 'different shapes'),
+    (np.zeros([2, 28, 28, 1], np.uint8), [0., np.nan], 'by a number or a text'),
+    (np.zeros([2, 28, 28, 1], np.uint8), [None, 'a'], 'by a number or a text'),
+    (np.zeros([2, 28, 28, 1], np.uint8), [b'a', b'b'], 'by a number or a text')])
 def test_refusals(learner, x, y, words):
     with pytest.raises(UserError) as error:
         learner.adapt(x, y)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize('updates', [-1, 2.5, '3'])
+def test_numbers_of_updates_that_cannot_be(learner, drawings, updates):
+    for function in lambda: load(OMNIGLOT, updates=updates), lambda: learner.adapt(drawings[0], drawings[2], updates=updates):
+        with pytest.raises(UserError, match='must be a whole number, 0 or more'):
+            function()
+
+
+def test_nothing_to_predict(drawings):
+    for query_norm in 'support', 'batch', 'each':
+        predictor = load(OMNIGLOT, query_norm=query_norm).adapt(drawings[0], drawings[2])
+        assert predictor(drawings[1][:0]).shape == (0, 3)
+
+
+def test_predictions_of_a_model_that_diverged(drawings):
+    learner = load(SINE, updates=1)
+    learner.model.weights['w1'].assign(learner.model.weights['w1'] * 1e30)
+    with pytest.raises(UserError, match='the adaptation diverged'):
+        learner.adapt(np.ones([3, 1]), np.ones(3))(np.ones([2, 1]))
 
 
 def test_what_cannot_be_loaded(tmp_path):

@@ -51,7 +51,7 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
     if checkpoint is not None:
         flags += ['--ensemble=1', '--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}']
     if updates is not None:
-        flags.append(f'--test_updates={updates}')
+        flags.append(f'--test_updates={checked_updates(updates)}')
     request = resolve(parse(['load', *flags]))
     source, tasks = source_and_tasks(request)
     if not source.supervised:
@@ -90,12 +90,14 @@ class Learner:
 
         Raises UserError if arrays have another shape than the source's, or there are more classes than outputs.
         """
-        x, labels = self._inputs.rows(support_x), np.asarray(support_y)
+        x, labels = self._inputs.rows(support_x), as_array(support_y, 'support_y')
         if len(x) != len(labels) or not len(x):
             raise UserError(f'support_x has {len(x)} rows and support_y {len(labels)}; they must have the same number, '
                             'at least 1')
         if self._run.model.loss == 'mse':
             return self.adapt_rows(x, self._inputs.targets(labels, self.num_outputs), None, updates)
+        if labels.dtype.kind not in 'biufU' or labels.dtype.kind == 'f' and not np.isfinite(labels).all():
+            raise UserError(f'support_y is {labels.dtype}, and must name the class of each row by a number or a text')
         names, indices = np.unique(labels, return_inverse=True)
         if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
             raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape '
@@ -109,8 +111,26 @@ class Learner:
         shape = {'dim_output': len(classes), 'update_batch_size': len(x) / len(classes)} if classes else {}
         model = self.model.variant(query_norm=self._run.query_norms[0], **shape)
         members = model.members() if isinstance(model, Ensemble) else [model]
-        updates = self.updates if updates is None else updates
+        updates = self.updates if updates is None else checked_updates(updates)
         return Predictor(model.config, [adapted_tensors(member, x, y, updates) for member in members], x, classes, self._inputs)
+
+
+def checked_updates(updates: int) -> int:
+    """A number of inner steps; raises UserError if it is none."""
+    if not isinstance(updates, (int, np.integer)) or updates < 0:
+        raise UserError(f'updates={updates!r} must be a whole number, 0 or more')
+    return int(updates)
+
+
+def as_array(values: Sequence, name: str) -> np.ndarray:
+    """An array with an axis of rows; raises UserError if the values are none."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UserError(f'{name} is no array: its rows have different shapes') from error
+    if not array.ndim:
+        raise UserError(f'{name} is one {type(values).__name__}, and must have rows')
+    return array
 
 
 def adapted_tensors(model: MAML, x: np.ndarray, y: np.ndarray, updates: int) -> dict[str, np.ndarray]:
@@ -142,13 +162,20 @@ class Predictor:
     inputs: Inputs                        # how arrays become rows of the network
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; errors as of `adapt`."""
-        return self.of_rows(self.inputs.rows(x))
+        """Probabilities of the classes, [rows, classes], or targets in their own units, [rows, targets]; errors as of `adapt`, or if the
+        adaptation diverged."""
+        predictions = self.of_rows(self.inputs.rows(x))
+        if not np.isfinite(predictions).all():
+            raise UserError('the adaptation diverged, so there are no predictions: lower the number of updates, or train with another step '
+                            'size')
+        return predictions
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """As by a call, of rows as the network has them, [rows, dim_input]."""
         from scipy.special import softmax
-        parts = 1 if self.config.query_norm == 'batch' else -(-len(rows) // ROWS_AT_A_TIME) or 1
+        if not len(rows):
+            return np.zeros((0, self.config.dim_output), np.float32)
+        parts = 1 if self.config.query_norm == 'batch' else -(-len(rows) // ROWS_AT_A_TIME)
         outputs = np.concatenate([np.mean([self._outputs(part, tensors) for tensors in self.members], axis=0)
                                   for part in np.array_split(rows, parts)])
         return self.inputs.restore_targets(outputs) if self.classes is None else softmax(outputs, axis=-1)
@@ -177,6 +204,7 @@ def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> 
     function that made its network, if that is one's own: the file does not hold code."""
     import_tensorflow()
     from maml import ModelConfig
+    from networks import network_of
     try:
         require_regular_file(path)
         with np.load(path, allow_pickle=False) as file:
@@ -192,7 +220,12 @@ def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> 
             raise UserError(f'{os.fspath(path)} has a network made by {made_by}')
         columns = checked(Columns | None, facts['inputs'].pop('columns'), 'columns')
         inputs = Inputs(**facts['inputs'], columns=columns)
-        return Predictor(ModelConfig(**{**fields, 'network': network}), list(members.values()), support_x, facts['classes'], inputs)
+        config = ModelConfig(**{**fields, 'network': network})
+        of_network = {*network_of(config).initial_norm_params(), *network_of(config).initial_weights(0)} if network else set()
+        missing = sorted(of_network - members[0].keys())
+        if missing:
+            raise UserError(f'{os.fspath(path)} has no {missing[0]}, a weight of network=: it was made by another function')
+        return Predictor(config, list(members.values()), support_x, facts['classes'], inputs)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f'{os.fspath(path)} cannot be read, or Predictor.save did not write it '
                         f'({type(error).__name__}: {error})') from error
@@ -207,12 +240,14 @@ class Inputs(NamedTuple):
 
     def rows(self, x: np.ndarray) -> np.ndarray:
         """float32 [rows, dim_input]; raises UserError if x has another shape, or numbers out of range."""
-        x = np.asarray(x)
+        x = as_array(x, 'the array')
         shape = list(self.image_shape or [self.dim_input])
         if x.dtype.kind not in 'buif' or x.ndim == 0 or list(x.shape[1:]) not in (shape, shape[:-1] if shape[-1] == 1 else shape):
             raise UserError(f'the array is {x.dtype} {list(x.shape)}, and must be numbers of shape '
                             f'[rows, {", ".join(map(str, shape))}]')
         x = x.reshape(len(x), self.dim_input)
+        if not np.isfinite(x).all():
+            raise UserError('the array has numbers that are not finite')
         if self.columns:
             return self.columns.standardise(x.astype(float))
         if self.image_shape:
@@ -228,6 +263,8 @@ class Inputs(NamedTuple):
         y = y[:, None] if y.ndim == 1 else y
         if y.dtype.kind not in 'buif' or y.shape[1:] != (count,):
             raise UserError(f'support_y is {y.dtype} {list(y.shape)}, and must be numbers of shape [rows, {count}]')
+        if not np.isfinite(y).all():
+            raise UserError('support_y has numbers that are not finite')
         return Columns(self.columns.targets).standardise(y.astype(float)) if self.columns else y.astype(np.float32)
 
     def restore_targets(self, outputs: np.ndarray) -> np.ndarray:
