@@ -12,10 +12,12 @@ import run_files  # noqa: F401  (puts the program on the path)
 from matplotlib.figure import Figure
 
 import main  # noqa: F401  (declares the flags)
+from data_generator import SOURCES
 from runtime.cli import stored_run
 from runtime.jobs.journal import CONSOLE
 from runtime.results import plots
 from runtime.results.collect import result_directories, split_name
+from runtime.system.errors import UserError
 
 WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
@@ -56,8 +58,11 @@ def console_log(folder: str) -> tuple[str, int]:
     directories = result_directories(folder, [CONSOLE])
     if len(directories) != 1:
         sys.exit(f'{folder} should hold one {CONSOLE}, and holds {len(directories)}')
+    flags = stored_run.read(directories[0])
+    if flags['targets'] or flags['datasource'] != 'table' and SOURCES[flags['datasource']].loss != 'xent':
+        sys.exit(f'{folder} is not of classification: its validations are no accuracies')
     with open(os.path.join(directories[0], CONSOLE), encoding='utf-8') as file:
-        return file.read(), stored_run.read(directories[0])['pretrain_iterations']
+        return file.read(), flags['pretrain_iterations']
 
 
 if __name__ == '__main__':
@@ -65,4 +70,7 @@ if __name__ == '__main__':
     parser.add_argument('path', help='the picture')
     parser.add_argument('runs', nargs='+', help="run folders, 'name=folder'")
     options = parser.parse_args()
-    draw({label or folder: console_log(folder) for label, folder in map(split_name, options.runs)}, options.path)
+    try:
+        draw({label or folder: console_log(folder) for label, folder in map(split_name, options.runs)}, options.path)
+    except (UserError, ValueError) as error:  # ValueError: of a suffix that matplotlib does not know
+        sys.exit(f'curves.py: {error}')

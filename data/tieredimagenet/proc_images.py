@@ -135,7 +135,8 @@ def main() -> None:
     parser.add_argument('--channels', choices=['bgr', 'rgb'], default='bgr',
                         help='order of the colours in .npz files: most were unpacked by OpenCV, blue first (default: %(default)s)')
     args = parser.parse_args()
-    download.fetch('tieredimagenet', args)
+    recipe = f'channels={args.channels}'
+    download.fetch('tieredimagenet', args, recipe)
     rows = read_classes(os.path.join(HERE, 'classes.csv'))
     lists = {}
     for split in SPLITS:
@@ -149,7 +150,7 @@ def main() -> None:
               for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
     elsewhere = [] if os.path.realpath(args.source) == os.path.realpath(args.destination) else [args.source]
     pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
-         recipe=f'channels={args.channels}', inputs=list(filter(os.path.exists, inputs)) or elsewhere)
+         recipe=recipe, inputs=list(filter(os.path.exists, inputs)) or elsewhere)
 
 
 if __name__ == '__main__':
