@@ -145,6 +145,6 @@ def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_
     assert tags['_hparams_/session_start_info'] == 'hparams'
     assert tags['metaval_updates'] == tags['metaval_tasks'] == 'images'
     run_ok(*flags, '--train=False', '--test_set=True')
-    tags = seen(directory / 'evaluation_test_model2')
+    tags = seen(directory / 'evaluation_test_model2_5tasks')
     assert tags['test_updates'] == tags['test_tasks'] == 'images' and tags['_hparams_/session_start_info'] == 'hparams'
     assert tags[f'test_Post-update {"loss" if source == "sinusoid" else "accuracy"}, step 10'] == 'scalars'
