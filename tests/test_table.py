@@ -131,5 +131,8 @@ def test_validations_of_a_console_log(tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'console.log').write_text(log)
     (tmp_path / 'run' / 'run.flags').write_text('')
+    with pytest.raises(SystemExit, match='is not of classification'):
+        curves.console_log(str(tmp_path))
+    (tmp_path / 'run' / 'run.flags').write_text('--datasource=omniglot\n')
     curves.draw({'a': curves.console_log(str(tmp_path))}, str(tmp_path / 'curves.png'))
     assert (tmp_path / 'curves.png').stat().st_size > 5000
