@@ -394,8 +394,9 @@ class MAML:
 
     def copy_parameters(self, other: MAML) -> None:
         """Copies weights and all other parameters from another MAML, which may have more outputs; see `variant`."""
-        for name, value in narrowed(self.config, self.parameters(), other.config, other.parameters()).items():
-            self.parameters()[name].assign(value)
+        variables = self.parameters()
+        for name, value in narrowed(self.config, variables, other.config, other.parameters()).items():
+            variables[name].assign(value)
 
     def train_steps(self, phase: str, batches: TaskBatch, iteration: int = 0, stopping: bool = False) -> Tensors:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.

@@ -194,6 +194,11 @@ class KerasNetwork:
         self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
 
+    @property
+    def head_inputs(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape without the outputs} of the tensors of the last layer."""
+        return {name: tuple(self._weights[name].shape[:-1]) for name in self.head_names}
+
     def _normalises(self, layer):
         return type(layer).__name__.endswith('Normalization') or isinstance(layer, self._keras.layers.BatchNormalization)
 
@@ -554,11 +559,11 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
 
     Raises UserError if a network of one's own with fewer outputs would compute something else.
     """
-    values = {name: tf.convert_to_tensor(tensors[name])[..., :variable.shape[-1]] if variable.shape.rank else tensors[name]
+    values = {name: tensors[name] if variable.shape == tensors[name].shape else tensors[name][..., :variable.shape[-1]]
               for name, variable in variables.items()}
     if config.network and config.dim_output < wider.dim_output and not (
             all(values[name].shape == variable.shape for name, variable in variables.items())
-            and _makes_the_first(config, values, wider, {name: tf.convert_to_tensor(value) for name, value in tensors.items()})):
+            and _makes_the_first(config, values, wider, tensors)):
         raise UserError(f'{network_of(config).name} with {config.dim_output} outputs is another function than with {wider.dim_output}, as '
                         'it was trained: give tasks of as many classes')
     return values
@@ -569,6 +574,7 @@ def _makes_the_first(config, values, wider, tensors):
     same features."""
     x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
     models = (network_of(config), values), (network_of(wider), tensors)
+    models = [(network, tf.nest.map_structure(tf.convert_to_tensor, of_model)) for network, of_model in models]
     made = [network.features(of_model, x) for network, of_model in models]
     if config.head_init == 'learned':
         made = [network.head(of_model, features)[:, :config.dim_output] for (network, of_model), features in zip(models, made)]
@@ -579,11 +585,8 @@ def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:
     """The last layer of a network with so many outputs, initially: [features, outputs] and [outputs]."""
     network = network_of(dataclasses.replace(config, dim_output=outputs))
     weights = network.initial_weights(seed)
-    if config.network and config.dim_output != outputs:
-        usual = network_of(config).initial_weights(seed)
-        if network.head_names != network_of(config).head_names or any(
-                weights[name].shape[:-1] != usual[name].shape[:-1] for name in network.head_names):
-            raise UserError(f'the features of {network.name} depend on the number of outputs, so its last layer cannot have another number')
+    if config.network and network.head_inputs != network_of(config).head_inputs:
+        raise UserError(f'the features of {network.name} depend on the number of outputs, so its last layer cannot have another number')
     return {name: weights[name] for name in network.head_names}
 
 
