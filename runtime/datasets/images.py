@@ -164,10 +164,9 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
 def _with_scaled_transparency(image):
     """An opened image. Pillow scales the pixels of PNG files of 2, 4 or 3 x 16 bits to 8 bits, but not the transparent value."""
     kind = image.tile[0][3] if image.format == 'PNG' and image.tile else None
-    if kind in ('L;2', 'L;4') and 'transparency' in image.info:
-        image.info['transparency'] *= {'L;2': 85, 'L;4': 17}[kind]
-    if kind == 'RGB;16B' and 'transparency' in image.info:
-        image.info['transparency'] = tuple(value >> 8 for value in image.info['transparency'])
+    scaled = {'L;2': lambda grey: 85 * grey, 'L;4': lambda grey: 17 * grey, 'RGB;16B': lambda colour: tuple(value >> 8 for value in colour)}
+    if kind in scaled and 'transparency' in image.info:
+        image.info['transparency'] = scaled[kind](image.info['transparency'])
     return image
 
 

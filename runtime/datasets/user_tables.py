@@ -50,9 +50,9 @@ def read_user_tables(source: Source, support_csv: str, query_csv: str) -> UserTa
 
 def _has_targets(queries: Sheet, columns: Columns) -> np.ndarray:
     """Whether each row has all targets of the model, bool [rows]; an empty cell is not known."""
-    known = bool(columns.targets) and set(columns.targets) <= set(queries.columns)
-    places = [queries.columns.index(name) for name in columns.targets] if known else []
-    return np.array([known and all(row[place].strip() for place in places) for row in queries.rows])
+    has_columns = bool(columns.targets) and set(columns.targets) <= set(queries.columns)
+    places = [queries.columns.index(name) for name in columns.targets] if has_columns else []
+    return np.array([has_columns and all(row[place].strip() for place in places) for row in queries.rows])
 
 
 def _classes(support: Sheet, column: str) -> list[str]:

@@ -334,8 +334,7 @@ def _of_another_run(run, model):
     method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
     iterations, pretrained = record.get('iteration'), record.get('pretrain_iterations', 0)
     trained_for = None if iterations is None else (min(iterations, pretrained), max(iterations - pretrained, 0))
-    here = run.learning_flags
-    adapted_by = {name: here[name] for name in ADAPTATION if learnt and name in here and here[name] != flags[name]}
+    adapted_by = {name: value for name, value in run.learning_flags.items() if name in ADAPTATION and learnt and value != flags[name]}
     return Restored(model, run.load_from, iterations, flags['datasource'], record.get('provenance'), {run.load_from: checkpoint.checksum},
                     method=method, trained_for=trained_for, flags=flags, adapted_by=adapted_by)
 

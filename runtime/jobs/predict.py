@@ -80,11 +80,11 @@ def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
 def of_targets(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
     """Predictions of targets, in their own units, [queries, targets]."""
     summary = ''
-    known = np.asarray(task.has_answer)
-    if known.any():
-        errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float)))[known] ** 2, axis=0))
+    answered = np.asarray(task.has_answer)
+    if answered.any():
+        errors = np.sqrt(np.mean((values - columns.restore_targets(task.batch.query_y[0].astype(float)))[answered] ** 2, axis=0))
         texts = [f'{name} {error:.6g}' for name, error in zip(columns.targets, errors)]
-        rows = '' if known.all() else f' of the {counted(int(known.sum()), "row")} with targets'
+        rows = '' if answered.all() else f' of the {counted(int(answered.sum()), "row")} with targets'
         summary = f'Root mean squared error{rows}: {", ".join(texts)}\n'
     cells = [[f'{value:.6g}' for value in row] for row in values]
     lines = [', '.join(f'{name} {cell}' for name, cell in zip(columns.targets, row)) for row in cells]

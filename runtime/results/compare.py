@@ -287,8 +287,7 @@ def _beyond_the_flags(evaluation):
     if setting.load_from:
         values['load_from'] = setting.load_from
     return {**values, 'head': setting.head, 'labels': setting.orders_text, 'adapted_by': setting.adapted_by,
-            'test_updates': setting.test_updates,
-            'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
+            'test_updates': setting.test_updates, 'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
 
 
 def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
