@@ -22,9 +22,9 @@ def read_parts(path: str) -> dict[str, tuple[str, dict]]:
         contents = {name: read_part(os.path.join(path, name)) for name in PARTS if os.path.exists(os.path.join(path, name))}
     else:
         contents = read_tar_members(path, PARTS, limit=512 * MEGABYTE)
-    for name in PARTS:
-        if name not in contents:
-            sys.exit(f'{path} has no file {name}; download CIFAR-100 again')
+    missing = [name for name in PARTS if name not in contents]
+    if missing:
+        sys.exit(f'{path} has no file {", ".join(missing)}; download CIFAR-100 again')
     return {name: (f'{name} in {path}', load_pickle(contents[name], f'{name} in {path}')) for name in PARTS}
 
 

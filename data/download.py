@@ -41,7 +41,7 @@ class File(NamedTuple):
     name: str
     bytes: int | None      # None: not known
     algorithm: str         # of the digest: 'sha256' | 'md5'
-    digest: str            # hexadecimal
+    digest: str            # hexadecimal; '': not known
     urls: tuple[str, ...]  # its origin, then mirrors; (): it must be downloaded manually
     page: str              # where it is described, and its terms
 
@@ -159,7 +159,8 @@ def _file(row):
     urls = tuple(row['urls'].split())
     if not re.fullmatch(r'[\w.-]+', row['file']) or row['file'].startswith('.'):
         raise ValueError(f'{row["file"]!r} is not the name of a file')
-    if not re.fullmatch('[0-9a-f]+', row[algorithm]) or len(row[algorithm]) != 2 * hashlib.new(algorithm).digest_size:
+    size_of_digest = 2 * hashlib.new(algorithm).digest_size
+    if (row[algorithm] or urls) and not re.fullmatch(f'[0-9a-f]{{{size_of_digest}}}', row[algorithm]):
         raise ValueError(f'{row["file"]} has no {algorithm} of hexadecimal digits')
     if not all(url.startswith(('http://', 'https://')) for url in urls):
         raise ValueError(f'a URL of {row["file"]} begins with neither http:// nor https://')
@@ -171,7 +172,10 @@ def check_by_hand(files: Sequence[File], folder: str) -> None:
     for file in files:
         path = os.path.join(folder, file.name)
         if not os.path.isfile(path):
-            print(f'{file.name} must be downloaded by hand: if you need it, get it from {file.page} and put it into {folder}')
+            known = f'; its {file.algorithm} is {file.digest}' if file.digest else ''
+            print(f'{file.name} must be downloaded by hand: if you need it, get it from {file.page} and put it into {folder}{known}')
+        elif not file.digest:
+            print(f'{path} has no recorded checksum; its contents will be validated')
         else:
             wrong = difference(path, file)
             print(f'{path} does not match the recorded checksum ({wrong}); its contents will be validated anyway' if wrong else

@@ -31,13 +31,13 @@ def read_digits(args: argparse.Namespace) -> tuple[list[np.ndarray], list[str]]:
 
     Raises SystemExit if a file is missing, damaged, or of other counts.
     """
-    images, labels, paths = [], [], []
-    for part, count in PARTS.items():
-        for arrays, name, shape in (images, 'images-idx3', (count, SIDE, SIDE)), (labels, 'labels-idx1', (count,)):
-            paths.append(find_idx(args, f'{part}-{name}-ubyte'))
-            arrays.append(read_idx(paths[-1], shape))
+    images, labels = [], []
+    paths = find_idx(args, [f'{part}-{name}-ubyte' for part in PARTS for name in ('images-idx3', 'labels-idx1')])
+    for number, count in enumerate(PARTS.values()):
+        images.append(read_idx(paths[2 * number], (count, SIDE, SIDE)))
+        labels.append(read_idx(paths[2 * number + 1], (count,)))
         if labels[-1].max() > 9:
-            sys.exit(f'{paths[-1]} holds a label {labels[-1].max()}; download MNIST again')
+            sys.exit(f'{paths[2 * number + 1]} holds a label {labels[-1].max()}; download MNIST again')
     images, labels = np.concatenate(images), np.concatenate(labels)
     digits = [images[labels == digit] for digit in range(10)]
     if not all(map(len, digits)):
@@ -46,13 +46,17 @@ def read_digits(args: argparse.Namespace) -> tuple[list[np.ndarray], list[str]]:
     return digits, paths
 
 
-def find_idx(args: argparse.Namespace, name: str) -> str:
-    """The path of an idx file in args.source, or else of <name>.gz; after --download of <name>.gz, which has been checked."""
-    names = [name + '.gz', name] if args.download else [name, name + '.gz']
-    path = next((path for path in (os.path.join(args.source, file) for file in names) if os.path.exists(path)), None)
-    if path is None:
-        sys.exit(f'{args.source} holds neither {name} nor {name}.gz; fetch MNIST by --download, or name its folder with --source')
-    return path
+def find_idx(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """The paths of idx files in args.source, or else of <name>.gz; after --download of <name>.gz, which has been checked.
+
+    Raises SystemExit if files are missing.
+    """
+    endings = ('.gz', '') if args.download else ('', '.gz')
+    paths = [next(filter(os.path.exists, (os.path.join(args.source, name + ending) for ending in endings)), None) for name in names]
+    missing = [f'neither {name} nor {name}.gz' for name, path in zip(names, paths) if path is None]
+    if missing:
+        sys.exit(f'{args.source} holds {", ".join(missing)}; fetch MNIST by --download, or name its folder with --source')
+    return paths
 
 
 def read_idx(path: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -405,8 +405,11 @@ def test_ctrl_c_keeps_what_has_come(server, cifar_table, tmp_path):
 
 def test_what_must_be_fetched_by_hand(tmp_path):
     (tmp_path / 'images.zip').write_bytes(b'not the known file')
+    (tmp_path / 'mini-imagenet-cache-validation.pkl').write_bytes(b'of which no checksum is known')
     process = subprocess.run(command('miniImagenet/proc_images.py', '--source', tmp_path), capture_output=True, text=True)
     assert 'mini-imagenet-cache-train.pkl must be downloaded by hand: if you need it, get it from https://' in process.stdout
+    assert 'mini-imagenet-cache-val.pkl must be' in process.stdout and 'its md5 is f87ddf9b5211920dd73520274371eb6a\n' in process.stdout
+    assert 'mini-imagenet-cache-validation.pkl has no recorded checksum; its contents will be validated\n' in process.stdout
     assert 'images.zip does not match the recorded checksum (expected the md5 987d2dfe' in process.stdout
     assert process.returncode == 1 and 'images.zip is damaged' in process.stderr
 

@@ -287,4 +287,5 @@ def test_digits_that_are_missing(small_mnist, tmp_path, monkeypatch):
 def test_the_scripts(source, tmp_path):
     process = subprocess.run([sys.executable, os.path.join(ROOT, 'data', source, 'proc_images.py'), '--source', tmp_path],
                              capture_output=True, text=True)
-    assert process.returncode == 1 and process.stderr.startswith(f'{tmp_path} holds neither train-images-idx3-ubyte'), process.stderr
+    assert process.returncode == 1 and process.stderr.startswith(f'{tmp_path} holds neither train-images-idx3-ubyte nor'), process.stderr
+    assert 'neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz; fetch' in process.stderr

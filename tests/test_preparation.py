@@ -223,6 +223,12 @@ def test_line_ends_marks_spaces_and_unicode(mini, download):
     assert process.returncode == 0 and f'train/{ROWS[0][2]}/{awkward}' in prepared and len(prepared) == len(ROWS)
 
 
+def test_each_missing_pickle_is_named(tmp_path):
+    (tmp_path / 'mini-imagenet-cache-validation.pkl').write_bytes(b'')
+    said = refusal('miniImagenet', '--source', tmp_path)
+    assert f'{tmp_path} lacks mini-imagenet-cache-train.pkl, mini-imagenet-cache-test.pkl: put all three there' in said
+
+
 def test_from_the_cached_pickles(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), np.uint8)
     for split, protocol, key in zip(SPLITS, (2, 4, 5), (str, str.encode, str)):
@@ -403,7 +409,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize('change, words', [
-    (lambda parts, _: parts.pop('meta'), ['has no file meta']),
+    (lambda parts, _: [parts.pop('meta'), parts.pop('test')], ['has no file test, meta']),
     (lambda parts, _: parts.update(train=pickle.dumps(parts['train'])[:-5000]), ['train in', 'cannot be read as a pickle']),
     (lambda parts, _: parts.update(train=b''), ['cannot be read as a pickle']),
     (lambda parts, _: parts.update(train=pickle.dumps([1, 2])), ['holds a list instead of a dict']),

@@ -162,9 +162,9 @@ def test_verified_idx_files_come_before_unpacked_ones(tmp_path):
     for name in 'a-ubyte', 'a-ubyte.gz':
         (tmp_path / name).touch()
     args = preparation.arguments('', '', '').parse_args(['--source', str(tmp_path)])
-    assert mnist.find_idx(args, 'a-ubyte') == str(tmp_path / 'a-ubyte')
+    assert mnist.find_idx(args, ['a-ubyte']) == [str(tmp_path / 'a-ubyte')]
     args.download = True
-    assert mnist.find_idx(args, 'a-ubyte') == str(tmp_path / 'a-ubyte.gz')
+    assert mnist.find_idx(args, ['a-ubyte']) == [str(tmp_path / 'a-ubyte.gz')]
 
 
 # Another source

@@ -127,6 +127,18 @@ def test_from_pickles(dump, source, prepare, tmp_path, capsys):
     assert '6 classes have another number of images than they should' in printed.err
 
 
+@pytest.mark.parametrize('rename', [
+    lambda folder: [path.rename(folder / f'tiered-imagenet-{path.name}') for path in list(folder.iterdir())],  # Zenodo's names
+    lambda folder: [folder.rename(folder.parent / 'tiered-imagenet'), folder.mkdir(),
+                    (folder.parent / 'tiered-imagenet').rename(folder / 'tiered-imagenet')]],  # as Ren's archive unpacks
+    ids=['zenodo', 'unpacked'])
+def test_pickles_elsewhere(rename, source, prepare, tmp_path):
+    source.pickled()
+    rename(source.folder)
+    assert prepare('--allow_missing') is None
+    check(tmp_path / 'prepared')
+
+
 def test_from_npz_files(source, prepare, tmp_path):
     source.npz()
     assert prepare('--allow_missing') is None
@@ -260,6 +272,7 @@ def test_the_script_says_where_to_get_it(tmp_path):
     (tmp_path / 'tiered_imagenet.tar').write_bytes(b'no tar file')
     process = subprocess.run([sys.executable, PATH, '--download', '--source', tmp_path], capture_output=True, text=True)
     assert process.returncode == 1 and 'tiered-imagenet.tar must be downloaded by hand' in process.stdout, process.stderr
+    assert 'its md5 is e07e811b' in process.stdout
     assert 'tiered_imagenet.tar does not match the recorded checksum' in process.stdout
     assert 'holds neither train_images_png.pkl nor train_images.npz nor folders' in process.stderr
 

@@ -165,17 +165,16 @@ def find_pickle(source: str, split: str) -> str | None:
 
 def from_pickles(args: argparse.Namespace) -> Contents:
     """Pictures from the three cached pickles; returns as `from_images`."""
-    pictures, paths = [], []
-    for split in SPLITS:
-        path = find_pickle(args.source, split)
-        if path is None:
-            sys.exit(f'{os.path.join(args.source, f"mini-imagenet-cache-{split}.pkl")} is missing')
-        paths.append(path)
+    pictures, paths = [], {split: find_pickle(args.source, split) for split in SPLITS}
+    missing = [f'mini-imagenet-cache-{split}.pkl' for split, path in paths.items() if path is None]
+    if missing:
+        sys.exit(f'{args.source} lacks {", ".join(missing)}: put all three there; --download says where they are')
+    for split, path in paths.items():
         images, members = read_pickle(path)
         pictures += [Picture(f'{split}/{label}/{label}{number:08d}.png',
                              lambda image=images[index]: encode(Image.fromarray(image)))
                      for label, indices in sorted(members.items()) for number, index in enumerate(indices)]
-    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), [], paths
+    return pictures, dict.fromkeys(class_list(), IMAGES_PER_CLASS), [], list(paths.values())
 
 
 def read_pickle(path: str) -> tuple[np.ndarray, dict[str, list[int]]]:

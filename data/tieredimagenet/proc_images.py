@@ -3,7 +3,8 @@
 Put into data/tieredimagenet/ one of
 
     {train,val,test}_images_png.pkl and {train,val,test}_labels.pkl, of Ren's tiered-imagenet.tar
-        (https://github.com/renmengye/few-shot-ssl-public) or of https://zenodo.org/record/7978538
+        (https://github.com/renmengye/few-shot-ssl-public), or the same files of https://zenodo.org/record/7978538, whose names begin
+        with tiered-imagenet-
     {train,val,test}_images.npz and {train,val,test}_labels.pkl, which others unpacked the former to
     folders {train,val,test}/<wnid>/ of images (as of https://github.com/icoz69/DeepEMD)
     your own ILSVRC2012: a folder train/<wnid>/ of the original images, of which 608 folders are read
@@ -40,6 +41,9 @@ from runtime.system.files import open_regular  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')
+FILES = '_images_png.pkl', '_images.npz', '_labels.pkl'  # of a split, after its name
+PREFIXES = '', 'tiered-imagenet-'                        # before it; the second is Zenodo's
+UNPACKED = 'tiered-imagenet', 'tiered_imagenet'          # the folders in Ren's and DeepEMD's archives
 Rows = list[dict[str, str]]    # of classes.csv
 Lists = dict[str, ImageList]   # by class
 
@@ -51,11 +55,17 @@ def decode(content: bytes) -> np.ndarray:
         return np.asarray(pixels if pixels.size == SHAPE[:2] else pixels.resize(SHAPE[:2], Image.Resampling.LANCZOS))
 
 
+def file_of(source: str, split: str, end: str) -> str:
+    """The path of a split's file under the first of the names that it may have and that is there; under its first name if none is."""
+    paths = [os.path.join(source, prefix + split + end) for prefix in PREFIXES]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 # Each of these returns {class: ImageList} of a split, or None where the source has nothing of its kind.
 
 def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of PNG files in a pickled list, which are read directly from it."""
-    path = os.path.join(source, f'{split}_images_png.pkl')
+    path = file_of(source, split, '_images_png.pkl')
     if not os.path.exists(path):
         return None
     file = open_regular(path, 'rb')
@@ -74,7 +84,7 @@ def read_span(file: IO[bytes], span: pickles.Span) -> bytes:
 
 def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of an array in an .npz file, which is memory-mapped."""
-    path = os.path.join(source, f'{split}_images.npz')
+    path = file_of(source, split, '_images.npz')
     if not os.path.exists(path):
         return None
     images = map_npz(path, 'images')
@@ -100,7 +110,7 @@ def map_npz(path: str, name: str) -> np.memmap:
 
 def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, list[int]]:
     """{class: indices of its images} from a split's pickle of labels: indices of names, whose classes are in classes.csv."""
-    path = os.path.join(source, f'{split}_labels.pkl')
+    path = file_of(source, split, '_labels.pkl')
     entries = load_pickle(read_part(path), path)
     wnids = {row['name']: row['class'] for row in rows} | {row['class']: row['class'] for row in rows}
     with refusing(f'label_specific or label_specific_str in {path} cannot be used', pickles.Refused):
@@ -137,18 +147,18 @@ def main() -> None:
     args = parser.parse_args()
     recipe = f'channels={args.channels}'
     download.fetch('tieredimagenet', args, recipe)
+    source = next(filter(os.path.isdir, (os.path.join(args.source, name) for name in UNPACKED)), args.source)
     rows = read_classes(os.path.join(HERE, 'classes.csv'))
     lists = {}
     for split in SPLITS:
-        images = (from_pickle(args.source, split, rows, args) or from_npz(args.source, split, rows, args)
-                 or from_folders(args.source, split, rows, args) or {})
+        images = (from_pickle(source, split, rows, args) or from_npz(source, split, rows, args)
+                  or from_folders(source, split, rows, args) or {})
         lists |= {f'{split}/{name}': of_class for name, of_class in images.items() if of_class.count}
     if not lists:
-        sys.exit(f'{args.source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
+        sys.exit(f'{source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
                  'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')
-    inputs = [os.path.join(args.source, split + end)
-              for split in SPLITS for end in ('_images_png.pkl', '_images.npz', '_labels.pkl', '')]
-    elsewhere = [] if os.path.realpath(args.source) == os.path.realpath(args.destination) else [args.source]
+    inputs = [file_of(source, split, end) for split in SPLITS for end in (*FILES, '')]
+    elsewhere = [] if os.path.realpath(source) == os.path.realpath(args.destination) else [source]
     pack(lists, {f'{row["split"]}/{row["class"]}': Class(row['split'], int(row['images'])) for row in rows}, SHAPE, args,
          recipe=recipe, inputs=list(filter(os.path.exists, inputs)) or elsewhere)
 
