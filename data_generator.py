@@ -76,7 +76,13 @@ class ClassTasks:
     def draw(self, start: int, count: int) -> TaskBatch:
         """Tasks start to start + count - 1."""
         x, labels = self._examples(start, count)
-        return split_rows(x, np.eye(self.way, dtype=np.float32)[labels], self.way * self.config.update_batch_size)
+        support_rows = self.way * self.config.update_batch_size
+        if 0 < self.config.inner_batch < support_rows:  # so that the parts of tasks differ in how many rows of a class they have
+            for task in range(count):
+                rng = np.random.default_rng([self.config.seed, self._split_index, start + task, 2])
+                order = [*rng.permutation(support_rows), *range(support_rows, labels.shape[1])]
+                x[task], labels[task] = x[task, order], labels[task, order]
+        return split_rows(x, np.eye(self.way, dtype=np.float32)[labels], support_rows)
 
     def draw_examples(self, start: int, count: int) -> TaskBatch:
         """Examples start to start + count - 1 of a random sequence of all of the split, labelled by their class among all: as one task,

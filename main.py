@@ -171,7 +171,7 @@ boolean('plot', False, 'draw the results of an evaluation or a comparison; in tr
         'TensorBoard')
 number('num_test_tasks', 600, 'tasks of an evaluation', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10 (navigation: 4), or --num_updates if that is more; but 0 with '
-       '--num_updates=0', -1, only='evaluation')
+       '--num_updates=0; a training records it for its evaluations', -1)
 strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a '
         'name')
 strings('across', None, 'a table of the runs in these folders against the tasks of all sources on which they were evaluated')
@@ -182,10 +182,10 @@ choice('format', 'text', ['text', 'csv', 'latex'], 'format of what --compare and
        only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'format of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
-number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1, only='evaluation')
+number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1)
 choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='scores, classes')
 number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='scores, classes')
-real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it', only='evaluation')
+real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')
 boolean('predict', False, 'adapt the trained model to the images of --support_dir and classify those of --query_dir, or to the rows of '

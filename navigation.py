@@ -184,25 +184,27 @@ def surrogate_and_kl(parameters: Tensors, before: Batch, after: Batch, sampled_b
 
 def surrogate_gradient(parameters: Tensors, *problem: Any) -> tuple[tf.Tensor, Tensors]:
     """The surrogate and its exact gradient, through the inner step; arguments as of `surrogate_and_kl`."""
+    parameters = tf.nest.map_structure(tf.convert_to_tensor, parameters)
     with tf.GradientTape() as tape:
         tape.watch(parameters)
         surrogate, _ = surrogate_and_kl(parameters, *problem)
     return surrogate, tape.gradient(surrogate, parameters)
 
 
-def kl_hessian_product(parameters: Tensors, vector: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float,
-                       stop_grad: bool = False) -> Tensors:
-    """The Hessian of the mean KL divergence times a vector, exact: the gradient of its slope in that direction."""
+def kl_hessian_product(parameters: Tensors, vector: Tensors, *problem: Any) -> Tensors:
+    """The Hessian of the mean KL divergence times a vector, exact: the gradient of its slope in that direction; other arguments as of
+    `surrogate_and_kl`."""
+    parameters = tf.nest.map_structure(tf.convert_to_tensor, parameters)
     with tf.GradientTape() as outer:
         outer.watch(parameters)
         with tf.GradientTape() as tape:
             tape.watch(parameters)
-            _, divergence = surrogate_and_kl(parameters, before, after, sampled_by, update_lr, stop_grad)
+            _, divergence = surrogate_and_kl(parameters, *problem)
         slope = _dot(tape.gradient(divergence, parameters), vector)
     return outer.gradient(slope, parameters)
 
 
-class Step(NamedTuple):
+class TrpoStep(NamedTuple):
     """What `trpo_step` did."""
     parameters: Tensors
     divergence: tf.Tensor  # mean KL divergence of the accepted step, 0 if none was
@@ -210,7 +212,7 @@ class Step(NamedTuple):
     finite: tf.Tensor      # bool, whether the gradient and the direction were finite
 
 
-def trpo_step(parameters: Tensors, *problem: Any) -> Step:
+def trpo_step(parameters: Tensors, *problem: Any) -> TrpoStep:
     """One update by trust-region policy optimisation (Schulman et al., 2015): the longest step along the natural gradient, of lengths
     that fall by 0.8, by which the surrogate falls and the mean KL divergence is at most KL_BOUND; none if the first 15 fail.
 
@@ -235,7 +237,7 @@ def trpo_step(parameters: Tensors, *problem: Any) -> Step:
         lambda number, *others: ~others[-1] & (number < LINE_SEARCH_STEPS),
         attempt, (tf.constant(0), parameters, tf.zeros_like(surrogate), tf.constant(False)))
     chosen = {name: tf.where(taken, candidate[name], value) for name, value in parameters.items()}
-    return Step(chosen, tf.where(taken, divergence, tf.zeros_like(divergence)), taken, tf.math.is_finite(longest + surrogate))
+    return TrpoStep(chosen, tf.where(taken, divergence, tf.zeros_like(divergence)), taken, tf.math.is_finite(longest + surrogate))
 
 
 def conjugate_gradients(product: Callable[[Tensors], Tensors], target: Tensors) -> tuple[Tensors, Tensors]:
@@ -318,7 +320,8 @@ def iteration(config: ModelConfig, phase: str, parameters: Tensors, batch: GoalB
 def evaluation_update(config: ModelConfig, parameters: Tensors, episodes: Trajectories, number: tf.Tensor) -> Tensors:
     """Each task's policy after the update `number`, from 0, on its episodes. The reference's step size is alpha in the first update, half
     of it in others."""
-    update_lr = tf.cast(tf.where(number == 0, config.update_lr, config.update_lr / 2), config.dtype)
+    update_lr = tf.constant(config.update_lr, config.dtype)
+    update_lr = tf.where(number == 0, update_lr, update_lr / 2)
 
     def update(task):  # one after the other: many short episodes are long arrays
         parameters, episodes = tf.nest.map_structure(lambda value: value[None], task)

@@ -200,7 +200,7 @@ class KerasNetwork:
         return {name: tuple(self._weights[name].shape[:-1]) for name in self.head_names}
 
     def _normalises(self, layer):
-        return type(layer).__name__.endswith('Normalization') or isinstance(layer, self._keras.layers.BatchNormalization)
+        return any(kind.__name__.endswith('Normalization') for kind in type(layer).__mro__)
 
     def _normalises_or_draws(self, layer):
         """Whether a layer, or one in it, normalises, or the network is random and the layer has seeds."""
@@ -213,8 +213,8 @@ class KerasNetwork:
             raise UserError(f'--inner_weights={config.inner_weights} (of ANIL and BOIL) needs a last layer, and {self.name} has none: '
                             f'{self._no_head}')
         if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
-            raise UserError(f'last layers are computed (--head_init, --logits, pre-training of all classes) in place of a Dense layer with '
-                            f'bias and without activation, at whose input are vectors; {self.name} does not end in one')
+            raise UserError('--head_init, --logits and --pretrain_labels=classes need a network that ends in a Dense layer with a bias and '
+                            f'without activation, applied to vectors; {self.name} does not')
         extra = {*HEADS[config.head_init].extra} if config.head_init in HEADS else set()
         if taken := (extra & self._weights.keys()).difference(self.head_names):
             raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
@@ -223,8 +223,8 @@ class KerasNetwork:
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
         if config.query_norm != 'batch' and not self._separates_rows:
-            raise UserError(f'--query_norm={config.query_norm}: in {self.name} rows depend on each other by more than the statistics of '
-                            'batch norm without masks')
+            raise UserError(f'--query_norm={config.query_norm}: in {self.name} the outputs for one row depend on other rows in another '
+                            'way than by batch norm without masks')
 
     def initial_weights(self, seed: int) -> Tensors:
         model = self._build(seed)

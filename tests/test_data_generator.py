@@ -53,6 +53,26 @@ def test_a_task_does_not_depend_on_what_was_drawn_before_or_with_it(tasks):
         assert equal(again.draw(start, count), [array[start:start + count] for array in whole])
 
 
+def test_parts_of_support_rows_are_in_an_order_of_each_task(small_data):
+    """Of the same rows; query rows, and tasks whose inner steps see all rows, stay shot-major."""
+    def rows(inner_batch):
+        config = task_config(data_path=str(small_data['omniglot']), inner_batch=inner_batch)
+        return OMNIGLOT.tasks(config, 'train').draw(3, 2)
+
+    def orders(batch):
+        """Of each task, where its support rows are among those in the usual order."""
+        usual = rows(0).support_x
+        return [[next(index for index in range(10) if np.array_equal(usual[task, index], x)) for x in batch.support_x[task]]
+                for task in range(2)]
+
+    assert equal(rows(10), rows(0)) and equal(rows(4), rows(4))
+    first, second = orders(rows(4))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second and list(range(10)) not in (first, second)
+    for task, order in enumerate((first, second)):
+        assert np.array_equal(rows(4).support_y[task], rows(0).support_y[task, order])
+    assert np.array_equal(rows(4).query_x, rows(0).query_x)
+
+
 @every_source
 def test_tasks_differ_between_numbers_splits_and_seeds(tasks):
     first, second = tasks().draw(0, 1), tasks().draw(1, 1)

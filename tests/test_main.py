@@ -116,11 +116,11 @@ def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, 
     run = experiment(tmp_path / 'logs')
     output = run_ok(f'--run={run}', '--train=False', '--test_set=True', '--datasource=folder', f'--data_path={tmp_path / "own"}',
                     '--image_size=32')
-    assert 'Note: 2 of the 5 classes have the names of classes that the model was trained on, such as train00\n' in output
+    assert 'Note: 2 of the 5 classes were seen in training (same name or images), such as train00\n' in output
     entry, = results_of(run)
     assert entry.known_classes == ['train00', 'train01']
     table = run_ok(f'--across={run}')
-    assert re.search(r'± [\d.]+\+\n', table) and '(+: the model was trained on some of the classes, or on' in table
+    assert re.search(r'± [\d.]+\+\n', table) and '(+: some of the classes, or classes of the same names, were seen in training' in table
     assert '^+$' in run_ok(f'--across={run}', '--format=latex')
     row, = csv.DictReader(run_ok(f'--across={run}', '--format=csv').splitlines())
     assert row['known_classes'] == '2'

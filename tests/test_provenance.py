@@ -131,7 +131,7 @@ def split_again(images):
     ('data', changed, [], 'the images of the train and val split are not those that the checkpoint',
      'Note: the images of the val split are not those that the model was trained on'),
     ('split', split_again, [], 'the images of the train and val split are not those that the checkpoint',
-     'classes are among those that the model was trained on, such as'),
+     'classes were seen in training, such as'),
     ('weights', None, ['--load_from={other}'], 'was trained from random weights, and --load_from={other} holds others', None),
 ])
 def test_what_a_run_says_when_something_else_is_there(thing, change, more, refused, said, images, tmp_path):
@@ -165,7 +165,7 @@ def test_seen_classes_of_the_same_source(images, tmp_path):
     output = run_ok(f'--run={run}', f'--data_path={images}', '--train=False', '--test_set=True')
     entry, = results_of(run)
     assert entry.known_classes == [name for split, name in rows if split == 'test' and name.replace('renamed', 'class9') in trained]
-    assert f'Note: {len(entry.known_classes)} of the 6 classes are among those that the model was trained on' in output
+    assert f'Note: {len(entry.known_classes)} of the 6 classes were seen in training, such as' in output
     table = run_ok(f'--across={run}')
     assert re.search(r'± [\d.]+\+', table) and '*' not in table, 'own data may be any'
     # Classes of one number in two folders are two classes; their pictures tell.

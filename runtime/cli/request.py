@@ -172,7 +172,8 @@ def resolve(line: CommandLine) -> Request:
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
     network = _own_network(values)
     if directory is None:
-        query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' else {}
+        # No training has --query_norm=both, and Reptile's only the default.
+        query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' or values['outer'] == 'reptile' else {}
         return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
     if mode != 'train':
         _refuse_initial_weights(line, stored, directory)

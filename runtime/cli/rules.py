@@ -85,7 +85,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.baseline not in (None, 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
     (lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
      '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
-    (lambda r: not r.source.supervised and r.num_updates > 1,
+    (lambda r: not r.source.supervised and r.num_updates != 1,
      '--num_updates={num_updates}: an iteration of --datasource={datasource} has one inner update; --test_updates is for its evaluation'),
     (lambda r: (r.user_images or r.tables) and not r.data_path and r.mode != 'predict',
      '--datasource={datasource} needs --data_path, the folder of your data'),
@@ -144,22 +144,17 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.computes_head and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
-    (lambda r: r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
+    (lambda r: r.source.supervised and r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
      '--num_updates=0 needs a last layer that knows the classes without an inner update: add --head_init=prototypes or ridge'),
     *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
     *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
-    (lambda r: r.stop_grad and r.first_order_iterations > 0,
-     '--stop_grad is first order in all iterations: leave out --first_order_iterations'),
     (lambda r: r.recompute and r.engine in ('vmap', 'wide'),
      '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
     *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
        f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
-    (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.inner_weights != 'all' and not r.load_from,
-     '--outer=reptile trains what the inner loop adapts, and --inner_weights={inner_weights} leaves the other weights as they were drawn: '
-     'leave it out, or start from trained weights by --load_from'),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.iterations[0] > 0,
      '--outer=reptile has a step size that is not one of gradients, as pre-training needs: leave out --pretrain_iterations, or pre-train '
      'another run and start from it by --load_from'),
@@ -183,6 +178,9 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
     (lambda r: not r.source.supervised and r.update_batch_size != r.trained['update_batch_size'],
      '--update_batch_size={update_batch_size}: an evaluation on --datasource={datasource} adapts to --test_query episodes'),
+    *((lambda r, name=name: r.mode == 'train' and r.values[f'train_{name}'] not in (-1, r.values[name]),
+       f'--train_{name}={{train_{name}}} contradicts --{name}={{{name}}}, with which a training takes its inner steps: leave it out')
+      for name in ('update_batch_size', 'update_lr')),
     (lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],
@@ -204,7 +202,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, pair=pair: r.given.issuperset(pair), '--{} and --{} name different checkpoints: give one'.format(*pair))
       for pair in itertools.combinations(('test_best', 'test_iter', 'load_from'), 2)),
     # Prediction
-    *((lambda r, name=name: r.mode == 'predict' and not r.tables and not r.values[name], f'--predict needs --{name}, a folder of images')
+    *((lambda r, name=name: r.mode == 'predict' and r.images and not r.values[name], f'--predict needs --{name}, a folder of images')
       for name in ('support_dir', 'query_dir')),
     *((lambda r, name=name: r.mode == 'predict' and r.tables and not r.values[name], f'--predict needs --{name}, a csv file')
       for name in ('support_csv', 'query_csv')),

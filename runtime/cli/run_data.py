@@ -37,7 +37,7 @@ def source_and_tasks(request: Request) -> tuple[Source, TaskConfig]:
         query_shots=usual_query_shots if train or request.test_query == -1 else request.test_query,
         seed=request.test_seed if request.mode == 'evaluate' else request.seed,
         baseline='oracle' if request.baseline == 'oracle' else None,
-        data_path=request.data_path and os.path.expanduser(request.data_path))
+        data_path=request.data_path and os.path.expanduser(request.data_path), inner_batch=request.inner_batch)
 
 
 def _refuse_runs_among_classes(request, source):

@@ -335,14 +335,13 @@ class ClassFolders(FolderOptions):
         if self._labelled:
             unlisted = sorted(self._labelled[None].keys() - listed) if manifest else []
             if unlisted:
-                print(f'Ignored: the labels {listing(unlisted, 1, ", ")} in {self.split_file}, which {manifest} does not list')
+                print(f'Ignored labels in {self.split_file} not listed in {manifest}: {listing(unlisted, 1, ", ")}')
             return
         unlisted = [] if self.split_file else sorted(set(subfolders(self.root)) - listed)
         if unlisted:
             advice = ('Add a line for each, or delete that file to split all of them again' if manifest else
                       'They are beside the folders train, val and test')
-            print(f'Ignored class folder{"s" if len(unlisted) > 1 else ""} not listed in {manifest or "a split"}: '
-                  f'{listing(unlisted, 1, " ")}. {advice}')
+            print(f'Ignored class folders not listed in {manifest or "a split"}: {listing(unlisted, 1, " ")}. {advice}')
 
 
 def _known_bad(cache, fingerprint):

@@ -165,7 +165,7 @@ class Tables(splits.Splitting):
                             'does not have; restore these, or remove them from that file')
         unlisted = sorted(groups.keys() - {name for _, name in rows})
         if unlisted:
-            print(f'Ignored: {listing(unlisted, 1, ", ")} in the column {self.group_column}, which {manifest} does not list')
+            print(f'Ignored values of the column {self.group_column} not listed in {manifest}: {listing(unlisted, 1, ", ")}')
         return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
 
     def _manifest(self):

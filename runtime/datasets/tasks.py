@@ -28,7 +28,8 @@ class Examples(NamedTuple):
 class TaskBatch(NamedTuple):
     """A meta-batch. Support rows serve the inner loop, query rows the meta-loss (the reference's `a` and `b`).
 
-    In classification, rows are shot-major: each run of N rows holds every class once, in a fresh random order.
+    In classification, rows are shot-major: each run of N rows holds every class once, in a fresh random order. Where an inner step sees
+    a part of the support rows, these are in any order.
     """
     support_x: np.ndarray  # float32 [tasks, N*K, dim_input]
     support_y: np.ndarray  # float32 [tasks, N*K, dim_output]  one-hot, or the regression target
@@ -79,6 +80,7 @@ class TaskConfig:
     seed: int
     baseline: str | None = None  # 'oracle': regression inputs carry the task's amplitude and phase
     data_path: str | None = None  # folder of the data, if it is not the source's own
+    inner_batch: int = 0         # support rows that an inner step sees; 0: all
 
 
 class Tasks(Protocol):

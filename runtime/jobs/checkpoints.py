@@ -65,7 +65,8 @@ class Record(TypedDict, total=False):
     iteration: int
     best: Score | None
     ranking: list[Score]        # the best on meta-validation, the best first
-    unprinted: list[list[float]]  # [pre, post] of each iteration since the last console line
+    unprinted: list[list[float]]  # [pre, post, others that are reported] of each iteration since the last console line
+    idle: int                   # iterations in a row in which an outer step was sought and none taken
     skipped: int                # iterations whose loss or gradient was not finite
     flags: dict[str, str | int | float | bool | None]  # that determine what is learnt
     regime: str                 # the last phase of the training: 'metatrain' | 'pretrain'
@@ -286,9 +287,10 @@ def _checked_record(text):
     if 'data' in record and 'provenance' not in record:  # of earlier versions
         record['provenance'] = {'data': record.pop('data')}
     record = checked(Record, record, 'record')
-    numbers = [record.get(name, 0) for name in ('iteration', 'skipped', 'pretrain_iterations')]
-    rows = record.get('unprinted', [])
-    if min(numbers) < 0 or any(len(row) != 2 for row in rows) or record.get('regime', 'pretrain') not in ('pretrain', 'metatrain'):
+    numbers = [record.get(name, 0) for name in ('iteration', 'skipped', 'idle', 'pretrain_iterations')]
+    lengths = set(map(len, record.get('unprinted', [])))
+    regime = record.get('regime', 'pretrain')
+    if min(numbers) < 0 or len(lengths) > 1 or min(lengths, default=2) < 2 or regime not in ('pretrain', 'metatrain'):
         raise ValueError('numbers are out of range')
     return record
 

@@ -143,9 +143,9 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
                        for flags in (restored.adapted_by, restored.flags))
         lines.append(f'Note: adapted with {here}, and trained with {there}')
     if seen_classes:
-        what = 'have the names of classes that' if run.datasource != restored.trained_on else 'are among those that'
+        how = ' (same name or images)' if run.datasource != restored.trained_on else ''
         lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} '
-                     f'{what} the model was trained on, such as {seen_classes[0]}')
+                     f'were seen in training{how}, such as {seen_classes[0]}')
     if restored.provenance and run.datasource == restored.trained_on:
         now, examples = Provenance({run.split: tasks.fingerprint}), 'images' if run.source.image_shape else 'data'
         lines += [f'Note: {sentence}' for sentence in differences(restored.provenance, now, 'the model', examples).values()]
@@ -230,15 +230,13 @@ def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str
 def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
     """The name of the .csv and .pkl files of the evaluation that the reference makes; None for any other.
 
-    The reference evaluates the newest checkpoint on the usual tasks of its own source, on either split, with the usual number of
-    updates. The files are named after the number of shots and the step size, which may be any.
+    The reference evaluates the newest checkpoint as is usual, on either split. The files are named after the number of shots and the
+    step size, which may be any.
     """
     is_newest = restored.newest is not None and restored.iterations == restored.newest and not restored.ensemble
-    is_standard = (is_newest and variant == ('batch', 'own', '') and run.datasource == run.trained_on
-                   and run.model.dim_output == run.num_outputs and run.num_test_tasks == TEST_TASKS and run.tasks.seed == 0
-                   and run.tasks.query_shots == run.source.query_shots(run.model.update_batch_size, train=False)
-                   and run.test_updates == max(run.model.num_updates, run.source.test_updates)
-                   and run.model.inner_batch == run.learning_flags['inner_batch'] and not is_elsewhere(run, restored))
+    others = [differs for what, (_, differs) in differences_from_usual(run, restored).items()
+              if what not in ('shots', 'step size', 'query norm', 'heads', 'permutations')]  # the last three are the variant's
+    is_standard = is_newest and variant == ('batch', 'own', '') and not any(others)
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
@@ -251,20 +249,30 @@ def is_elsewhere(run: Evaluation, restored: Restored) -> bool:
 def picture_stem(run: Evaluation, restored: Restored) -> str:
     """What the paths of an evaluation's pictures begin with: split, checkpoint, and in what it differs from the usual evaluation of the
     run, so that another one does not replace them."""
-    tasks, trained = run.tasks, run.learning_flags
-    updates, query = usual_updates(run.model.num_updates, run.source.test_updates), run.source.query_shots(tasks.update_batch_size, False)
-    differences = {'ensemble': bool(restored.ensemble), run.datasource: run.datasource != restored.trained_on,
-                   f'of_{os.path.basename(os.path.dirname(os.path.abspath(restored.prefix)))}': bool(run.load_from),
-                   'otherdata': is_elsewhere(run, restored), f'{run.test_updates}updates': run.test_updates != updates,
-                   f'{tasks.query_shots}query': tasks.query_shots != query,
-                   f'updatelr{run.model.update_lr}': run.model.update_lr != trained['update_lr'],
-                   f'{run.num_test_tasks}tasks': run.num_test_tasks != run.source.usual_flags.get('num_test_tasks', TEST_TASKS),
-                   f'{tasks.num_classes}way': run.source.loss == 'xent' and tasks.num_classes != run.num_outputs,
-                   f'{tasks.update_batch_size}shot': tasks.update_batch_size != trained['update_batch_size'],
-                   '-'.join(run.query_norms): run.query_norms != (trained['query_norm'],), f'seed{tasks.seed}': tasks.seed != 0,
-                   'nearest': run.heads != ('own',), f'{run.permutations}orders': run.permutations > 1}
-    names = [name for name, differs in differences.items() if differs]
+    names = [name for name, differs in differences_from_usual(run, restored).values() if differs]
     return os.path.join(run.directory, '_'.join(['evaluation', run.split, os.path.basename(restored.prefix), *names]))
+
+
+def differences_from_usual(run: Evaluation, restored: Restored) -> dict[str, tuple[str, bool]]:
+    """{what: (its name in this evaluation, whether it differs from the usual evaluation of the run)}, but for split and checkpoint."""
+    tasks, source, trained = run.tasks, run.source, run.learning_flags
+    weights_of = os.path.basename(os.path.dirname(os.path.abspath(restored.prefix)))
+    return {
+        'ensemble': ('ensemble', bool(restored.ensemble)),
+        'source': (run.datasource, run.datasource != restored.trained_on),
+        'weights': (f'of_{weights_of}', bool(run.load_from)),
+        'data': ('otherdata', is_elsewhere(run, restored)),
+        'updates': (f'{run.test_updates}updates', run.test_updates != usual_updates(run.model.num_updates, source.test_updates)),
+        'queries': (f'{tasks.query_shots}query', tasks.query_shots != source.query_shots(tasks.update_batch_size, train=False)),
+        'step size': (f'updatelr{run.model.update_lr}', run.model.update_lr != trained['update_lr']),
+        'inner batch': (f'batch{run.model.inner_batch}', run.model.inner_batch != trained['inner_batch']),
+        'tasks': (f'{run.num_test_tasks}tasks', run.num_test_tasks != source.usual_flags.get('num_test_tasks', TEST_TASKS)),
+        'way': (f'{tasks.num_classes}way', source.loss == 'xent' and tasks.num_classes != run.num_outputs),
+        'shots': (f'{tasks.update_batch_size}shot', tasks.update_batch_size != trained['update_batch_size']),
+        'query norm': ('-'.join(run.query_norms), run.query_norms != (trained['query_norm'],)),
+        'seed': (f'seed{tasks.seed}', tasks.seed != 0),
+        'heads': ('nearest', run.heads != ('own',)),
+        'permutations': (f'{run.permutations}orders', run.permutations > 1)}
 
 
 def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[Variant, np.ndarray],

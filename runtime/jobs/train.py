@@ -37,7 +37,7 @@ from runtime.system.progress import Progress
 
 SUMMARY_INTERVAL = 100
 PRINTS_PER_VALIDATION = 5
-IDLE_ITERATIONS = 10  # in a row without an outer step, after which training stops
+IDLE_ITERATIONS = 10  # in a row without an outer step, after which a training stops
 REPORTED_TASKS = 100  # of a validation that only reports; those of checkpoints, which choose, are on --validation_tasks
 MANY_UPDATES = 50  # inner updates above which a line warns that compiling takes long
 
@@ -227,6 +227,9 @@ def notes(config: ModelConfig) -> list[str]:
     if config.loss == 'mse' and config.norm == 'batch_norm' and not config.network:
         lines.append("  note     with --norm=batch_norm, the default, regression hardly learns; the paper's sinusoid command has "
                      '--norm=None')
+    if config.outer == 'reptile' and config.inner_weights != 'all':
+        lines.append(f'  note     --outer=reptile trains what the inner loop adapts: with --inner_weights={config.inner_weights} the other '
+                     'weights stay as they start')
     if config.num_updates > MANY_UPDATES and not config.recompute:
         lines.append('  note     an iteration is compiled with all its inner updates: with '
                      f'--num_updates={config.num_updates} that may take many minutes and gigabytes of memory before the first '

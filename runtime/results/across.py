@@ -100,7 +100,7 @@ class Matrix:
         """A row for each model, a column for each target."""
         notes = [f'{OWN_SOURCE}: the source that the model was trained on'] if any(map(_is_of_own_source, self.cells.values())) else []
         if any(evaluation.entry.known_classes for evaluation in self.cells.values()):
-            notes.append(f'{KNOWN_CLASSES}: the model was trained on some of the classes, or on classes of these names')
+            notes.append(f'{KNOWN_CLASSES}: some of the classes, or classes of the same names, were seen in training')
         rows = [[label, model.updates, *(self.text(row, column) for column in range(len(self.targets)))]
                 for row, (label, model) in enumerate(zip(self.labels, self.models))]
         return render.Table(f'{UNITS[self.metric].title}, with its 95% interval, after the updates of each method'
