@@ -184,7 +184,8 @@ choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'format of the pictures that
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
 number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1)
 choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='scores, classes')
-number('permutations', 1, "orders of a task's labels in which to evaluate; and their averaged outputs", 1, only='scores, classes')
+number('permutations', 1, "orders of each task's labels to evaluate in: reports their mean accuracy, and that of their averaged outputs", 1,
+       only='scores, classes')
 real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from networks import classifier_outputs, head_column, initial_head, layers, mask_at, masks, narrowed, network_of, outputs_of, shared_weights
+from networks import classifier_outputs, initial_head, last_layer, layers, mask_at, masks, narrowed, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
@@ -130,6 +130,8 @@ def inner_step(config: ModelConfig, parameters: Parameters, task: TaskBatch, sta
 
 def inner_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch, iteration: Step = 0) -> Trajectory:
     """Adapts to a task by `num_updates` inner steps; without any, the state is the initial one."""
+    if config.recompute and config.num_updates:
+        return recomputed_loop(config, parameters, task, iteration)
     state, states, outputs = initial_state(config, parameters, task, iteration), [], []
     for step in range(config.num_updates):
         state, before = inner_step(config, parameters, task, state, step, iteration)
@@ -146,11 +148,6 @@ def recomputed_loop(config: ModelConfig, parameters: Parameters, task: TaskBatch
     first = 0 if config.multi_step_loss else config.num_updates - 1
     return (support_outputs(config, parameters, task, initial, 0),
             [tf.nest.map_structure(lambda values, index=index: values[index], states) for index in range(first, config.num_updates)])
-
-
-def loop_of(config: ModelConfig) -> Callable[..., Trajectory]:
-    """The inner loop of a training step."""
-    return recomputed_loop if config.recompute and config.num_updates else inner_loop
 
 
 # Learning to learn: the outer loop ----------------------------------------------------------------------------------
@@ -176,7 +173,7 @@ def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, 
     """The exact gradient of a task's objective, through its inner loop (line 8 of algorithm 1, equation 1)."""
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        pre, states = loop_of(config)(config, parameters, task, iteration)
+        pre, states = inner_loop(config, parameters, task, iteration)
         loss, post = objective(config, parameters, task, states, iteration)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
     return gradients, Outputs(pre, post), parameters.inner_optimizer_state
@@ -190,7 +187,7 @@ def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step,
         if config.pretrain_classes:
             pre = post = classifier_outputs(config, weights_at(config, parameters, masks(config, iteration), 0), task.support_x)
         else:
-            pre, states = loop_of(config)(config, parameters, task, iteration)
+            pre, states = inner_loop(config, parameters, task, iteration)
         loss = loss_of(config, pre, task.support_y)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
     if not config.pretrain_classes:
@@ -200,7 +197,7 @@ def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step,
 
 def reptile_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
     """The shared tensors minus the adapted ones, used by Reptile as the gradient (Nichol, Achiam & Schulman, 2018, algorithm 1)."""
-    pre, (*_, last) = loop_of(config)(config, parameters, task, iteration)
+    pre, (*_, last) = inner_loop(config, parameters, task, iteration)
     post = query_outputs(config, parameters, task, last, config.num_updates - 1)
     gradients = {name: value - last.fast.get(name, value) for name, value in parameters.trained().items()}
     return gradients, Outputs(pre, post), last.optimizer
@@ -316,7 +313,7 @@ def initial_parameters(config: ModelConfig, seed: int) -> Parameters:
     weights, norm_params = shared_weights(config, seed), network_of(config).initial_norm_params()
     if config.norm_per_step:
         norm_params = {name: tf.repeat(value[None], config.num_updates, axis=0) for name, value in norm_params.items()}
-    column = head_column(config, seed) if config.head_init != 'learned' else {}
+    column = last_layer(config, seed, outputs=1) if config.head_init != 'learned' else {}
     fast = adapted(config, Parameters({**weights, **column}, norm_params))
     shapes = {'layer': [], 'step': [config.num_updates]}
     rates = {f'lr/{name}': tf.fill(shapes.get(config.learn_lr, value.shape), tf.constant(config.update_lr, config.dtype))

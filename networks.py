@@ -564,8 +564,8 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
     if config.network and config.dim_output < wider.dim_output and not (
             all(values[name].shape == variable.shape for name, variable in variables.items())
             and _makes_the_first(config, values, wider, tensors)):
-        raise UserError(f'{network_of(config).name} with {config.dim_output} outputs is another function than with {wider.dim_output}, as '
-                        'it was trained: give tasks of as many classes')
+        raise UserError(f'{network_of(config).name} computes something different when it is made with {config.dim_output} outputs instead '
+                        f'of the {wider.dim_output} that it was trained with: use tasks of {wider.dim_output} classes')
     return values
 
 
@@ -588,11 +588,6 @@ def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:
     if config.network and network.head_inputs != network_of(config).head_inputs:
         raise UserError(f'the features of {network.name} depend on the number of outputs, so its last layer cannot have another number')
     return {name: weights[name] for name in network.head_names}
-
-
-def head_column(config: ModelConfig, seed: int) -> Tensors:
-    """The last layer for one class, initially."""
-    return last_layer(config, seed, 1)
 
 
 def repeated_column(config, weights, features, support_y):
@@ -655,6 +650,6 @@ class Head(NamedTuple):
     outputs: Callable[[Tensors, tf.Tensor], tf.Tensor] | None = None  # of tensors and features; None: those of the network's last layer
 
 
-HEADS = {'shared': Head(repeated_column, head_column), 'new': Head(new_layer), 'prototypes': Head(prototypes),
-         'ridge': Head(ridge_regression, ridge_scalars, RIDGE),
+HEADS = {'shared': Head(repeated_column, functools.partial(last_layer, outputs=1)), 'new': Head(new_layer),
+         'prototypes': Head(prototypes), 'ridge': Head(ridge_regression, ridge_scalars, RIDGE),
          'neighbours': Head(lambda config, weights, *examples: examples, extra=NEIGHBOURS, outputs=nearest_neighbour)}

@@ -184,7 +184,7 @@ class FlagFiles(Target):
         return b'# a comment\n--datasource=sinusoid\n--norm=None\n--metatrain_iterations=10\n--test_query=3\n--plot\n'
 
     def read(self, content: bytes) -> None:
-        if not any(word in content for word in (b'--help', b'--flagfile', b'--only_check')):
+        if not any(word in content for word in (b'--help', b'--flagfile')):
             check_command_line(f'--flagfile={self.path("x.flags", content)}')
 
 

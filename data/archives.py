@@ -139,6 +139,9 @@ def refuse_twice(path: str, names: Sequence[str]) -> None:
         sys.exit(f'{path} holds {name[:100]!r} {count} times instead of once; download it again')
 
 
+Archive = Folder | Tar | Zip
+
+
 def find_archive(args: argparse.Namespace, archive: str, folder: str) -> str:
     """The path of an unpacked folder in args.source, or else of the archive there.
 
@@ -158,13 +161,13 @@ def is_there(args: argparse.Namespace, archive: str, folder: str) -> bool:
     return any(os.path.exists(os.path.join(args.source, name)) for name in (archive, folder))
 
 
-def open_archive(args: argparse.Namespace, archive: str, folder: str) -> Folder | Tar | Zip:
+def open_archive(args: argparse.Namespace, archive: str, folder: str) -> Archive:
     """The files in args.source that an archive, .zip or tar, holds; see `find_archive`."""
     path = find_archive(args, archive, folder)
     return (Folder if os.path.isdir(path) else Zip if archive.endswith('.zip') else Tar)(path)
 
 
-def read_text(archive: Folder | Tar | Zip, end: str) -> list[list[str]]:
+def read_text(archive: Archive, end: str) -> list[list[str]]:
     """The lines of a text file in an archive, split at the first blank, by its path's end. Raises SystemExit if it is missing."""
     paths = [name for name in archive.names() if ('/' + name).endswith('/' + end)]
     if len(paths) != 1:

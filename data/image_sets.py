@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from data import download
-from data.archives import Folder, Tar, Zip, open_archive, read_text
+from data.archives import Archive, open_archive, read_text
 from data.mat_files import read_array
 from data.preparation import Class, Picture, arguments, prepare
 from data.reading import MEGABYTE, fit, is_plain_name, read_classes, read_file, refusing
@@ -32,19 +32,19 @@ class ImageSet(NamedTuple):
     crop: bool = False     # whether pictures are cropped to the boxes, if no flag says otherwise
 
 
-def aircraft_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
+def aircraft_labels(archive: Archive, source: str) -> dict[str, str]:
     """Variants; the / in two of their names cannot be in the name of a folder."""
     return {file: variant.replace('/', '_') for part in ('trainval', 'test')
             for file, variant in pairs(read_text(archive, f'data/images_variant_{part}.txt'))}
 
 
-def aircraft_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
+def aircraft_boxes(archive: Archive) -> dict[str, Box]:
     """Boxes that leave out the banner below each photograph. In the file they count from 1 and include their last pixels."""
     boxes = {file: box_numbers(box) for file, box in pairs(read_text(archive, 'data/images_box.txt'))}
     return {file: (left - 1, upper - 1, right, lower) for file, (left, upper, right, lower) in boxes.items()}
 
 
-def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
+def cub_boxes(archive: Archive) -> dict[str, Box]:
     """{picture: (left, upper, right, lower)} in pixels, of bounding_boxes.txt."""
     paths = dict(pairs(read_text(archive, 'images.txt')))
     boxes = {number: box_numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
@@ -52,7 +52,7 @@ def cub_boxes(archive: Folder | Tar | Zip) -> dict[str, Box]:
             for number, path in paths.items() for left, upper, width, height in [boxes.get(number, (0, 0, 0, 0))]}
 
 
-def flowers_labels(archive: Folder | Tar | Zip, source: str) -> dict[str, str]:
+def flowers_labels(archive: Archive, source: str) -> dict[str, str]:
     """Numbers from 001 to 102, of imagelabels.mat beside the archive: there are no official names."""
     path = os.path.join(source, 'imagelabels.mat')
     with refusing(f'{path} cannot be read', advice='fetch it by --download'):
@@ -90,7 +90,7 @@ SETS = {
 }
 
 
-def find_pictures(image_set: ImageSet, archive: Folder | Tar | Zip, source: str, crop: bool) -> list[Picture]:
+def find_pictures(image_set: ImageSet, archive: Archive, source: str, crop: bool) -> list[Picture]:
     """The pictures of a set, in the order of its archive."""
     labels = image_set.labels(archive, source) if image_set.labels else {}
     boxes = image_set.boxes(archive) if crop else None
@@ -109,7 +109,7 @@ def find_pictures(image_set: ImageSet, archive: Folder | Tar | Zip, source: str,
     return pictures
 
 
-def encode(archive: Folder | Tar | Zip, name: str, file: str, image_set: ImageSet, boxes: Mapping[str, Box] | None) -> bytes:
+def encode(archive: Archive, name: str, file: str, image_set: ImageSet, boxes: Mapping[str, Box] | None) -> bytes:
     """The content of a picture's file; raises one of DAMAGE."""
     if boxes is not None and file not in boxes:
         raise ValueError('it has no box')

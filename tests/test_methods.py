@@ -18,7 +18,7 @@ import maml
 import runtime.compute.engine
 from conftest import ROOT, error_of, results_of, run_ok
 from data_generator import TaskBatch
-from maml import MAML, ModelConfig, inner_loop, loop_of, objective, weights_at
+from maml import MAML, ModelConfig, inner_loop, objective, weights_at
 from networks import network_of
 from runtime.cli import flags, methods, rules, startup, workers
 from runtime.cli.request import resolve
@@ -442,7 +442,7 @@ def test_finite_differences_through_switches(switches):
 
     def objective_at(values):
         values = tf.nest.map_structure(tf.constant, values)
-        _, states = loop_of(config)(model.config, values, task, 3)
+        _, states = inner_loop(model.config, values, task, 3)
         return float(objective(model.config, values, task, states, 3)[0])
 
     assign(parameters)

@@ -238,7 +238,7 @@ def test_fewer_outputs_of_a_network_whose_width_depends_on_them(parts, same):
         np.testing.assert_allclose(model.variant(dim_output=2).predict(fewer, 0).post, model.predict(batch, 0).post[..., :2], rtol=1e-6)
         assert model.variant(dim_output=2).weights.keys() == model.weights.keys() and x.shape[-1] == config.dim_input
     else:
-        with pytest.raises(UserError, match='with 2 outputs is another function than with 3, as it was trained'):
+        with pytest.raises(UserError, match='made with 2 outputs instead of the 3 that it was trained with'):
             model.variant(dim_output=2)
 
 

@@ -407,7 +407,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
     forged(tmp_path)
     for path in list(tmp_path.glob('model5*')):
         path.rename(path.with_name(path.name.replace('model5', 'model7')))
-    with pytest.raises(UserError, match='model7 has another number than its 5 iterations'):
+    with pytest.raises(UserError, match='model7 was saved after 5 iterations, and its name has another number'):
         checkpoints.find(str(tmp_path), 7)
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download, pickles  # noqa: E402
-from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
+from data.archives import Archive, Folder, is_there, open_archive  # noqa: E402
 from data.preparation import Class, Picture, arguments, prepare, run_script  # noqa: E402
 from data.reading import encode, fit, is_plain_name, load_pickle, read_classes, read_part, refusing  # noqa: E402
 from runtime.datasets.tasks import SPLITS  # noqa: E402
@@ -67,7 +67,7 @@ def from_images(args: argparse.Namespace) -> Contents:
     return pictures, expected, absent, [archive.path, *lists]
 
 
-def open_originals(args: argparse.Namespace) -> Folder | Tar | Zip:
+def open_originals(args: argparse.Namespace) -> Archive:
     """The images in images.zip or images/, or else in folders train, val and test."""
     folders = [split for split in SPLITS if os.path.isdir(os.path.join(args.source, split))]
     if is_there(args, 'images.zip', 'images') or not folders:

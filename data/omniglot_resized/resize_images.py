@@ -19,7 +19,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 from data import download  # noqa: E402
-from data.archives import Folder, Tar, Zip, is_there, open_archive  # noqa: E402
+from data.archives import Archive, is_there, open_archive  # noqa: E402
 from data.preparation import Class, Picture, arguments, prepare, run_script  # noqa: E402
 from data.reading import encode, is_plain_name, read_classes  # noqa: E402
 from runtime.datasets.images import PREPARED_FORMATS, open_image  # noqa: E402
@@ -29,7 +29,7 @@ SIZE = (28, 28)
 DRAWING = re.compile(r'(?P<name>[^/.][^/]*/character\d+/\d+_\d+\.png)$')
 
 
-def find_drawings(archives: Sequence[Folder | Tar | Zip], antialias: bool) -> list[Picture]:
+def find_drawings(archives: Sequence[Archive], antialias: bool) -> list[Picture]:
     """Every drawing in the archives or folders, sorted by name; ignores other files."""
     matches = [(match['name'], archive, name) for archive in archives for name in archive.names() if (match := DRAWING.search(name))]
     return [Picture(drawing, lambda archive=archive, name=name: resize(archive.read(name), antialias))

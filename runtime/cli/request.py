@@ -172,9 +172,8 @@ def resolve(line: CommandLine) -> Request:
     stated = {name: values[f'train_{name}'] for name in STATED if values[f'train_{name}'] != -1}
     network = _own_network(values)
     if directory is None:
-        # No training has --query_norm=both, and Reptile's only the default.
-        query_norm = {'query_norm': 'batch'} if values['query_norm'] == 'both' or values['outer'] == 'reptile' else {}
-        return Request(mode, values, values if mode == 'train' else {**values, **stated, **query_norm}, line.given, None, dropped, network)
+        trained = values if mode == 'train' else {**values, **stated, 'query_norm': _query_norm_of_training(values)}
+        return Request(mode, values, trained, line.given, None, dropped, network)
     if mode != 'train':
         _refuse_initial_weights(line, stored, directory)
     # The weights of --load_from are those that the training started from.
@@ -185,6 +184,11 @@ def resolve(line: CommandLine) -> Request:
     where = {name: stored[name] for name in ('data_path', 'split_file')}
     return Request(mode, values, {**values, **learnt, **where}, line.given, directory,
                    network_file=_own_network(values, directory, network))
+
+
+def _query_norm_of_training(values):
+    """No training has --query_norm=both, and Reptile's only the default."""
+    return 'batch' if values['query_norm'] == 'both' or values['outer'] == 'reptile' else values['query_norm']
 
 
 def _with_none(line):

@@ -140,7 +140,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.iterations[0] == 0,
      '--pretrain_labels=classes is about pre-training: add --pretrain_iterations'),
     (lambda r: r.mode == 'train' and r.pretrain_labels == 'classes' and r.task_chunk > 0,
-     '--task_chunk is of tasks, and --pretrain_labels=classes has none'),
+     '--task_chunk splits a meta-batch of tasks, and --pretrain_labels=classes trains on images: leave out one'),
     (lambda r: r.computes_head and r.mode == 'train' and r.iterations[0] > 0 and r.pretrain_labels == 'tasks',
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
@@ -156,7 +156,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
        f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.iterations[0] > 0,
-     '--outer=reptile has a step size that is not one of gradients, as pre-training needs: leave out --pretrain_iterations, or pre-train '
+     "--meta_lr of --outer=reptile is not a gradient's step size, as pre-training needs: leave out --pretrain_iterations, or pre-train "
      'another run and start from it by --load_from'),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.query_norm != 'batch',
      '--outer=reptile learns from support examples alone: --query_norm is for its evaluation'),

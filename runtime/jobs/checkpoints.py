@@ -180,7 +180,9 @@ def load(prefix: str) -> Checkpoint:
         raise UserError(f'the checkpoint {prefix} was not written by this program')
     name = os.path.basename(prefix)
     if re.fullmatch(r'model\d+', name) and name != f'model{checkpoint.record.get("iteration")}':
-        raise Damaged(f'the checkpoint {prefix} has another number than its {checkpoint.record.get("iteration")} iterations; rename it')
+        saved = checkpoint.record.get('iteration')
+        raise Damaged(f'the checkpoint {prefix} was saved after {saved} iterations, and its name has another number; rename it '
+                      f'model{saved}')
     if not _REQUIRED <= checkpoint.record.keys():
         raise UserError(f'the checkpoint {prefix} was written by an earlier version of this program: its weights can be used by '
                         '--load_from, but training cannot continue from it')

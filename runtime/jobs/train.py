@@ -83,8 +83,8 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> P
     """That of a model which is trained from now on; weights are named if --load_from is given, whether they are used or not."""
     weights, path = None, run.tasks.data_path
     if run.load_from:
+        weights = Weights(os.path.abspath(run.load_from), None)
         with contextlib.suppress(OSError):
-            weights = Weights(os.path.abspath(run.load_from), None)
             weights = Weights(weights.checkpoint, checkpoints.checksum(run.load_from))
     tasks = data['train']
     return Provenance(data={split: of_split.fingerprint for split, of_split in data.items()}, data_path=path and os.path.abspath(path),
@@ -134,7 +134,7 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     for sentence in changes.values():
         print(f'Note: {sentence}')
     if 'arithmetic' in changes:
-        print('      From here on the run is not, bit for bit, what it would be without the interruption')
+        print('      From here on, results are no longer bit-identical to those of an uninterrupted run')
     return then.continued(now)
 
 
