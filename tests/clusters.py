@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def start(task, *arguments, workers=1, devices=1, own=(), roots=()):
             environment['TF_CONFIG'] = json.dumps({'cluster': {'worker': hosts}, 'task': {'type': 'worker', 'index': index}})
         processes.append(subprocess.Popen([sys.executable, *script, *arguments, *own[index:index + 1]], text=True,
                                           cwd=roots[index] if roots else ROOT,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment))
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+                                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))  # in the background, too
     return processes
 
 

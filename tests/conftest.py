@@ -33,9 +33,10 @@ QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_enviro
                  'test_download', 'test_files', 'test_sources', 'test_hostile_preparation', 'test_image_sets', 'test_packed',
                  'test_resize_images', 'test_structure', 'test_own_data', 'test_tieredimagenet'}
 QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test_output_shapes', 'test_every_source_has_a_run',
-               'test_refusal', 'test_nonsense_is_refused', 'test_labels_say_what_differs', 'test_bootstrap_covers',
+               'test_refusal', 'test_nonsense', 'test_labels_say_what_differs', 'test_bootstrap_covers',
                'test_usage_text_and_readme_agree', 'test_commands_of_the_docs_parse', 'test_cluster',
-               'test_a_configuration_that_makes_no_sense'}
+               'test_a_configuration_that_makes_no_sense', 'test_what_means_nothing_is_refused',
+               'test_flags_that_make_no_sense_are_refused'}
 NOT_QUICK = {'test_frames_between_the_training_loop_and_the_inner_step', 'test_the_example_of_a_source_works',
              'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training', 'test_a_table_without_validation',
              'test_class_folders_that_cannot_be_written_to', 'test_how_tensorflow_is_set_up'}

@@ -385,7 +385,8 @@ def test_real_archives_from_nothing_to_training(source, server, tmp_path):
     assert len(list((tmp_path / 'prepared').rglob('*.png'))) == images
     assert {wanted is None for _, wanted in server.requests} == {True, False} and len(server.requests) == 2 * len(names)
     output = run_ok(f'--datasource={source}', f'--data_path={tmp_path / "prepared"}', '--conv=False', '--update_batch_size=1',
-                    '--meta_batch_size=2', '--metatrain_iterations=1', f'--logdir={tmp_path / "logs"}')
+                    '--meta_batch_size=2', '--metatrain_iterations=1', '--hidden=4', '--engine=map', '--validation_tasks=2',
+                    f'--logdir={tmp_path / "logs"}')
     assert f'Training 5-way 1-shot {source}' in output and 'The last checkpoint is' in output
 
 

@@ -18,8 +18,7 @@ FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').spl
 FIXTURES = {os.path.basename(path)[:-4]: path
             for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
 # Fixtures of each kind of convolutional network and loss, compiled as for a GPU.
-GPU_GRAPHS = ('omniglot_5way1shot', 'omniglot_5way1shot_layer_norm', 'omniglot_5way1shot_no_norm', 'omniglot_5way5shot_3updates_maxpool',
-              'miniimagenet_5way1shot')
+GPU_GRAPHS = 'omniglot_5way1shot', 'omniglot_5way1shot_layer_norm', 'omniglot_5way1shot_no_norm', 'miniimagenet_5way1shot'
 # What the fixtures' sources decide, as values: image shape, head, clip.
 IMAGES = {'omniglot': ((28, 28, 1), 'mean', None), 'miniimagenet': ((84, 84, 3), 'flatten', 10.0)}
 

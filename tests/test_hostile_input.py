@@ -297,8 +297,10 @@ def test_nothing_is_damaged(tmp_path):
     write_image_tree(tmp_path / 'data', [f'class{number}' for number in range(6)], images=3, size=(20, 20, 3))
     (tmp_path / 'data' / 'class2' / '01.png').write_bytes(b'no image')
     before = tree(tmp_path / 'data')
-    for flag in '--num_classes=9', '--update_batch_size=40', '--split=1/1/9', '--image_size=20':
-        error_of('--datasource=folder', f'--data_path={tmp_path}/data', f'--logdir={tmp_path}/logs', '--num_classes=2', flag)
+    for flag, words in (('--num_classes=9', 'asks for more classes than the 4'), ('--split=1/1/9', 'asks for more classes than the 1'),
+                        ('--update_batch_size=40', 'needs 80 images of a class'), ('--update_batch_size=1', 'cannot be read as an image')):
+        assert words in error_of('--datasource=folder', f'--data_path={tmp_path}/data', f'--logdir={tmp_path}/logs', '--num_classes=2',
+                                 flag)
         after = tree(tmp_path / 'data')
         assert {name: after[name] for name in before} == before
         assert {name.split('/')[0] for name in after.keys() - before.keys()} <= {'splits.csv', '.cache'}

@@ -25,9 +25,9 @@ def wait_for_checkpoint(logdir, processes):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """The flags of a training of two workers, and what it ends with undisturbed."""
-    flags, logdir = [*SINUSOID, '--metatrain_iterations=900'], tmp_path_factory.mktemp('whole')
+    flags, logdir = [*SINUSOID, '--metatrain_iterations=500'], tmp_path_factory.mktemp('whole')
     run('main', *flags, f'--logdir={logdir}', workers=2)
-    return flags, checkpoint(logdir, 900)
+    return flags, checkpoint(logdir, 500)
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_a_worker_that_is_gone(victim, number, whole, tmp_path):
         stopped = [re.findall(r'Stopped by SIGTERM after iteration (\d+);', errors) for *_, errors in found]
         assert stopped[0] == stopped[1] != [], found
     run('main', *flags, f'--logdir={tmp_path}/killed', workers=2)
-    killed = checkpoint(tmp_path / 'killed', 900)
+    killed = checkpoint(tmp_path / 'killed', 500)
     for name in undisturbed.keys() - {'record'}:
         np.testing.assert_array_equal(killed[name], undisturbed[name], err_msg=name)
 
@@ -65,9 +65,8 @@ def test_workers_that_are_not_alike(tmp_path):
     for flags, own in (
             (['--metatrain_iterations=300'], folders), (['--train=False'], folders),
             (['--metatrain_iterations=300'], [f'--logdir={tmp_path}/empty{worker}' for worker in (0, 1)]),
-            ([shared], ['--seed=1', '--seed=2']), ([shared], ['--log=True', '--log=False']),
-            ([shared], ['--save_interval=100', '--save_interval=50']),
-            ([shared], [f'--load_from={path}' for path in glob.glob(f'{tmp_path}/*/*/model[12]00.index')[:2]])):
+            ([shared], ['--seed=1', '--seed=2']),
+            ([shared], [f'--load_from={glob.glob(f"{tmp_path}/{folder}/*/model{folder + 1}00.index")[0]}' for folder in (0, 1)])):
         for status, _, errors in finish(start('main', *SINUSOID, *flags, workers=2, own=own)):
             assert status == 1 and errors.startswith('main.py: the workers differ in their flags, images, checkpoints or'), errors
 
@@ -85,14 +84,14 @@ def test_workers_with_other_code(tmp_path):
         assert status == 1 and 'or versions of this program' in errors, errors
 
 
-@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason='processes in the background ignore Ctrl-C')
+@pytest.mark.slow
 def test_a_worker_that_waits_can_be_stopped(tmp_path):
     first, second = start('main', *SINUSOID, f'--logdir={tmp_path}', workers=2)
     second.kill()
     first.stdout.readline()  # that it waits
     time.sleep(8)            # for TensorFlow to be imported
     first.send_signal(signal.SIGINT)  # TensorFlow handles SIGTERM itself meanwhile, and goes on waiting
-    assert first.wait(timeout=20) != 0
+    assert first.wait(timeout=20) in (-signal.SIGINT, 130)
     finish([first, second])
 
 

@@ -101,11 +101,10 @@ def test_fixtures_in_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['first_order_step_rates', 'anil_conv', 'boil_conv_adapt_norm_scale', 'meta_sgd_conv', 'maml_plus_plus',
-                                  'reptile_adam_carried', 'reptile_sgd', 'train_support_norm'])
+@pytest.mark.parametrize('name', ['anil_conv', 'maml_plus_plus', 'reptile_adam_carried', 'train_support_norm'])
 @pytest.mark.usefixtures('fresh_models')
 def test_the_graph_of_a_gpu(name, monkeypatch):
-    """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU. A fixture of each preset, and one more."""
+    """All tasks in one graph, compiled by XLA: what a GPU gets, here compiled for the CPU; by `benchmarks/gpu.py` every fixture."""
     monkeypatch.setattr(runtime.compute.engine, 'has_gpu', lambda: True)
     assert_agrees_in_double_precision(name, 'vmap')
 
@@ -308,7 +307,7 @@ RECOMPUTED = ['anil_conv', 'maml_plus_plus', 'meta_sgd_mse', 'layer_rates_fc', '
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', fixtures(RECOMPUTED[1:3], among=RECOMPUTED))
+@pytest.mark.parametrize('name', RECOMPUTED)
 def test_recomputed_steps_give_the_same(name):
     fixture = Fixture(FIXTURES[name])
     found = fixture.model('float64', recompute=True).meta_gradients(fixture.batch(np.float64), fixture.iteration)

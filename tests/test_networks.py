@@ -597,7 +597,6 @@ def tables(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('command', [pytest.param(command, id=re.search(r'--network=\S*:(\w+)', command)[1],
                                                   marks=[] if 'mlp_skip' in command else pytest.mark.slow) for command in COMMANDS])
 def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch, few_tasks):
@@ -627,7 +626,7 @@ def test_tables_from_omniglot(small_omniglot, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('eager')
-@pytest.mark.parametrize('name, millions', [('narrow', 8.0), ('wide', 12.43), ('wide_dropblock', 12.43)])
+@pytest.mark.parametrize('name, millions', [('narrow', 8.0), ('wide_dropblock', 12.43)])
 def test_sizes_of_resnet12(name, millions):
     """With the last layer for five classes."""
     function = network_file.load(network_file.read(os.path.join(ROOT, 'examples', f'resnet12.py:{name}')))

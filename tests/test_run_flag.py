@@ -6,7 +6,8 @@ import pytest
 
 from conftest import ROOT, error_of, results_of, run_ok, run_process
 
-TRAINED = ['--norm=None', '--update_batch_size=3', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_updates=2']
+TRAINED = ['--norm=None', '--update_batch_size=3', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_updates=2',
+           '--engine=map']
 
 
 @pytest.fixture(scope='module')

@@ -80,7 +80,7 @@ def test_the_script_for_slurm_continues_after_a_signal(tmp_path):
     """With stand-ins for srun and scontrol."""
     script, = re.findall(r'```bash\n(.*?)```', pathlib.Path(ROOT, 'docs', 'study.md').read_text(encoding='utf-8'), re.S)
     command, = re.findall(r'srun --ntasks=1 (.*) &', script)
-    mine = (f'{sys.executable} {ROOT}/benchmarks/study.py {SINUSOID} --vary seed=0 --metatrain_iterations=30000 --save_interval=1000 '
+    mine = (f'{sys.executable} {ROOT}/benchmarks/study.py {SINUSOID} --vary seed=0 --metatrain_iterations=8000 --save_interval=1000 '
             f'--num_test_tasks=5 --logdir=logs/')
     (tmp_path / 'job').write_text(script.replace(command, mine))
     (tmp_path / 'srun').write_text('#!/bin/sh\nshift\nexec "$@"\n')
@@ -99,7 +99,7 @@ def test_the_script_for_slurm_continues_after_a_signal(tmp_path):
     job.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=100)[0]
     assert 'Stopped by SIGTERM after iteration' in output and (tmp_path / 'asked').read_text() == 'requeue 42\n', output
-    assert not list(tmp_path.glob('logs/*/model30000.index'))
+    assert not list(tmp_path.glob('logs/*/model8000.index'))
     job = start()
     output = job.communicate(timeout=200)[0]
     assert job.returncode == 0 and 'Resuming from' in output and 'All 1 runs are trained and evaluated' in output, output
