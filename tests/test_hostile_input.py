@@ -294,10 +294,10 @@ def test_any_record_of_a_preparation(tmp_path):
 
 def test_nothing_is_damaged(tmp_path):
     """A refusal leaves the user's folder as it was."""
-    write_image_tree(tmp_path / 'data', [f'class{number}' for number in range(6)], images=3, size=(20, 20, 3))
+    write_image_tree(tmp_path / 'data', [f'class{number}' for number in range(13)], images=3, size=(20, 20, 3))
     (tmp_path / 'data' / 'class2' / '01.png').write_bytes(b'no image')
     before = tree(tmp_path / 'data')
-    for flag, words in (('--num_classes=9', 'asks for more classes than the 4'), ('--split=1/1/9', 'asks for more classes than the 1'),
+    for flag, words in (('--num_classes=12', 'asks for more classes than the'), ('--split=1/11/1', 'asks for more classes than the 1 '),
                         ('--update_batch_size=40', 'needs 80 images of a class'), ('--update_batch_size=1', 'cannot be read as an image')):
         assert words in error_of('--datasource=folder', f'--data_path={tmp_path}/data', f'--logdir={tmp_path}/logs', '--num_classes=2',
                                  flag)
