@@ -14,6 +14,7 @@ from conftest import error_of, results_of, run_ok, write_image_tree
 from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from networks import initial_head, network_of
+from runtime.cli import methods
 from runtime.datasets.tasks import TaskConfig
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Permuted
@@ -272,6 +273,24 @@ def test_a_pre_trained_classifier_of_the_program(tmp_path, small_data):
     found = next((tmp_path / 'maml').glob('*/model1.index')).with_suffix('')
     assert np.array_equal(tf.train.load_variable(str(found), 'conv3'), tf.train.load_variable(str(whole), 'conv3'))
     assert 'add --pretrain_iterations' in error_of(*flags[:-1], '--method=baseline++')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method, updates', [('r2d2', 0), ('protomaml', 6), ('unicorn', 5)])
+def test_methods_as_programs(method, updates, tmp_path, small_data, few_tasks):
+    """Resumed to the bit, with what their last layers learn; evaluated after the number of updates of their preset."""
+    flags = ['--datasource=cifarfs', f'--data_path={small_data["cifarfs"]}', f'--method={method}', '--update_batch_size=1', '--conv=False',
+             '--hidden=4', '--meta_batch_size=2', '--engine=map', '--save_interval=2']
+    for name, steps in ('whole', [4]), ('parts', [2, 4]):
+        for last in steps:
+            run_ok(*flags, f'--metatrain_iterations={last}', f'--logdir={tmp_path / name}')
+    whole, parts = (checkpoints.load(str(next((tmp_path / name).glob('*/model4.index')).with_suffix(''))) for name in ('whole', 'parts'))
+    assert whole.arrays.keys() == parts.arrays.keys()
+    assert all(np.array_equal(array, parts.arrays[name]) for name, array in whole.arrays.items())
+    run_ok(f'--run={tmp_path / "whole"}', '--train=False', '--num_test_tasks=3')
+    entry, = results_of(next((tmp_path / 'whole').iterdir()))
+    assert entry.training.method == methods.PRESETS[method].title and entry.setting.headline_updates == updates
+    assert np.shape(entry.scores) == (3, max(updates, 1) + 1)  # of support rows, and of query rows after each update
 
 
 def test_examples_of_all_classes(small_data):

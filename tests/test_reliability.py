@@ -122,6 +122,19 @@ def test_save_interval(tmp_path):
     assert saved(tmp_path) == [250, 500, 750, 900]
 
 
+@pytest.mark.slow
+def test_a_resume_within_pre_training_and_after_it(tmp_path, few_tasks):
+    """Both phases in one run end with the same bits, whichever checkpoint they continue from."""
+    flags = [*SINUSOID, f'--logdir={tmp_path}', '--pretrain_iterations=5', '--metatrain_iterations=5', '--save_interval=2']
+    run_ok(*flags)
+    last = checkpoints.path(str(directory_of(tmp_path)), 10)
+    whole = checkpoints.load(last).arrays
+    for start in 8, 6, 4, 2:
+        assert f'model{start}' in run_ok(*flags, f'--test_iter={start}')
+        again = checkpoints.load(last).arrays
+        assert whole.keys() == again.keys() and all(np.array_equal(array, again[name]) for name, array in whole.items()), start
+
+
 # Flags that contradict a checkpoint
 
 @pytest.mark.slow
