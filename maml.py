@@ -244,8 +244,8 @@ def weights_at(config: ModelConfig, parameters: Parameters, own: Tensors, step: 
     """The network's tensors at an inner step: the task's own, where it has them, else the shared ones; with `norm_per_step`
     the offsets and scales of that step."""
     tensors = {**parameters.weights, **parameters.norm_params, **own}
-    of_step = {name: at_step(tensors[name], step) for name in parameters.norm_params} if config.norm_per_step else {}
-    return {**tensors, **of_step, **mask_at(own, step)}
+    norm_params = {name: at_step(tensors[name], step) for name in parameters.norm_params} if config.norm_per_step else {}
+    return {**tensors, **norm_params, **mask_at(own, step)}
 
 
 def support_outputs(config: ModelConfig, parameters: Parameters, task: TaskBatch, state: TaskState, step: Step) -> tf.Tensor:

@@ -523,8 +523,8 @@ def classifier_outputs(config: ModelConfig, tensors: Tensors, x: tf.Tensor) -> t
     """The outputs of the classifier of pre-training (Baseline and Baseline++: Chen et al., 2019), [rows, pretrain_classes]."""
     network = network_of(config)
     own = {name: tensors[CLASSIFIER + name] for name in network.head_names}
-    of_all_classes = dataclasses.replace(config, dim_output=config.pretrain_classes)
-    return outputs_of(of_all_classes, {**tensors, **own}, network.features(tensors, x))
+    config_of_classifier = dataclasses.replace(config, dim_output=config.pretrain_classes)
+    return outputs_of(config_of_classifier, {**tensors, **own}, network.features(tensors, x))
 
 
 def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, support_y: tf.Tensor) -> Tensors:
@@ -574,10 +574,10 @@ def _makes_the_first(config, values, wider, tensors):
     same features."""
     x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
     models = (network_of(config), values), (network_of(wider), tensors)
-    models = [(network, tf.nest.map_structure(tf.convert_to_tensor, of_model)) for network, of_model in models]
-    made = [network.features(of_model, x) for network, of_model in models]
+    models = [(network, tf.nest.map_structure(tf.convert_to_tensor, tensors)) for network, tensors in models]
+    made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
-        made = [network.head(of_model, features)[:, :config.dim_output] for (network, of_model), features in zip(models, made)]
+        made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]
     return made[0].shape == made[1].shape and np.allclose(*made, rtol=1e-4, atol=1e-5)
 
 

@@ -124,8 +124,8 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     def forward(z):
         def m(x):
             kept = math.prod(x.shape[1:3]) / math.prod(z.shape[1:3])  # 1, or after pooling a quarter, whose other positions are 0
-            of_kept = _mean(x, [0, 1, 2])
-            return of_kept if kept == 1 else kept * of_kept
+            mean_of_kept = _mean(x, [0, 1, 2])
+            return mean_of_kept if kept == 1 else kept * mean_of_kept
 
         # Tapes must not make derivatives of these loops, which they would compile. (`tf.stop_gradient` does not do: `tf.vectorized_map`
         # drops custom gradients, and what then differentiates the operations themselves would meet it.)

@@ -66,11 +66,11 @@ def shares(workload: Workload, steps: int) -> tuple[dict[str, float], float]:
                 step()
         path, = glob.glob(os.path.join(folder, '**', '*.xplane.pb'), recursive=True)
         seconds = collections.Counter(dict.fromkeys(KINDS, 0.0))
-        for name, of_operation in own_times(path):
+        for name, duration in own_times(path):
             if name != WAITING:
-                seconds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), 'other')] += of_operation
+                seconds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), 'other')] += duration
     total = sum(seconds.values())
-    return {kind: of_kind / total for kind, of_kind in seconds.items()}, total / steps
+    return {kind: duration / total for kind, duration in seconds.items()}, total / steps
 
 
 def rate(flops: float, function: Callable, *arguments: tf.Tensor, **others: object) -> float:
@@ -91,11 +91,11 @@ def convolutions(workload: Workload) -> Iterator[tuple[str, dict[str, float]]]:
             rows, kernel = shots * workload.num_classes, tf.random.normal([3, 3, channels, workload.num_filters])
             x, y = (tf.random.normal([rows, side, side, size]) for size in (channels, workload.num_filters))
             flops = 2 * rows * side * side * 9 * channels * workload.num_filters
-            of_each = functools.partial(rate, flops, strides=[1, 1, 1, 1], padding='SAME')
-            rates = {'forward': of_each(tf.raw_ops.Conv2D, input=x, filter=kernel),
-                     'kernel': of_each(tf.raw_ops.Conv2DBackpropFilter, input=x, filter_sizes=kernel.shape, out_backprop=y)}
+            rate_of = functools.partial(rate, flops, strides=[1, 1, 1, 1], padding='SAME')
+            rates = {'forward': rate_of(tf.raw_ops.Conv2D, input=x, filter=kernel),
+                     'kernel': rate_of(tf.raw_ops.Conv2DBackpropFilter, input=x, filter_sizes=kernel.shape, out_backprop=y)}
             if layer:  # the images themselves have no gradient
-                rates['input'] = of_each(tf.raw_ops.Conv2DBackpropInput, input_sizes=x.shape, filter=kernel, out_backprop=y)
+                rates['input'] = rate_of(tf.raw_ops.Conv2DBackpropInput, input_sizes=x.shape, filter=kernel, out_backprop=y)
             yield f'{rows} images of {side}x{side}, {channels} channels', rates
         side, channels = side // 2, workload.num_filters
 
@@ -109,10 +109,10 @@ def main() -> None:
     product = rate(2 * 2048 ** 3, tf.matmul, matrix, matrix)
     print(f'{processor()}, {os.cpu_count()} cores; a matrix product on one: {product / 1e9:.0f} GFLOP/s')
     for name in args.workloads:
-        of_kinds, seconds = shares(WORKLOADS[name], args.steps)
-        print(f'{name}: {seconds:.3f} core seconds a step: {_listed(of_kinds)}', flush=True)
+        time_by_kind, seconds = shares(WORKLOADS[name], args.steps)
+        print(f'{name}: {seconds:.3f} core seconds a step: {_listed(time_by_kind)}', flush=True)
         for text, rates in convolutions(WORKLOADS[name]) if WORKLOADS[name].max_pool else ():
-            print(f'  {text}: {_listed({what: of_call / product for what, of_call in rates.items()})}', flush=True)
+            print(f'  {text}: {_listed({what: call_rate / product for what, call_rate in rates.items()})}', flush=True)
 
 
 def _listed(shares):

@@ -153,7 +153,7 @@ def main() -> None:
     for split in SPLITS:
         images = (from_pickle(source, split, rows, args) or from_npz(source, split, rows, args)
                   or from_folders(source, split, rows, args) or {})
-        lists |= {f'{split}/{name}': of_class for name, of_class in images.items() if of_class.count}
+        lists |= {f'{split}/{name}': class_images for name, class_images in images.items() if class_images.count}
     if not lists:
         sys.exit(f'{source} holds neither train_images_png.pkl nor train_images.npz nor folders of images like '
                  'train/n01530575; put them there (a .tar must be unpacked), or name their folder with --source')

@@ -164,7 +164,7 @@ def record_split(source: Source, tasks: TaskConfig, data: dict[str, Tasks]) -> N
     """Writes down how the user's class folders are split, now that flags and checkpoints are known to fit them.
     Raises UserError if they are not those that `data`, from `read_data`, was read from, or it cannot be written."""
     if isinstance(source, TableSource) or source.image_shape and source.user_images:
-        source.folders(tasks.data_path).record_split({split: of_split.classes.names for split, of_split in data.items()})
+        source.folders(tasks.data_path).record_split({split: split_tasks.classes.names for split, split_tasks in data.items()})
 
 
 def columns_of(source: Source) -> Columns | None:

@@ -53,7 +53,7 @@ class SinusoidOrLine(Sinusoid):
         """Whether it is a line; amplitude or slope; phase or offset."""
         line = uniform[:, 0:1] >= 0.5
         curves, lines = super().parameters(uniform[:, 1:]), [_between(self.COEFFICIENTS, uniform[:, at:at + 1]) for at in (1, 2)]
-        return line, *(np.where(line, of_line, of_curve) for of_line, of_curve in zip(lines, curves))
+        return line, *(np.where(line, on_line, on_curve) for on_line, on_curve in zip(lines, curves))
 
     def values(self, parameters: Parameters, x: np.ndarray) -> np.ndarray:
         line, first, second = parameters

@@ -83,9 +83,9 @@ def _rows(path, root, label_column, index):
     columns, cells = _named_alike(columns, rows.values())
     image = _image_column(path, cells, label_column, index, root)
     label = _label_column(path, columns, image, label_column)
-    has_splits, of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
+    has_splits, split_of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
     for number, row in zip(rows, cells):
-        place, split = f'line {number} of {path}', split_named(row['split']) if has_splits else of_file
+        place, split = f'line {number} of {path}', split_named(row['split']) if has_splits else split_of_file
         if not row[image] or not row[label] or '/' in row[label] or (has_splits and split is None):
             raise UserError(f'{place} lacks an image, a label (without a slash) or, if there is such a column, a split')
         yield place, row[image], row[label], split

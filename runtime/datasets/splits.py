@@ -65,7 +65,7 @@ class Splitting:
 
 def by_split(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """{split: its classes} of [(split, class)]."""
-    return {split: [name for of_split, name in rows if of_split == split] for split in SPLITS}
+    return {split: [name for its_split, name in rows if its_split == split] for split in SPLITS}
 
 
 # Manifests ----------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str,
 def report_names(classes: Mapping[str, Iterable[str]], root: str) -> None:
     """Prints which names of classes are in two splits, or differ only in capitals or in how Unicode writes them: meta-test is about
     classes that training has not seen. `classes` are {split: names}."""
-    names = {split: set(of_split) for split, of_split in classes.items()}
+    names = {split: set(members) for split, members in classes.items()}
     shared = [(name, first, second) for first, second in itertools.combinations(names, 2) for name in sorted(names[first] & names[second])]
     if shared:
         name, first, second = shared[0]

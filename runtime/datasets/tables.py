@@ -111,9 +111,9 @@ class Tables(splits.Splitting):
         if os.path.isfile(self.root):
             return self._divided(self._groups(self._as_written([read_sheet(self.root)])))
         tables = map_tables(read_sheet, self._paths())
-        sheets = iter(self._as_written([sheet for of_split in tables.values() for sheet in of_split.values()]))
-        tables = {split: {name: next(sheets) for name in of_split} for split, of_split in tables.items()}
-        return {split: self._groups(list(of_split.values())) for split, of_split in tables.items()} if self.group_column else tables
+        sheets = iter(self._as_written([sheet for members in tables.values() for sheet in members.values()]))
+        tables = {split: {name: next(sheets) for name in members} for split, members in tables.items()}
+        return {split: self._groups(list(members.values())) for split, members in tables.items()} if self.group_column else tables
 
     def _paths(self) -> dict[str, dict[str, str]]:
         """{split: {table: path of its csv file}}, of a folder."""
@@ -256,8 +256,8 @@ def map_collecting_errors(function: Callable[[object], Result], arguments: Itera
 
 def map_tables(function: Callable[[Any], Result], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Result]]:
     """{split: {table: what a function returns}} of {split: {table: argument}}; raises UserError as `map_collecting_errors`."""
-    results = iter(map_collecting_errors(function, [argument for of_split in tables.values() for argument in of_split.values()]))
-    return {split: {table: next(results) for table in of_split} for split, of_split in tables.items()}
+    results = iter(map_collecting_errors(function, [argument for members in tables.values() for argument in members.values()]))
+    return {split: {table: next(results) for table in members} for split, members in tables.items()}
 
 
 def table_files(folder: str) -> dict[str, str]:
@@ -339,7 +339,7 @@ def with_decimal_commas(sheets: Sequence[Sheet], has_numbers: Callable[[str], bo
     which columns count."""
     commas = [sheet.delimiter != ',' and _has_decimal_commas(cell for row in sheet.rows for name, cell in zip(sheet.columns, row)
                                                              if has_numbers(name)) for sheet in sheets]
-    return [sheet._replace(decimal_comma=any(commas) if of_sheet is None else of_sheet) for sheet, of_sheet in zip(sheets, commas)]
+    return [sheet._replace(decimal_comma=any(commas) if comma is None else comma) for sheet, comma in zip(sheets, commas)]
 
 
 def _has_decimal_commas(cells: Iterable[str]) -> bool | None:

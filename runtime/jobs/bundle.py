@@ -53,8 +53,8 @@ def _entries(index: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = index[-_FOOTER_BYTES:]
     if len(footer) < _FOOTER_BYTES or not footer.endswith(_MAGIC):
         raise ValueError('its index has no end')
-    _, at = _handle(footer, 0)
-    place, _ = _handle(footer, at)
+    _, position = _handle(footer, 0)
+    place, _ = _handle(footer, position)
     for _, handle in _block(index, place):
         yield from _block(index, _handle(handle, 0)[0])
 
@@ -66,29 +66,29 @@ def _block(index, place):
     if len(block) < size or index[start + size] != 0:
         raise ValueError('its index is cut off or compressed')
     restarts, = struct.unpack('<I', block[-4:].rjust(4, b'\0'))
-    end, at, name = size - 4 * (restarts + 1), 0, b''
-    while at < end:
-        shared, at = _number(block, at)
-        added, at = _number(block, at)
-        length, at = _number(block, at)
-        if shared > len(name) or at + added + length > end:
+    end, position, name = size - 4 * (restarts + 1), 0, b''
+    while position < end:
+        shared, position = _number(block, position)
+        added, position = _number(block, position)
+        length, position = _number(block, position)
+        if shared > len(name) or position + added + length > end:
             raise ValueError('its index is malformed')
-        name = name[:shared] + block[at:at + added]
-        yield name, block[at + added:at + added + length]
-        at += added + length
+        name = name[:shared] + block[position:position + added]
+        yield name, block[position + added:position + added + length]
+        position += added + length
 
 
-def _handle(data, at):
+def _handle(data, position):
     """The place of a block, (start, size), and the position after it."""
-    start, at = _number(data, at)
-    size, at = _number(data, at)
-    return (start, size), at
+    start, position = _number(data, position)
+    size, position = _number(data, position)
+    return (start, size), position
 
 
-def _number(data, at):
+def _number(data, start):
     """A number in groups of seven bits, the lowest first, and the position after it."""
     value = 0
-    for position, shift in enumerate(range(0, 64, 7), start=at):
+    for position, shift in enumerate(range(0, 64, 7), start):
         value |= (data[position] & 127) << shift
         if data[position] < 128:
             return value, position + 1

@@ -397,8 +397,8 @@ def _add_what_plain_maml_lacks(arrays, variables, last_layer, scaled):
     """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too. A network's last layer, which
     may be called head, is none of what heads have besides."""
     for name, variable in variables.items():
-        of_head = name.startswith(HEAD_PREFIX) and name not in last_layer
-        if name not in arrays and (of_head or name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
+        belongs_to_head = name.startswith(HEAD_PREFIX) and name not in last_layer
+        if name not in arrays and (belongs_to_head or name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
             arrays[name] = variable.numpy()
         elif '/' in name and name in arrays and arrays[name].shape == variable.shape[1:]:
             arrays[name] = np.broadcast_to(arrays[name], variable.shape)

@@ -73,7 +73,7 @@ class Permuted:
             permuted = batch._replace(support_y=batch.support_y[..., order], query_y=batch.query_y[..., order])
             pre, post = self._model.predict(permuted, num_updates)
             outputs.append([values.numpy()[..., np.argsort(order)] for values in (pre, *post)])
-        accuracies = np.stack([self._accuracies(batch, of_order) for of_order in outputs])
+        accuracies = np.stack([self._accuracies(batch, order_outputs) for order_outputs in outputs])
         means = [np.mean(values, axis=0) for values in zip(*outputs)]
         return OrderMetrics(accuracies.mean(axis=0), accuracies.std(axis=0), self._accuracies(batch, means))
 

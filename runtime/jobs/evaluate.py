@@ -87,9 +87,9 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     print(heading(run, tasks, restored, seen_classes), flush=True)
     results, written, models = [], [store.FILE], models_of(run, restored)
     for variant, model in models.items():
-        of_model = results_of(run, tasks, variant, model, variant.label if len(models) > 1 else None)
-        results += of_model
-        for result in of_model if run.replicas.chief else ():
+        model_results = results_of(run, tasks, variant, model, variant.label if len(models) > 1 else None)
+        results += model_results
+        for result in model_results if run.replicas.chief else ():
             name = reference_name(run, restored, result.variant)
             save(run.directory, entry_of(run, tasks, restored, seen_classes, result), result.values, name,
                  lambda: check_still_there(restored))

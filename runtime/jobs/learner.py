@@ -221,8 +221,8 @@ def load_predictor(path: str | os.PathLike, network: Callable | None = None) -> 
         columns = checked(Columns | None, facts['inputs'].pop('columns'), 'columns')
         inputs = Inputs(**facts['inputs'], columns=columns)
         config = ModelConfig(**{**fields, 'network': network})
-        of_network = {*network_of(config).initial_norm_params(), *network_of(config).initial_weights(0)} if network else set()
-        missing = sorted(of_network - members[0].keys())
+        network_tensors = {*network_of(config).initial_norm_params(), *network_of(config).initial_weights(0)} if network else set()
+        missing = sorted(network_tensors - members[0].keys())
         if missing:
             raise UserError(f'{os.fspath(path)} has no {missing[0]}, a weight of network=: it was made by another function')
         return Predictor(config, list(members.values()), support_x, facts['classes'], inputs)

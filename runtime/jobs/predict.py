@@ -38,7 +38,7 @@ def predict(run: Trained, task: UserTask) -> None:
     learner = Learner(run)
     predictor = learner.adapt_rows(task.batch.support_x[0], task.batch.support_y[0], task.classes or None)
     values = predictor.of_rows(task.batch.query_x[0])
-    predictions = of_classes(task, values) if task.classes else of_targets(task, values, run.source.files.columns)
+    predictions = class_predictions(task, values) if task.classes else target_predictions(task, values, run.source.files.columns)
     if not np.isfinite(values).all():
         advice = ': lower --update_lr or --test_updates' if run.test_updates and run.model.learn_lr == 'no' else ''
         raise UserError(f'adaptation to {task.support} diverged, so there are no predictions{advice}')
@@ -54,8 +54,8 @@ def predict(run: Trained, task: UserTask) -> None:
     if run.source.image_shape:
         plots.save(plots.prediction_sheet(task, run.source, values), f'{path}.{run.plot_format}')
         written += f' and .{run.plot_format}'
-    of_classes_text = f' of {way} classes' if way else ''
-    print(f'{learner.checkpoint}, adapted to {task.batch.support_x.shape[1]} {task.unit}s{of_classes_text} by {run.test_updates} updates\n')
+    classes_text = f' of {way} classes' if way else ''
+    print(f'{learner.checkpoint}, adapted to {task.batch.support_x.shape[1]} {task.unit}s{classes_text} by {run.test_updates} updates\n')
     width = max(map(len, task.names[:SHOWN]))
     for name, line in list(zip(task.names, predictions.lines))[:SHOWN]:
         print(f'  {name:{width}}  {line}')
@@ -64,7 +64,7 @@ def predict(run: Trained, task: UserTask) -> None:
     print(f'\n{predictions.summary}Written: {written}')
 
 
-def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
+def class_predictions(task: UserTask, probabilities: np.ndarray) -> Predictions:
     """Predictions of classes from their probabilities, [queries, classes]."""
     predicted, lines = np.argmax(probabilities, axis=-1), []
     for label, guess, row in zip(task.labels, predicted, probabilities):
@@ -77,7 +77,7 @@ def of_classes(task: UserTask, probabilities: np.ndarray) -> Predictions:
         f'{sum(hits)} of {len(hits)} labelled {task.unit}s classified correctly ({sum(hits) / len(hits):.1%})\n' if hits else '')
 
 
-def of_targets(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
+def target_predictions(task: UserTask, values: np.ndarray, columns: Columns) -> Predictions:
     """Predictions of targets, in their own units, [queries, targets]."""
     summary = ''
     answered = np.asarray(task.has_answer)

@@ -87,8 +87,9 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> P
         with contextlib.suppress(OSError):
             weights = Weights(weights.checkpoint, checkpoints.checksum(run.load_from))
     tasks = data['train']
-    return Provenance(data={split: of_split.fingerprint for split, of_split in data.items()}, data_path=path and os.path.abspath(path),
-                      weights=weights, arithmetic=[arithmetic(model.config.engine, run.replicas.count)], program=program(),
+    return Provenance(data={split: split_tasks.fingerprint for split, split_tasks in data.items()},
+                      data_path=path and os.path.abspath(path), weights=weights,
+                      arithmetic=[arithmetic(model.config.engine, run.replicas.count)], program=program(),
                       classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums()))
                       if isinstance(tasks, ClassTasks) else {})
 
@@ -383,10 +384,10 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
             first = end
 
     def draw_block(block):
-        def of_replica(replica):
+        def share_of(replica):
             batches = [draw(tasks, run, iteration, replica) for iteration in block]
             return type(batches[0])(*map(np.stack, zip(*batches)))
-        return block.start, run.replicas.distribute(of_replica)
+        return block.start, run.replicas.distribute(share_of)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         futures = (pool.submit(draw_block, block) for block in blocks())

@@ -68,7 +68,7 @@ class Matrix:
     def __init__(self, evaluations: Sequence[Evaluation]):
         parts = {evaluation.tasks_key: task_parts(evaluation.entry.tasks) for evaluation in evaluations}
         keys = sorted(parts, key=lambda key: (parts[key], key))
-        common = set.intersection(*({*of_target[1:]} for of_target in parts.values()))
+        common = set.intersection(*({*target_parts[1:]} for target_parts in parts.values()))
         targets = [', '.join([parts[key][0], *(part for part in parts[key][1:] if part not in common)]) for key in keys]
         self.targets = [target + (f', data or settings {zlib.crc32(key.encode()):08x}' if targets.count(target) > 1 else '')
                         for key, target in zip(keys, targets)]
@@ -126,7 +126,7 @@ def _labels(models):
         alike = [other.directory for other in models if other.name == model.name]
         place = dict(zip(alike, differing_parts(alike)))[model.directory] if len(set(alike)) > 1 else ''
         same_run = [other.details for other in models if (other.directory, other.name) == (model.directory, model.name)]
-        differing = [detail for detail, of_each in zip(model.details, zip(*same_run)) if len(set(of_each)) > 1]
+        differing = [detail for detail, values in zip(model.details, zip(*same_run)) if len(set(values)) > 1]
         return ', '.join(filter(None, [model.name, place, *differing]))
 
     return list(map(label, models))

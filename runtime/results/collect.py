@@ -89,7 +89,7 @@ def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[E
         if len(without) == len(folders):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
-    chosen = [evaluation for of_run in evaluations.values() for evaluation in _chosen(of_run, checkpoints)]
+    chosen = [evaluation for run_evaluations in evaluations.values() for evaluation in _chosen(run_evaluations, checkpoints)]
     if not chosen:
         raise UserError(f'--checkpoints={checkpoints}: no such checkpoint was evaluated; evaluate one, with --train=False')
     return chosen

@@ -144,9 +144,9 @@ class Comparison:
     def figures(self, lines: Sequence[Line], rows: Iterable[Sequence[np.ndarray]]) -> list[list[Figures]]:
         """The statistics of a table, [rows][lines], with the p-values of all lines but the first corrected for their number."""
         figures = [[self._figures_of(line, row) for line in lines] for row in rows]
-        p_holm = holm(np.array([[of_line.p for of_line in of_row[1:]] for of_row in figures]))
-        return [[*of_row[:1], *(of_line._replace(p_holm=float(p)) for of_line, p in zip(of_row[1:], p_of_row))]
-                for of_row, p_of_row in zip(figures, p_holm)]
+        p_holm = holm(np.array([[cell.p for cell in row[1:]] for row in figures]))
+        return [[*row[:1], *(cell._replace(p_holm=float(p)) for cell, p in zip(row[1:], p_values))]
+                for row, p_values in zip(figures, p_holm)]
 
     def _figures_of(self, line, row):
         if len(line.indices) > 1:
@@ -224,12 +224,12 @@ def sweep_of(comparison: Comparison, flag: str) -> dict[str, dict[Any, np.ndarra
     labels = [', '.join(parts) for parts in _label_parts(evaluations, described)]
     seeds: dict[str, dict[Any, dict[Any, np.ndarray]]] = {}
     for evaluation, label, setting, values in zip(evaluations, labels, described, comparison.headline):
-        of_line = seeds.setdefault(label or setting[''], {}).setdefault(swept_value(evaluation, flag), {})
-        if evaluation.flag('seed') in of_line:
+        values_by_seed = seeds.setdefault(label or setting[''], {}).setdefault(swept_value(evaluation, flag), {})
+        if evaluation.flag('seed') in values_by_seed:
             raise UserError(f'--against={flag}: {evaluation.directory} has several evaluations, or another run differs from it in nothing '
                             f'but its name; add --checkpoints=newest or best, or name fewer runs')
-        of_line[evaluation.flag('seed')] = values
-    return {label: {value: np.stack([*of_seed.values()]) for value, of_seed in of_line.items()} for label, of_line in seeds.items()}
+        values_by_seed[evaluation.flag('seed')] = values
+    return {label: {value: np.stack([*by_seed.values()]) for value, by_seed in points.items()} for label, points in seeds.items()}
 
 
 def method_without(evaluation: Evaluation, flag: str) -> str:
@@ -255,7 +255,7 @@ def _identities(evaluations):
     agree."""
     identities = [provenance.identity(evaluation.entry.training.provenance) for evaluation in evaluations]
     values = {name: {identity[name] for identity in identities} - {None} for name in identities[0]}
-    return [{name: of_all.copy().pop() if len(of_all) == 1 else identity[name] or 'not known' for name, of_all in values.items()}
+    return [{name: known.copy().pop() if len(known) == 1 else identity[name] or 'not known' for name, known in values.items()}
             if any(values.values()) else {} for identity in identities]
 
 
@@ -323,9 +323,9 @@ def _unstated(setting, alike):
     preset, if all evaluations of the method have one value."""
     unstated = {name: {collections.Counter(str(other.get(name)) for other in alike).most_common(1)[0][0]}
                 for name in setting if name not in ('', 'checkpoint', 'seed')}
-    of_method = [other for other in alike if other[''] == setting['']]
+    same_method = [other for other in alike if other[''] == setting['']]
     for name, value in preset_flags(setting['']).items():
-        if name in unstated and not _differ(of_method, name):
+        if name in unstated and not _differ(same_method, name):
             unstated[name].add(str(value))
     return unstated
 
@@ -356,8 +356,8 @@ def update_table(comparison: Comparison) -> render.Table:
     columns = ['updates', *(line.letters for line in lines),
                *(title for line in lines[1:] for title in (f'{line.letters} - A', *titles)),
                *(f'{group.letters} over seeds' for group in groups)]
-    rows = [[updates, *_update_cells(of_lines, of_groups, comparison.digits, titles)]
-            for updates, of_lines, of_groups in zip(comparison.rows, figures, figures_of_groups)]
+    rows = [[updates, *_update_cells(line_figures, group_figures, comparison.digits, titles)]
+            for updates, line_figures, group_figures in zip(comparison.rows, figures, figures_of_groups)]
     if 'own' in comparison.rows:
         notes.append('own: each at its own number of updates, ' + ', '.join(f'{line.letters} {line.updates}' for line in lines))
     if groups:
@@ -370,23 +370,23 @@ def update_table(comparison: Comparison) -> render.Table:
 
 def test_note(figures: Sequence[Sequence[Figures]]) -> str:
     """Text: where the p-values of a table, [rows][lines], come from."""
-    counted = [of_line for row in figures for of_line in row[1:] if not math.isnan(of_line.p)]
+    counted = [cell for row in figures for cell in row[1:] if not math.isnan(cell.p)]
     ranks = ', or with * a signed-rank test, where differences are far from normal' if any(each.signed_rank for each in counted) else ''
     return f'p: a paired t-test{ranks}' + (f"; Holm: corrected for the table's {len(counted)} tests" if len(p_titles(figures)) > 1 else '')
 
 
-def _update_cells(of_lines, of_groups, digits, titles):
-    cells = [of_line.cells(digits, titles) for of_line in of_lines]
+def _update_cells(line_figures, group_figures, digits, titles):
+    cells = [figures.cells(digits, titles) for figures in line_figures]
     return [*(mean for mean, *_ in cells), *(cell for _, *differences in cells[1:] for cell in differences),
-            *(f'{number(of_group.mean, digits)} ({number(of_group.std, digits)})' for of_group in of_groups)]
+            *(f'{number(figures.mean, digits)} ({number(figures.std, digits)})' for figures in group_figures)]
 
 
 def headline_table(comparison: Comparison) -> render.Table:
     """A row for each evaluation, at its own number of updates, with its difference from the first."""
     figures = comparison.figures(comparison.lines, [comparison.headline])
     titles = ['difference', *p_titles(figures)]
-    rows = [[line.label, line.updates, *of_line.cells(comparison.digits, titles[1:])]
-            for line, of_line in zip(comparison.lines, figures[0])]
+    rows = [[line.label, line.updates, *cell.cells(comparison.digits, titles[1:])]
+            for line, cell in zip(comparison.lines, figures[0])]
     rows[0][-len(titles):] = [''] * len(titles)
     return render.Table(comparison.title, ['run', 'updates', comparison.unit, *titles], rows, notes=[test_note(figures)])
 
@@ -395,9 +395,9 @@ def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
     rows, figures = [], comparison.figures(comparison.groups, [comparison.headline])
     titles = ['difference', *p_titles(figures)]
-    for group, of_group in zip(comparison.groups, figures[0]):
-        mean, *difference_and_p = of_group.cells(comparison.digits, titles[1:])
-        if group == comparison.groups[0] or math.isnan(of_group.difference):
+    for group, group_figures in zip(comparison.groups, figures[0]):
+        mean, *difference_and_p = group_figures.cells(comparison.digits, titles[1:])
+        if group == comparison.groups[0] or math.isnan(group_figures.difference):
             difference_and_p = [''] * len(titles)
         rows.append([group.label, len(group.indices), group.updates, mean, *difference_and_p])
     return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, *titles], rows,
@@ -409,9 +409,9 @@ def records(comparisons: Sequence[Comparison]) -> render.Table:
     rows = []
     for comparison in comparisons:
         lines, groups = comparison.lines, comparison.groups
-        of_lines, of_groups = (comparison.figures(each, comparison.rows.values()) for each in (lines, groups))
-        for updates, *figures in zip(comparison.rows, of_lines, of_groups):
-            for line, of_line in zip([*lines, *groups], itertools.chain(*figures)):
+        line_figures, group_figures = (comparison.figures(each, comparison.rows.values()) for each in (lines, groups))
+        for updates, *figures in zip(comparison.rows, line_figures, group_figures):
+            for line, cell in zip([*lines, *groups], itertools.chain(*figures)):
                 label = f'{line.label}, over seeds' if line in groups else line.label
-                rows.append([comparison.tasks, comparison.unit, line.letters, label, line.path, line.seed, updates, *of_line])
+                rows.append([comparison.tasks, comparison.unit, line.letters, label, line.path, line.seed, updates, *cell])
     return render.Table('', ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', *Figures._fields], rows)

@@ -103,9 +103,9 @@ def sweep(lines: dict[str, dict[Any, np.ndarray]], flag: str, metric: str, headi
     unit that is shown}}. Intervals of several seeds cover seeds too. Metric and heading are as for `curves`."""
     figure = Figure(figsize=(6, 3.8 + 0.22 * len(lines)), layout='constrained')
     axes, drawn, bounds = figure.subplots(), [], []
-    positions = _place(axes, {value for of_line in lines.values() for value in of_line})
-    for (label, of_line), style in zip(lines.items(), itertools.cycle(STYLES)):
-        places, values_of_each = zip(*sorted((positions[value], values) for value, values in of_line.items()))
+    positions = _place(axes, {value for points in lines.values() for value in points})
+    for (label, points), style in zip(lines.items(), itertools.cycle(STYLES)):
+        places, values_of_each = zip(*sorted((positions[value], values) for value, values in points.items()))
         mean, half = np.array([_mean_and_half(values if len(values) > 1 else values[0], len(values) > 1) for values in values_of_each]).T
         counts = sorted({len(values) for values in values_of_each})
         seeds = f', {" to ".join(map(str, counts))} seeds' if counts[-1] > 1 else ''
@@ -135,10 +135,10 @@ def _finish(figure, axes, heading, labels):
     figure.legend(loc='outside lower center', fontsize='small' if max(map(len, labels)) < 60 else 'x-small', frameon=False)
 
 
-def _mean_and_half(values, of_seeds):
+def _mean_and_half(values, has_seeds):
     """Mean, and half-width of its interval, of values [tasks, ...], or [seeds, tasks, ...]; as axes can hold them. What is not
     finite stays, and is not drawn. The interval of one task, which has none, is 0."""
-    mean, half = over_tasks_and_seeds(values)[:2] if of_seeds else statistics(values)[::2]
+    mean, half = over_tasks_and_seeds(values)[:2] if has_seeds else statistics(values)[::2]
     half = np.where(np.isfinite(mean) & np.isnan(half), 0.0, half)
     return [np.where(np.isfinite(numbers), np.clip(numbers, -LARGEST, LARGEST), numbers) for numbers in (mean, half)]
 
