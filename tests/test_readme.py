@@ -12,6 +12,7 @@ import pytest
 import main
 from conftest import ROOT, run_ok, run_process
 from runtime.cli import flags
+from runtime.cli.request import resolve
 
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}
@@ -24,9 +25,10 @@ def test_usage_text_and_readme_agree():
     assert [line.strip()[len('python '):] for line in main.USAGE.splitlines() if 'python main.py --' in line] == TRAINING
 
 
-def test_evaluation_commands_are_training_commands_with_two_flags():
-    for command in set(COMMANDS) - set(TRAINING):
-        assert '--load_from' in command or command.removesuffix(' --train=False --test_set=True') in TRAINING
+def test_runs_that_the_readme_evaluates_are_of_its_trainings():
+    made = {os.path.normpath(resolve(main.parse(shlex.split(command))).directory) for command in TRAINING}
+    named = re.findall(r'--run=(\S+/cls_\S+)', README)
+    assert len(TRAINING) > 8 and named and set(map(os.path.normpath, named)) <= made
 
 
 def test_the_table_of_flags_is_that_of_the_help():
@@ -63,7 +65,7 @@ def test_commands_of_the_docs_parse(monkeypatch):
     for command in commands:
         if '...' not in command:
             main.parse(shlex.split(command))
-    assert len(commands) > 80
+    assert len(commands) > 80 and PREDICTION
 
 
 @pytest.mark.parametrize('command', [
