@@ -26,6 +26,7 @@ from runtime.datasets.class_folders import PARTIAL_MANIFEST, PREPARATION_RECORD,
 from runtime.datasets.splits import MANIFEST, write_manifest
 from runtime.datasets.tasks import SPLITS
 from runtime.system import console
+from runtime.system.cores import usable_cores
 from runtime.system.errors import UserError
 from runtime.system.files import PART_SUFFIX, locked, remove_parts, write_atomically, write_json
 from runtime.system.interruption import signals_handled_by
@@ -243,7 +244,7 @@ def write_all(pictures: Sequence[Picture], destination: str, again: bool) -> lis
         return None
 
     damaged = []
-    with deferred_interrupt() as interrupts, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with deferred_interrupt() as interrupts, ThreadPoolExecutor(usable_cores()) as pool:
         for problem in tqdm(pool.map(work, pictures), total=len(pictures), unit=' images', disable=None):
             if interrupts:
                 break

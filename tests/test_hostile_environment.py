@@ -495,6 +495,13 @@ print(arithmetic('map', 1)['oneDNN'], (resource.getrusage(resource.RUSAGE_SELF).
 """
 
 
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='this system does not bind processes to cores')
+def test_cores_that_a_scheduler_allows():
+    program = ('import os, sys; sys.path.insert(0, sys.argv[1])\nfrom runtime.system.cores import usable_cores\n'
+               'os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nprint(usable_cores())')
+    assert subprocess.check_output([sys.executable, '-c', program, ROOT], text=True) == '1\n'
+
+
 @pytest.mark.parametrize('environment, one_dnn', [({}, 'on'), ({'TF_CPU_ALLOCATOR_USE_BFC': '0', 'TF_ENABLE_ONEDNN_OPTS': '0'}, 'off')])
 @pytest.mark.skipif(platform.system() != 'Linux' or platform.machine() != 'x86_64', reason='other systems have other defaults')
 def test_how_tensorflow_is_set_up(environment, one_dnn):

@@ -20,7 +20,7 @@ from runtime.cli.request import PURPOSES
 MAY_IMPORT = {
     'special_grads': set(), 'utils': {'special_grads'}, 'networks': {'utils', 'special_grads', 'system'},
     'maml': {'networks', 'utils', 'special_grads', 'compute'},
-    'navigation': {'utils'}, 'system': set(), 'compute': set(), 'datasets': {'system'}, 'data_generator': {'system', 'datasets'},
+    'navigation': {'utils'}, 'system': set(), 'compute': {'system'}, 'datasets': {'system'}, 'data_generator': {'system', 'datasets'},
     'cli': {'system', 'datasets', 'compute', 'data_generator', 'maml'},
     'results': {'system', 'datasets', 'compute', 'data_generator', 'maml', 'cli'},
     'jobs': {'system', 'datasets', 'compute', 'data_generator', 'maml', 'navigation', 'networks', 'utils', 'cli', 'results'},

@@ -12,6 +12,7 @@ from runtime.cli.request import resolve
 from runtime.cli.run import Run, make_run
 from runtime.cli.run_data import read_data, source_and_tasks
 from runtime.compute.distribution import ALONE, Cluster, Replicas
+from runtime.system.cores import usable_cores
 from runtime.system.errors import UserError, first_line
 from runtime.system.interruption import TERMINATION_SIGNALS
 
@@ -78,7 +79,7 @@ def import_tensorflow(strategy: str = 'one', cluster: Cluster = ALONE) -> Replic
             tf.get_logger().setLevel('ERROR')  # It warns of functions traced for many shapes, which is intended here.
         with contextlib.suppress(RuntimeError):  # TensorFlow has computed already, in a notebook for example
             tf.config.threading.set_intra_op_parallelism_threads(1)
-            tf.config.threading.set_inter_op_parallelism_threads(os.cpu_count())
+            tf.config.threading.set_inter_op_parallelism_threads(usable_cores())
         replicas = Replicas(workers.make_strategy(strategy, cluster), cluster)
         tf.function(tf.identity, jit_compile=True)(0.0)
     if silent:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from runtime.compute.distribution import Replicas
+from runtime.system.cores import usable_cores
 
 if TYPE_CHECKING:
     from maml import ModelConfig, Parameters
@@ -178,7 +178,7 @@ class Engine:
             zeros = ({name: tf.zeros(value.shape, SUM_DTYPE) for name, value in parameters.trained().items()},
                      dict.fromkeys(self._metrics, tf.zeros([], SUM_DTYPE)))
             # Where tasks hand on state, the next one's inner steps need not wait for this one's metrics.
-            at_once = os.cpu_count() if parameters.inner_optimizer_state else 1
+            at_once = usable_cores() if parameters.inner_optimizer_state else 1
             sums, optimizer_state = tf.foldl(add, chunks, (zeros, parameters.inner_optimizer_state), parallel_iterations=at_once)
         means = tf.nest.map_structure(lambda total: total / (tasks * self._replicas.count), sums)
         stopping = tf.identity(stopping)  # of this graph, as `all_reduce` needs it
@@ -200,7 +200,7 @@ class Engine:
         if self._config.engine == 'vmap':
             return tf.vectorized_map
         dtypes = tf.nest.map_structure(lambda _: tf.as_dtype(self._config.dtype), signature)
-        return functools.partial(tf.map_fn, fn_output_signature=dtypes, parallel_iterations=os.cpu_count())
+        return functools.partial(tf.map_fn, fn_output_signature=dtypes, parallel_iterations=usable_cores())
 
 
 def _element(structure, index):

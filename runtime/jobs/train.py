@@ -31,6 +31,7 @@ from runtime.jobs.saving import Saver, TrainState, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
 from runtime.results.statistics import UNITS
+from runtime.system.cores import usable_cores
 from runtime.system.errors import UserError, counted
 from runtime.system.interruption import Interruption
 from runtime.system.progress import Progress
@@ -197,7 +198,7 @@ def description(run: Training, data: dict[str, Tasks], model: Model) -> str:
     config, replicas = model.config, run.replicas
     parameters = sum(math.prod(variable.shape) for variable in [*model.weights.values(), *model.norm_params.values()])
     gpus = len(tf.config.list_physical_devices('GPU'))
-    device = counted(gpus, 'GPU') if gpus else f'{os.cpu_count()} CPU cores'
+    device = counted(gpus, 'GPU') if gpus else f'{usable_cores()} CPU cores'
     lines = [f'Training {run.description} for {run.iterations:,} iterations of {run.meta_batch_size} tasks in {run.directory}',
              *data_description(run, data),
              f'  network  {model.description}; {parameters:,} parameters',
