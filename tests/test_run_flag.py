@@ -6,8 +6,7 @@ import pytest
 
 from conftest import ROOT, error_of, results_of, run_ok, run_process
 
-TRAINED = ['--norm=None', '--update_batch_size=3', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_updates=2',
-           '--engine=map']
+TRAINED = ['--norm=None', '--update_batch_size=3', '--metatrain_iterations=2', '--meta_batch_size=2', '--num_updates=2']
 
 
 @pytest.fixture(scope='module')
