@@ -73,7 +73,10 @@ class Golden:
         return [self.arrays[before]] + [self.arrays[f'{after}_{j}'] for j in range(self.updates)]
 
 
-@pytest.fixture(params=FIXTURES, scope='module')
+QUICK = 'sinusoid_10shot', 'sinusoid_5shot_3updates', 'omniglot_5way1shot', 'miniimagenet_5way1shot'
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES], scope='module')
 def golden(request):
     return Golden(FIXTURES[request.param])
 

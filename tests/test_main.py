@@ -50,8 +50,7 @@ def arguments(request, small_data, tmp_path):
 
 def every_source(function):
     """The slow ones differ from these in their entries of SOURCES only."""
-    quick = 'sinusoid', 'omniglot'
-    sources = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+    sources = [name if name == 'sinusoid' else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
     return pytest.mark.parametrize('arguments', sources, indirect=True)(function)
 
 
