@@ -80,8 +80,8 @@ class ClassTasks:
         if 0 < self.config.inner_batch < support_rows:  # so that the parts of tasks differ in how many rows of a class they have
             for task in range(count):
                 rng = np.random.default_rng([self.config.seed, self._split_index, start + task, 2])
-                order = [*rng.permutation(support_rows), *range(support_rows, labels.shape[1])]
-                x[task], labels[task] = x[task, order], labels[task, order]
+                order = rng.permutation(support_rows)
+                x[task, :support_rows], labels[task, :support_rows] = x[task, order], labels[task, order]
         return split_rows(x, np.eye(self.way, dtype=np.float32)[labels], support_rows)
 
     def draw_examples(self, start: int, count: int) -> TaskBatch:

@@ -172,8 +172,8 @@ def check_by_hand(files: Sequence[File], folder: str) -> None:
     for file in files:
         path = os.path.join(folder, file.name)
         if not os.path.isfile(path):
-            known = f'; its {file.algorithm} is {file.digest}' if file.digest else ''
-            print(f'{file.name} must be downloaded by hand: if you need it, get it from {file.page} and put it into {folder}{known}')
+            checksum = f'; its {file.algorithm} is {file.digest}' if file.digest else ''
+            print(f'{file.name} must be downloaded by hand: if you need it, get it from {file.page} and put it into {folder}{checksum}')
         elif not file.digest:
             print(f'{path} has no recorded checksum; its contents will be validated')
         else:

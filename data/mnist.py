@@ -33,11 +33,11 @@ def read_digits(args: argparse.Namespace) -> tuple[list[np.ndarray], list[str]]:
     """
     images, labels = [], []
     paths = find_idx(args, [f'{part}-{name}-ubyte' for part in PARTS for name in ('images-idx3', 'labels-idx1')])
-    for number, count in enumerate(PARTS.values()):
-        images.append(read_idx(paths[2 * number], (count, SIDE, SIDE)))
-        labels.append(read_idx(paths[2 * number + 1], (count,)))
+    for count, images_path, labels_path in zip(PARTS.values(), paths[::2], paths[1::2]):
+        images.append(read_idx(images_path, (count, SIDE, SIDE)))
+        labels.append(read_idx(labels_path, (count,)))
         if labels[-1].max() > 9:
-            sys.exit(f'{paths[2 * number + 1]} holds a label {labels[-1].max()}; download MNIST again')
+            sys.exit(f'{labels_path} holds a label {labels[-1].max()}; download MNIST again')
     images, labels = np.concatenate(images), np.concatenate(labels)
     digits = [images[labels == digit] for digit in range(10)]
     if not all(map(len, digits)):

@@ -41,7 +41,7 @@ from runtime.system.files import open_regular  # noqa: E402
 
 SHAPE = (84, 84, 3)
 SUFFIXES = ('.jpg', '.jpeg', '.png')
-FILES = '_images_png.pkl', '_images.npz', '_labels.pkl'  # of a split, after its name
+FILES = PICTURES, ARRAY, LABELS = '_images_png.pkl', '_images.npz', '_labels.pkl'  # of a split, after its name
 PREFIXES = '', 'tiered-imagenet-'                        # before it; the second is Zenodo's
 UNPACKED = 'tiered-imagenet', 'tiered_imagenet'          # the folders in Ren's and DeepEMD's archives
 Rows = list[dict[str, str]]    # of classes.csv
@@ -65,7 +65,7 @@ def file_of(source: str, split: str, end: str) -> str:
 
 def from_pickle(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of PNG files in a pickled list, which are read directly from it."""
-    path = file_of(source, split, '_images_png.pkl')
+    path = file_of(source, split, PICTURES)
     if not os.path.exists(path):
         return None
     file = open_regular(path, 'rb')
@@ -84,7 +84,7 @@ def read_span(file: IO[bytes], span: pickles.Span) -> bytes:
 
 def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> Lists | None:
     """Of an array in an .npz file, which is memory-mapped."""
-    path = file_of(source, split, '_images.npz')
+    path = file_of(source, split, ARRAY)
     if not os.path.exists(path):
         return None
     images = map_npz(path, 'images')
@@ -110,7 +110,7 @@ def map_npz(path: str, name: str) -> np.memmap:
 
 def read_labels(source: str, split: str, rows: Rows, count: int) -> dict[str, list[int]]:
     """{class: indices of its images} from a split's pickle of labels: indices of names, whose classes are in classes.csv."""
-    path = file_of(source, split, '_labels.pkl')
+    path = file_of(source, split, LABELS)
     entries = load_pickle(read_part(path), path)
     wnids = {row['name']: row['class'] for row in rows} | {row['class']: row['class'] for row in rows}
     with refusing(f'label_specific or label_specific_str in {path} cannot be used', pickles.Refused):

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.cli import methods
 from runtime.cli.flags import BUILT_IN_NETWORKS, LEARNING, ONLY, CommandLine, default
-from runtime.cli.request import PURPOSES, Request
+from runtime.cli.request import PURPOSES, STATED, Request
 from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
 
@@ -180,7 +180,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--update_batch_size={update_batch_size}: an evaluation on --datasource={datasource} adapts to --test_query episodes'),
     *((lambda r, name=name: r.mode == 'train' and r.values[f'train_{name}'] not in (-1, r.values[name]),
        f'--train_{name}={{train_{name}}} contradicts --{name}={{{name}}}, with which a training takes its inner steps: leave it out')
-      for name in ('update_batch_size', 'update_lr')),
+      for name in STATED),
     (lambda r: r.train_update_batch_size == 0, '--train_update_batch_size must be at least 1'),
     (lambda r: r.train_update_lr < 0 and r.train_update_lr != -1, '--train_update_lr must not be negative'),
     (lambda r: r.learn_lr != 'no' and r.update_lr != r.trained['update_lr'],

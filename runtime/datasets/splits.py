@@ -65,7 +65,7 @@ class Splitting:
 
 def by_split(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """{split: its classes} of [(split, class)]."""
-    return {split: [name for its_split, name in rows if its_split == split] for split in SPLITS}
+    return {split: [name for row_split, name in rows if row_split == split] for split in SPLITS}
 
 
 # Manifests ----------------------------------------------------------------------------------------------------------

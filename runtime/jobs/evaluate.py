@@ -233,7 +233,7 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     The reference evaluates the newest checkpoint as is usual, on either split. The files are named after the number of shots and the
     step size, which may be any.
     """
-    is_newest = restored.newest is not None and restored.iterations == restored.newest and not restored.ensemble
+    is_newest = restored.newest is not None and restored.iterations == restored.newest
     others = [differs for what, (_, differs) in differences_from_usual(run, restored).items()
               if what not in ('shots', 'step size', 'query norm', 'heads', 'permutations')]  # the last three are the variant's
     is_standard = is_newest and variant == ('batch', 'own', '') and not any(others)

@@ -255,7 +255,7 @@ def _identities(evaluations):
     agree."""
     identities = [provenance.identity(evaluation.entry.training.provenance) for evaluation in evaluations]
     values = {name: {identity[name] for identity in identities} - {None} for name in identities[0]}
-    return [{name: known.copy().pop() if len(known) == 1 else identity[name] or 'not known' for name, known in values.items()}
+    return [{name: facts.copy().pop() if len(facts) == 1 else identity[name] or 'not known' for name, facts in values.items()}
             if any(values.values()) else {} for identity in identities]
 
 
