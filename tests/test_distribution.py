@@ -33,7 +33,8 @@ def test_gradients_and_training_are_those_of_one_device(where, of_one, tmp_path)
     path = str(tmp_path / 'found.npz')
     run('gradients', path, **where)
     found, worst = np.load(path), {}
-    assert set(found.files) <= set(of_one.files) and len(found.files) > 20
+    networks = ('sinusoid', 'omniglot', *(() if 4 in where.values() else ('mini', 'keras')))  # see replicas.py
+    assert found.files == [name for name in of_one.files if name.split()[0] in networks]
     for name in found.files:
         what = ' '.join(name.split()[:2])
         scale = np.abs(of_one[name]).max() or 1

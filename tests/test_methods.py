@@ -687,7 +687,8 @@ def test_what_means_nothing_is_refused(flags, words):
 
 
 @pytest.mark.parametrize('flags, hint', [
-    (['--method=maml++', '--datasource=omniglot', '--outer=reptile'], '--first_order_iterations=5500; a flag on'),
+    (['--method=maml++', '--datasource=omniglot', '--outer=reptile'],
+     ' (--method=maml++ sets --learn_lr=step and --multi_step_loss=7500 and --first_order_iterations=5500; a flag on'),
     (['--method=reptile', '--meta_lr_schedule=constant'], ' (--method=reptile sets --meta_lr_final=0.0; '),
     (['--method=fomaml', '--stop_grad', '--num_updates=0'], '')])
 def test_a_flag_that_a_preset_sets_is_named(flags, hint):

@@ -460,14 +460,14 @@ def test_an_index_of_any_bytes(tmp_path):
     """No abort, no traceback, no hang; and what is read is what was written."""
     prefix = forged(tmp_path)
     content = (tmp_path / 'model5.index').read_bytes()
-    rng, refused, written = np.random.default_rng(0), 0, checkpoints.load_any(prefix).arrays
+    rng, refused, written = np.random.default_rng(0), 0, checkpoints.load(prefix).arrays
     for case in range(400):
         spoilt = bytearray(content)
         for at in rng.integers(len(content) - 8, size=rng.integers(1, 6)):
             spoilt[at] = rng.integers(256)
         (tmp_path / 'model5.index').write_bytes(spoilt[rng.integers(0, 2) * rng.integers(len(content)):] if case % 4 == 0 else spoilt)
         try:
-            arrays = checkpoints.load_any(prefix).arrays
+            arrays = checkpoints.load(prefix).arrays
         except checkpoints.Damaged:
             refused += 1
         else:

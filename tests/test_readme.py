@@ -25,6 +25,11 @@ def test_usage_text_and_readme_agree():
     assert [line.strip()[len('python '):] for line in main.USAGE.splitlines() if 'python main.py --' in line] == TRAINING
 
 
+def test_evaluation_commands_are_training_commands_with_two_flags():
+    for command in set(COMMANDS) - set(TRAINING):
+        assert '--load_from' in command or command.removesuffix(' --train=False --test_set=True') in TRAINING
+
+
 def test_runs_that_the_readme_evaluates_are_of_its_trainings():
     made = {os.path.normpath(resolve(main.parse(shlex.split(command))).directory) for command in TRAINING}
     named = re.findall(r'--run=(\S+/cls_\S+)', README)
