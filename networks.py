@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import random
 import threading
@@ -20,8 +21,9 @@ import tensorflow as tf
 from tensorflow.python.eager import context  # for the state of the random numbers, which has no public name
 
 from runtime.system.errors import UserError, first_line, listing
+from runtime.system.interruption import Interrupted
 from special_grads import exact_statistics
-from utils import conv_block, dense_block, glorot_uniform, truncated_normal
+from utils import at_step, conv_block, dense_block, glorot_uniform, truncated_normal, with_dense_gradient
 
 if TYPE_CHECKING:
     from maml import ModelConfig
@@ -222,9 +224,8 @@ class KerasNetwork:
             raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
-        if config.query_norm != 'batch' and not self._separates_rows:
-            raise UserError(f'--query_norm={config.query_norm}: in {self.name} the outputs for one row depend on other rows in another '
-                            'way than by batch norm without masks')
+        if config.query_norm != 'batch' and self._mixes_rows:
+            raise UserError(f'--query_norm={config.query_norm}: in {self.name} {self._mixes_rows}; give --query_norm=batch')
 
     def initial_weights(self, seed: int) -> Tensors:
         model = self._build(seed)
@@ -247,21 +248,25 @@ class KerasNetwork:
     def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
         if not self.head_names:
             return features
-        with self._keras.StatelessScope([(self._weights[name], tensors[name]) for name in self.head_names]):
+        values = self._in_place(tensors, self.head_names)
+        with exact_statistics(features.shape[0]), self._keras.StatelessScope(values):
             return self._head(features)
 
     def _call(self, x, training):
         return self.model(tf.reshape(x, [-1, *self._input_shape]), training=training)
 
     @contextlib.contextmanager
-    def tensors_in_place(self, tensors, rows, stats_rows=None):
-        """While entered, the model computes with the tensors; its own variables are neither read nor changed."""
+    def tensors_in_place(self, tensors, rows, stats_rows=None, sizes=None):
+        """While entered, the model computes with the tensors; its own variables are neither read nor changed. The last arguments are those
+        of `exact_statistics`."""
         seeds = _seed_states(tensors[MASKS], len(self._seeds)) if MASKS in tensors else [tf.zeros([2], tf.int64)] * len(self._seeds)
-        weights = ((variable, _with_dense_gradient(tensors[name]) if name in self._gathered else tensors[name])
-                   for name, variable in self._weights.items())
-        values = [*weights, *self._constants, *zip(self._seeds, seeds)]
-        with exact_statistics(rows, stats_rows), self._keras.StatelessScope(values, collect_losses=True) as scope:
+        values = [*self._in_place(tensors, self._weights), *self._constants, *zip(self._seeds, seeds)]
+        with exact_statistics(rows, stats_rows, sizes), self._keras.StatelessScope(values, collect_losses=True) as scope:
             yield scope
+
+    def _in_place(self, tensors, names):
+        """(variable, what stands for it) of some weights."""
+        return [(self._weights[name], with_dense_gradient(tensors[name]) if name in self._gathered else tensors[name]) for name in names]
 
     def _build(self, seed):
         """A new model that has been called; its weights are a function of the seed."""
@@ -283,7 +288,7 @@ class KerasNetwork:
         """What a function returns that runs code of the user's."""
         try:
             return function()
-        except UserError:
+        except (UserError, Interrupted):
             raise
         except (Exception, SystemExit) as error:
             raise UserError(f'{self.name}({self._input_shape}, {self._outputs}) raises {type(error).__name__}{where}: '
@@ -299,7 +304,9 @@ class KerasNetwork:
         problems += [f'layer {layer.name} computes in {layer.compute_dtype} with weights in {layer.variable_dtype}, and not in '
                      f'{self._dtype}' for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
         problems += [f'layer {layer.name} takes statistics over all replicas' for layer in self._norms if layer.synchronized]
-        problems += [f'{path} has a constraint, which is not kept here' for path, weight in self._weights.items() if weight.constraint]
+        for path, weight in self._weights.items():
+            problems += [f'{path} is of {weight.dtype}, and not of {self._dtype}'] * (weight.dtype != self._dtype)
+            problems += [f'{path} has a constraint, which is not kept here'] * bool(weight.constraint)
         self._refuse(problems)
 
     def _refuse(self, problems):
@@ -314,7 +321,9 @@ class KerasNetwork:
         x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS + 2, math.prod(self._input_shape)]), self._dtype)
         tensors = {name: tf.identity(weight.value) for name, weight in self._weights.items()}
         training = {**tensors, MASKS: tf.zeros([3], tf.float64)}
-        problems = self._problems_of_graph(tf.function(lambda: self.features(training, x), autograph=False).get_concrete_function().graph)
+        function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
+        graph = function.get_concrete_function(training).graph
+        problems = self._problems_of_graph(graph)
         with watched(self.layers) as calls, tf.GradientTape(persistent=True) as tape:
             tape.watch(tensors)
             with self.tensors_in_place(training, len(x)) as scope:
@@ -322,12 +331,45 @@ class KerasNetwork:
                 outputs = self._call(x, True)
                 self.random = any(scope.get_current_value(seed) is not value for seed, value in zip(self._seeds, before))
                 problems += ['it has losses of its own (add_loss, regularizers), which are not used here'] if self.model.losses else []
-        self._gathered = {name for name, gradient in tape.gradient(outputs, tensors).items() if isinstance(gradient, tf.IndexedSlices)}
+        gradients = tape.gradient(outputs, tensors)
+        self._gathered = {name for name, gradient in gradients.items() if isinstance(gradient, tf.IndexedSlices)}
         self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
-        pair = [self._rows_with_statistics_of_others(tensors, tf.concat([x[:-1], last], axis=0)) for last in (x[-1:], x[-1:] + 1)]
-        self._separates_rows = np.allclose(*pair, rtol=1e-4, atol=1e-5)
+        random = np.random.default_rng(0)  # weights of zeros would hide what depends on what
+        moved = {name: nearby(value, random) for name, value in tensors.items()}
+        unreached = [name for name, gradient in gradients.items() if gradient is None]
+        self._refuse_hidden_weights(graph, unreached, moved, tensors, x)
+        self._mixes_rows = self._mixing_of_rows(moved, x)
         self._normalised = self._outputs > 1 and np.allclose(tf.reduce_sum(outputs, axis=1), 1, atol=1e-5) and np.all(outputs >= 0)
         return outputs, calls, tape, tensors
+
+    def _refuse_hidden_weights(self, graph, unreached, moved, tensors, x):
+        """Refuses code that computes with weights which it does not get from here, or hides what it computes from a gradient."""
+        weights = {tensor.ref() for tensor in graph.inputs[:len(tensors) + 1]}  # beside MASKS
+        given = {tensor.ref() for operation in graph.get_operations() if operation.type.endswith('PartitionedCall')
+                 for tensor in operation.inputs}
+        self._refuse(['it has a @tf.function, which would compute with the weights of its first call: leave it out']
+                     * bool(given & weights or given and unreached))
+        self._refuse([f'the outputs depend on {name}, but no gradient reaches it: leave out tf.recompute_grad, keras.RematScope or a '
+                      'custom gradient around it' for name in unreached if self._depends_on(name, moved, tensors, x)])
+
+    def _depends_on(self, name, moved, tensors, x):
+        with_moved, without = (self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]}))
+        return not np.allclose(with_moved, without, rtol=1e-4, atol=1e-5)
+
+    def _outputs_with(self, tensors, x, **options):
+        with self.tensors_in_place(tensors, len(x), **options):
+            return self._call(x, False)
+
+    def _mixing_of_rows(self, tensors, x):
+        """How the outputs for a row depend on other rows, in a way that statistics of the first rows do not account for; '' if not."""
+        sizes = [], []
+        for rows, sizes_with_rows in zip((x, x[:-1]), sizes):
+            self._outputs_with(tensors, rows, sizes=sizes_with_rows)
+        if [size * (len(x) - 1) for size in sizes[0]] != [size * len(x) for size in sizes[1]]:
+            return 'statistics are taken over the first axis of something else than rows'
+        pair = [self._outputs_with(tensors, tf.concat([x[:-1], last], axis=0), stats_rows=ROWS)[:-1] for last in (x[-1:], x[-1:] + 1)]
+        return '' if np.allclose(*pair, rtol=1e-4, atol=1e-5) else (
+            'the outputs for one row depend on other rows in another way than by batch norm without masks')
 
     def _problems_of_graph(self, graph):
         return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
@@ -342,38 +384,52 @@ class KerasNetwork:
         return [variable.path for variable, value in before
                 if id(variable) not in moving and scope.get_current_value(variable) is not value]
 
-    def _rows_with_statistics_of_others(self, tensors, x):
-        with self.tensors_in_place(tensors, len(x), ROWS):
-            return self._call(x, False)[:-1]
-
     def _find_head(self, outputs, calls, tape, tensors):
         """Finds the layer that makes the outputs, whose input are the features, or says why there is none."""
-        makers = [(layer, arguments) for layer, arguments, _, made in calls if made is outputs]
+        makers = [call for call in calls if call[-1] is outputs]
         if not makers:
             self._no_head = 'its outputs are made by its own code, not by a layer'
             return
-        layer, arguments = makers[0]
-        names = [weight.path for weight in layer.trainable_variables]
-        reasons = {
-            'has no weights': not names,
-            'has several inputs': len(arguments) != 1 or not tf.is_tensor(arguments[0]),
-            'normalises or is random': self._normalises_or_draws(layer)}
-        reason = next((text for text, holds in reasons.items() if holds), None)
-        if not reason and any(gradient is not None for gradient in tape.gradient(arguments[0], [tensors[name] for name in names])):
-            reason = 'shares its weights with another'
+        layer, arguments, options, _ = makers[0]
+        inputs = [value for value in tf.nest.flatten([arguments, options]) if tf.is_tensor(value)]
+        reason = self._no_head_because(layer, arguments, inputs, tape, tensors)
         if reason:
             self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
             return
-        self.head_names, self._head = tuple(names), layer
-        self._has_linear_head = type(layer) is self._keras.layers.Dense and (
-            layer.use_bias, layer.activation, len(arguments[0].shape)) == (True, self._keras.activations.linear, 2)
+        self.head_names, self._head = tuple(weight.path for weight in layer.trainable_variables), layer
+        self._has_linear_head = (type(layer) is self._keras.layers.Dense and layer.activation is self._keras.activations.linear
+                                 and len(inputs[0].shape) == 2
+                                 and [weight.name for weight in layer.trainable_variables] == ['kernel', 'bias'])
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)
 
+    def _no_head_because(self, layer, arguments, inputs, tape, tensors):
+        """Why a layer with these arguments, of which these are tensors, cannot be run by itself; '' if it can."""
+        if not layer.trainable_variables:
+            return 'has no weights'
+        if len(arguments) != 1 or len(inputs) != 1 or inputs[0] is not arguments[0]:
+            return 'has several inputs'
+        if self._normalises_or_draws(layer) or self._takes_statistics(layer, inputs[0], tensors):
+            return 'normalises or is random'
+        gradients = tape.gradient(inputs[0], [tensors[weight.path] for weight in layer.trainable_variables])
+        return '' if all(gradient is None for gradient in gradients) else 'shares its weights with another'
 
-@tf.custom_gradient
-def _with_dense_gradient(x):
-    """x, whose gradient is a tensor, not the slices of one."""
-    return tf.identity(x), tf.convert_to_tensor
+    def _takes_statistics(self, layer, x, tensors):
+        """Whether a layer takes means and variances over rows."""
+        sizes = []
+        with self.tensors_in_place(tensors, len(x), sizes=sizes):
+            layer(x)
+        return bool(sizes)
+
+
+def nearby(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
+    """A tensor near the given one, so that nothing is zero."""
+    return value + 0.1 * random_like(value, random)
+
+
+def random_like(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
+    """A random tensor as large as the given one; of standard deviation 1 if that is zero."""
+    size = float(tf.sqrt(tf.reduce_mean(tf.square(value)))) or 1.
+    return tf.constant(size * random.normal(size=value.shape), value.dtype)
 
 
 @functools.cache
@@ -466,9 +522,12 @@ def _kinds_of_operations(graph):
     return {operation.type for operation in graph.get_operations()} | {node.op for function in functions for node in function.node_def}
 
 
-def _with_current_statistics(call, inputs, training=None, mask=None):
-    """A call of Keras's batch norm as in training, where it takes the statistics of the current rows."""
-    return call(inputs, training=True, **({} if mask is None else {'mask': mask}))  # a subclass may have no mask
+def _with_current_statistics(call, *args, **kwargs):
+    """A call of Keras's batch norm, or of a subclass with further arguments, as in training, where it takes the statistics of the current
+    rows."""
+    given = inspect.signature(call).bind(*args, **kwargs)
+    given.arguments['training'] = True
+    return call(*given.args, **given.kwargs)
 
 
 def _remembering_input(seen, call, inputs, **kwargs):
@@ -555,13 +614,14 @@ def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf
 
 
 def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensors: Tensors) -> Tensors:
-    """Values for a model, {name: tensor}, from those of one that may have more outputs, of which the model makes the first.
+    """Values for a model, {name: tensor}, from those of one that may have more outputs, of which the model makes the first, or fewer, if
+    the last layer is computed.
 
-    Raises UserError if a network of one's own with fewer outputs would compute something else.
+    Raises UserError if a network of one's own with another number of outputs would compute something else.
     """
     values = {name: tensors[name] if variable.shape == tensors[name].shape else tensors[name][..., :variable.shape[-1]]
               for name, variable in variables.items()}
-    if config.network and config.dim_output < wider.dim_output and not (
+    if config.network and config.dim_output != wider.dim_output and not (
             all(values[name].shape == variable.shape for name, variable in variables.items())
             and _makes_the_first(config, values, wider, tensors)):
         raise UserError(f'{network_of(config).name} computes something different when it is made with {config.dim_output} outputs instead '
@@ -574,7 +634,8 @@ def _makes_the_first(config, values, wider, tensors):
     same features."""
     x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
     models = (network_of(config), values), (network_of(wider), tensors)
-    models = [(network, tf.nest.map_structure(tf.convert_to_tensor, tensors)) for network, tensors in models]
+    models = [(network, {name: at_step(tf.convert_to_tensor(value), 0) if config.norm_per_step and name in network.initial_norm_params()
+                         else tf.convert_to_tensor(value) for name, value in tensors.items()}) for network, tensors in models]
     made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
         made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]

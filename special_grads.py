@@ -61,18 +61,19 @@ def moments(x: tf.Tensor, axes: Sequence[int], keepdims: bool = False) -> tuple[
 
 
 @contextlib.contextmanager
-def exact_statistics(rows: int, stats_rows: int | None = None) -> Iterator[None]:
+def exact_statistics(rows: int, stats_rows: int | None = None, sizes: list[int] | None = None) -> Iterator[None]:
     """While entered, `tf.nn.moments`, and with it every layer of Keras, is exact in this thread: see `moments`.
 
     Args:
         rows: of what the network is given.
         stats_rows: statistics over rows are taken from the first `stats_rows`; None: from all.
+        sizes: each call that takes statistics over the first axis adds the size of that axis.
     """
     outer = getattr(_here, 'statistics', None)
     with _patching:
         _replaced.append(tf.nn.moments)
         tf.nn.moments = _moments_of_thread
-    _here.statistics = rows, stats_rows
+    _here.statistics = rows, stats_rows, sizes
     try:
         yield
     finally:
@@ -88,7 +89,10 @@ def _moments_of_thread(x, axes, shift=None, keepdims=False, name=None):
     statistics = getattr(_here, 'statistics', None)
     if statistics is None:
         return _replaced[0](x, axes, shift, keepdims, name)
-    axes, (rows, stats_rows) = [axes] if isinstance(axes, int) else axes, statistics
+    axes = [axis % len(x.shape) for axis in ([axes] if isinstance(axes, int) else axes)]
+    rows, stats_rows, sizes = statistics
+    if sizes is not None and 0 in axes:
+        sizes.append(x.shape[0])
     if stats_rows is not None and 0 in axes:
         x = x[:stats_rows * (x.shape[0] // rows)]  # a layer may have folded other axes into the rows
     return moments(x, axes, keepdims)

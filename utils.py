@@ -96,7 +96,14 @@ def at_step(values: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
     last = values.shape[0] - 1
     if isinstance(step, int):
         return values[min(step, last)]
-    return tf.gather(values, tf.minimum(step, last))  # not values[step], for each value of which XLA compiles the whole graph
+    # Not values[step], for each value of which XLA compiles the whole graph.
+    return tf.gather(with_dense_gradient(values), tf.minimum(step, last))
+
+
+@tf.custom_gradient
+def with_dense_gradient(x: tf.Tensor) -> tf.Tensor:
+    """x, whose gradient is a tensor, not the slices of one."""
+    return tf.identity(x), tf.convert_to_tensor
 
 
 def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | tf.Tensor) -> tf.Tensor:

@@ -405,6 +405,21 @@ def test_equal_norm_sets_are_one_set():
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
 
 
+def test_adapted_normalisation_of_each_step():
+    """An evaluation, and gradient checkpointing, look up the offsets of a step whose number is a tensor."""
+    config = ModelConfig(dim_input=4, dim_output=3, dim_hidden=(5,), loss='xent', update_batch_size=1, update_lr=0.5, num_updates=2,
+                         adapt_norm=True, norm_per_step=True)
+    model, rng = MAML(config), np.random.default_rng(0)
+    batch = TaskBatch(*(array.astype(np.float32) for _ in range(2) for array in (rng.random((2, 3, 4)), np.eye(3)[None].repeat(2, axis=0))))
+    tasks = [TaskBatch(*(tf.constant(array[number]) for array in batch)) for number in range(2)]
+    states = [inner_loop(config, model.shared, task)[1] for task in tasks]
+    losses = [objective(config, model.shared, task, state, 0)[0] for task, state in zip(tasks, states)]
+    np.testing.assert_allclose(model.evaluate(batch, 2).post_losses[-1], losses, rtol=1e-5)
+    others = MAML(dataclasses.replace(config, recompute=True)).meta_gradients(batch)
+    for name, gradient in model.meta_gradients(batch).items():
+        np.testing.assert_allclose(gradient, others[name], rtol=1e-4, atol=1e-7)
+
+
 SWITCHES = {
     'ANIL with learned rates': dict(inner_weights='head', learn_lr='step'),
     'BOIL with a multi-step loss': dict(inner_weights='body', adapt_norm=True, norm_scale=True, multi_step_loss=10),

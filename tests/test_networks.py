@@ -27,6 +27,7 @@ from runtime.cli.request import resolve
 from runtime.datasets.tasks import TaskBatch
 from runtime.jobs import checkpoints, learner, network_check
 from runtime.system.errors import UserError
+from runtime.system.interruption import Interrupted
 from special_grads import exact_statistics
 
 FOLDERS = [os.path.join(ROOT, 'tests', 'golden_networks'), os.environ.get('MAML_GOLDEN_NETWORKS', '')]
@@ -248,6 +249,40 @@ def test_a_shared_column_needs_features_that_do_not_depend_on_the_outputs():
         MAML(a_config(head_init='shared'), network=sequential(lambda outputs: layers.Dense(2 * outputs), layers.Dense))
 
 
+@pytest.mark.usefixtures('eager')
+def test_more_outputs_than_in_training():
+    """Where the last layer is computed, the others must be the same."""
+    config = a_config(head_init='prototypes')
+    assert MAML(config, network=sequential(lambda outputs: layers.Dense(4), layers.Dense)).variant(dim_output=5).config.dim_output == 5
+    with pytest.raises(UserError, match='made with 5 outputs instead of the 3'):
+        MAML(config, network=sequential(lambda outputs: layers.Lambda(lambda x: outputs * x), layers.Dense)).variant(dim_output=5)
+
+
+@pytest.mark.usefixtures('eager')
+def test_fewer_outputs_with_a_normalisation_of_each_step():
+    model = MAML(a_config(norm_per_step=True, num_updates=2), network=sequential(lambda outputs: layers.BatchNormalization(), layers.Dense))
+    fewer = model.variant(dim_output=2)
+    assert {name: value.shape for name, value in fewer.norm_params.items()} == {
+        name: value.shape for name, value in model.norm_params.items()}
+
+
+class Conditional(layers.BatchNormalization):
+    """A batch norm that gets more than rows."""
+
+    def call(self, inputs, condition, training=None):
+        return super().call(inputs, training=training) * condition
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_batch_norm_with_another_argument():
+    def network(input_shape, outputs):
+        x = inputs = keras.Input(input_shape)
+        return keras.Model(inputs, layers.Dense(outputs)(Conditional()(x, layers.Dense(x.shape[-1])(x))))
+    config = dataclasses.replace(a_config(), network=network)
+    network_check.check(config)
+    assert len(network_of(MAML(config).config).initial_norm_params()) == 2
+
+
 class Positions(layers.Layer):
     """Adds learned numbers, which it looks up."""
 
@@ -363,7 +398,8 @@ CONV = functools.partial(layers.Conv2D, 3, 3, padding='same', activation='tanh')
     ([CONV, functools.partial(layers.Resizing, 7, 7, 'bicubic'), CONV], ['in the layer resizing', 'no second derivative (LookupError']),
     ([CONV, functools.partial(layers.Lambda, lambda x: x * tf.stop_gradient(x), name='half')], ['in the layer half (Lambda)']),
     ([functools.partial(layers.Dense, 3, dtype='float32')],
-     ['tested in float64, in which this network cannot compute', '--check_network=False'])])
+     ['tested in float64, in which this network cannot compute', '--check_network=False']),
+    ([functools.partial(layers.Dense, 3, lora_rank=2)], ['is of float32, and not of float64', '--check_network=False'])])
 def test_second_derivatives_are_tested(parts, words):
     config = dataclasses.replace(a_config((6, 6, 2)), network=a_network(*parts))
     if words is None:
@@ -448,6 +484,75 @@ def noise(x):
     return x + tf.random.normal([1])
 
 
+class Compiled(layers.Layer):
+    """A dense layer in a function that TensorFlow compiles once, with the weights that it has then."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = layers.Dense(4)
+
+    @tf.function
+    def call(self, x):
+        return self.linear(x)
+
+
+class CompiledModel(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.linear = layers.Dense(outputs)
+
+    @tf.function
+    def call(self, x, training=None):
+        return self.linear(x)
+
+
+class Recomputed(Compiled):
+    def build(self, input_shape):
+        self.linear.build(input_shape)
+
+    def call(self, x):
+        return tf.recompute_grad(self.linear)(x)
+
+
+class StandardizedWeights(layers.Layer):
+    """A dense layer, the kernel of which is shifted and scaled."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 5), name='kernel')
+
+    def call(self, x):
+        mean, variance = tf.nn.moments(tf.convert_to_tensor(self.kernel), [0])
+        return x @ ((self.kernel - mean) / tf.sqrt(variance + 1e-3))
+
+
+class StandardizedRows(StandardizedWeights):
+    def __init__(self, outputs):
+        super().__init__()
+
+    def call(self, x):
+        mean, variance = tf.nn.moments(x, [0])
+        return ((x - mean) / tf.sqrt(variance + 1e-3)) @ self.kernel[:, :3]
+
+
+def frozen_bias(input_shape, outputs):
+    model = a_network()(input_shape, outputs)
+    model.layers[-1].bias.trainable = False
+    return model
+
+
+def decoder(input_shape, outputs):
+    """Ends in a recurrent layer that starts in a state which the network makes."""
+    x = inputs = keras.Input(input_shape)
+    return keras.Model(inputs, layers.GRU(outputs)(layers.Reshape((5, 1))(x), initial_state=layers.Dense(outputs)(x)))
+
+
+def masked(input_shape, outputs):
+    """The statistics of batch norm depend on which rows are masked; nothing of it is seen behind zeros."""
+    x = inputs = keras.Input(input_shape)
+    x = layers.BatchNormalization()(layers.Masking()(layers.Reshape((5, 1))(x)))
+    return keras.Model(inputs, layers.Dense(outputs, kernel_initializer='zeros')(layers.GlobalMaxPooling1D()(x)))
+
+
 @pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('function, changes, words', [
     (lambda shape, outputs: 3, {}, 'returns a int, and must return a keras.Model'),
@@ -466,6 +571,12 @@ def noise(x):
     (by_hand(noise), {}, 'RandomStandardNormal'),
     (by_hand(lambda x: x if tf.reduce_mean(x) > 100 else 2 * x), {}, ' where training=True: '),
     (by_hand(lambda x: x + x.numpy().mean()), {}, 'raises AttributeError where training=True'),
+    (a_network(Recomputed), {}, 'no gradient reaches it: leave out tf.recompute_grad'),
+    (a_network(StandardizedWeights), {'query_norm': 'support'}, 'over the first axis of something else than rows'),
+    (masked, {'query_norm': 'support'}, 'depend on other rows in another way than by batch norm without masks'),
+    (decoder, {'inner_weights': 'head'}, 'gru, has several inputs'),
+    (sequential(lambda outputs: layers.Dense(4), StandardizedRows), {'inner_weights': 'head'}, 'normalises or is random'),
+    (frozen_bias, {'head_init': 'prototypes'}, 'ends in a Dense layer with a bias'),
     (hidden_head, {'head_init': 'ridge'}, 'head/bias is a name that --head_init=ridge uses itself'),
     (a_network(functools.partial(layers.BatchNormalization, renorm=True)), {}, 'renorm'),
     (a_network(functools.partial(layers.Dense, 4, name='lr')), {}, 'a name that this program uses itself'),
@@ -479,6 +590,22 @@ def test_what_cannot_be_used(function, changes, words):
     with pytest.raises(UserError) as error:
         MAML(a_config(**changes), network=function)
     assert words in str(error.value) and '\n' not in str(error.value), error.value
+
+
+def test_functions_that_keep_the_weights_of_their_first_call():
+    """One of a function without weights is nothing else than code."""
+    for network in a_network(Compiled), lambda input_shape, outputs: CompiledModel(outputs):
+        with pytest.raises(UserError, match='it has a @tf.function'):
+            MAML(a_config(), network=network)
+    double = tf.function(lambda x: 2 * x)
+    MAML(a_config(), network=a_network(functools.partial(layers.Dense, 4, activation=double)))
+
+
+def test_a_signal_is_not_an_error_of_the_network():
+    def ended(input_shape, outputs):
+        raise Interrupted(143)
+    with pytest.raises(Interrupted):
+        MAML(a_config(), network=ended)
 
 
 @pytest.mark.usefixtures('eager')

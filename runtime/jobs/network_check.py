@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from maml import ModelConfig, Parameters, adapted
-from networks import MASKS, ROWS, KerasNetwork, network_of, watched
+from networks import MASKS, ROWS, KerasNetwork, nearby, network_of, random_like, watched
 from runtime.system.errors import UserError, first_line
 from utils import loss_of
 
@@ -32,7 +32,7 @@ def check(config: ModelConfig) -> None:
     x = tf.constant(random.uniform(size=[ROWS, config.dim_input]))
     y = tf.constant(np.eye(config.dim_output)[np.arange(ROWS) % config.dim_output] if config.loss == 'xent' else
                     random.normal(size=[ROWS, config.dim_output]))
-    weights, norm_params = ({name: _moved(tf.cast(value, tf.float64), random) for name, value in group.items()}
+    weights, norm_params = ({name: nearby(tf.cast(value, tf.float64), random) for name, value in group.items()}
                             for group in (network.initial_weights(0), network.initial_norm_params()))
     tensors, masks = {**weights, **norm_params}, {MASKS: tf.zeros([3], tf.float64)}
 
@@ -58,7 +58,7 @@ def error_of(function: Callable[[Tensors], tf.Tensor], tensors: Tensors, names, 
 
     errors = []
     for step in STEPS:
-        direction = {name: _direction(value, random) * (name in names) for name, value in tensors.items()}
+        direction = {name: random_like(value, random) * (name in names) for name, value in tensors.items()}
         try:
             with tf.GradientTape() as tape:
                 tape.watch(tensors)
@@ -98,17 +98,6 @@ def _culprit(network: KerasNetwork, tensors: Tensors, x: tf.Tensor, random: np.r
         if wrong:
             return f'in the layer {layer.name} ({type(layer).__name__}) {wrong}'
     return ''
-
-
-def _moved(value, random):
-    """A tensor near the given one, so that nothing is zero."""
-    return value + 0.1 * _direction(value, random)
-
-
-def _direction(value, random):
-    """A random tensor as large as the given one."""
-    size = float(tf.sqrt(tf.reduce_mean(tf.square(value)))) or 1.
-    return tf.constant(size * random.normal(size=value.shape))
 
 
 def _norm(tensors):

@@ -9,6 +9,10 @@ from typing import Any
 TERMINATION_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 
 
+class Interrupted(SystemExit):
+    """The end of the program by a signal. Code of the user's may end by a plain SystemExit, which is an error."""
+
+
 @contextlib.contextmanager
 def signals_handled_by(handler: Callable[[int, Any], object] | signal.Handlers,
                        signals: Sequence[int] = TERMINATION_SIGNALS) -> Iterator[None]:
