@@ -39,18 +39,20 @@ def evaluations_asked(directory: str, request) -> list:
     """The entries of a run's results.json that are evaluations of its own checkpoints, of any iteration, on the meta-test tasks
     and with the inner updates of a request for an evaluation. `request` is a runtime.cli.request.Request; raises UserError if the
     data or the file cannot be read."""
-    from runtime.cli.run import headline_updates
+    from runtime.cli.run import evaluation_updates, headline_updates
     from runtime.cli.run_data import source_and_tasks
     from runtime.results import store
     _, config = source_and_tasks(request)
     tasks = (request.datasource, 'test', config.update_batch_size, config.query_shots, config.seed, request.num_test_tasks)
-    setting = (request.query_norm, request.update_lr, request.inner_batch, headline_updates(request), 'own', '', None)
+    updates = evaluation_updates(request), headline_updates(request)
+    setting = (request.query_norm, request.update_lr, request.inner_batch, *updates, 'own', '', None)
 
     def is_asked(entry):
         drawn, how = entry.tasks, entry.setting
         return (tasks == (drawn.datasource, drawn.split, drawn.update_batch_size, drawn.query_shots, drawn.seed, drawn.count)
                 and drawn.num_classes in (None, config.num_classes)
-                and setting == (how.query_norm, how.update_lr, how.inner_batch, how.headline_updates, how.head, how.orders, how.load_from))
+                and setting == (how.query_norm, how.update_lr, how.inner_batch, how.test_updates, how.headline_updates, how.head,
+                                how.orders, how.load_from))
 
     return [entry for entry in store.entries_of(directory) if is_asked(entry)]
 

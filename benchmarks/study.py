@@ -18,10 +18,13 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 from run_files import EVALUATION, evaluations_asked, missing_classes, request_of, run_main
 
+from runtime.cli import stored_run
 from runtime.cli.flags import GROUPS
-from runtime.cli.request import Request
+from runtime.cli.request import Request, same_folder
 from runtime.cli.rules import check_flags
 from runtime.system.errors import UserError, listing
+
+RECORDED = 'test_query', 'test_seed', 'query_norm', 'ensemble', 'test_updates'  # flags of evaluations that a training writes for --run
 
 
 class StudyRun(NamedTuple):
@@ -36,7 +39,17 @@ class StudyRun(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        return os.path.exists(os.path.join(self.training.directory, f'model{sum(self.training.iterations)}.index'))
+        """Whether there is the last checkpoint, and as far as is known of a training on the same data and from the same weights, of which
+        the directory's name says nothing."""
+        directory, asked = self.training.directory, self.training.values
+        if not os.path.exists(os.path.join(directory, f'model{sum(self.training.iterations)}.index')):
+            return False
+        try:
+            made = stored_run.read(directory)
+        except UserError:
+            return True
+        return (all(same_folder(made[name], asked[name]) for name in ('data_path', 'load_from'))
+                and stored_run.description({**made, 'split_file': asked['split_file']}) == stored_run.description(made))
 
     @property
     def is_evaluated(self) -> bool:
@@ -53,7 +66,7 @@ class StudyRun(NamedTuple):
             f'--test_iter={sum(self.training.iterations)}',)
         if not self.training.load_from:
             return [*self.arguments, *EVALUATION, *which]
-        given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'})
+        given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'} | {*RECORDED})
         return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION, *which]
 
 

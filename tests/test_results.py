@@ -201,6 +201,10 @@ def test_a_signed_rank_test_where_differences_are_far_from_normal():
     exact = np.array([0.2, -0.2, 0.2, 0.2, 0.0] * 20 + [9.0, -9.0, 8.0])
     p, is_signed_rank = statistics.paired_test(tied.astype(float), others.astype(float))
     assert is_signed_rank and p == stats.wilcoxon(exact, zero_method='pratt').pvalue
+    lower, far = 0.7 * np.abs(base), np.abs(base).copy()
+    lower[0] = far[0] = 1e9  # a task on which one of both nearly diverged
+    far[0] = 1
+    assert statistics.paired_test(lower, far)[0] < 1e-6, 'the sizes of the other differences still count'
     assert statistics.paired_test(base, base) == (1.0, False) and np.isnan(statistics.paired_test(np.full(50, np.inf), base)[0])
     pair = [evaluation('a', scores=np.zeros([50, 2]).tolist()),
             evaluation('b', num_filters=3, scores=np.stack([normal, heavy], axis=1).tolist())]
@@ -261,6 +265,7 @@ def test_methods_are_compared_over_tasks_and_seeds():
     runs = [evaluation(f'{method}{seed}', method, seed=seed, scores=values) for (method, seed), values in scores.items()]
     comparison = compare.Comparison(runs)
     (_, *first), (label, seeds, updates, mean, difference, p) = compare.method_table(comparison).rows
+    assert compare.method_table(comparison).notes[-1] == 'ANIL: its difference is over the 2 seeds that both have'
     assert first[3:] == ['', ''] and (label, seeds, updates) == ('ANIL', 3, 1)
     pairs = np.stack([scores['ANIL', seed][:, 1] - scores['MAML', seed][:, 1] for seed in (1, 2)])
     half = np.hypot(stats.t.ppf(0.975, 1) * pairs.mean(axis=1).std(ddof=1) / 2 ** 0.5,
@@ -365,10 +370,54 @@ def test_some_checkpoints_of_each_run(tmp_path):
                               training={'newest': newest}) for newest in (4, 8)]
     foreign = an_entry([[1, 2.0], [2, 3.0]], checkpoint='model99', iterations=99, setting={'load_from': '/elsewhere/model99'})
     store.write(str(tmp_path / '0' / 'results.json'), [*only_together, foreign])
-    chosen = {which: collect.read_evaluations([str(tmp_path / '0')], which) for which in ('newest', 'best')}
+    chosen = {which: collect.choose(collect.read_evaluations([str(tmp_path / '0')]), which)[0] for which in ('newest', 'best')}
     assert all([evaluation.entry.ensemble for evaluation in of_which] == [[3, 8]] for of_which in chosen.values()), 'the latest'
     store.write(str(tmp_path / '0' / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]])])
     assert 'no such checkpoint was evaluated' in error_of(f'--compare={tmp_path / "0"}', '--checkpoints=best')
+
+
+def test_runs_whose_best_checkpoint_was_not_evaluated_are_named(tmp_path, capsys):
+    """The other seeds are not averaged without them: which of them are there is chance."""
+    for seed in range(3):
+        (tmp_path / str(seed)).mkdir()
+        store.write(str(tmp_path / str(seed) / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]], is_best=seed < 2, seed=seed)])
+    text = run_ok(f'--compare={tmp_path}', '--checkpoints=best')
+    assert f'no such checkpoint was evaluated of {tmp_path}/2; left out' in capsys.readouterr().err and 'over seeds' not in text
+    assert 'over seeds' in run_ok('--compare', f'{tmp_path}/0', f'{tmp_path}/1', '--checkpoints=best')
+
+
+def test_all_evaluations_of_the_best_checkpoint_are_shown():
+    """Also one that was made before the number of the newest checkpoint was recorded."""
+    entries = [an_entry([[1, 2.0]], is_best=True, setting={'query_norm': norm}, training={'newest': newest})
+               for norm, newest in (('batch', None), ('support', 8))]
+    older = an_entry([[1, 2.0]], checkpoint='model3', iterations=3, is_best=True, training={'newest': 4})
+    evaluations = [collect.Evaluation('a', None, entry) for entry in (*entries, older)]
+    assert [evaluation.entry for evaluation in collect.choose(evaluations, 'best')[0]] == entries
+
+
+def test_data_that_are_described_alike():
+    """What differs is said: where one's own data are, or their settings."""
+    paths = [collect.Evaluation('a', None, dataclasses.replace(
+        an_entry([[1, 2.0]], tasks={'datasource': 'table', 'data': number}), data_path=f'/data/{number}')) for number in (1, 2)]
+    sizes = [evaluation('b', tasks={'facts': {'image_shape': [size, size, 3]}}) for size in (32, 84)]
+    texts = [[*collect.descriptions(pair).values()] for pair in (paths, sizes)]
+    ends = 'data /data/1 00000001', 'data /data/2 00000002', 'image_shape [32, 32, 3]', 'image_shape [84, 84, 3]'
+    assert all(text.endswith(f', {end}') for text, end in zip([*texts[0], *texts[1]], ends)), texts
+    assert [*collect.descriptions(sizes[:1]).values()] == [collect.describe_tasks(sizes[0].entry.tasks)]
+
+
+def test_names_of_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert collect.split_name('mine=~/a') == ('mine', f'{tmp_path}/a') and collect.split_name('logs/lr=0.1/a') == (None, 'logs/lr=0.1/a')
+    assert 'there is no folder mine=' in error_of('--compare', 'mine=', str(tmp_path))
+    for name in 'a', 'b':
+        (tmp_path / name).mkdir()
+        store.write(str(tmp_path / name / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]])])
+    assert [evaluation.user_label for evaluation in collect.read_evaluations([str(tmp_path), f'mine={tmp_path}/b'])] == [None, 'mine']
+    for name in 'a', 'b':
+        (tmp_path / name / 'results.json').write_text('{')
+    error = error_of(f'--compare={tmp_path}')
+    assert f'{tmp_path}/a/results.json cannot be read' in error and f'{tmp_path}/b/results.json cannot be read' in error
 
 
 def test_tables_of_other_programs(two_runs, capsys):
@@ -496,6 +545,9 @@ def test_numbers_of_runs_that_diverged():
         warnings.simplefilter('error')
         text = render.as_text(compare.update_table(pair))
     assert '1000000000000' not in text and max(map(len, text.splitlines())) < 120
+    assert statistics.plus_minus(0.0000213, 0.0000018, 4) == '0.0000213 ± 0.0000018'
+    assert statistics.plus_minus(99.5, 0.12, 2) == '99.50 ± 0.12'
+    assert statistics.plus_minus(2e-12, 3e-13, 4) == '2.00e-12 ± 3.00e-13' and statistics.plus_minus(0.5, 1e-17, 4) == '0.5000 ± 0.0000'
     assert statistics.number(451142711936811008.0, 4) == '4.51e+17' and statistics.number(3.25, 4) == '3.2500'
 
 
@@ -563,7 +615,7 @@ def test_pictures_of_another_evaluation_have_another_name(two_runs):
     assert 'evaluation_val_model2000_3updates_7query_updatelr0.5_5tasks_4shot_seed3_updates.png' in output
     output = run_ok(*SINUSOID, f'--logdir={logdir.parent}/other', '--train=False', '--num_test_tasks=5', '--plot',
                     f'--load_from={two_runs[1]}/model2000')
-    assert f'evaluation_val_model2000_of_{two_runs[1].name}_5tasks_updates.png' in output
+    assert re.search(f'evaluation_val_model2000_of_{two_runs[1].name}_[0-9a-f]{{8}}_5tasks_updates.png', output)
 
 
 @pytest.mark.slow

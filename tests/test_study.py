@@ -32,7 +32,9 @@ def test_runs_are_the_combinations_of_values(tmp_path):
 def test_a_run_that_starts_from_weights_is_evaluated_itself(tmp_path):
     run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--load_from=/elsewhere/model5', '--num_test_tasks=7'])
     assert (run.training.load_from, run.evaluation.load_from) == ('/elsewhere/model5', None)
-    assert run.evaluation_arguments == [f'--run={run.training.directory}', '--num_test_tasks=7', *study.EVALUATION, '--test_iter=70000']
+    assert set(run.evaluation_arguments) == {
+        f'--run={run.training.directory}', '--num_test_tasks=7', *study.EVALUATION, '--test_iter=70000', '--test_query=-1', '--test_seed=0',
+        '--query_norm=batch', '--ensemble=1', '--test_updates=-1'}, 'also what the training may have recorded for its evaluations'
 
 
 def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
@@ -40,9 +42,19 @@ def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
     os.makedirs(run.training.directory)
     tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
     for newest, is_evaluated in (3, False), (5, True):
-        store.add(run.training.directory, an_entry(np.ones([600, 2]), tasks=tasks, checkpoint=f'model{newest}', iterations=newest,
+        store.add(run.training.directory, an_entry(np.ones([600, 11]), tasks=tasks, checkpoint=f'model{newest}', iterations=newest,
                                                    ensemble=[newest, 1], training={'newest': newest}))
         assert run.is_evaluated == is_evaluated
+
+
+def test_a_training_on_other_data_or_from_other_weights_is_not_the_one_asked_for(tmp_path):
+    """The directory's name is the same; main.py then refuses to go on with it."""
+    for recorded, is_trained in ('', True), (f'--load_from={tmp_path}/model3', False), (f'--data_path={tmp_path}', False):
+        run, = runs_of(tmp_path)
+        os.makedirs(run.training.directory, exist_ok=True)
+        pathlib.Path(run.training.directory, 'model5.index').touch()
+        pathlib.Path(run.training.directory, 'run.flags').write_text(f'--norm=None\n{recorded}\n')
+        assert run.is_trained == is_trained
 
 
 def test_all_mistakes_are_reported_before_the_first_run(tmp_path):
@@ -69,8 +81,8 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
     for changes in ({'tasks': {**tasks, 'seed': 1}}, {'iterations': 4}, {'setting': {'head': 'nearest neighbour'}},
                     {'setting': {'permutations': 3, 'orders': 'mean'}}, {'setting': {'update_lr': 0.5}}):
-        store.add(third.training.directory, an_entry(np.ones([600, 2]), **{'tasks': tasks, **changes}))
-    store.add(first.training.directory, an_entry(np.ones([600, 2]), tasks=tasks))
+        store.add(third.training.directory, an_entry(np.ones([600, 11]), **{'tasks': tasks, **changes}))
+    store.add(first.training.directory, an_entry(np.ones([600, 11]), tasks=tasks))
     assert study.make(runs) == [second.name]
     assert calls == [second.arguments, [*third.arguments, *study.EVALUATION, '--test_iter=5']]
 

@@ -122,7 +122,7 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         flag_file=stored_run.description(request.values),
         trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
-        test_updates=_test_updates(request), heads=EVALUATED_HEADS[request.head],
+        test_updates=evaluation_updates(request), heads=EVALUATED_HEADS[request.head],
         query_norms=_query_norms(request),
         split='test' if request.test_set else 'val',
         headline_updates=headline_updates(request))
@@ -135,7 +135,8 @@ def usual_updates(num_updates: int, at_least: int) -> int:
     return num_updates and max(num_updates, at_least)
 
 
-def _test_updates(request):
+def evaluation_updates(request: Request) -> int:
+    """The number of inner updates of an evaluation."""
     if request.head == 'nearest':
         return 0
     return usual_updates(request.num_updates, request.source.test_updates) if request.test_updates == -1 else request.test_updates
@@ -143,7 +144,7 @@ def _test_updates(request):
 
 def headline_updates(request: Request) -> int:
     """The number of inner updates after which a method is reported: --test_updates if it is set, else --num_updates."""
-    return _test_updates(request) if request.head == 'nearest' or request.test_updates != -1 else request.num_updates
+    return evaluation_updates(request) if request.head == 'nearest' or request.test_updates != -1 else request.num_updates
 
 
 def _query_norms(request):

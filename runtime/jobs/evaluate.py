@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from maml import MAML
 from networks import network_of
 from runtime.cli import methods
 from runtime.cli.flags import default
+from runtime.cli.request import same_folder
 from runtime.cli.run import Evaluation, Trained, usual_updates
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
@@ -104,6 +106,11 @@ def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -
     """Prints the table of an evaluation, and the names of the files that it wrote."""
     spreads = {f'{result.variant.label}, spread': result.spread for result in results if result.spread is not None}
     print(store.table({result.variant.label: result.values for result in results} | spreads, run.metric, run.test_updates == 0))
+    for result in results:
+        if diverged := np.sum(~np.isfinite(result.values).all(axis=1)):
+            where = f', {result.variant.label}' if len(results) > 1 else ''
+            advice = ': lower --update_lr' if run.test_updates and run.model.learn_lr == 'no' else ''
+            print(f'Adaptation diverged on {diverged} of {run.num_test_tasks} tasks{where}{advice}')
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
         print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
@@ -177,7 +184,8 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
         known_classes=list(seen_classes), metric=run.metric, seconds=result.seconds,
         versions={'python': platform.python_version(), 'numpy': np.__version__, 'program': program(),
                   **arithmetic(restored.model.config.engine, run.replicas.count)},
-        figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums.get(restored.prefix))
+        figures=store.figures_of(values, result.spread), scores=values.tolist(), checksum=restored.checksums.get(restored.prefix),
+        data_path=run.tasks.data_path and os.path.abspath(run.tasks.data_path) if run.datasource in OWN_DATA else None)
 
 
 def check_still_there(restored: Restored) -> None:
@@ -236,14 +244,15 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
     is_newest = restored.newest is not None and restored.iterations == restored.newest
     others = [differs for what, (_, differs) in differences_from_usual(run, restored).items()
               if what not in ('shots', 'step size', 'query norm', 'heads', 'permutations')]  # the last three are the variant's
-    is_standard = is_newest and variant == ('batch', 'own', '') and not any(others)
+    is_standard = is_newest and variant == ('batch', 'own', '') and run.test_updates > 0 and not any(others)
     return f'test_ubs{run.model.update_batch_size}_stepsize{run.model.update_lr}' if is_standard else None
 
 
 def is_elsewhere(run: Evaluation, restored: Restored) -> bool:
-    """Whether the tasks are of the user's own data, and these are not where those of the training were."""
-    path, before = run.tasks.data_path, restored.provenance and restored.provenance.data_path
-    return run.datasource in OWN_DATA and bool(path and before) and os.path.abspath(path) != before
+    """Whether the data are not where those of the training were, or of another source not in its own folder."""
+    before = restored.provenance.data_path if restored.provenance and run.datasource == restored.trained_on else None
+    is_known = before or run.datasource not in OWN_DATA or run.datasource != restored.trained_on
+    return bool(is_known) and not same_folder(run.tasks.data_path, before)
 
 
 def picture_stem(run: Evaluation, restored: Restored) -> str:
@@ -256,12 +265,12 @@ def picture_stem(run: Evaluation, restored: Restored) -> str:
 def differences_from_usual(run: Evaluation, restored: Restored) -> dict[str, tuple[str, bool]]:
     """{what: (its name in this evaluation, whether it differs from the usual evaluation of the run)}, but for split and checkpoint."""
     tasks, source, trained = run.tasks, run.source, run.learning_flags
-    weights_of = os.path.basename(os.path.dirname(os.path.abspath(restored.prefix)))
+    weights_of = os.path.dirname(os.path.abspath(restored.prefix))
     return {
         'ensemble': ('ensemble', bool(restored.ensemble)),
         'source': (run.datasource, run.datasource != restored.trained_on),
-        'weights': (f'of_{weights_of}', bool(run.load_from)),
-        'data': ('otherdata', is_elsewhere(run, restored)),
+        'weights': (f'of_{os.path.basename(weights_of)}_{zlib.crc32(weights_of.encode()):08x}', bool(run.load_from)),
+        'data': (f'data_{zlib.crc32(os.path.abspath(tasks.data_path or "").encode()):08x}', is_elsewhere(run, restored)),
         'updates': (f'{run.test_updates}updates', run.test_updates != usual_updates(run.model.num_updates, source.test_updates)),
         'queries': (f'{tasks.query_shots}query', tasks.query_shots != source.query_shots(tasks.update_batch_size, train=False)),
         'step size': (f'updatelr{run.model.update_lr}', run.model.update_lr != trained['update_lr']),
@@ -319,6 +328,7 @@ def restore(run: Trained) -> Restored:
                         f'{run.regime}ing; give the flags of its training')
     checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
                           'give the flags of its training')
+    checkpoints.refuse_untrained(run.directory, record['iteration'], record['skipped'])
     checkpoints.restore(checkpoint, model.parameters())
     if is_ensemble:
         model = Ensemble(model, [checkpoints.without_optimizer(member.arrays) for member in members])

@@ -1,6 +1,5 @@
 """A table of models against the sources that they were evaluated on."""
 import os
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from runtime.cli.flags import default
 from runtime.datasets.tasks import OWN_DATA
 from runtime.results import render
-from runtime.results.collect import Evaluation, differing_parts, read_evaluations, split_name, task_parts
+from runtime.results.collect import Evaluation, choose, differing_data, differing_parts, read_evaluations, split_name, task_parts
 from runtime.results.statistics import UNITS, plus_minus, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
@@ -24,7 +23,7 @@ def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot
     table for each kind of score; `plot` also draws it, into a new file across*.png in the first folder. The other arguments are
     those of `compare`. Raises UserError if there are no results.
     """
-    matrices, remarks = matrices_of(read_evaluations(folders, checkpoints)), []
+    matrices, remarks = matrices_of(choose(read_evaluations(folders), checkpoints)[0]), []
     if plot:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
         stem = os.path.join(split_name(folders[0])[1], 'across')
@@ -66,12 +65,13 @@ class Matrix:
     """
 
     def __init__(self, evaluations: Sequence[Evaluation]):
-        parts = {evaluation.tasks_key: task_parts(evaluation.entry.tasks) for evaluation in evaluations}
+        entries = {evaluation.tasks_key: evaluation.entry for evaluation in evaluations}
+        parts = {key: task_parts(entry.tasks) for key, entry in entries.items()}
         keys = sorted(parts, key=lambda key: (parts[key], key))
         common = set.intersection(*({*target_parts[1:]} for target_parts in parts.values()))
         targets = [', '.join([parts[key][0], *(part for part in parts[key][1:] if part not in common)]) for key in keys]
-        self.targets = [target + (f', data or settings {zlib.crc32(key.encode()):08x}' if targets.count(target) > 1 else '')
-                        for key, target in zip(keys, targets)]
+        differing = differing_data({key: (target, entries[key]) for key, target in zip(keys, targets)})
+        self.targets = [', '.join([target, *differing[key]]) for key, target in zip(keys, targets)]
         self.common = ', '.join(part for part in parts[keys[0]][1:] if part in common)
         self.metric = evaluations[0].entry.metric
         self.models = list(dict.fromkeys(map(model_of, evaluations)))

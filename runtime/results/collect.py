@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,28 +71,53 @@ class Evaluation:
         return self.entry.training.flags.get(name, default(name))
 
 
-def read_evaluations(folders: Sequence[str], checkpoints: str = 'all') -> list[Evaluation]:
-    """The evaluations in some folders, those of each run once: of 'all' its checkpoints that were evaluated, the 'newest' or the
-    'best'. 'name=folder' says what the user calls its runs. Raises UserError if a folder does not exist, or none has any."""
-    evaluations, without = {}, []
-    absent = [folder for _, folder in map(split_name, folders) if not os.path.isdir(folder)]
+def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
+    """The evaluations in some folders, those of each run once. 'name=folder' says what the user calls its runs. Raises UserError if
+    folders do not exist, none has any, or files cannot be read."""
+    evaluations: dict[str, list[Evaluation]] = {}
+    without, problems = [], []
+    absent = [folder or argument for argument, (_, folder) in zip(folders, map(split_name, folders)) if not os.path.isdir(folder)]
     if absent:
         raise UserError(f'there is no folder {", ".join(absent)}')
     for user_label, folder in map(split_name, folders):
         directories = result_directories(folder)
         without += [] if directories else [folder]
-        for directory in directories:
-            evaluations.setdefault(os.path.realpath(directory),
-                                   [Evaluation(directory, user_label, entry) for entry in entries_of(directory)])
+        for run, directory in zip(map(os.path.realpath, directories), directories):
+            if user_label or run not in evaluations:
+                evaluations[run] = _evaluations_of(directory, user_label, problems)
+    if problems:
+        raise UserError('; '.join(dict.fromkeys(problems)))
     if without:
         missing = f'there is no {FILE} in {", ".join(without)} or a folder in it; evaluate first, with --train=False'
         if len(without) == len(folders):
             raise UserError(missing)
         print(f'Warning: {missing}', file=sys.stderr)
-    chosen = [evaluation for run_evaluations in evaluations.values() for evaluation in _chosen(run_evaluations, checkpoints)]
-    if not chosen:
-        raise UserError(f'--checkpoints={checkpoints}: no such checkpoint was evaluated; evaluate one, with --train=False')
-    return chosen
+    return [evaluation for run_evaluations in evaluations.values() for evaluation in run_evaluations]
+
+
+def _evaluations_of(directory, user_label, problems):
+    """The evaluations of a run; if they cannot be read, the reason is added to the problems."""
+    try:
+        return [Evaluation(directory, user_label, entry) for entry in entries_of(directory)]
+    except UserError as error:
+        problems.append(str(error))
+        return []
+
+
+def choose(evaluations: Sequence[Evaluation], checkpoints: str) -> tuple[list[Evaluation], list[Evaluation]]:
+    """Of each run the evaluations of 'all' its checkpoints, of the 'newest' that was evaluated, or of the 'best'; and all evaluations of
+    the runs that have no such one, which a warning names. Raises UserError if none has."""
+    runs: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        runs.setdefault(evaluation.directory, []).append(evaluation)
+    chosen = {directory: _chosen(run_evaluations, checkpoints) for directory, run_evaluations in runs.items()}
+    without = [directory for directory, run_evaluations in chosen.items() if not run_evaluations]
+    problem = f'--checkpoints={checkpoints}: no such checkpoint was evaluated'
+    if len(without) == len(runs):
+        raise UserError(f'{problem}; evaluate one, with --train=False')
+    if without:
+        print(f'Warning: {problem} of {", ".join(without)}; left out', file=sys.stderr)
+    return [*itertools.chain(*chosen.values())], [evaluation for directory in without for evaluation in runs[directory]]
 
 
 def _chosen(evaluations, checkpoints):
@@ -102,15 +127,16 @@ def _chosen(evaluations, checkpoints):
         return evaluations
     own = [evaluation for evaluation in evaluations if not evaluation.entry.setting.load_from]
     if checkpoints == 'best':
-        return _with_largest([evaluation for evaluation in own if evaluation.entry.is_best], lambda entry: entry.training.newest or 0)
+        return _of_last([evaluation for evaluation in own if evaluation.entry.is_best], lambda entry: entry.training.newest or 0)
     single = [evaluation for evaluation in own if not evaluation.entry.ensemble]
-    return _with_largest(single, lambda entry: entry.iterations or 0) or _with_largest(own, lambda entry: entry.training.newest or 0)
+    return _of_last(single, lambda entry: entry.iterations or 0) or _of_last(own, lambda entry: entry.training.newest or 0)
 
 
-def _with_largest(evaluations, quantity):
-    """The evaluations with the largest quantity of their entries."""
-    largest = max((quantity(evaluation.entry) for evaluation in evaluations), default=None)
-    return [evaluation for evaluation in evaluations if quantity(evaluation.entry) == largest]
+def _of_last(evaluations, time):
+    """The evaluations of that checkpoint, or ensemble, of which there is an entry with the largest `time`."""
+    last = max((evaluation.entry for evaluation in evaluations), key=time, default=None)
+    return [evaluation for evaluation in evaluations
+            if (evaluation.entry.checkpoint, evaluation.entry.ensemble) == (last.checkpoint, last.ensemble)]
 
 
 def result_directories(folder: str, names: Sequence[str] = (FILE, SHIPPED_FILE)) -> list[str]:
@@ -135,6 +161,30 @@ def describe_tasks(tasks: EvaluationTasks) -> str:
     return f'{count} of {source}, {split}, {" ".join(way_and_shots)}, {query}, {seed}'
 
 
+def descriptions(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """{key of tasks: text}: which tasks each evaluation is on, and what else differs between tasks that are described alike."""
+    described = {evaluation.tasks_key: (describe_tasks(evaluation.entry.tasks), evaluation.entry) for evaluation in evaluations}
+    differing = differing_data(described)
+    return {key: ', '.join([text, *differing[key]]) for key, (text, _) in described.items()}
+
+
+def differing_data(described: Mapping[str, tuple[str, Entry]]) -> dict[str, list[str]]:
+    """{key of tasks: texts}: in which data and settings of their source tasks of one description differ, given {key of tasks:
+    (description, an evaluation on them)}."""
+    differing = {}
+    for key, (text, entry) in described.items():
+        alike = [_data_of(other) for other_text, other in described.values() if other_text == text]
+        differing[key] = [f'{name} {value}' for name, value in _data_of(entry).items()
+                          if any(other.get(name) != value for other in alike)]
+    return differing
+
+
+def _data_of(entry):
+    """{what: text} of the data and settings of an evaluation's source."""
+    data = [entry.data_path] * bool(entry.data_path) + [f'{entry.tasks.data or 0:08x}']
+    return {**{name: json.dumps(value) for name, value in sorted(entry.tasks.facts.items())}, 'data': ' '.join(data)}
+
+
 def differing_parts(paths: Sequence[str]) -> list[str]:
     """The components of each path in which it differs from another, compared from the end."""
     columns = list(itertools.zip_longest(*(os.path.normpath(path).split(os.sep)[::-1] for path in paths), fillvalue=''))[::-1]
@@ -143,6 +193,7 @@ def differing_parts(paths: Sequence[str]) -> list[str]:
 
 
 def split_name(argument: str) -> tuple[str | None, str]:
-    """'name=folder' -> (name, folder); 'folder' -> (None, folder)."""
+    """'name=folder' -> (name, folder); 'folder' -> (None, folder). A name has no slash, so that a folder may have a = in it."""
     name, equals, folder = argument.partition('=')
-    return (name, folder) if equals and name and not os.path.exists(argument) else (None, argument)
+    is_name = equals and name and os.sep not in name and not os.path.exists(argument)
+    return (name, os.path.expanduser(folder)) if is_name else (None, os.path.expanduser(argument))

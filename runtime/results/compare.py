@@ -14,7 +14,7 @@ import numpy as np
 from runtime.cli.flags import BUILT_IN_NETWORKS, default
 from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import provenance, render
-from runtime.results.collect import Evaluation, describe_tasks, differing_parts, read_evaluations, split_name
+from runtime.results.collect import Evaluation, choose, describe_tasks, descriptions, differing_parts, read_evaluations, split_name
 from runtime.results.statistics import UNITS, difference, holm, number, over_tasks_and_seeds, paired_test, plus_minus, statistics
 from runtime.results.store import column_titles
 from runtime.system.errors import UserError
@@ -38,12 +38,12 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
     Returns the tables; what was left out and what was drawn is added as text, or in the other styles printed to stderr. Raises
     UserError if there are no results, no two evaluations were made on the same tasks, or they do not differ in `against`.
     """
-    groups = {}
-    for evaluation in read_evaluations(folders, checkpoints):
-        groups.setdefault((evaluation.tasks_key, evaluation.entry.metric), []).append(evaluation)
+    evaluations, others = choose(read_evaluations(folders), checkpoints)
+    texts, groups, groups_of_others = descriptions(evaluations), _on_the_same_tasks(evaluations), _on_the_same_tasks(others)
     single = [group[0] for group in groups.values() if len(group) == 1]
-    comparisons = [Comparison(group) for group in groups.values() if len(group) > 1]
-    left_out = '; '.join(f'{evaluation.path} on {describe_tasks(evaluation.entry.tasks)}' for evaluation in single)
+    comparisons = [Comparison(group, texts[key], groups_of_others.get((key, metric), ()))
+                   for (key, metric), group in groups.items() if len(group) > 1]
+    left_out = '; '.join(f'{evaluation.path} on {texts[evaluation.tasks_key]}' for evaluation in single)
     if not comparisons:
         raise UserError(f'there is only one evaluation, {left_out}; evaluate another run on the same tasks' if len(single) == 1 else
                         f'no two evaluations were made on the same tasks: {left_out}; --across shows models that were evaluated on '
@@ -56,6 +56,14 @@ def compare(folders: Sequence[str], plot: bool = False, style: str = 'text', plo
         tables += [headline_table(comparison) if style == 'latex' else update_table(comparison)]
         tables += [method_table(comparison)] if comparison.groups else []
     return render.output(style, tables, records(comparisons), remarks)
+
+
+def _on_the_same_tasks(evaluations):
+    """{(key of tasks, metric): evaluations}."""
+    groups = {}
+    for evaluation in evaluations:
+        groups.setdefault((evaluation.tasks_key, evaluation.entry.metric), []).append(evaluation)
+    return groups
 
 
 def draw(comparisons: Sequence['Comparison'], stem: str, plot_format: str, against: str | None) -> list[str]:
@@ -117,17 +125,19 @@ class Comparison:
         groups: one for each two or more evaluations that differ by their training's seed only.
         headline: values of each evaluation, [tasks], at the number of updates at which its method is reported.
         rows: {number of updates that all have: such values}, and 'own': the headline, if these numbers differ.
+
+    `left_out` are those of runs that were not chosen, whose seeds a mean over the best checkpoints lacks.
     """
 
-    def __init__(self, evaluations: Sequence[Evaluation]):
+    def __init__(self, evaluations: Sequence[Evaluation], tasks: str = '', left_out: Sequence[Evaluation] = ()):
         self.evaluations = evaluations
-        self.tasks, self.metric = describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
+        self.tasks, self.metric = tasks or describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
         self.unit, self.digits = UNITS[self.metric].title, UNITS[self.metric].digits
         self.title = f'{self.tasks}: {self.unit}'
         letters = [string.ascii_uppercase[number] if number < 26 else str(number) for number in range(len(evaluations))]
         self.lines = [Line(letters[index], label, evaluation.path, evaluation.flag('seed'), evaluation.headline_updates, (index,))
                       for index, (label, evaluation) in enumerate(zip(what_differs(evaluations), evaluations))]
-        self.groups = [self._group(indices) for indices in seed_groups(evaluations)]
+        self.groups = [self._group(indices) for indices in seed_groups(evaluations, left_out)]
         self.headline = [evaluation.headline_values for evaluation in evaluations]
         columns_of_each = [dict(zip(column_titles(evaluation.entry.setting.test_updates), evaluation.values.T))
                            for evaluation in evaluations]
@@ -166,17 +176,20 @@ class Comparison:
         return Figures(mean, std, half, *map(float, paired))
 
 
-def seed_groups(evaluations: Sequence[Evaluation]) -> list[tuple[int, ...]]:
+def seed_groups(evaluations: Sequence[Evaluation], left_out: Sequence[Evaluation] = ()) -> list[tuple[int, ...]]:
     """Indices of evaluations that differ by their training's seed only, and have one name, for each such group of two or more.
 
     They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, they are the
-    best of equally long trainings, and all seeds must be there: a mean over some would be over seeds that were chosen by chance.
+    best of equally long trainings, and all seeds must be there, also those of evaluations that were `left_out`: a mean over some would be
+    over seeds that were chosen by chance.
     """
-    alike, seeds = {}, {}
-    for index, (setting, evaluation) in enumerate(zip(settings(evaluations), evaluations)):
+    alike, seeds, known = {}, {}, [*evaluations, *left_out]
+    for index, (setting, evaluation) in enumerate(zip(settings(known), known)):
         kind = json.dumps({**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label,
                            'updates': evaluation.headline_updates}, sort_keys=True)
         seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
+        if index >= len(evaluations):
+            continue
         alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
         if evaluation.entry.is_best:
             alike.setdefault((kind, 'best', evaluation.newest), []).append(index)
@@ -394,14 +407,20 @@ def headline_table(comparison: Comparison) -> render.Table:
 def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
     rows, figures = [], comparison.figures(comparison.groups, [comparison.headline])
-    titles = ['difference', *p_titles(figures)]
+    titles, notes = ['difference', *p_titles(figures)], []
+    seeds_of_first, *seeds_of_others = [{comparison.lines[index].seed for index in group.indices} for group in comparison.groups]
+    for group, seeds in zip(comparison.groups[1:], seeds_of_others):
+        if seeds != seeds_of_first:
+            notes.append(f'{group.label}: its difference is over the {len(seeds & seeds_of_first)} seeds that both have'
+                         + ', of which it takes two' * (len(seeds & seeds_of_first) < 2))
     for group, group_figures in zip(comparison.groups, figures[0]):
         mean, *difference_and_p = group_figures.cells(comparison.digits, titles[1:])
         if group == comparison.groups[0] or math.isnan(group_figures.difference):
             difference_and_p = [''] * len(titles)
         rows.append([group.label, len(group.indices), group.updates, mean, *difference_and_p])
     return render.Table(f'{comparison.title}, over seeds', ['method', 'seeds', 'updates', comparison.unit, *titles], rows,
-                        notes=['95% intervals that cover other tasks and other seeds; differences from the first, paired by task and seed'])
+                        notes=['95% intervals that cover other tasks and other seeds; differences from the first, paired by task and seed',
+                               *notes])
 
 
 def records(comparisons: Sequence[Comparison]) -> render.Table:

@@ -73,10 +73,14 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         sentences.update(_weights_differ(then.weights, now.weights, model))
     if then.is_known and now.is_known and then.arithmetic[-1] != now.arithmetic[-1]:
         before, after = then.arithmetic[-1], now.arithmetic[-1]
-        what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
+        what = '; '.join(f'{name} {_recorded(before, name)}, now {_recorded(after, name)}'
                          for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
         sentences['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
     return sentences
+
+
+def _recorded(arithmetic, name):
+    return arithmetic.get(name, 'off' if name == 'recompute' else 'not known')  # which is recorded only where it is on
 
 
 def _weights_differ(then, given, model):
@@ -99,7 +103,7 @@ def identity(provenance: Provenance | None) -> dict[str, Any]:
             'starting weights': None if not provenance.is_known else f'{weights.checksum or 0:08x}' if weights else 'random'}
 
 
-def arithmetic(engine: str, replicas: int) -> dict[str, str]:
+def arithmetic(engine: str, replicas: int, recompute: bool = False) -> dict[str, str]:
     """What decides how numbers are rounded: with all of it equal, and on a CPU, the same computation has the same result bit for bit."""
     import tensorflow as tf
     from tensorflow.python.util import _pywrap_util_port
@@ -107,7 +111,8 @@ def arithmetic(engine: str, replicas: int) -> dict[str, str]:
     names = [tf.config.experimental.get_device_details(device).get('device_name', 'GPU') for device in devices]
     instructions = [*_instructions(), *(f'{name}={os.environ[name]}' for name in LIMITS if name in os.environ)]
     return {'tensorflow': tf.__version__, 'device': ', '.join(names) or 'CPU', 'instructions': ' '.join(instructions),
-            'oneDNN': 'on' if _pywrap_util_port.IsMklEnabled() else 'off', 'engine': engine, 'replicas': str(replicas)}
+            'oneDNN': 'on' if _pywrap_util_port.IsMklEnabled() else 'off', 'engine': engine, 'replicas': str(replicas),
+            **({'recompute': 'on'} if recompute else {})}
 
 
 def _instructions() -> list[str]:

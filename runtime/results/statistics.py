@@ -8,6 +8,7 @@ import scipy  # not scipy.stats, which is slow to import: it is imported when it
 
 RESAMPLES = 2000
 LARGEST_DIGITS = 6  # before the point; larger numbers are written with an exponent
+MOST_DIGITS = 8     # after the point; smaller numbers are written with an exponent
 ROUNDING = 1e-6       # values of single precision that differ by no more than this part of them differ by rounding alone
 NUMBERS_AT_A_TIME = 2 ** 24  # of resamples in memory; does not change the results
 FAR_FROM_NORMAL = 1, 3  # skewness and excess kurtosis, each without its sign
@@ -86,12 +87,14 @@ def difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 def number(value: float, digits: int) -> str:
-    """Text: a number with some digits after the point, or if it is very large, as of diverged runs, with an exponent."""
-    return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS else f'{value:.2e}'
+    """Text: a number with some digits after the point, or if it is very large, as of diverged runs, or very small, with an exponent."""
+    return f'{value:.{digits}f}' if not abs(value) >= 10 ** LARGEST_DIGITS and digits <= MOST_DIGITS else f'{value:.2e}'
 
 
 def plus_minus(mean: float, half: float, digits: int) -> str:
-    """Text: a mean and the half-width of its interval, if it has one."""
+    """Text: a mean and the half-width of its interval, if it has one; with more digits where the half-width needs them."""
+    if ROUNDING * abs(mean) < half < 10.0 ** -digits:
+        digits = math.ceil(1 - math.log10(half))
     return number(mean, digits) + (f' ± {number(half, digits)}' if math.isfinite(half) or not math.isfinite(mean) else '')
 
 
@@ -113,13 +116,22 @@ def paired_test(values: np.ndarray, base: np.ndarray) -> tuple[float, bool]:
         return 1.0, False
     with np.errstate(all='ignore'), warnings.catch_warnings():  # scipy warns of values that are not finite, or all alike
         warnings.simplefilter('ignore')
-        unit = ROUNDING * np.abs(differences).max()
         shape = np.abs([scipy.stats.skew(differences), scipy.stats.kurtosis(differences)])
         if len(differences) >= LEAST_FOR_RANKS and (shape > FAR_FROM_NORMAL).any():
-            ranked = np.round(differences / unit)  # so that differences which are equal but for rounding have one rank
+            ranked = _sizes_as_numbers(differences, ROUNDING * np.maximum(np.abs(values), np.abs(base)))
             return float(scipy.stats.wilcoxon(ranked, zero_method='pratt').pvalue), True
-        varies = np.ptp(differences) > unit
+        varies = np.ptp(differences) > ROUNDING * np.abs(differences).max()
         return float(scipy.stats.ttest_1samp(differences, 0).pvalue) if varies else math.nan, False
+
+
+def _sizes_as_numbers(differences, rounding):
+    """Differences, the sizes of which are replaced by their numbers in order, one number for sizes that are equal but for rounding."""
+    sizes = np.abs(differences)
+    order = np.argsort(sizes)
+    is_larger = np.diff(sizes[order], prepend=0) > np.where(sizes[order] > 0, rounding[order], 0)
+    numbers = np.empty(len(sizes))
+    numbers[order] = np.cumsum(is_larger)
+    return np.sign(differences) * numbers
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

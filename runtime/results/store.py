@@ -98,6 +98,7 @@ class Entry:
     figures: list[Figures]      # of each column of `scores`
     scores: list[list[float]]   # [tasks, columns], see `column_titles`
     checksum: int | None = None  # of the checkpoint
+    data_path: str | None = None  # absolute, of data of the user's own
 
     @property
     def headline_column(self) -> int:
@@ -145,11 +146,6 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
     for updates, cells in zip(titles, zip(*columns)):
         lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:{width}}' for cell in cells).rstrip())
     lines.append(f'  (0: {"support examples, " * UNITS[metric].starts_with_support}before adaptation)')
-    for label, values in evaluations.items():
-        diverged = np.sum(~np.isfinite(values).all(axis=1))
-        if diverged:
-            where = f', {label}' if len(evaluations) > 1 else ''
-            lines.append(f'Adaptation diverged on {diverged} of {len(values)} tasks{where}: lower --update_lr')
     return '\n'.join(lines)
 
 
