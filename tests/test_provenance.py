@@ -259,6 +259,7 @@ def test_starting_weights_of_a_resumed_run(tmp_path):
     run = train(*SINUSOID, f'--load_from={one}', logdir=tmp_path / 'logs')
     again = [*SINUSOID, f'--logdir={tmp_path / "logs"}']
     assert 'Note' not in run_ok(*again, f'--load_from={one}', '--metatrain_iterations=2')
+    assert f'--load_from={one}\n' in (run / 'run.flags').read_text(), 'also after a command that went on without it'
     assert f'was trained from the weights of {one}, and --load_from={other} holds others; leave out --load_from' in error_of(
         *again, f'--load_from={other}', '--metatrain_iterations=3')
     shutil.copytree(one.parent, tmp_path / 'copy')
@@ -369,6 +370,7 @@ def test_a_run_keeps_its_own_log(tmp_path, monkeypatch):
         file.write('x' * 200_000 + '\0\n' + '1' * 5000 + ',a,1,1\n')  # of a damaged disk
         file.write('12,metatrain,1,1\n14,metatrai')  # of a process that was killed
     run_ok(f'--run={parts}', '--metatrain_iterations=20', '--save_interval=2', '--log=False')
+    assert (whole / 'metrics.csv').read_bytes() == (parts / 'metrics.csv').read_bytes()
     rows = [list(csv.reader((run / 'metrics.csv').read_text().splitlines())) for run in (whole, parts)]
     assert (rows[0] == rows[1] and len(rows[0]) == 21 and rows[0][0] == ['iteration', 'phase', 'before', 'after']
             and ['metatrain', 'metaval'] == sorted({row[1] for row in rows[0][1:]}))

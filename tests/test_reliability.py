@@ -270,6 +270,8 @@ def test_skipping(tmp_path, capsys):
     output = capsys.readouterr().out
     assert 'Iteration 1000: nan, nan\nSkipped 1000 iterations so far (non-finite loss or gradient)' in output
     assert '1000 of 1000 iterations were skipped' in output and 'nothing was learnt: no iteration had a finite loss' in error
+    again = [*SINUSOID, f'--logdir={tmp_path}', '--update_lr=1e30', '--metatrain_iterations=1000', '--skip_nonfinite']
+    assert 'nothing was learnt' in error_of(*again) and 'nothing was learnt' in error_of(*again, '--train=False')
     checkpoint = checkpoints.newest(str(directory_of(tmp_path)))
     assert checkpoint.record['skipped'] == 1000 and checkpoint.arrays['metatrain/adam/step'] == 0
 
@@ -292,10 +294,28 @@ def test_a_step_that_is_not_finite_changes_nothing(image_shape):
 def test_infinite_weights_are_not_saved(tmp_path):
     model = MAML(ModelConfig(dim_input=1, dim_output=1, loss='mse', update_batch_size=2, update_lr=0.1))
     model.weights['w2'].assign(tf.fill([40, 40], np.inf))
-    run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False, source=SOURCES['sinusoid'])
+    run = types.SimpleNamespace(directory=str(tmp_path), skip_nonfinite=False, source=SOURCES['sinusoid'], model=model.config)
     with pytest.raises(UserError, match='w2 contains NaN or infinity after iteration 7; nothing was saved yet'):
         saving.Saver(run, model, {}, 0, print).save(saving.TrainState(iteration=7), [])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_signal_at_the_end_tries_to_save_once_more(tmp_path, monkeypatch):
+    """The disk was full, and is not any more."""
+    saves, full = [], iter([OSError('No space left on device'), None])
+
+    def save(prefix, *_):
+        saves.append(prefix)
+        if error := next(full):
+            raise error
+    monkeypatch.setattr(checkpoints, 'save', save)
+    run = types.SimpleNamespace(directory=str(tmp_path), replicas=types.SimpleNamespace(chief=True), learning_flags={}, regime='metatrain',
+                                pretrain_iterations=0)
+    saver, state = saving.Saver(run, types.SimpleNamespace(state=dict), {}, 0, print), saving.TrainState(iteration=7)
+    saver.save(state, [])
+    assert saver.iteration == 0
+    saver.finish(state, [], types.SimpleNamespace(signal=15))
+    assert saver.iteration == 7 and len(saves) == 2
 
 
 # Saving that fails

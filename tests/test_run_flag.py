@@ -89,6 +89,13 @@ def test_a_damaged_file_of_flags(trained, content):
         assert 'was made with --norm=None' in error_of(f'--run={trained[1]}', '--train=False')
 
 
+def test_a_pre_training_does_not_become_a_meta_training(tmp_path):
+    """Its directory says that it is one, and its checkpoints could not be evaluated with those that follow."""
+    (tmp_path / 'run.flags').write_text('--norm=None\n--pretrain_iterations=5\n--metatrain_iterations=0\n')
+    error = error_of(f'--run={tmp_path}', '--metatrain_iterations=7')
+    assert 'is of pre-training only' in error and f'--load_from={tmp_path}/model5' in error
+
+
 def test_folders_that_are_no_run(trained, tmp_path):
     assert 'there is no such folder' in error_of(f'--run={tmp_path}/nowhere')
     (tmp_path / 'empty').mkdir()
@@ -107,6 +114,9 @@ def test_files_of_flags(tmp_path):
         path.write_bytes(content)
         process = run_process(f'--flagfile={path}')
         assert process.returncode == 1 and process.stderr.startswith('main.py: ') and process.stderr.count('\n') == 1
+    (tmp_path / 'indented').write_text(f'  --flagfile={path}\n')
+    assert 'at the beginning of its line' in error_of(f'--flagfile={tmp_path}/indented')
+    assert '--noconv=True' in error_of('--noconv=True')
     assert f'--flagfile={tmp_path}/nowhere cannot be read' in error_of(f'--flagfile={tmp_path}/nowhere')
     path.write_text('--n' + '[' * 3000)
     assert 'a name of thousands of characters' in error_of(f'--flagfile={path}')

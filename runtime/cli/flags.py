@@ -103,6 +103,8 @@ def parse(argv: Sequence[str]) -> CommandLine:
         raise UserError('a flag has a name of thousands of characters; write --name=value, one a line in a --flagfile') from error
     except UnicodeDecodeError as error:
         raise UserError('--flagfile is not a text file; it should have one --name=value a line, as those in configs/') from error
+    except ValueError as error:  # absl's, of --noname=value
+        raise UserError(str(error)) from error
     return CommandLine({name: FLAGS[name].value for name in [*names(), 'help']},
                        frozenset(name for name in names() if FLAGS[name].present), rest)
 
@@ -115,7 +117,10 @@ def _refuse_pipes(arguments, seen):
             continue
         seen.add(path)
         with open_regular(path, encoding='utf-8') as file:
-            _refuse_pipes(file.read(), seen)
+            text = file.read()
+        if re.search(r'^([ \t]+--?flagfile\b|--?flagfile[ \t]*$)', text, re.M):  # which absl ignores
+            raise UserError(f'{path}: a --flagfile in a file of flags must be written as --flagfile=NAME, at the beginning of its line')
+        _refuse_pipes(text, seen)
 
 
 def _plain(message):

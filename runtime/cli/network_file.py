@@ -20,6 +20,7 @@ from typing import Any
 
 from runtime.system.errors import UserError, first_line
 from runtime.system.files import open_regular, write_atomically
+from runtime.system.interruption import Interrupted
 
 FOLDER = 'network'  # of the copy, in a run's directory
 
@@ -152,6 +153,8 @@ def load(network: NetworkFile) -> Callable[..., Any]:
     with _importing(network, modules):
         try:
             module = importlib.import_module(network.name.removesuffix('.py'))
+        except Interrupted:
+            raise
         except (Exception, SystemExit) as error:
             raise UserError(f'{path} raises {type(error).__name__} when it is imported: {first_line(error)}') from error
     function = getattr(module, network.function, None)

@@ -176,6 +176,8 @@ def resolve(line: CommandLine) -> Request:
         return Request(mode, values, trained, line.given, None, dropped, network)
     if mode != 'train':
         _refuse_initial_weights(line, stored, directory)
+    else:
+        _refuse_meta_training(line, stored, directory)
     # The weights of --load_from are those that the training started from.
     values.update(_without(stored, {*line.given, *(['load_from'] if mode != 'train' else [])}))
     _forget_data(values, stored, line.given)
@@ -253,6 +255,14 @@ def _refuse_initial_weights(line, stored, directory):
     if line.values['test_iter'] == 0 and stored['load_from'] and 'load_from' not in line.given:
         raise UserError(f'--test_iter=0: the run in {directory} did not start from initial weights; evaluate those that it started from by '
                         f'--load_from={stored["load_from"]}')
+
+
+def _refuse_meta_training(line, stored, directory):
+    """Refuses to go on with meta-training where a run, whose directory is named so, only pre-trains."""
+    if stored['pretrain_iterations'] and not stored['metatrain_iterations'] and 'metatrain_iterations' in line.given and (
+            line.values['metatrain_iterations']):
+        raise UserError(f'--metatrain_iterations={line.values["metatrain_iterations"]}: the run in {directory} is of pre-training only; '
+                        f'start a meta-training from it by --load_from={directory}/model{stored["pretrain_iterations"]}, without --run')
 
 
 def _refuse_contradictions(values, learnt, stated, directory, may_differ):

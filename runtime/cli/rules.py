@@ -60,12 +60,17 @@ def check_comparison(line: CommandLine) -> None:
     action = 'compare' if line.values['across'] is None else 'across'
     others = sorted(name for name in line.given - {action, 'plot', 'plot_format'} if 'comparison' not in ONLY.get(name, ()))
     if others:
-        raise UserError(f'--{others[0]} cannot be combined with --{action}')
+        raise UserError(f'{", ".join(f"--{name}" for name in others)} cannot be combined with --{action}')
     against = line.values['against']
     if against and (action == 'across' or not line.values['plot']):
         raise UserError(f'--against={against} is for --compare with --plot')
     if against and against not in {*LEARNING, 'pretrain_iterations', 'metatrain_iterations', 'test_updates'}:
         raise UserError(f'--against={against} is no flag of a training; one that is: --against=update_lr')
+
+
+def _names_checkpoint(request, name):
+    """Whether a flag is given and chooses a checkpoint."""
+    return name in request.given and request.values[name] is not False
 
 
 def _all_different(listed):
@@ -167,7 +172,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
       for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', *RIDGE)),
     (lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
      'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
-    (lambda r: bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
+    (lambda r: r.mode == 'train' and bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
      '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
     (lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
      '--resume=False starts from scratch, and --test_iter continues from a checkpoint: give one'),
@@ -176,8 +181,6 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--datasource={datasource} contradicts --datasource={trained[datasource]}, which a prediction needs; leave it out'),
     (lambda r: r.is_transfer and not (r.images and r.training.images),
      '--datasource={datasource} with a model of {trained[datasource]}: both must be sources of images'),
-    (lambda r: not r.source.supervised and r.update_batch_size != r.trained['update_batch_size'],
-     '--update_batch_size={update_batch_size}: an evaluation on --datasource={datasource} adapts to --test_query episodes'),
     *((lambda r, name=name: r.mode == 'train' and r.values[f'train_{name}'] not in (-1, r.values[name]),
        f'--train_{name}={{train_{name}}} contradicts --{name}={{{name}}}, with which a training takes its inner steps: leave it out')
       for name in STATED),
@@ -195,11 +198,12 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.query_norm == 'both' and r.mode != 'evaluate',
      '--query_norm=both is for evaluation, with --train=False and without --predict; else give batch, support or each'),
     (lambda r: r.ensemble > 1 and r.mode != 'train' and bool(r.load_from),
-     '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one'),
-    *((lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and name in r.given,
+     '--ensemble={ensemble} takes the checkpoints of a run, and --load_from names one: give one, or --ensemble=1'),
+    *((lambda r, name=name: r.ensemble > 1 and r.mode != 'train' and _names_checkpoint(r, name),
        f'--ensemble={{ensemble}} and --{name} name different checkpoints: give one, or --ensemble=1')
       for name in ('test_iter', 'test_best')),
-    *((lambda r, pair=pair: r.given.issuperset(pair), '--{} and --{} name different checkpoints: give one'.format(*pair))
+    *((lambda r, pair=pair: r.mode != 'train' and all(_names_checkpoint(r, name) for name in pair),
+       '--{} and --{} name different checkpoints: give one'.format(*pair))
       for pair in itertools.combinations(('test_best', 'test_iter', 'load_from'), 2)),
     # Prediction
     *((lambda r, name=name: r.mode == 'predict' and r.images and not r.values[name], f'--predict needs --{name}, a folder of images')

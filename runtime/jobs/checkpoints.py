@@ -108,6 +108,13 @@ def iterations(directory: str) -> list[int]:
     return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
 
 
+def refuse_untrained(directory: str, iteration: int, skipped: int) -> None:
+    """Raises UserError if all iterations of a training were skipped, so that its checkpoint has the weights of the start."""
+    if iteration and skipped == iteration:
+        raise UserError('nothing was learnt: no iteration had a finite loss and gradient, so all were skipped; '
+                        f'{path(directory, iteration)} has the weights of the start. Lower --update_lr or --meta_lr')
+
+
 def path(directory: str, iteration: int) -> str:
     """The prefix of an iteration's checkpoint."""
     return os.path.join(directory, f'model{iteration}')
@@ -444,10 +451,16 @@ def prune(directory: str, best: Sequence[int]) -> None:
 
 def move_aside(directory: str, iteration: int) -> str | None:
     """Moves the checkpoints after an iteration into a new folder, with their evaluations; after iteration 0 all that is of the
-    run. Returns the folder, or None if there was nothing to move. Raises UserError if there are results that cannot be read."""
+    run. Returns the folder, or None if there was nothing to move. Raises UserError if something is to be moved, and there are results that
+    cannot be read."""
     with store.changing(directory):
-        store.entries_of(directory)  # damaged ones are reported before anything is moved
         paths, folder = _later_paths(directory, iteration), functools.cache(functools.partial(_new_folder, directory))
+        try:
+            store.entries_of(directory)  # damaged ones are reported before anything is moved
+        except UserError:
+            if paths:
+                raise
+            return None
         for name in paths:
             os.replace(name, os.path.join(folder(), os.path.basename(name)))
         store.move_later(directory, iteration, folder)

@@ -7,7 +7,7 @@ import sys
 from typing import Any, TextIO
 
 from runtime.system.console import Console
-from runtime.system.files import open_regular, require_regular_file, write_csv
+from runtime.system.files import open_regular, require_regular_file, write_atomically
 
 CONSOLE, METRICS = 'console.log', 'metrics.csv'
 _COLUMNS = ['iteration', 'phase', 'before', 'after']
@@ -67,7 +67,7 @@ class Journal(contextlib.ExitStack):
                 lines = (line.rstrip('\n').split(',') for line in file)
                 rows = [row for row in lines
                         if len(row) == len(_COLUMNS) and re.fullmatch('[0-9]{1,15}', row[0]) and int(row[0]) <= iteration]
-        write_csv(path, [_COLUMNS, *rows])
+        write_atomically(path, ''.join(','.join(row) + '\n' for row in (_COLUMNS, *rows)).encode())
 
     def write(self, iteration: int, phase: str, before: float, after: float) -> None:
         """Adds the metric before and after adaptation: in training a mean since the last such line, or of a validation ('metaval')."""

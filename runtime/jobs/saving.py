@@ -54,7 +54,7 @@ class Saver:
         run, variables = self._run, self._model.state()
         broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
         if broken:
-            raise diverged(run, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
+            raise diverged(run, state.iteration, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
         if state.iteration == self.iteration or not run.replicas.chief:
             self.iteration, state.ranking = state.iteration, ranking
             return
@@ -74,17 +74,20 @@ class Saver:
             checkpoints.prune(run.directory, [entry['iteration'] for entry in state.ranking])
 
     def finish(self, state: TrainState, ranking: list[checkpoints.Score], interruption: Interruption) -> None:
-        """Saves the last state; retries until that works, or until an interruption."""
+        """Saves the last state; retries until that works, at an interruption for the last time."""
         while self.iteration < state.iteration and not interruption.signal:
             time.sleep(1)
             if self.is_due(True):
                 self.save(state, ranking)
+        if self.iteration < state.iteration:
+            self.save(state, ranking)
 
 
-def diverged(run: Training, what: str) -> UserError:
-    """The error for numbers that are not finite: what they are, which checkpoint is the last, and what may help."""
+def diverged(run: Training, iteration: int, what: str) -> UserError:
+    """The error for numbers that are not finite after so many iterations: what they are, the last checkpoint, and what may help."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
-    skipping = '' if run.skip_nonfinite else ', or skip such iterations by --skip_nonfinite'
-    return UserError(f'training diverged: {what}; {newest}. Lower --update_lr'
-                     + (f' or --meta_lr{skipping}' if run.source.supervised else ''))
+    skipping = '' if run.skip_nonfinite or not run.source.supervised else ', or skip such iterations by --skip_nonfinite'
+    has_inner_steps = run.model.num_updates and not (run.model.pretrain_classes and iteration < run.pretrain_iterations)
+    flags = ['--update_lr'] * bool(has_inner_steps) + ['--meta_lr'] * run.source.supervised
+    return UserError(f'training diverged: {what}; {newest}. Lower {" or ".join(flags)}{skipping}')

@@ -63,6 +63,7 @@ def train(run: Training, data: dict[str, Tasks]) -> None:
         state, provenance = start(run, model, provenance)
         check_in_sync(replicas, state, model.state().values())
         if state.iteration >= run.iterations:
+            checkpoints.refuse_untrained(run.directory, state.iteration, state.skipped)
             print(f'Nothing to do: {state.iteration} of {run.iterations} iterations are trained. To evaluate, add --train=False.')
             return
         if replicas.chief:
@@ -90,7 +91,7 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> P
     tasks = data['train']
     return Provenance(data={split: split_tasks.fingerprint for split, split_tasks in data.items()},
                       data_path=path and os.path.abspath(path), weights=weights,
-                      arithmetic=[arithmetic(model.config.engine, run.replicas.count)], program=program(),
+                      arithmetic=[arithmetic(model.config.engine, run.replicas.count, run.model.recompute)], program=program(),
                       classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums()))
                       if isinstance(tasks, ClassTasks) else {})
 
@@ -159,7 +160,9 @@ def prepare_directory(run: Training, state: TrainState, model: Model, provenance
     if moved:
         what = 'Later checkpoints' if later else 'Summaries and results that were there before this training'
         print(f'{what} were moved to {moved}')
-    stored_run.write(run.directory, run.flag_file + provenance.comments, columns_of(run.source), run.network_file)
+    weights = provenance.weights  # which a command that goes on need not name again
+    load_from = f'--load_from={weights.checkpoint}\n' if weights and not run.load_from else ''
+    stored_run.write(run.directory, run.flag_file + load_from + provenance.comments, columns_of(run.source), run.network_file)
     try:
         checkpoints.try_saving(run.directory, model.state())
     except OSError as error:
@@ -172,9 +175,8 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
     newest = checkpoints.path(run.directory, saver.iteration)
     if state.skipped:
         print(f'{state.skipped} of {state.iteration} iterations were skipped (non-finite loss or gradient)')
-    if state.skipped == state.iteration and not interruption.signal:
-        raise UserError(f'nothing was learnt: no iteration had a finite loss and gradient, so all were skipped; {newest} has the weights '
-                        'of the start. Lower --update_lr or --meta_lr')
+    if not interruption.signal:
+        checkpoints.refuse_untrained(run.directory, state.iteration, state.skipped)
     if not interruption.signal or saver.iteration == run.iterations:
         best = state.best and (f'; on meta-validation model{state.best["iteration"]} did best (--test_best), with '
                                f'{"an" if run.metric == "accuracy" else "a"} {run.metric} of {state.best["score"]:.6g} on '
@@ -305,8 +307,9 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
         quantity = 'loss' if 'pre_loss' in means else run.metric
         pre, post = means[f'pre_{quantity}'][step], means[f'post_{quantity}'][step]
         what = 'the gradient is not finite' if math.isfinite(pre + post) else 'these are not finite'
-        raise diverged(run, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} after the '
-                       f'inner updates, and {what if diverging else f"no outer step was found in {IDLE_ITERATIONS} iterations in a row"}')
+        raise diverged(run, state.iteration, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} '
+                       f'after the inner updates, and '
+                       f'{what if diverging else f"no outer step was found in {IDLE_ITERATIONS} iterations in a row"}')
     state.iteration += len(finite)
     state.skipped += int(np.sum(~finite))
     metrics = np.stack([means[name] for name in (f'pre_{run.metric}', f'post_{run.metric}', *run.source.reported)], axis=1)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 from absl.flags import Error
 
 from runtime.system.errors import UserError
-from runtime.system.interruption import TERMINATION_SIGNALS
+from runtime.system.interruption import TERMINATION_SIGNALS, Interrupted
 
 ASCII = str.maketrans({'±': '+-', '→': '->'})  # what to print where an encoding lacks these
 
@@ -87,7 +87,7 @@ def run(main: Callable[[list[str]], None], name: str) -> None:
     protect()
     for ending in TERMINATION_SIGNALS:
         if ending != signal.SIGINT and signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(ending, lambda number, frame: sys.exit(128 + number))  # so that unfinished files are removed
+            signal.signal(ending, _end)
     try:
         main(sys.argv)
         sys.stdout.flush()
@@ -102,6 +102,10 @@ def run(main: Callable[[list[str]], None], name: str) -> None:
         end_of_pipe()
     except OSError as error:
         sys.exit(f'{name}: {error}')
+
+
+def _end(number, _):
+    raise Interrupted(128 + number)  # so that unfinished files are removed
 
 
 def end_of_pipe() -> NoReturn:
