@@ -92,7 +92,7 @@ real('ridge_lambda', 50.0, 'initial value of the learned penalty of --head_init=
 real('ridge_scale', 10.0, 'initial value of the learned scale of outputs of --head_init=ridge', Learning('.scale{}'), only='ridge')
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
-number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints', 1)
+number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints (navigation: 100)', 1)
 group('Training')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line and in a --flagfile override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop adapts: all weights, the last layer, or all other layers',
@@ -113,8 +113,8 @@ boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as t
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the "
        "paper (transductive); those of the support examples, the default of --predict; those of the support examples and the one query "
        "example; or, in evaluation, the first two in turn", Learning('.querynorm{}'), only='supervised, batch norm')
-number('multi_step_loss', 0, 'N: in the first N iterations, minimise a mean of the query losses after all updates', 0, Learning('.msl{}'),
-       only='supervised')
+number('multi_step_loss', 0, 'N: in the first N iterations, minimise a weighted mean of the query losses after each update', 0,
+       Learning('.msl{}'), only='supervised')
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
 choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'),
        only='supervised')
@@ -128,7 +128,7 @@ choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'optimizer of the inner loop; 
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
 number('ensemble', 1, 'n: keep the n checkpoints that did best on meta-validation, and evaluate their mean outputs', 1, only='supervised')
 group('Method')
-choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers',
+choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers (navigation: none)',
        Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
 number('num_filters', 64, 'filters of each convolution; 32 in the paper for MiniImagenet', 1, Learning('hidden{}', 'convolutions'),
        only='images')
@@ -157,11 +157,11 @@ choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch 
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, 'directory of a run: use the flags of its training, to evaluate, to predict or to continue; an evaluation may have '
-       'other tasks')
+string('run', None, 'directory of a run: use the flags of its training, but for those of computation and saving, to evaluate, to predict '
+       'or to continue; an evaluation may have other tasks')
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
-number('save_interval', 1000, 'iterations between checkpoints', 1)
+number('save_interval', 1000, 'iterations between checkpoints (navigation: 10)', 1)
 group('Saving and resuming')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, 'prefix of a checkpoint, of this program or of the reference, to evaluate, or to start a training from')
@@ -169,7 +169,7 @@ number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0,
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
 boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
         'TensorBoard')
-number('num_test_tasks', 600, 'tasks of an evaluation', 1)
+number('num_test_tasks', 600, 'tasks of an evaluation (navigation: 40)', 1)
 number('test_updates', -1, 'inner updates of an evaluation; -1: 10 (navigation: 4), or --num_updates if that is more; but 0 with '
        '--num_updates=0; a training records it for its evaluations', -1)
 strings('compare', None, 'compare the runs in these folders on the tasks on which several were evaluated; name=DIR gives those in DIR a '
