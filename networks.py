@@ -344,13 +344,15 @@ class KerasNetwork:
 
     def _refuse_hidden_weights(self, graph, unreached, moved, tensors, x):
         """Refuses code that computes with weights which it does not get from here, or hides what it computes from a gradient."""
-        weights = {tensor.ref() for tensor in graph.inputs[:len(tensors) + 1]}  # beside MASKS
+        weights = {tensor.ref() for tensor in graph.inputs[:len(tensors) + 1]}  # and MASKS
         given = {tensor.ref() for operation in graph.get_operations() if operation.type.endswith('PartitionedCall')
                  for tensor in operation.inputs}
-        self._refuse(['it has a @tf.function, which would compute with the weights of its first call: leave it out']
-                     * bool(given & weights or given and unreached))
+        if given & weights or given and unreached:  # an earlier call may have left a function that has its weights as constants
+            what = f', and no gradient reaches {unreached[0]}' if unreached else ''
+            self._refuse([f'it has a @tf.function{what}: leave it out, for it would compute with the weights of its first call'])
         self._refuse([f'the outputs depend on {name}, but no gradient reaches it: leave out tf.recompute_grad, keras.RematScope or a '
-                      'custom gradient around it' for name in unreached if self._depends_on(name, moved, tensors, x)])
+                      'custom gradient around it; or if it is not to be trained, make it by add_weight(trainable=False)'
+                      for name in unreached if self._depends_on(name, moved, tensors, x)])
 
     def _depends_on(self, name, moved, tensors, x):
         with_moved, without = (self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]}))
@@ -362,14 +364,19 @@ class KerasNetwork:
 
     def _mixing_of_rows(self, tensors, x):
         """How the outputs for a row depend on other rows, in a way that statistics of the first rows do not account for; '' if not."""
-        sizes = [], []
-        for rows, sizes_with_rows in zip((x, x[:-1]), sizes):
-            self._outputs_with(tensors, rows, sizes=sizes_with_rows)
-        if [size * (len(x) - 1) for size in sizes[0]] != [size * len(x) for size in sizes[1]]:
+        sizes, fewer = self._sizes_of_statistics(tensors, x, self._call), self._sizes_of_statistics(tensors, x[:-1], self._call)
+        if [size * (len(x) - 1) for size in sizes] != [size * len(x) for size in fewer]:
             return 'statistics are taken over the first axis of something else than rows'
         pair = [self._outputs_with(tensors, tf.concat([x[:-1], last], axis=0), stats_rows=ROWS)[:-1] for last in (x[-1:], x[-1:] + 1)]
         return '' if np.allclose(*pair, rtol=1e-4, atol=1e-5) else (
             'the outputs for one row depend on other rows in another way than by batch norm without masks')
+
+    def _sizes_of_statistics(self, tensors, x, call):
+        """The sizes of the first axes over which a call of rows takes means and variances."""
+        sizes = []
+        with self.tensors_in_place(tensors, len(x), sizes=sizes):
+            call(x, training=False)
+        return sizes
 
     def _problems_of_graph(self, graph):
         return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
@@ -391,34 +398,29 @@ class KerasNetwork:
             self._no_head = 'its outputs are made by its own code, not by a layer'
             return
         layer, arguments, options, _ = makers[0]
-        inputs = [value for value in tf.nest.flatten([arguments, options]) if tf.is_tensor(value)]
-        reason = self._no_head_because(layer, arguments, inputs, tape, tensors)
+        reason = self._no_head_because(layer, arguments, options, tape, tensors)
         if reason:
             self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
             return
         self.head_names, self._head = tuple(weight.path for weight in layer.trainable_variables), layer
         self._has_linear_head = (type(layer) is self._keras.layers.Dense and layer.activation is self._keras.activations.linear
-                                 and len(inputs[0].shape) == 2
+                                 and len(arguments[0].shape) == 2
                                  and [weight.name for weight in layer.trainable_variables] == ['kernel', 'bias'])
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)
 
-    def _no_head_because(self, layer, arguments, inputs, tape, tensors):
-        """Why a layer with these arguments, of which these are tensors, cannot be run by itself; '' if it can."""
+    def _no_head_because(self, layer, arguments, options, tape, tensors):
+        """Why a layer that was called so cannot be run by itself; '' if it can."""
         if not layer.trainable_variables:
             return 'has no weights'
-        if len(arguments) != 1 or len(inputs) != 1 or inputs[0] is not arguments[0]:
+        if len(arguments) != 1 or not tf.is_tensor(arguments[0]) or any(
+                value is not None for name, value in options.items() if name != 'training'):
             return 'has several inputs'
-        if self._normalises_or_draws(layer) or self._takes_statistics(layer, inputs[0], tensors):
+        features = arguments[0]
+        sizes, fewer = (self._sizes_of_statistics(tensors, rows, lambda x, training: layer(x)) for rows in (features, features[:-1]))
+        if self._normalises_or_draws(layer) or sizes != fewer:
             return 'normalises or is random'
-        gradients = tape.gradient(inputs[0], [tensors[weight.path] for weight in layer.trainable_variables])
+        gradients = tape.gradient(features, [tensors[weight.path] for weight in layer.trainable_variables])
         return '' if all(gradient is None for gradient in gradients) else 'shares its weights with another'
-
-    def _takes_statistics(self, layer, x, tensors):
-        """Whether a layer takes means and variances over rows."""
-        sizes = []
-        with self.tensors_in_place(tensors, len(x), sizes=sizes):
-            layer(x)
-        return bool(sizes)
 
 
 def nearby(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
@@ -525,7 +527,10 @@ def _kinds_of_operations(graph):
 def _with_current_statistics(call, *args, **kwargs):
     """A call of Keras's batch norm, or of a subclass with further arguments, as in training, where it takes the statistics of the current
     rows."""
-    given = inspect.signature(call).bind(*args, **kwargs)
+    signature = inspect.signature(call)
+    if 'training' not in signature.parameters:
+        return call(*args, **{**kwargs, 'training': True})
+    given = signature.bind(*args, **kwargs)
     given.arguments['training'] = True
     return call(*given.args, **given.kwargs)
 
@@ -630,12 +635,15 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
 
 
 def _makes_the_first(config, values, wider, tensors):
-    """Whether a network with fewer outputs makes the first of those of the wider one, or where the last layer is computed, has the
+    """Whether a network with other outputs makes the first of those of the wider one, or where the last layer is computed, has the
     same features."""
+    def of_first_step(network, tensors):
+        per_step = network.initial_norm_params().keys() if config.norm_per_step else ()
+        return {name: at_step(tf.convert_to_tensor(value), 0) if name in per_step else tf.convert_to_tensor(value)
+                for name, value in tensors.items()}
+
     x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
-    models = (network_of(config), values), (network_of(wider), tensors)
-    models = [(network, {name: at_step(tf.convert_to_tensor(value), 0) if config.norm_per_step and name in network.initial_norm_params()
-                         else tf.convert_to_tensor(value) for name, value in tensors.items()}) for network, tensors in models]
+    models = [(network_of(each), of_first_step(network_of(each), own)) for each, own in ((config, values), (wider, tensors))]
     made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
         made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]

@@ -115,7 +115,7 @@ def make(runs: Sequence[StudyRun]) -> list[str]:
         print(f'\n{number} of {len(runs)}: {run.name}', flush=True)
         if run.is_trained and run.is_evaluated:
             print('done', flush=True)
-        elif not run.is_trained and call(run.arguments) or call(run.evaluation_arguments):
+        elif not run.is_trained and call(run.arguments) or not run.is_evaluated and call(run.evaluation_arguments):
             failed.append(run.name)
     return failed
 

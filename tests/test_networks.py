@@ -329,6 +329,20 @@ def test_a_batch_norm_of_ones_own_is_one():
     assert {name.split('/')[-1] for name in network.initial_norm_params()} == {'gamma', 'beta'}
 
 
+class Wrapped(layers.BatchNormalization):
+    def call(self, inputs, **kwargs):
+        return 2 * super().call(inputs, **kwargs)
+
+
+@pytest.mark.usefixtures('eager')
+@pytest.mark.parametrize('norm', [layers.BatchNormalization, Plain, Wrapped])
+def test_a_batch_norm_takes_the_statistics_of_the_current_rows(norm):
+    model = MAML(a_config(num_updates=0), network=a_network(norm))
+    batch = a_batch(model.config, tasks=1)
+    others = batch._replace(query_x=np.concatenate([batch.query_x[:, :1], batch.query_x[:, 1:] + 3 * batch.support_x[:, 1:]], axis=1))
+    assert not np.allclose(*(model.predict(each, 0).post[0, 0] for each in (batch, others)), rtol=1e-3)
+
+
 class NormalisingHead(layers.Layer):
     def __init__(self, outputs):
         super().__init__()
@@ -534,6 +548,27 @@ class StandardizedRows(StandardizedWeights):
         return ((x - mean) / tf.sqrt(variance + 1e-3)) @ self.kernel[:, :3]
 
 
+class Scaled(StandardizedWeights):
+    def __init__(self, outputs):
+        super().__init__(name='scaled')
+        self.linear = layers.Dense(outputs)
+
+    def build(self, input_shape):
+        self.linear.build(input_shape)
+
+    def call(self, x, scale=1):
+        return scale * self.linear(x)
+
+
+class WithAnOption(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.last = Scaled(outputs)
+
+    def call(self, x):
+        return self.last(x, scale=2)
+
+
 def frozen_bias(input_shape, outputs):
     model = a_network()(input_shape, outputs)
     model.layers[-1].bias.trainable = False
@@ -550,7 +585,7 @@ def masked(input_shape, outputs):
     """The statistics of batch norm depend on which rows are masked; nothing of it is seen behind zeros."""
     x = inputs = keras.Input(input_shape)
     x = layers.BatchNormalization()(layers.Masking()(layers.Reshape((5, 1))(x)))
-    return keras.Model(inputs, layers.Dense(outputs, kernel_initializer='zeros')(layers.GlobalMaxPooling1D()(x)))
+    return keras.Model(inputs, layers.Dense(outputs, kernel_initializer='zeros')(layers.GlobalAveragePooling1D()(x)))
 
 
 @pytest.mark.usefixtures('eager')
@@ -575,6 +610,7 @@ def masked(input_shape, outputs):
     (a_network(StandardizedWeights), {'query_norm': 'support'}, 'over the first axis of something else than rows'),
     (masked, {'query_norm': 'support'}, 'depend on other rows in another way than by batch norm without masks'),
     (decoder, {'inner_weights': 'head'}, 'gru, has several inputs'),
+    (lambda shape, outputs: WithAnOption(outputs), {'inner_weights': 'head'}, 'scaled, has several inputs'),
     (sequential(lambda outputs: layers.Dense(4), StandardizedRows), {'inner_weights': 'head'}, 'normalises or is random'),
     (frozen_bias, {'head_init': 'prototypes'}, 'ends in a Dense layer with a bias'),
     (hidden_head, {'head_init': 'ridge'}, 'head/bias is a name that --head_init=ridge uses itself'),

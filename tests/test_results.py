@@ -265,7 +265,7 @@ def test_methods_are_compared_over_tasks_and_seeds():
     runs = [evaluation(f'{method}{seed}', method, seed=seed, scores=values) for (method, seed), values in scores.items()]
     comparison = compare.Comparison(runs)
     (_, *first), (label, seeds, updates, mean, difference, p) = compare.method_table(comparison).rows
-    assert compare.method_table(comparison).notes[-1] == 'ANIL: its difference is over the 2 seeds that both have'
+    assert compare.method_table(comparison).notes[-1] == 'ANIL: the difference is over the 2 seeds that both have'
     assert first[3:] == ['', ''] and (label, seeds, updates) == ('ANIL', 3, 1)
     pairs = np.stack([scores['ANIL', seed][:, 1] - scores['MAML', seed][:, 1] for seed in (1, 2)])
     half = np.hypot(stats.t.ppf(0.975, 1) * pairs.mean(axis=1).std(ddof=1) / 2 ** 0.5,
@@ -382,8 +382,15 @@ def test_runs_whose_best_checkpoint_was_not_evaluated_are_named(tmp_path, capsys
         (tmp_path / str(seed)).mkdir()
         store.write(str(tmp_path / str(seed) / 'results.json'), [an_entry([[1, 2.0], [2, 3.0]], is_best=seed < 2, seed=seed)])
     text = run_ok(f'--compare={tmp_path}', '--checkpoints=best')
-    assert f'no such checkpoint was evaluated of {tmp_path}/2; left out' in capsys.readouterr().err and 'over seeds' not in text
+    assert f'(--checkpoints=best) is in {tmp_path}/2, which is left out' in capsys.readouterr().err and 'over seeds' not in text
     assert 'over seeds' in run_ok('--compare', f'{tmp_path}/0', f'{tmp_path}/1', '--checkpoints=best')
+
+
+def test_ensembles_are_averaged_only_if_all_seeds_have_one():
+    """Another one of the seeds was evaluated, but at its newest checkpoint only."""
+    runs = [evaluation(f'run{seed}', seed=seed, is_best=True, ensemble=[5, 3], training={'newest': 5}) for seed in range(2)]
+    other = evaluation('run2', seed=2, training={'newest': 5})
+    assert compare.seed_groups(runs) == [(0, 1)] and compare.seed_groups(runs, [other]) == compare.seed_groups([*runs, other]) == []
 
 
 def test_all_evaluations_of_the_best_checkpoint_are_shown():
@@ -391,8 +398,9 @@ def test_all_evaluations_of_the_best_checkpoint_are_shown():
     entries = [an_entry([[1, 2.0]], is_best=True, setting={'query_norm': norm}, training={'newest': newest})
                for norm, newest in (('batch', None), ('support', 8))]
     older = an_entry([[1, 2.0]], checkpoint='model3', iterations=3, is_best=True, training={'newest': 4})
-    evaluations = [collect.Evaluation('a', None, entry) for entry in (*entries, older)]
-    assert [evaluation.entry for evaluation in collect.choose(evaluations, 'best')[0]] == entries
+    together = an_entry([[1, 2.0]], ensemble=[5, 3], is_best=True, training={'newest': 8})
+    evaluations = [collect.Evaluation('a', None, entry) for entry in (together, *entries, older)]
+    assert [evaluation.entry for evaluation in collect.choose(evaluations, 'best')[0]] == [*entries, together]
 
 
 def test_data_that_are_described_alike():

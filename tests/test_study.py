@@ -57,6 +57,19 @@ def test_a_training_on_other_data_or_from_other_weights_is_not_the_one_asked_for
         assert run.is_trained == is_trained
 
 
+def test_a_run_whose_data_moved_is_not_evaluated_again(tmp_path, monkeypatch):
+    """main.py finds that they are the same, and has nothing to do."""
+    calls = []
+    monkeypatch.setattr(study, 'call', calls.append)
+    run, = runs_of(tmp_path)
+    os.makedirs(run.training.directory)
+    pathlib.Path(run.training.directory, 'model5.index').touch()
+    pathlib.Path(run.training.directory, 'run.flags').write_text(f'--norm=None\n--data_path={tmp_path}\n')
+    store.add(run.training.directory, an_entry(np.ones([600, 11]), tasks={'split': 'test', 'update_batch_size': 10, 'query_shots': 10,
+                                                                         'count': 600}))
+    assert study.make([run]) == [] and calls == [run.arguments]
+
+
 def test_all_mistakes_are_reported_before_the_first_run(tmp_path):
     with pytest.raises(UserError) as error:
         runs_of(tmp_path, 'max_pool=True,False', 'update_lr=1,x', 'test_seed=1,2')

@@ -258,9 +258,9 @@ def _refuse_initial_weights(line, stored, directory):
 
 
 def _refuse_meta_training(line, stored, directory):
-    """Refuses to go on with meta-training where a run, whose directory is named so, only pre-trains."""
-    if stored['pretrain_iterations'] and not stored['metatrain_iterations'] and 'metatrain_iterations' in line.given and (
-            line.values['metatrain_iterations']):
+    """Refuses to go on with meta-training where a run, whose directory is named so, only pre-trains; an oracle does nothing else."""
+    is_pretraining = stored['pretrain_iterations'] and not stored['metatrain_iterations'] and stored['baseline'] != 'oracle'
+    if is_pretraining and 'metatrain_iterations' in line.given and line.values['metatrain_iterations']:
         raise UserError(f'--metatrain_iterations={line.values["metatrain_iterations"]}: the run in {directory} is of pre-training only; '
                         f'start a meta-training from it by --load_from={directory}/model{stored["pretrain_iterations"]}, without --run')
 

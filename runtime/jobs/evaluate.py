@@ -249,10 +249,11 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
 
 
 def is_elsewhere(run: Evaluation, restored: Restored) -> bool:
-    """Whether the data are not where those of the training were, or of another source not in its own folder."""
-    before = restored.provenance.data_path if restored.provenance and run.datasource == restored.trained_on else None
-    is_known = before or run.datasource not in OWN_DATA or run.datasource != restored.trained_on
-    return bool(is_known) and not same_folder(run.tasks.data_path, before)
+    """Whether the tasks are of the user's own data, and these are not where those of the training were, as far as that is known."""
+    if run.datasource not in OWN_DATA or run.datasource != restored.trained_on:
+        return run.datasource in OWN_DATA
+    before = restored.provenance and restored.provenance.data_path
+    return bool(before) and not same_folder(run.tasks.data_path, before)
 
 
 def picture_stem(run: Evaluation, restored: Restored) -> str:

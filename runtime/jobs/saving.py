@@ -54,7 +54,7 @@ class Saver:
         run, variables = self._run, self._model.state()
         broken = [name for name, variable in variables.items() if not np.all(np.isfinite(variable.numpy()))]
         if broken:
-            raise diverged(run, state.iteration, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
+            raise diverged(run, state.iteration - 1, f'{broken[0]} contains NaN or infinity after iteration {state.iteration}')
         if state.iteration == self.iteration or not run.replicas.chief:
             self.iteration, state.ranking = state.iteration, ranking
             return
@@ -84,7 +84,7 @@ class Saver:
 
 
 def diverged(run: Training, iteration: int, what: str) -> UserError:
-    """The error for numbers that are not finite after so many iterations: what they are, the last checkpoint, and what may help."""
+    """The error for numbers that are not finite in an iteration, counted from 0: what they are, the last checkpoint, and what may help."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     skipping = '' if run.skip_nonfinite or not run.source.supervised else ', or skip such iterations by --skip_nonfinite'

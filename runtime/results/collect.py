@@ -112,24 +112,29 @@ def choose(evaluations: Sequence[Evaluation], checkpoints: str) -> tuple[list[Ev
         runs.setdefault(evaluation.directory, []).append(evaluation)
     chosen = {directory: _chosen(run_evaluations, checkpoints) for directory, run_evaluations in runs.items()}
     without = [directory for directory, run_evaluations in chosen.items() if not run_evaluations]
-    problem = f'--checkpoints={checkpoints}: no such checkpoint was evaluated'
     if len(without) == len(runs):
-        raise UserError(f'{problem}; evaluate one, with --train=False')
+        raise UserError(f'--checkpoints={checkpoints}: no such checkpoint was evaluated; evaluate one, with --train=False')
     if without:
-        print(f'Warning: {problem} of {", ".join(without)}; left out', file=sys.stderr)
+        print(f'Warning: no evaluation of such a checkpoint (--checkpoints={checkpoints}) is in {", ".join(without)}, which is left out',
+              file=sys.stderr)
     return [*itertools.chain(*chosen.values())], [evaluation for directory in without for evaluation in runs[directory]]
 
 
 def _chosen(evaluations, checkpoints):
     """Of the evaluations of a run all, or those of its newest checkpoint that was evaluated (of the latest ensemble, if there are only
-    ensembles), or of the one that was the best last. Weights of other runs are neither."""
+    ensembles), or of the one that was the best last, and of the latest ensemble. Weights of other runs are neither."""
     if checkpoints == 'all':
         return evaluations
     own = [evaluation for evaluation in evaluations if not evaluation.entry.setting.load_from]
-    if checkpoints == 'best':
-        return _of_last([evaluation for evaluation in own if evaluation.entry.is_best], lambda entry: entry.training.newest or 0)
-    single = [evaluation for evaluation in own if not evaluation.entry.ensemble]
-    return _of_last(single, lambda entry: entry.iterations or 0) or _of_last(own, lambda entry: entry.training.newest or 0)
+    single, together = ([one for one in own if bool(one.entry.ensemble) == is_ensemble] for is_ensemble in (False, True))
+    if checkpoints == 'newest':
+        return _of_last(single, lambda entry: entry.iterations or 0) or _of_last(together, _newest_then)
+    return [evaluation for kind in (single, together)
+            for evaluation in _of_last([one for one in kind if one.entry.is_best], _newest_then)]
+
+
+def _newest_then(entry):
+    return entry.training.newest or 0
 
 
 def _of_last(evaluations, time):

@@ -185,20 +185,22 @@ def seed_groups(evaluations: Sequence[Evaluation], left_out: Sequence[Evaluation
     """
     alike, seeds, known = {}, {}, [*evaluations, *left_out]
     for index, (setting, evaluation) in enumerate(zip(settings(known), known)):
-        kind = json.dumps({**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label,
-                           'updates': evaluation.headline_updates}, sort_keys=True)
-        seeds.setdefault(kind, set()).add(evaluation.flag('seed'))
+        # Of one training, the newest checkpoint and an ensemble are kinds of their own, and have the seeds in common.
+        training = {**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label,
+                    'updates': evaluation.headline_updates, '': evaluation.entry.training.method}
+        training, kind = (json.dumps({**training, '': method}, sort_keys=True) for method in (training[''], evaluation.method))
+        seeds.setdefault(training, set()).add(evaluation.flag('seed'))
         if index >= len(evaluations):
             continue
-        alike.setdefault((kind, 'checkpoint', evaluation.entry.checkpoint), []).append(index)
+        alike.setdefault((training, kind, evaluation.entry.checkpoint), []).append(index)
         if evaluation.entry.is_best:
-            alike.setdefault((kind, 'best', evaluation.newest), []).append(index)
+            alike.setdefault((training, kind, 'best', evaluation.newest), []).append(index)
     groups = {}  # a dict keeps the order, and a group of newest checkpoints that are the best, too, is one group
-    for (kind, _, _), group in alike.items():
+    for (training, *_), group in alike.items():
         seeds_of_group = {evaluations[index].flag('seed') for index in group}
         all_best = all(evaluations[index].entry.is_best for index in group)
         lengths = {evaluations[index].newest for index in group}
-        if len(seeds_of_group) == len(group) > 1 and (not all_best or len(lengths) == 1 and seeds_of_group == seeds[kind]):
+        if len(seeds_of_group) == len(group) > 1 and (not all_best or len(lengths) == 1 and seeds_of_group == seeds[training]):
             groups[tuple(group)] = None
     return list(groups)
 
@@ -276,7 +278,7 @@ def arithmetic_note(evaluations: Sequence[Evaluation]) -> list[str]:
     """A note if evaluations, or the trainings of their models, differ in what decides how numbers are rounded; else []."""
     trainings = [evaluation.entry.training.provenance for evaluation in evaluations]
     kinds = [part for training in trainings for part in (training.arithmetic if training else [])]
-    names = sorted(name for name in set().union(*kinds) if len({kind.get(name) for kind in kinds}) > 1)
+    names = provenance.differing(kinds)
     return [f'trained with different {", ".join(names)}: numbers are rounded differently, as if by another seed'] if names else []
 
 
@@ -411,8 +413,9 @@ def method_table(comparison: Comparison) -> render.Table:
     seeds_of_first, *seeds_of_others = [{comparison.lines[index].seed for index in group.indices} for group in comparison.groups]
     for group, seeds in zip(comparison.groups[1:], seeds_of_others):
         if seeds != seeds_of_first:
-            notes.append(f'{group.label}: its difference is over the {len(seeds & seeds_of_first)} seeds that both have'
-                         + ', of which it takes two' * (len(seeds & seeds_of_first) < 2))
+            both = len(seeds & seeds_of_first)
+            notes.append(f'{group.label}: ' + (f'the difference is over the {both} seeds that both have' if both > 1 else
+                                               f'no difference, which needs two seeds that both have, and there is {both or "none"}'))
     for group, group_figures in zip(comparison.groups, figures[0]):
         mean, *difference_and_p = group_figures.cells(comparison.digits, titles[1:])
         if group == comparison.groups[0] or math.isnan(group_figures.difference):

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,14 +73,17 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         sentences.update(_weights_differ(then.weights, now.weights, model))
     if then.is_known and now.is_known and then.arithmetic[-1] != now.arithmetic[-1]:
         before, after = then.arithmetic[-1], now.arithmetic[-1]
-        what = '; '.join(f'{name} {_recorded(before, name)}, now {_recorded(after, name)}'
-                         for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
-        sentences['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
+        what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
+                         for name in differing([before, after]))
+        if what:
+            sentences['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
     return sentences
 
 
-def _recorded(arithmetic, name):
-    return arithmetic.get(name, 'off' if name == 'recompute' else 'not known')  # which is recorded only where it is on
+def differing(kinds: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names in which several `arithmetic` differ. Where `recompute` is not recorded, as by earlier versions, it is not compared."""
+    names = sorted(set().union(*kinds))
+    return [name for name in names if len({kind.get(name) for kind in kinds} - ({None} if name == 'recompute' else set())) > 1]
 
 
 def _weights_differ(then, given, model):
@@ -112,7 +115,7 @@ def arithmetic(engine: str, replicas: int, recompute: bool = False) -> dict[str,
     instructions = [*_instructions(), *(f'{name}={os.environ[name]}' for name in LIMITS if name in os.environ)]
     return {'tensorflow': tf.__version__, 'device': ', '.join(names) or 'CPU', 'instructions': ' '.join(instructions),
             'oneDNN': 'on' if _pywrap_util_port.IsMklEnabled() else 'off', 'engine': engine, 'replicas': str(replicas),
-            **({'recompute': 'on'} if recompute else {})}
+            'recompute': 'on' if recompute else 'off'}
 
 
 def _instructions() -> list[str]:
