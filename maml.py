@@ -50,7 +50,7 @@ class ModelConfig:
     head: str | None = 'mean'               # 'mean' | 'flatten': what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
     inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
-    head_init: str = 'learned'              # a task's last layer before it: 'learned', or one of networks.HEADS
+    head_init: str = 'learned'              # a task's last layer before it: one of networks.HEADS
     logits: str = 'linear'                  # what it computes: 'linear' | 'cosine'
     pretrain_classes: int = 0               # classes that pre-training tells apart by a last layer of their own; 0: those of tasks
     ridge_lambda: float = 50.0              # of 'ridge': its penalty, from which it is learned

@@ -217,8 +217,7 @@ class KerasNetwork:
         if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
             raise UserError('--head_init, --logits and --pretrain_labels=classes need a network that ends in a Dense layer with a bias and '
                             f'without activation, applied to vectors; {self.name} does not')
-        extra = {*HEADS[config.head_init].extra} if config.head_init in HEADS else set()
-        if taken := (extra & self._weights.keys()).difference(self.head_names):
+        if taken := ({*HEADS[config.head_init].extra} & self._weights.keys()).difference(self.head_names):
             raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
         if config.engine in ('vmap', 'wide') and self.convolutional:
             raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
@@ -434,9 +433,7 @@ def random_like(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
     return tf.constant(size * random.normal(size=value.shape), value.dtype)
 
 
-@functools.cache
-def _keras_network(function: Callable, input_shape: Sequence[int], outputs: int, dtype: str) -> KerasNetwork:
-    return KerasNetwork(function, input_shape, outputs, dtype)
+_keras_network = functools.cache(KerasNetwork)
 
 
 def _keras():
@@ -578,8 +575,7 @@ def shared_weights(config: ModelConfig, seed: int) -> Tensors:
 
 def layers(config: ModelConfig, weights: Tensors) -> Tensors:
     """Of the shared weights those of the network, without what a last layer has besides; the network may have a layer named head."""
-    extra = HEADS[config.head_init].extra if config.head_init in HEADS else ()
-    others = {*extra}.difference(network_of(config).head_names)
+    others = {*HEADS[config.head_init].extra}.difference(network_of(config).head_names)
     return {name: value for name, value in weights.items() if name not in others and not name.startswith(CLASSIFIER)}
 
 
@@ -610,8 +606,9 @@ def initial_head(config: ModelConfig, weights: Tensors, features: tf.Tensor, sup
 def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
     """The outputs for rows with features [rows, features]: of the last layer, or with 'cosine' logits of its matrix without the bias, or
     as the head says; [rows, outputs]."""
-    if config.head_init in HEADS and HEADS[config.head_init].outputs:
-        return HEADS[config.head_init].outputs(tensors, features)
+    head = HEADS[config.head_init]
+    if head.outputs:
+        return head.outputs(tensors, features)
     if config.logits == 'linear':
         return network_of(config).head(tensors, features)
     matrix = tensors[network_of(config).head_names[0]]
@@ -713,12 +710,13 @@ def nearest_neighbour(tensors, features):
 class Head(NamedTuple):
     """A way to compute the last layer of a task."""
     # Function of the arguments of `initial_head`: matrix and bias, or with `outputs` the `extra`.
-    compute: Callable[..., Iterable[tf.Tensor]]
+    compute: Callable[..., Iterable[tf.Tensor]] | None  # None: it is not computed
     learned: Callable[[ModelConfig, int], Tensors] = lambda config, seed: {}  # the shared weights that it needs, initially
     extra: tuple[str, ...] = ()                  # names of the tensors that it has besides the network's
     outputs: Callable[[Tensors, tf.Tensor], tf.Tensor] | None = None  # of tensors and features; None: those of the network's last layer
 
 
-HEADS = {'shared': Head(repeated_column, functools.partial(last_layer, outputs=1)), 'new': Head(new_layer),
+HEADS = {'learned': Head(None),
+         'shared': Head(repeated_column, functools.partial(last_layer, outputs=1)), 'new': Head(new_layer),
          'prototypes': Head(prototypes), 'ridge': Head(ridge_regression, ridge_scalars, RIDGE),
          'neighbours': Head(lambda config, weights, *examples: examples, extra=NEIGHBOURS, outputs=nearest_neighbour)}

@@ -1,5 +1,6 @@
 """What several tests need: the program's modules on the path, a small Omniglot, and main.py in a process of its own."""
 import contextlib
+import glob
 import importlib.util
 import io
 import os
@@ -27,6 +28,8 @@ from maml import MAML  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
 from runtime.results import store  # noqa: E402
+
+SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 
 # Modules whose tests need no compilation, and others' that do not either: `make check` runs them with every edit.
 QUICK_MODULES = {'test_checkpoints', 'test_data_generator', 'test_hostile_environment', 'test_hostile_input',
@@ -88,6 +91,18 @@ def error_of(*arguments):
 def results_of(directory):
     """The entries of a run's results.json."""
     return store.read(os.path.join(directory, store.FILE))
+
+
+def directory_of(logdir):
+    """The only run in a --logdir."""
+    directory, = (path for path in logdir.iterdir() if path.is_dir())
+    return directory
+
+
+def fixture_files(folder, variable):
+    """{name: path} of the fixtures in a folder of tests/, and in the folders that a variable of the environment names."""
+    folders = [os.path.join(ROOT, 'tests', folder), *filter(None, os.environ.get(variable, '').split(os.pathsep))]
+    return {os.path.basename(path)[:-4]: path for folder in folders for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
 
 
 def an_entry(scores, metric='loss', checkpoint='model5', iterations=5, is_best=False, ensemble=(), known_classes=(), training=None,

@@ -1,22 +1,18 @@
 """The public surface of maml.py against what the reference computes (tests/golden/README.md)."""
 import dataclasses
-import glob
 import json
-import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import runtime.compute.engine
+from conftest import fixture_files
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
 from networks import CONV_LAYERS
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-FOLDERS = [os.path.join(HERE, 'golden')] + os.environ.get('MAML_GOLDEN', '').split(os.pathsep)
-FIXTURES = {os.path.basename(path)[:-4]: path
-            for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+FIXTURES = fixture_files('golden', 'MAML_GOLDEN')
 # Fixtures of each kind of convolutional network and loss, compiled as for a GPU.
 GPU_GRAPHS = 'omniglot_5way1shot', 'omniglot_5way1shot_layer_norm', 'omniglot_5way1shot_no_norm', 'miniimagenet_5way1shot'
 # What the fixtures' sources decide, as values: image shape, head, clip.

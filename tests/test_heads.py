@@ -1,8 +1,6 @@
 """Last layers that are computed for each task: their fixtures, closed forms, any number of classes, and the program with them."""
 import dataclasses
-import glob
 import itertools
-import os
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import scipy.special
 import tensorflow as tf
 from test_methods import Fixture, fixtures, relative
 
-from conftest import error_of, results_of, run_ok, write_image_tree
+from conftest import error_of, fixture_files, results_of, run_ok, write_image_tree
 from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from networks import initial_head, network_of
@@ -23,8 +21,7 @@ from runtime.jobs.learner import load
 from runtime.system.errors import UserError
 from utils import accuracy
 
-FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_heads'), os.environ.get('MAML_GOLDEN_HEADS', '')]
-FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+FIXTURES = fixture_files('golden_heads', 'MAML_GOLDEN_HEADS')
 
 
 def assert_agrees(name, dtype, tolerance, **changes):

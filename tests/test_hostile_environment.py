@@ -19,7 +19,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from conftest import ROOT, an_entry, error_of, run_ok, write_image_tree
+from conftest import ROOT, SINUSOID, an_entry, directory_of, error_of, run_ok, write_image_tree
 from data_generator import SOURCES
 from runtime.cli import startup, workers
 from runtime.datasets import arrays, class_folders, images
@@ -33,13 +33,7 @@ from runtime.system.errors import UserError
 STATE = {'w': tf.zeros([1000])}
 RECORD = {'best': None, 'unprinted': [], 'skipped': 0, 'flags': {}, 'regime': 'metatrain', 'pretrain_iterations': 0,
           'provenance': Provenance({})}
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 WHOLE_PROGRAM = [sys.executable, os.path.join(ROOT, 'main.py')]
-
-
-def directory_of(logdir):
-    directory, = (path for path in logdir.iterdir() if path.is_dir())
-    return directory
 
 
 @contextlib.contextmanager

@@ -375,7 +375,7 @@ def test_little_memory_and_unreadable_files_are_sentences():
 
 
 def test_names_too_long_for_a_disk_are_no_plain_names():
-    """With the temporary name's host and process number."""
+    """The temporary name is longer, by the number of the write and a suffix."""
     assert reading.is_plain_name('é' * 75) and not reading.is_plain_name('é' * 76)
 
 

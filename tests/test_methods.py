@@ -16,7 +16,8 @@ import tensorflow as tf
 import main
 import maml
 import runtime.compute.engine
-from conftest import ROOT, error_of, results_of, run_ok
+from clusters import checkpoint
+from conftest import ROOT, error_of, fixture_files, results_of, run_ok
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, objective, weights_at
 from networks import network_of
@@ -28,33 +29,30 @@ from runtime.jobs.learner import load
 from runtime.system.errors import UserError
 from utils import rows_of_step
 
-FOLDERS = [os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden_methods'), os.environ.get('MAML_GOLDEN_METHODS', '')]
-FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS if folder for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
-FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
-
-
-def ours(name):
-    """This program's name of a fixture's tensor: '0_beta' is '0/beta'."""
-    return name.replace('_', '/')
+FIXTURES = fixture_files('golden_methods', 'MAML_GOLDEN_METHODS')
+FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {'network'}
 
 
 class Fixture:
+    function = None  # that makes the network, if it is one's own
+    ours = staticmethod(lambda name: name.replace('_', '/'))  # this program's name of a tensor: '0_beta' is '0/beta'
+
     def __init__(self, path):
         self.arrays = np.load(path)
         self.flags = flags = json.loads(str(self.arrays['config']))
         flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
         self.config = ModelConfig(**{name: value for name, value in flags.items() if name in FIELDS})
-        self.updates, self.iteration = flags['num_updates_evaluated'], flags['iteration']
+        self.updates, self.iteration = flags['num_updates_evaluated'], flags.get('iteration', 0)
 
     def group(self, name):
-        return {ours(key.removeprefix(name + '/')): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
+        return {self.ours(key.removeprefix(name + '/')): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
 
     def batch(self, dtype):
         x, y, rows = self.arrays['x'].astype(dtype), self.arrays['y'].astype(dtype), self.flags['support_rows']
         return TaskBatch(x[:, :rows], y[:, :rows], x[:, rows:], y[:, rows:])
 
     def model(self, dtype, **changes):
-        model = MAML(dataclasses.replace(self.config, dtype=dtype, **changes))
+        model = MAML(dataclasses.replace(self.config, dtype=dtype, **changes), network=self.function)
         variables = {name: variable for name, variable in model.parameters().items() if not name.startswith('inner/')}
         initial = self.group('init')
         assert variables.keys() == initial.keys()
@@ -504,12 +502,6 @@ SINUSOID = ['--datasource=sinusoid', '--update_batch_size=5', '--norm=None', '--
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
 
 
-def trained_variables(logdir):
-    index, = (path for path in logdir.glob('*/model6.index'))
-    prefix = str(index)[:-len('.index')]
-    return {name: tf.train.load_variable(prefix, name) for name, _ in tf.train.list_variables(prefix)}
-
-
 @pytest.mark.slow
 def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
     """An interruption within a stage and at its end; the first stage ends within what is one call else."""
@@ -517,7 +509,7 @@ def test_schedules_and_learned_rates_resume_to_the_bit(tmp_path):
     run_ok(*flags, f'--logdir={tmp_path / "whole"}', '--metatrain_iterations=6')
     for last in 1, 2, 5, 6:
         run_ok(*flags, f'--logdir={tmp_path / "parts"}', f'--metatrain_iterations={last}')
-    whole, parts = trained_variables(tmp_path / 'whole'), trained_variables(tmp_path / 'parts')
+    whole, parts = checkpoint(tmp_path / 'whole', 6), checkpoint(tmp_path / 'parts', 6)
     assert whole.keys() == parts.keys() and 'lr/w1' in whole and not np.array_equal(whole['lr/w1'], [0.001, 0.001])
     for name in whole.keys() - {'record'}:  # it says which checkpoint was best, and there are more of them
         assert np.array_equal(whole[name], parts[name]), name
@@ -536,7 +528,7 @@ def test_norm_sets_and_moments_resume_to_the_bit(flags, tmp_path):
     for path in tmp_path.glob('parts/*/model6.*'):
         path.unlink()
     assert 'model3' in run_ok(*flags, f'--logdir={tmp_path / "parts"}', '--save_interval=3')
-    whole, parts = trained_variables(tmp_path / 'whole'), trained_variables(tmp_path / 'parts')
+    whole, parts = checkpoint(tmp_path / 'whole', 6), checkpoint(tmp_path / 'parts', 6)
     assert whole.keys() == parts.keys() and len(whole) > 9
     for name in whole:
         assert np.array_equal(whole[name], parts[name]), name

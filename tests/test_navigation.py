@@ -1,7 +1,6 @@
 """2-D navigation: navigation.py against an independent program (tests/golden_navigation/README.md), and the program around it."""
 import glob
 import json
-import os
 import re
 import signal
 
@@ -11,7 +10,7 @@ import tensorflow as tf
 
 import main
 import navigation
-from conftest import error_of, results_of, run_ok
+from conftest import error_of, fixture_files, results_of, run_ok
 from data_generator import SOURCES, TaskConfig
 from maml import ModelConfig
 from navigation import Trajectories
@@ -20,9 +19,7 @@ from runtime.jobs import train as training
 from runtime.jobs.models import Navigator
 from runtime.system.errors import UserError
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-FOLDERS = [os.path.join(HERE, 'golden_navigation'), *filter(None, os.environ.get('MAML_GOLDEN_NAVIGATION', '').split(os.pathsep))]
-FIXTURES = {os.path.basename(path)[:-4]: path for folder in FOLDERS for path in sorted(glob.glob(os.path.join(folder, '*.npz')))}
+FIXTURES = fixture_files('golden_navigation', 'MAML_GOLDEN_NAVIGATION')
 
 
 class Golden:

@@ -1,7 +1,6 @@
 """Networks of one's own: fixtures, exact second derivatives of layers, identity of a run, and what is refused."""
 import dataclasses
 import functools
-import json
 import os
 import random
 import re
@@ -18,7 +17,7 @@ import layer_table
 import main
 import maml
 import stock_keras
-from conftest import ROOT, error_of, module_at, run_ok
+from conftest import ROOT, error_of, fixture_files, module_at, run_ok
 from maml import MAML, ModelConfig, inner_loop, objective
 from networks import network_of
 from runtime.cli import methods, network_file
@@ -30,33 +29,17 @@ from runtime.system.errors import UserError
 from runtime.system.interruption import Interrupted
 from special_grads import exact_statistics
 
-FOLDERS = [os.path.join(ROOT, 'tests', 'golden_networks'), os.environ.get('MAML_GOLDEN_NETWORKS', '')]
-FIXTURES = {name[:-4]: os.path.join(folder, name) for folder in FOLDERS if folder
-            for name in sorted(os.listdir(folder)) if name.endswith('.npz')}
-GOLDEN = module_at(os.path.join(FOLDERS[0], 'networks.py'))
+FIXTURES = fixture_files('golden_networks', 'MAML_GOLDEN_NETWORKS')
+GOLDEN = module_at(os.path.join(ROOT, 'tests', 'golden_networks', 'networks.py'))
 
 
 class NetworkFixture(Fixture):
     """A fixture whose names of tensors are those of Keras."""
+    ours = staticmethod(str)
 
     def __init__(self, name):
-        self.arrays = np.load(FIXTURES[name])
-        self.flags = flags = json.loads(str(self.arrays['config']))
-        fields = {field.name for field in dataclasses.fields(ModelConfig)} - {'network'}
-        self.config = ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()
-                                     if key in fields})
-        self.function = getattr(module_at(os.path.join(os.path.dirname(FIXTURES[name]), 'networks.py')), flags['network'])
-
-    def group(self, name):
-        return {key.removeprefix(name + '/'): self.arrays[key] for key in self.arrays.files if key.startswith(name + '/')}
-
-    def model(self, dtype):
-        model = MAML(dataclasses.replace(self.config, dtype=dtype), network=self.function)
-        initial = self.group('init')
-        assert model.parameters().keys() == initial.keys()
-        for name, variable in model.parameters().items():
-            variable.assign(tf.cast(initial[name], dtype))
-        return model
+        super().__init__(FIXTURES[name])
+        self.function = getattr(module_at(os.path.join(os.path.dirname(FIXTURES[name]), 'networks.py')), self.flags['network'])
 
 
 @pytest.mark.usefixtures('eager')

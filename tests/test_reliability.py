@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import kills
-from conftest import ROOT, error_of, run_ok, run_process, write_image_tree
+from conftest import ROOT, SINUSOID, directory_of, error_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
 from runtime.jobs import checkpoints, saving
@@ -24,13 +24,6 @@ from runtime.jobs import train as training
 from runtime.system.errors import UserError
 from runtime.system.progress import Progress
 from utils import Metrics
-
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
-
-
-def directory_of(logdir):
-    directory, = (path for path in logdir.iterdir() if path.is_dir())
-    return directory
 
 
 def saved(logdir):

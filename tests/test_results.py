@@ -16,19 +16,13 @@ from PIL import Image
 from scipy import stats
 
 import main
-from conftest import ROOT, an_entry, error_of, results_of, run_ok
+from conftest import ROOT, SINUSOID, an_entry, directory_of, error_of, results_of, run_ok
 from runtime.cli.flags import FLAGS, LEARNING, labels
 from runtime.cli.request import resolve
 from runtime.results import collect, compare, plots, render, statistics, store
 from runtime.system.errors import UserError
 
-SINUSOID = ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--engine=map']
 IMAGES = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4']
-
-
-def directory_of(logdir):
-    directory, = (path for path in logdir.iterdir() if path.is_dir())
-    return directory
 
 
 @pytest.fixture(scope='module')

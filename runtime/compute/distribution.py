@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Cluster(NamedTuple):
-    """The contents of TF_CONFIG."""
+    """What this process needs of TF_CONFIG."""
     workers: int    # number of processes
     worker: int     # index of this one; 0 is the chief, which alone prints and writes
 

@@ -78,7 +78,7 @@ class TaskConfig:
     update_batch_size: int          # K, support examples per class
     query_shots: int                # Q, query examples per class
     seed: int
-    baseline: str | None = None  # 'oracle': regression inputs carry the task's amplitude and phase
+    baseline: str | None = None  # 'oracle': inputs carry the task's amplitude and phase (navigation: its goal)
     data_path: str | None = None  # folder of the data, if it is not the source's own
     inner_batch: int = 0         # support rows that an inner step sees; 0: all
 

@@ -242,7 +242,7 @@ class Inputs(NamedTuple):
         """float32 [rows, dim_input]; raises UserError if x has another shape, or numbers out of range."""
         x = as_array(x, 'the array')
         shape = list(self.image_shape or [self.dim_input])
-        if x.dtype.kind not in 'buif' or x.ndim == 0 or list(x.shape[1:]) not in (shape, shape[:-1] if shape[-1] == 1 else shape):
+        if x.dtype.kind not in 'buif' or list(x.shape[1:]) not in (shape, shape[:-1] if shape[-1] == 1 else shape):
             raise UserError(f'the array is {x.dtype} {list(x.shape)}, and must be numbers of shape '
                             f'[rows, {", ".join(map(str, shape))}]')
         x = x.reshape(len(x), self.dim_input)

@@ -21,7 +21,7 @@ class TrainState:
     """The progress of a run. With the model's variables, all that it needs to continue as if it had never been interrupted."""
     iteration: int = 0              # finished iterations
     ranking: list[checkpoints.Score] = dataclasses.field(default_factory=list)  # of the checkpoints best on meta-validation
-    unprinted: list = dataclasses.field(default_factory=list)  # [pre, post] of each iteration since the last console line
+    unprinted: list = dataclasses.field(default_factory=list)  # [pre, post, others reported] of each iteration since the last console line
     idle: int = 0                   # iterations in a row in which an outer step was sought and none taken
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
 

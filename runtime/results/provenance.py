@@ -47,8 +47,7 @@ class Provenance:
     @property
     def comments(self) -> str:
         """Lines for a file of flags that say it."""
-        return ''.join(f'# {name}: {json.dumps(value, default=vars)}\n' for name, value in vars(self.without_classes).items()
-                       if name != 'classes')
+        return ''.join(f'# {name}: {json.dumps(value, default=vars)}\n' for name, value in vars(self).items() if name != 'classes')
 
     def continued(self, now: 'Provenance') -> 'Provenance':
         """That of a model whose training goes on now."""

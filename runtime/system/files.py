@@ -109,8 +109,8 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def remove_parts(folder: str, unused_for: float = 0) -> None:
-    """Removes the part files in a folder that killed processes left: those to which nobody has written for some seconds; with 0
-    all of them, under a lock that keeps others from writing there."""
+    """Removes the part files that killed processes left in a folder: those to which nobody has written for so many seconds; with 0 all,
+    for which the caller must hold a lock that keeps others from writing there."""
     for path in (os.path.join(folder, name) for name in os.listdir(folder) if _PART.search(name)):
         with contextlib.suppress(OSError):
             if not unused_for or time.time() - os.path.getmtime(path) > unused_for:
