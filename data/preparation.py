@@ -113,7 +113,7 @@ def prepare(pictures: Sequence[Picture], classes: Mapping[str, Class], size: tup
         damaged = write_all(pictures, destination, again)
         counts = dict(collections.Counter(os.path.dirname(picture.name) for picture in pictures
                                           if os.path.isfile(os.path.join(destination, picture.name))))
-        left_over = [*first_of(left_over_files(pictures, counts, destination), 'further files in its class folders'),
+        left_over = [*first_of(left_over_files(pictures, {*classes, *counts}, destination), 'further files in its class folders'),
                      *first_of(left_over_folders(counts, classes, destination), 'further class folders')]
         complaints = differences(counts, classes, damaged, absent) + [f'{destination} holds {text}; remove them' for text in left_over]
         print(summary(counts, classes, megabytes(counts, classes, destination), size))
@@ -299,10 +299,11 @@ def first_of(names: Sequence[str], what: str) -> list[str]:
     return [f'{len(names)} {what}, first {names[0]}'] if names else []
 
 
-def left_over_files(pictures: Sequence[Picture], counts: Mapping[str, int], destination: str) -> list[str]:
+def left_over_files(pictures: Sequence[Picture], folders: Iterable[str], destination: str) -> list[str]:
     """Files of another preparation in our class folders, which would be taken for images of this one."""
     ours = {picture.name for picture in pictures}
-    return [f'{folder}/{name}' for folder in sorted(counts) for name in sorted(os.listdir(os.path.join(destination, folder)))
+    there = sorted(name for name in folders if os.path.isdir(os.path.join(destination, name)))
+    return [f'{folder}/{name}' for folder in there for name in sorted(os.listdir(os.path.join(destination, folder)))
             if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
 
 

@@ -191,7 +191,8 @@ def test_bad_images_are_decoded_once(tmp_path, monkeypatch):
     bad.write_bytes(b'none')
     first, decode = load(tmp_path, skip_bad_images=True), class_folders.decode_images
     monkeypatch.setattr(class_folders, 'decode_images', None)  # would fail if called
-    again = load(tmp_path, skip_bad_images=True)
+    monkeypatch.chdir(tmp_path)
+    again = load('.', skip_bad_images=True)  # the same folder, written in another way
     assert again.counts.tolist() == [2] and again.checksum == first.checksum
     monkeypatch.setattr(class_folders, 'decode_images', decode)
     with pytest.raises(BadImages):
@@ -252,16 +253,62 @@ def test_images_behind_links_are_listed(tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'linked').symlink_to(tmp_path / 'elsewhere')
     (tmp_path / 'data' / 'circle').symlink_to(tmp_path / 'data')
-    path = write_text(tmp_path / 'train.csv', 'filename,label\n00.png,a\nlinked/images/01.png,b\n')
+    path = write_text(tmp_path / 'list.csv', 'filename,label,split\n00.png,a,train\nlinked/images/01.png,b,train\n')
     assert load(tmp_path / 'data', split_file=str(path)).names == ['train/a', 'train/b']
     (tmp_path / 'elsewhere' / 'a_link').symlink_to(tmp_path / 'elsewhere' / 'images')
-    path = write_text(tmp_path / 'train.csv', 'filename,label\nimages/00.png,a\nimages/01.png,b\n')
+    path = write_text(tmp_path / 'list.csv', 'filename,label,split\nimages/00.png,a,train\nimages/01.png,b,train\n')
     assert load(tmp_path / 'elsewhere', split_file=str(path)).names == ['train/a', 'train/b']
 
 
 def test_labels_that_are_names_of_images_too(tmp_path):
     path = write_text(listed(tmp_path, False, True, ',', 'x,y'), 'label,id\n00,01\n00,02\n01,03\n02,04\n03,05\n')
     assert sorted(name for split in SPLITS for name in load(tmp_path, split, split_file=str(path)).names) == ['00', '01', '02', '03']
+
+
+@pytest.mark.parametrize('first', ['id', '', 'species'])
+def test_a_column_of_numbers_does_not_name_images(first, tmp_path):
+    """Although there are images of these names."""
+    write_image_tree(tmp_path, ['images'], images=4, size=(6, 6, 3))
+    names = ['03.png', '02.png', '01.png', '00.png']
+    lines = [f'0{index},{name},{"dog" if index < 2 else "cat"}' for index, name in enumerate(names)]
+    path = write_text(tmp_path / 'list.csv', '\n'.join([f'{first},filename,label', *lines]))
+    images = own(tmp_path, split_file=str(path), label_column='label')._labelled[None]
+    assert {label: [image.name for image in named] for label, named in images.items()} == {
+        'cat': ['images/00.png', 'images/01.png'], 'dog': ['images/02.png', 'images/03.png']}
+
+
+def test_columns_that_name_images_alike(tmp_path):
+    write_image_tree(tmp_path, ['images'], images=2, size=(6, 6, 3))
+    path = write_text(tmp_path / 'list.csv', 'id,old,label\n00,01,a\n01,00,b\n')
+    with pytest.raises(UserError, match='the columns id and old of .* both name images'):
+        load(tmp_path, split_file=str(path))
+    path = write_text(tmp_path / 'list.csv', 'id,image,label\n00,01,a\n01,00,b\n')
+    images = own(tmp_path, split_file=str(path))._labelled[None]
+    assert [image.name for image in images['a']] == ['images/01.png']
+
+
+def test_lines_with_too_many_cells(tmp_path):
+    """They were cut, so that two classes became one."""
+    path = write_text(listed(tmp_path, False, True, ',', 'x,y'), 'filename,label\n00.png,dog, small\n01.png,dog, large\n')
+    with pytest.raises(UserError, match='line 2 has 3 cells, and the first line 2; put quotes around a cell with a comma'):
+        load(tmp_path, split_file=str(path))
+    assert read_csv(write_text(tmp_path / 'empty.csv', 'a,b\n1,2,,\n'))[1] == {2: {'a': '1', 'b': '2'}}, 'empty cells are none'
+
+
+def test_a_single_list_is_split_whatever_its_name_is(tmp_path):
+    path = listed(tmp_path, True, True, ',', 'filename,label').rename(tmp_path / 'train.csv')
+    assert [len(load(tmp_path, split, split_file=str(path)).names) for split in SPLITS] == [2, 1, 1]
+
+
+def test_what_a_run_keeps_comes_before_a_later_split_of_the_folder(tmp_path):
+    """Another training, or user, may have split the folder in the meantime; then it is not as the data were read, either."""
+    write(tmp_path / 'data', *'abcdef')
+    kept = write_text(tmp_path / 'run' / 'splits.csv', 'split,class\n' + ''.join(f'train,{name}\n' for name in 'abcd') + 'val,e\ntest,f\n')
+    loaded = {split: own(tmp_path / 'data').names(split) for split in SPLITS}
+    write_text(tmp_path / 'data' / 'splits.csv', 'split,class\n' + ''.join(f'train,{name}\n' for name in 'cdef') + 'val,b\ntest,a\n')
+    assert own(tmp_path / 'data', kept_manifest=str(kept)).names('test') == ['f'] and own(tmp_path / 'data').names('test') == ['a']
+    with pytest.raises(UserError, match='or how they are split, have changed since they were read'):
+        own(tmp_path / 'data').record_split(loaded)
 
 
 def test_a_manifest_may_have_further_columns(tmp_path):
@@ -426,11 +473,19 @@ def test_decimal_commas_are_shared(tmp_path):
         number + 0.25 for number in range(10)]
 
 
+def test_a_task_in_two_splits_is_reported(tmp_path, capsys):
+    for split, tasks in ('train', (1, 2)), ('val', (3, 4)), ('test', (1, 5)):
+        write_text(tmp_path / f'{split}.csv', 'p,x,y\n' + ''.join(f'{task},{row},{row}\n' for task in tasks for row in range(4)))
+    Tables(str(tmp_path), ('y',), None, 'p').load('train')
+    assert f'Note: {tmp_path} has a task 1 in train and in test' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('rows', ['1,500;2\n3,250;4', '1.5;2\n1,5;4', '1.234,5;2'])
 def test_numbers_that_may_mean_two_things_are_refused(rows, tmp_path):
     sheet, = with_decimal_commas([read_sheet(str(write_text(tmp_path / 'x.csv', f'x;y\n{rows}\n')))], 'xy'.__contains__)
-    with pytest.raises(UserError, match='not a? ?finite number'):
+    with pytest.raises(UserError, match='not a? ?finite number') as error:
         sheet_values(sheet, ['x', 'y'])
+    assert ('write 1,500 as 1500 or 1.500' in str(error.value)) == rows.startswith('1,500')
 
 
 def test_decimal_commas_are_numbers_of_one_comma():

@@ -259,6 +259,19 @@ def test_transparent_colour_of_16_bits_is_put_on_white(tmp_path):
     assert shown.ravel().tolist() == [255, 255, 255, 0x12, 0x56, 255]
 
 
+@pytest.mark.parametrize('bits, photometric, pixels, expected', [
+    (16, 1, struct.pack('<2H', 0x4000, 0xffff), [0x3f, 255]), (16, 0, struct.pack('<2H', 0x4000, 0xffff), [255 - 0x3f, 0]),
+    (12, 1, bytes([0x40, 0x0f, 0xff]), [63, 255])])
+def test_grey_tiffs_of_many_bits(bits, photometric, pixels, expected, tmp_path):
+    """Those of 12 bits, as of microscopes, are not almost black, and those where white is zero are not negatives."""
+    (tmp_path / 'images' / 'train' / 'a').mkdir(parents=True)
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1), (279, len(pixels))]
+    directory = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHIHH', tag, 3, 1, value, 0) for tag, value in tags) + bytes(4)
+    (tmp_path / 'images' / 'train' / 'a' / '0.tif').write_bytes(struct.pack('<2sHI', b'II', 42, 8 + len(pixels)) + pixels + directory)
+    shown = SOURCES['folder'].folders(str(tmp_path / 'images')).load('train', (1, 2, 1)).values
+    assert shown.ravel().tolist() == expected
+
+
 def png(row, bits, *transparent):
     """A PNG file of one row, grey, or of colours, if three numbers are transparent."""
 

@@ -60,7 +60,7 @@ class ClassFolders(FolderOptions):
 
     def too_few_hint(self, num_classes: int) -> str:
         """What to do if a split has fewer than num_classes classes."""
-        if not self.split_ratios:
+        if not self.split_ratios or self.kept:  # of the data of a training, the classes of which another split would test
             return 'lower it'
         if not self.unsplit() and self._manifest() not in (self.kept or '', os.path.join(self.root, splits.MANIFEST)):
             return 'lower it, or add classes to that split'
@@ -103,12 +103,13 @@ class ClassFolders(FolderOptions):
         Raises UserError if there are too few classes, or they are not {split: its class folders} as `load` returned them; or if the
         manifest cannot be written, and a run should keep it: an evaluation of other data can do without.
         """
-        if not self.unsplit() or not os.path.isdir(self.root):
+        if not os.path.isdir(self.root):
             return
-        rows = self._in_proportions()
-        if not loaded.items() <= splits.by_split(rows).items():
-            raise UserError(f'the class folders in {self.root} have changed since they were read; start again')
-        if len({split for split, _ in rows}) > 1:
+        unsplit = self.unsplit()
+        rows = self._in_proportions() if unsplit else []
+        if not loaded.items() <= (splits.by_split(rows) if unsplit else self._classes()).items():
+            raise UserError(f'the class folders in {self.root}, or how they are split, have changed since they were read; start again')
+        if unsplit and len({split for split, _ in rows}) > 1:
             paths = [None if self._labelled else os.path.join(self.root, splits.MANIFEST), self.kept_manifest]
             splits.keep_split(rows, [path for path in paths if path], 'classes', required=bool(self.kept_manifest))
 
@@ -167,7 +168,7 @@ class ClassFolders(FolderOptions):
         classes = self._listed(names) if self._labelled else self._in_folders(split, names)
         cache = os.path.join(self.root, '.cache', f'{split}_{"x".join(map(str, image_shape))}')
         fingerprint = self._fingerprint(classes, image_shape)
-        bad = _known_bad(cache, fingerprint) if self.skip_bad_images else []
+        bad = _known_bad(cache, self.root, fingerprint) if self.skip_bad_images else []
         while True:
             paths = {path for path, _ in bad}
             if bad:
@@ -180,7 +181,8 @@ class ClassFolders(FolderOptions):
                     raise
                 bad = sorted(bad + error.images)
                 with contextlib.suppress(OSError):  # so that the next run need not decode them to know
-                    write_json(cache + '.bad.json', {'fingerprint': fingerprint, 'images': bad})
+                    write_json(cache + '.bad.json', {'fingerprint': fingerprint, 'images': [
+                        (os.path.relpath(path, self.root), reason) for path, reason in bad]})
 
     @cached_property
     def _labelled(self) -> Labelled | None:
@@ -303,11 +305,12 @@ class ClassFolders(FolderOptions):
         """The path of the manifest that splits the classes, if there is one."""
         if self.split_file and self._split_file_is_manifest():
             return self.split_file
-        elsewhere = [] if self._split_by_folders() else [self.kept, self.shipped_manifest]
+        kept, shipped = ([], []) if self._split_by_folders() else ([self.kept], [self.shipped_manifest])
         if self._labelled is not None:
             candidates = [self.kept] if None in self._labelled else []
         else:
-            candidates = [os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *elsewhere]
+            # What a run keeps comes first: another training may have split the folder in the meantime.
+            candidates = [*kept, os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *shipped]
         return next((path for path in candidates if path and os.path.exists(path)), None)
 
     def _split_source(self):
@@ -344,12 +347,12 @@ class ClassFolders(FolderOptions):
             print(f'Ignored class folders not listed in {manifest or "a split"}: {listing(unlisted, 1, " ")}. {advice}')
 
 
-def _known_bad(cache, fingerprint):
+def _known_bad(cache, root, fingerprint):
     """[(path, reason)] of images that an earlier run could not use."""
     with contextlib.suppress(Exception):
         record = read_json(cache + '.bad.json')
         if record['fingerprint'] == fingerprint:
-            return checked(list[tuple[str, str]], record['images'], 'images')
+            return [(os.path.join(root, path), reason) for path, reason in checked(list[tuple[str, str]], record['images'], 'images')]
     return []
 
 

@@ -17,6 +17,7 @@ from runtime.system.files import require_regular_file
 
 CHUNK_BYTES = 2 ** 24  # decoded images in memory at a time
 SHOWN_BAD_IMAGES = 100  # named in a message
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of a TIFF
 LARGE_PIXELS = 2 ** 22  # images of more pixels are decoded one at a time
 _large_image = threading.Lock()
 Image.core.set_block_size(2 ** 26)  # bytes of Pillow's allocations: malloc returns ones of this size when they are freed
@@ -134,9 +135,9 @@ def decode_images(paths: Sequence[str], image_shape: tuple[int, int, int], resiz
         try:
             require_regular_file(path)
             with open_image(path, formats) as image:
-                file_format = image.format
+                file_format, tags = image.format, getattr(image, 'tag_v2', {})
                 image = _on_white(ImageOps.exif_transpose(_with_scaled_transparency(image))) if resize else image
-                size, pixels = image.size, _eight_bits(image, file_format).convert('L' if channels == 1 else 'RGB')
+                size, pixels = image.size, _eight_bits(image, file_format, tags).convert('L' if channels == 1 else 'RGB')
                 if resize and size != (width, height):
                     size, pixels = (width, height), pixels.resize((width, height), Image.Resampling.LANCZOS)
         except MemoryError:
@@ -190,12 +191,15 @@ def resized(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray
     return np.stack(small).reshape(*images.shape[:-3], *image_shape)
 
 
-def _eight_bits(image, file_format):
-    """16-bit grey images, which Pillow would clip, scaled to 8 bits; raises ValueError for other numbers than of 8 or 16 bits."""
+def _eight_bits(image, file_format, tags):
+    """Grey images of 9 to 16 bits, which Pillow would clip, scaled to 8 bits; raises ValueError for other numbers than of 8 to 16 bits.
+    `tags` are those of a TIFF."""
     if image.mode == 'F':
         raise ValueError('its pixels are floating-point numbers, of unknown range')
     if image.mode == 'I' and file_format not in ('PNG', 'PPM'):  # which Pillow reads as 32 bits, and which have 16
         raise ValueError('its pixels are 32-bit numbers, of unknown range')
     if image.mode.startswith('I'):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
+        values = np.asarray(image).clip(0, 2 ** bits - 1).astype(np.int64) * 255 // (2 ** bits - 1)
+        return Image.fromarray((255 - values if white_is_zero else values).astype(np.uint8))
     return image

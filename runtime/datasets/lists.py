@@ -10,6 +10,7 @@ from runtime.system.errors import UserError
 from runtime.system.files import read_csv, walk
 
 LABELS = 'label', 'class', 'category'  # columns that are taken for the label if no flag names one
+FILES = 'filename', 'file', 'image', 'path', 'name'  # columns that are taken for the images where several could be
 Labelled = dict[str | None, dict[str, list[ImageFile]]]
 
 
@@ -17,7 +18,7 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
     """{split or None: {label: images}} that csv files name; labels and images are sorted, and the images' names relative to the root.
 
     An image is named by its path below the root or by its last component, with its suffix or without. Its split is in a column
-    `split`, or is the name of its csv file; else it has none.
+    `split`, or if there are several csv files, the name of its own; else it has none.
 
     Args:
         paths: of a csv file, or of several, separated by commas.
@@ -30,7 +31,8 @@ def read_image_lists(paths: str, root: str, label_column: str | None, suffixes: 
     index, line_of, missing = _index(root, suffixes), {}, []
     labelled: Labelled = collections.defaultdict(lambda: collections.defaultdict(list))
     for path in list_paths(paths):
-        for place, name, label, split in _rows(path, root, label_column, index):
+        split_of_file = split_named(os.path.splitext(os.path.basename(path))[0]) if len(list_paths(paths)) > 1 else None
+        for place, name, label, split in _rows(path, root, label_column, index, suffixes, split_of_file):
             images = index.get(name, ())
             if len(images) > 1:
                 raise UserError(f'{place} names {name}, and {root} holds {" and ".join(images[:2])}; write the path')
@@ -72,8 +74,8 @@ def _index(root: str, suffixes: set[str]) -> Mapping[str, Sequence[str]]:
     return {name: [name] if name in paths else paths for name, paths in index.items()}  # a whole path is never ambiguous
 
 
-def _rows(path, root, label_column, index):
-    """Yields (place, name, label, split) of each line."""
+def _rows(path, root, label_column, index, suffixes, split_of_file):
+    """Yields (place, name, label, split) of each line; the split of all is that of the file where no column has it."""
     try:
         columns, rows = read_csv(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -81,9 +83,9 @@ def _rows(path, root, label_column, index):
     if not rows or len(columns) < 2:
         raise UserError(f'{path} lists no images: its first line names its columns, such as filename,label, and then comes a line for each')
     columns, cells = _named_alike(columns, rows.values())
-    image = _image_column(path, cells, label_column, index, root)
+    image = _image_column(path, cells, label_column, index, root, suffixes)
     label = _label_column(path, columns, image, label_column)
-    has_splits, split_of_file = 'split' in columns, split_named(os.path.splitext(os.path.basename(path))[0])
+    has_splits = 'split' in columns
     for number, row in zip(rows, cells):
         place, split = f'line {number} of {path}', split_named(row['split']) if has_splits else split_of_file
         if not row[image] or not row[label] or '/' in row[label] or (has_splits and split is None):
@@ -97,14 +99,20 @@ def _named_alike(columns, rows):
     return list(names.values()), [{names[name]: (row[name] or '').strip() for name in names} for row in rows]
 
 
-def _image_column(path, rows, label_column, index, root):
-    """The column of which most cells name images."""
-    counts = {name: sum(row[name] in index for row in rows) for name in rows[0] if name not in ('split', label_column)}
-    # Labels may be the names of images, too.
-    image = max(counts, key=lambda name: (counts[name], name.lower() not in LABELS), default=None)
-    if not (image and counts[image]):
+def _image_column(path, rows, label_column, index, root, suffixes):
+    """The column of which most cells name images; with their suffixes, if any do, for labels and running numbers may be names of images,
+    too."""
+    named = {name: [row[name] for row in rows if row[name] in index] for name in rows[0] if name not in ('split', label_column)}
+    ranks = {name: (sum(os.path.splitext(cell)[1].lower() in suffixes for cell in cells), len(cells), name.lower() in FILES,
+                    name.lower() not in LABELS) for name, cells in named.items()}
+    image = max(ranks, key=ranks.__getitem__, default=None)
+    if image is None or not named[image]:
         raise UserError(f'no column of {path} ({", ".join(rows[0])}) names images below {root}, such as '
                         f'{next(iter(index), "(it holds none)")}; give their folder as --data_path')
+    equal = [name for name, rank in ranks.items() if rank == ranks[image] and name != image]
+    if equal:
+        raise UserError(f'the columns {image} and {equal[0]} of {path} both name images below {root}: rename the one that is meant to '
+                        'filename, or write the suffixes of the files')
     return image
 
 

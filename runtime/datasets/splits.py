@@ -159,17 +159,17 @@ def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str,
 
 # What is strange ----------------------------------------------------------------------------------------------------
 
-def report_names(classes: Mapping[str, Iterable[str]], root: str) -> None:
+def report_names(classes: Mapping[str, Iterable[str]], root: str, what: str = 'class') -> None:
     """Prints which names of classes are in two splits, or differ only in capitals or in how Unicode writes them: meta-test is about
-    classes that training has not seen. `classes` are {split: names}."""
+    classes, or tasks, that training has not seen. `classes` are {split: names}."""
     names = {split: set(members) for split, members in classes.items()}
     shared = [(name, first, second) for first, second in itertools.combinations(names, 2) for name in sorted(names[first] & names[second])]
     if shared:
         name, first, second = shared[0]
         more = f', and {len(shared) - 1} more such names' if len(shared) > 1 else ''
-        print(f'Note: {root} has a class {name} in {first} and in {second}{more}. If these are the same classes, validation and '
-              'meta-test do not measure the learning of new ones: put each class into one split, or give the folder of the class folders '
-              'of one split as --data_path, to have them split')
+        give = 'the folder of the class folders of one split' if what == 'class' else 'one file with all of them'
+        print(f'Note: {root} has a {what} {name} in {first} and in {second}{more}. If these are the same, validation and meta-test do not '
+              f'measure the learning of new ones: put each {what} into one split, or give {give} as --data_path, to have them split')
     similar = collections.defaultdict(list)
     for name in sorted(set().union(*names.values())):
         similar[unicodedata.normalize('NFKC', name).casefold().strip()].append(name)

@@ -28,6 +28,7 @@ COLUMNS_FILE = 'columns.json'  # in a run's directory: the columns, and what sta
 CLASS = 'class'                # the column of a table to predict for that holds the names of classes
 LAYOUT = ('it must hold folders train, val and test, each with one csv file per task (regression, with --targets) or per class; or be a '
           'csv file with a column that says it, --task_column or --label_column')
+THOUSANDS = re.compile(r'[+-]?[1-9]\d{0,2},\d{3}')  # or numbers with a decimal comma and three digits after it
 SHOWN = 10                     # bad tables, or columns, by name in a message
 Result = TypeVar('Result')
 
@@ -220,8 +221,8 @@ class Tables(splits.Splitting):
         if not tables:
             raise splits.EmptySplit(f'{os.path.join(self.root, split)} holds no csv files; {LAYOUT}' if not self.group_column else
                                     f'the {split} split of {self.root} is empty')
-        if split == 'train' and not self.target_names:
-            splits.report_names(self._values[1], self.root)
+        if split == 'train' and (self.group_column or not self.target_names):
+            splits.report_names(self._values[1], self.root, 'task' if self.target_names else 'class')
         values = np.concatenate(list(tables.values()))
         checksum = zlib.crc32(repr(self.columns).encode(), zlib.crc32(values.tobytes()))
         return Examples.grouped(self.columns.standardise(values), {name: len(rows) for name, rows in tables.items()}, checksum)
@@ -319,8 +320,9 @@ def sheet_values(sheet: Sheet, names: Sequence[str], like: str | None = None) ->
         row, column = bad[0]
         cell = sheet.rows[row][indices[column]].strip()
         what = 'is not a finite number' if len(bad) == 1 else 'are not finite numbers'
+        hint = '; write 1,500 as 1500 or 1.500, for it may be either' if THOUSANDS.fullmatch(cell) and sheet.delimiter != ',' else ''
         raise UserError(f'{sheet.path} has {counted(len(bad), "cell")} that {what}, first {repr(cell[:40]) if cell else "an empty one"} in '
-                        f'column {names[column]}, line {sheet.lines[row]}')
+                        f'column {names[column]}, line {sheet.lines[row]}{hint}')
     return values
 
 
@@ -349,7 +351,7 @@ def _has_decimal_commas(cells: Iterable[str]) -> bool | None:
     numbers = [cell for cell in written if math.isfinite(as_number(cell, True))]
     if any('.' in cell for cell in numbers):
         return False
-    return any(',' in cell and not re.fullmatch(r'[+-]?[1-9]\d{0,2},\d{3}', cell) for cell in numbers) or None
+    return any(',' in cell and not THOUSANDS.fullmatch(cell) for cell in numbers) or None
 
 
 def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
