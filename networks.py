@@ -363,7 +363,7 @@ class KerasNetwork:
 
     def _mixing_of_rows(self, tensors, x):
         """How the outputs for a row depend on other rows, in a way that statistics of the first rows do not account for; '' if not."""
-        sizes, fewer = self._sizes_of_statistics(tensors, x, self._call), self._sizes_of_statistics(tensors, x[:-1], self._call)
+        sizes, fewer = (self._sizes_of_statistics(tensors, rows, lambda rows: self._call(rows, False)) for rows in (x, x[:-1]))
         if [size * (len(x) - 1) for size in sizes] != [size * len(x) for size in fewer]:
             return 'statistics are taken over the first axis of something else than rows'
         pair = [self._outputs_with(tensors, tf.concat([x[:-1], last], axis=0), stats_rows=ROWS)[:-1] for last in (x[-1:], x[-1:] + 1)]
@@ -374,7 +374,7 @@ class KerasNetwork:
         """The sizes of the first axes over which a call of rows takes means and variances."""
         sizes = []
         with self.tensors_in_place(tensors, len(x), sizes=sizes):
-            call(x, training=False)
+            call(x)
         return sizes
 
     def _problems_of_graph(self, graph):
@@ -415,8 +415,10 @@ class KerasNetwork:
                 value is not None for name, value in options.items() if name != 'training'):
             return 'has several inputs'
         features = arguments[0]
-        sizes, fewer = (self._sizes_of_statistics(tensors, rows, lambda x, training: layer(x)) for rows in (features, features[:-1]))
-        if self._normalises_or_draws(layer) or sizes != fewer:
+        if self._normalises_or_draws(layer):
+            return 'normalises or is random'
+        sizes, fewer = (self._sizes_of_statistics(tensors, rows, layer) for rows in (features, features[:-1]))
+        if sizes != fewer:
             return 'normalises or is random'
         gradients = tape.gradient(features, [tensors[weight.path] for weight in layer.trainable_variables])
         return '' if all(gradient is None for gradient in gradients) else 'shares its weights with another'

@@ -20,7 +20,7 @@ from run_files import EVALUATION, evaluations_asked, missing_classes, request_of
 
 from runtime.cli import stored_run
 from runtime.cli.flags import GROUPS
-from runtime.cli.request import Request, same_folder
+from runtime.cli.request import Request
 from runtime.cli.rules import check_flags
 from runtime.system.errors import UserError, listing
 
@@ -48,8 +48,8 @@ class StudyRun(NamedTuple):
             made = stored_run.read(directory)
         except UserError:
             return True
-        return (all(same_folder(made[name], asked[name]) for name in ('data_path', 'load_from'))
-                and stored_run.description({**made, 'split_file': asked['split_file']}) == stored_run.description(made))
+        paths = {name: asked[name] for name in ('data_path', 'split_file', 'load_from')}
+        return stored_run.description({**made, **paths}) == stored_run.description(made)
 
     @property
     def is_evaluated(self) -> bool:
@@ -113,9 +113,11 @@ def make(runs: Sequence[StudyRun]) -> list[str]:
     failed = []
     for number, run in enumerate(runs, start=1):
         print(f'\n{number} of {len(runs)}: {run.name}', flush=True)
-        if run.is_trained and run.is_evaluated:
+        if not run.is_trained and call(run.arguments):
+            failed.append(run.name)
+        elif run.is_evaluated:
             print('done', flush=True)
-        elif not run.is_trained and call(run.arguments) or not run.is_evaluated and call(run.evaluation_arguments):
+        elif call(run.evaluation_arguments):
             failed.append(run.name)
     return failed
 

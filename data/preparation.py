@@ -302,8 +302,8 @@ def first_of(names: Sequence[str], what: str) -> list[str]:
 def left_over_files(pictures: Sequence[Picture], folders: Iterable[str], destination: str) -> list[str]:
     """Files of another preparation in our class folders, which would be taken for images of this one."""
     ours = {picture.name for picture in pictures}
-    there = sorted(name for name in folders if os.path.isdir(os.path.join(destination, name)))
-    return [f'{folder}/{name}' for folder in there for name in sorted(os.listdir(os.path.join(destination, folder)))
+    existing = sorted(folder for folder in folders if os.path.isdir(os.path.join(destination, folder)))
+    return [f'{folder}/{name}' for folder in existing for name in sorted(os.listdir(os.path.join(destination, folder)))
             if f'{folder}/{name}' not in ours and not name.startswith('.') and not name.endswith(PART_SUFFIX)]
 
 

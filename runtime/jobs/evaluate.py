@@ -250,8 +250,10 @@ def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str
 
 def is_elsewhere(run: Evaluation, restored: Restored) -> bool:
     """Whether the tasks are of the user's own data, and these are not where those of the training were, as far as that is known."""
-    if run.datasource not in OWN_DATA or run.datasource != restored.trained_on:
-        return run.datasource in OWN_DATA
+    if run.datasource not in OWN_DATA:
+        return False
+    if run.datasource != restored.trained_on:
+        return True
     before = restored.provenance and restored.provenance.data_path
     return bool(before) and not same_folder(run.tasks.data_path, before)
 

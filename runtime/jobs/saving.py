@@ -83,11 +83,16 @@ class Saver:
             self.save(state, ranking)
 
 
+def classifies(run: Training, iteration: int) -> bool:
+    """Whether an iteration trains a classifier of all classes."""
+    return run.model.pretrain_classes > 0 and iteration < run.pretrain_iterations
+
+
 def diverged(run: Training, iteration: int, what: str) -> UserError:
     """The error for numbers that are not finite in an iteration, counted from 0: what they are, the last checkpoint, and what may help."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     skipping = '' if run.skip_nonfinite or not run.source.supervised else ', or skip such iterations by --skip_nonfinite'
-    has_inner_steps = run.model.num_updates and not (run.model.pretrain_classes and iteration < run.pretrain_iterations)
-    flags = ['--update_lr'] * bool(has_inner_steps) + ['--meta_lr'] * run.source.supervised
+    has_inner_steps = run.model.num_updates > 0 and not classifies(run, iteration)
+    flags = ['--update_lr'] * has_inner_steps + ['--meta_lr'] * run.source.supervised
     return UserError(f'training diverged: {what}; {newest}. Lower {" or ".join(flags)}{skipping}')

@@ -27,7 +27,7 @@ from runtime.jobs import checkpoints, network_check
 from runtime.jobs.evaluate import evaluate_tasks, load_weights, task_metrics
 from runtime.jobs.journal import Journal
 from runtime.jobs.models import Model, new_model
-from runtime.jobs.saving import Saver, TrainState, diverged
+from runtime.jobs.saving import Saver, TrainState, classifies, diverged
 from runtime.jobs.summaries import Summaries
 from runtime.results.provenance import Provenance, Weights, arithmetic, differences, program
 from runtime.results.statistics import UNITS
@@ -403,8 +403,3 @@ def draw(tasks: Tasks, run: Training, iteration: int, replica: int) -> TaskBatch
     """A replica's tasks of an iteration's meta-batch; or its examples, in the pre-training of a classifier."""
     count = run.meta_batch_size // run.replicas.count
     return (tasks.draw_examples if classifies(run, iteration) else tasks.draw)(iteration * run.meta_batch_size + replica * count, count)
-
-
-def classifies(run: Training, iteration: int) -> bool:
-    """Whether an iteration trains a classifier of all classes."""
-    return run.model.pretrain_classes > 0 and iteration < run.pretrain_iterations

@@ -186,9 +186,9 @@ def seed_groups(evaluations: Sequence[Evaluation], left_out: Sequence[Evaluation
     alike, seeds, known = {}, {}, [*evaluations, *left_out]
     for index, (setting, evaluation) in enumerate(zip(settings(known), known)):
         # Of one training, the newest checkpoint and an ensemble are kinds of their own, and have the seeds in common.
-        training = {**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label,
-                    'updates': evaluation.headline_updates, '': evaluation.entry.training.method}
-        training, kind = (json.dumps({**training, '': method}, sort_keys=True) for method in (training[''], evaluation.method))
+        common = {**setting, 'seed': None, 'checkpoint': None, 'user_label': evaluation.user_label, 'updates': evaluation.headline_updates}
+        training, kind = (json.dumps({**common, '': method}, sort_keys=True)
+                          for method in (evaluation.entry.training.method, evaluation.method))
         seeds.setdefault(training, set()).add(evaluation.flag('seed'))
         if index >= len(evaluations):
             continue
@@ -410,13 +410,12 @@ def method_table(comparison: Comparison) -> render.Table:
     """A row for each method that was trained with several seeds, with its difference from the first, paired by task and seed."""
     rows, figures = [], comparison.figures(comparison.groups, [comparison.headline])
     titles, notes = ['difference', *p_titles(figures)], []
-    seeds_of_first, *seeds_of_others = [{comparison.lines[index].seed for index in group.indices} for group in comparison.groups]
-    for group, seeds in zip(comparison.groups[1:], seeds_of_others):
-        if seeds != seeds_of_first:
-            both = len(seeds & seeds_of_first)
+    seeds_of_each = [{comparison.lines[index].seed for index in group.indices} for group in comparison.groups]
+    for group, seeds, group_figures in zip(comparison.groups, seeds_of_each, figures[0]):
+        if seeds != seeds_of_each[0]:
+            both = len(seeds & seeds_of_each[0])
             notes.append(f'{group.label}: ' + (f'the difference is over the {both} seeds that both have' if both > 1 else
                                                f'no difference, which needs two seeds that both have, and there is {both or "none"}'))
-    for group, group_figures in zip(comparison.groups, figures[0]):
         mean, *difference_and_p = group_figures.cells(comparison.digits, titles[1:])
         if group == comparison.groups[0] or math.isnan(group_figures.difference):
             difference_and_p = [''] * len(titles)

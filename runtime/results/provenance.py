@@ -70,7 +70,7 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         sentences['data'] = f'the {examples} of the {" and ".join(splits)} split are not those that {model} was trained on{moved}'
     if then.is_known and now.weights:
         sentences.update(_weights_differ(then.weights, now.weights, model))
-    if then.is_known and now.is_known and then.arithmetic[-1] != now.arithmetic[-1]:
+    if then.is_known and now.is_known:
         before, after = then.arithmetic[-1], now.arithmetic[-1]
         what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
                          for name in differing([before, after]))
