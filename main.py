@@ -165,7 +165,7 @@ number('save_interval', 1000, 'iterations between checkpoints (navigation: 10)',
 group('Saving and resuming')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, 'prefix of a checkpoint, of this program or of the reference, to evaluate, or to start a training from')
-number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0, in evaluation: the initial weights', -1)
+number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0: in evaluation the initial weights, else the newest', -1)
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
 boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
         'TensorBoard')

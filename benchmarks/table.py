@@ -73,8 +73,9 @@ class Row(NamedTuple):
 ROWS = [
     Row('sinusoid_10shot', 'sinusoid 10-shot', '(only plotted)', '0.358 ± 0.036 after 1'),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot', '98.7 ± 0.4 (MAML)', peer='99.1 (learn2learn)'),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (R2D2)', '56.8 ± 1.9 (a fork)', peer='57.06 ± 3.83 (PaddleFSL)'),
-    Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (T-NAS)', peer='37.63 ± 2.23 (PaddleFSL)'),
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot', '58.9 ± 1.9 (Bertinetto et al.)', '56.8 ± 1.9 (a fork)',
+        peer='57.06 ± 3.83 (PaddleFSL)'),
+    Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (Lian et al.)', peer='37.63 ± 2.23 (PaddleFSL)'),
     Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3 (MAML)', peer='94.5 (haebeom-lee/maml)'),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', peer='56.19 ± 3.39 (PaddleFSL)', flags=(
         '--method=anil', '--logdir=logs/cifarfs1shot_anil/')),
@@ -82,7 +83,7 @@ ROWS = [
         '--method=fomaml', '--logdir=logs/cifarfs1shot_fomaml/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, Meta-SGD', flags=(
         '--method=metasgd', '--num_updates=1', '--logdir=logs/cifarfs1shot_metasgd/')),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, BOIL', '58.03 ± 0.43 (BOIL)', flags=(
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, BOIL', '58.03 ± 0.43 (Oh et al.)', flags=(
         '--method=boil', '--num_updates=1', '--update_lr=0.5', '--num_filters=64', '--metatrain_iterations=30000',
         '--logdir=logs/cifarfs1shot_boil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, MAML++', flags=(
@@ -92,9 +93,10 @@ ROWS = [
         '--method=reptile', '--update_batch_size=15', '--num_updates=8', '--meta_batch_size=5', '--update_lr=0.001',
         '--metatrain_iterations=100000', '--logdir=logs/cifarfs1shot_reptile/'), evaluation=(
         '--update_batch_size=1', '--inner_batch=5')),
-    Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (R2D2)', evaluation=(
+    Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (Bertinetto et al.)', evaluation=(
         '--num_classes=5', '--test_query=15')),
-    Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (R2D2, 64C)', evaluation=('--num_classes=5', '--test_query=15')),
+    Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (Bertinetto et al.)', evaluation=(
+        '--num_classes=5', '--test_query=15')),
     Row('cifarfs_1shot_protomaml', 'CIFAR-FS 5-way 1-shot, ProtoMAML', evaluation=('--test_query=15', '--query_norm=batch')),
     Row('cifarfs_1shot_unicorn', 'CIFAR-FS 5-way 1-shot, UNICORN-MAML', evaluation=('--test_query=15',)),
     Row('cifarfs_1shot_baseline', 'CIFAR-FS 5-way 1-shot, Baseline', evaluation=('--test_query=15',)),
@@ -102,9 +104,10 @@ ROWS = [
       for seed in range(1, 5)),
     Row('omniglot_5way1shot', 'Omniglot 5-way 5-shot', '99.9 ± 0.1 (MAML)', peer='99.23 ± 0.40 (PaddleFSL)', flags=(
         '--update_batch_size=5', '--logdir=logs/omniglot5way5shot/')),
-    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 5-shot', '71.5 ± 1.0 (R2D2)', '70.8 ± 0.9 (a fork)', peer='73.6 (learn2learn)', flags=(
+    Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 5-shot', '71.5 ± 1.0 (Bertinetto et al.)', '70.8 ± 0.9 (a fork)',
+        peer='73.6 (learn2learn)', flags=(
         '--update_batch_size=5', '--logdir=logs/cifarfs5shot/')),
-    Row('fc100_5way1shot', 'FC100 5-way 5-shot', '50.4 ± 1.0 (T-NAS)', peer='49.14 ± 1.58 (PaddleFSL)', flags=(
+    Row('fc100_5way1shot', 'FC100 5-way 5-shot', '50.4 ± 1.0 (Lian et al.)', peer='49.14 ± 1.58 (PaddleFSL)', flags=(
         '--update_batch_size=5', '--logdir=logs/fc1005shot/')),
     Row('omniglot_5way1shot', 'Omniglot 5-way 1-shot, no convolutions', '89.7 ± 1.1 (MAML)', peer='88.9 (learn2learn)', flags=(
         '--conv=False', '--logdir=logs/omniglot5way_dense/')),

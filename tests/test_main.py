@@ -284,6 +284,9 @@ def test_baselines_and_pretraining_have_directories_of_their_own(arguments, tmp_
     assert state['w1'].shape == (3, 40) and state['pretrain/adam/step'] == 1000 and state['metatrain/adam/step'] == 0
     # The oracle is trained jointly even when it is asked for as meta-training.
     assert 'Nothing to do' in run_ok(*arguments, '--metatrain_iterations=1000', '--baseline=oracle')
+    assert 'Nothing to do' in run_ok(*arguments, '--metatrain_iterations=500', '--baseline=oracle', '--test_iter=0')
+    # Pure pre-training is evaluated, like MAML, whatever number of iterations the command states.
+    run_ok(*arguments, '--baseline=oracle', '--metatrain_iterations=500', '--train=False', '--num_test_tasks=5')
     # A checkpoint knows its regime.
     os.rename(tmp_path / (base + 'nonormpretrain'), tmp_path / (base + 'stopgradnonormpretrain'))
     for path in (tmp_path / (base + 'nonorm')).glob('model*'):

@@ -112,11 +112,12 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     kind = {'train': Training, 'evaluate': Evaluation, 'predict': Trained}[request.mode]
     model = _model_config(request, source, tasks)
     pretrain_iterations, metatrain_iterations = request.iterations
+    newest = {'train': (-1, 0)}.get(request.mode, (-1,))  # Reference behaviour: a training goes on from the newest with 0, too
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
         method=methods.name(request.trained, request.only_pretrains),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
-        checkpoint='best' if request.test_best else None if request.test_iter == -1 else request.test_iter,
+        checkpoint='best' if request.test_best else None if request.test_iter in newest else request.test_iter,
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
         worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}),
         flag_file=stored_run.description(request.values),

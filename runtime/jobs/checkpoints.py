@@ -259,9 +259,12 @@ def check_flags(prefix: str, recorded: dict, flags: dict, hint: str) -> None:
         raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {given}; {hint}')
 
 
-def check_run(checkpoint: Checkpoint, flags: dict, pretrain_iterations: int, hint: str) -> None:
-    """`check_flags` for a run's own checkpoint, which has had as much pre-training as its iterations allow."""
+def check_run(checkpoint: Checkpoint, flags: dict, regime: str, pretrain_iterations: int, hint: str) -> None:
+    """`check_flags` for a run's own checkpoint, which has had as much pre-training as its iterations allow. In a run that only
+    pre-trains, their number says how long the training is, and not what is trained."""
     record = checkpoint.record
+    if record['regime'] == regime == 'pretrain':
+        pretrain_iterations = record['pretrain_iterations']
     made, given = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], pretrain_iterations))
     recorded, flags = {**record['flags'], 'pretrain_iterations': made}, {**flags, 'pretrain_iterations': given}
     check_flags(checkpoint.prefix, recorded, flags, hint)

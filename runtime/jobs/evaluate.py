@@ -329,7 +329,7 @@ def restore(run: Trained) -> Restored:
     if record['regime'] != run.regime:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
                         f'{run.regime}ing; give the flags of its training')
-    checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.pretrain_iterations,
+    checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.regime, run.pretrain_iterations,
                           'give the flags of its training')
     checkpoints.refuse_untrained(run.directory, record['iteration'], record['skipped'])
     checkpoints.restore(checkpoint, model.parameters())

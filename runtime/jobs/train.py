@@ -124,7 +124,7 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     """The provenance of a model whose training goes on; prints what differs without changing what is learnt. Raises UserError if
     flags, data or the weights that --load_from names are not those of the checkpoint."""
     hint = 'start from scratch by --resume=False or in another --logdir'
-    checkpoints.check_run(checkpoint, run.learning_flags, run.pretrain_iterations, f'give the flags of its training, or {hint}')
+    checkpoints.check_run(checkpoint, run.learning_flags, run.regime, run.pretrain_iterations, f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']
     changes = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
     refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from'))
