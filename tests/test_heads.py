@@ -362,6 +362,17 @@ def test_a_last_layer_that_is_called_head_is_not_made_up():
                                     head_init='learned')
 
 
+def test_ridge_regression_replaces_a_last_layer_that_is_called_head():
+    """Which has a tensor of the same name as what ridge regression learns."""
+    arrays = {'w1': np.ones([2, 2]), 'head/kernel': np.ones([2, 3]), 'head/bias': np.ones(3)}
+    variables = {name: tf.Variable(value, dtype=tf.float64) for name, value in
+                 {'w1': [[0., 0.], [0., 0.]], 'head/lambda': 50., 'head/scale': 10., 'head/bias': 0.}.items()}
+    for starts in False, True:
+        checkpoint = checkpoints.Checkpoint('model3', dict(arrays), {'iteration': 3, 'flags': {'head_init': 'learned'}}, 0)
+        checkpoints.restore_weights(checkpoint, variables, {}, ['head/kernel', 'head/bias'], starts=starts, head_init='ridge')
+        assert variables['head/bias'].numpy() == 0 and np.array_equal(variables['w1'], arrays['w1'])
+
+
 def test_accuracy_where_adaptation_diverged():
     """The largest of numbers that are not finite is no answer; other tasks keep theirs."""
     outputs = np.zeros([3, 2, 2], np.float32)

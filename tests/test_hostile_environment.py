@@ -447,7 +447,7 @@ def test_hangups_of_a_training(tmp_path):
 
 def test_what_takes_long_is_said_before():
     def note(**config):
-        defaults = {'loss': 'xent', 'outer': 'gradient', 'recompute': False, 'num_updates': 1}
+        defaults = {'loss': 'xent', 'outer': 'gradient', 'recompute': False, 'num_updates': 1, 'network': None}
         return training.notes(types.SimpleNamespace(**{**defaults, **config}))
     assert note(num_updates=50, recompute=False) == note(num_updates=200, recompute=True) == []
     line, = note(num_updates=200, recompute=False)

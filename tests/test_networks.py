@@ -25,6 +25,7 @@ from runtime.cli.methods import PRESETS
 from runtime.cli.request import resolve
 from runtime.datasets.tasks import TaskBatch
 from runtime.jobs import checkpoints, learner, network_check
+from runtime.jobs import train as training
 from runtime.system.errors import UserError
 from runtime.system.interruption import Interrupted
 from special_grads import exact_statistics
@@ -90,6 +91,12 @@ def a_batch(config, tasks=2, dtype=np.float32, seed=0):
     rng, rows = np.random.default_rng(seed), 2 * config.dim_output
     x, y = (rng.uniform(size=[tasks, 2 * rows, config.dim_input]), np.tile(np.eye(config.dim_output), [tasks, 4, 1]))
     return TaskBatch(*(array.astype(dtype) for array in (x[:, :rows], y[:, :rows], x[:, rows:], y[:, rows:])))
+
+
+def test_flags_of_normalisation_that_change_nothing_are_noted():
+    note, = training.notes(a_config(network=dropout, norm_per_step=True))
+    assert 'dropout has no offsets and scales of normalisation' in note
+    assert not training.notes(a_config(network=dropout))
 
 
 def test_initial_weights_follow_from_the_seed_alone():
@@ -726,7 +733,8 @@ def test_files_that_are_no_networks(own):
 # The examples -------------------------------------------------------------------------------------------------------------
 
 with open(os.path.join(ROOT, 'docs', 'networks.md'), encoding='utf-8') as page:
-    COMMANDS = re.findall(r'`python (main\.py --network=.*?)`', page.read())
+    COMMANDS = re.findall(r'`python (main\.py [^`]*--network=[^`]*)`', page.read())
+assert len(COMMANDS) == 7
 
 
 @pytest.fixture(scope='module')

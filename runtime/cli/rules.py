@@ -154,6 +154,9 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
+    (lambda r: r.head_init == 'ridge' and r.logits == 'cosine',
+     '--logits=cosine takes only the directions of the columns, so the scale and the bias of --head_init=ridge would learn nothing: leave '
+     'out one'),
     *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
     (lambda r: r.recompute and r.engine in ('vmap', 'wide'),
      '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),

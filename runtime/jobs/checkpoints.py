@@ -22,7 +22,7 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
-from networks import CLASSIFIER, HEAD_PREFIX
+from networks import CLASSIFIER, HEAD_PREFIX, HEADS
 from runtime.jobs import bundle
 from runtime.results import store
 from runtime.results.provenance import Provenance
@@ -364,19 +364,18 @@ def restore_weights(checkpoint: Checkpoint, variables: dict[str, tf.Variable], n
         last_layer: the names of the network's last layer.
         head_init: of the model.
     """
-    prefix, arrays, record, _ = checkpoint
-    if record:  # the state of an inner optimizer is left out if the model has none
-        arrays = {name: array for name, array in without_optimizer(arrays).items()
-                  if name in variables or not name.startswith('inner/')}
-    else:
-        arrays = _reference_weights(arrays, list(dict.fromkeys([*variables, *last_layer])))
+    prefix, _, record, _ = checkpoint
     saved_head = record.get('flags', {}).get('head_init', head_init)
+    computed = HEADS[head_init].extra if saved_head != head_init else ()
+    # A network's last layer may have the names of what the model's has besides.
+    arrays = {name: array for name, array in _parameters(checkpoint, variables, last_layer).items() if name not in computed}
     replaced = starts and saved_head != head_init
     has_both = all(name in arrays and name in variables for name in last_layer)
     if last_layer and (replaced or saved_head == head_init == 'shared' or not has_both):
         network_flags = {name: value for name, value in network_flags.items() if name != 'num_classes'}  # which is free then
     arrays = _with_last_layer(arrays, variables, last_layer, starts, replaced)
-    _add_what_plain_maml_lacks(arrays, variables, last_layer, network_flags.get('norm') == 'batch_norm')
+    of_network = set(last_layer).difference(HEADS[head_init].extra)
+    _add_what_plain_maml_lacks(arrays, variables, of_network, network_flags.get('norm') == 'batch_norm')
     _assign(prefix, arrays, variables)
     check_flags(prefix, record.get('flags', {}), network_flags, 'give the same')
 
@@ -389,6 +388,14 @@ def outputs(checkpoint: Checkpoint, last_layer: Sequence[str]) -> int | None:
     numbered = [name for name in checkpoint.arrays if re.fullmatch(r'model/Variable_\d+', name)]
     bias = checkpoint.arrays.get('model/b5', checkpoint.arrays.get(max(numbered, default='', key=lambda name: (len(name), name))))
     return None if bias is None else bias.shape[-1]
+
+
+def _parameters(checkpoint, variables, last_layer):
+    """A checkpoint's arrays by this program's names, without the state of optimizers that the model does not have."""
+    if checkpoint.record:
+        return {name: array for name, array in without_optimizer(checkpoint.arrays).items()
+                if name in variables or not name.startswith('inner/')}
+    return _reference_weights(checkpoint.arrays, list(dict.fromkeys([*variables, *last_layer])))
 
 
 def _with_last_layer(arrays, variables, last_layer, starts, replaced):

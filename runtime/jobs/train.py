@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from data_generator import ClassTasks, class_name
 from maml import ModelConfig
+from networks import network_of
 from runtime.cli import stored_run
 from runtime.cli.flags import default
 from runtime.cli.run import Training, usual_updates
@@ -234,6 +235,9 @@ def notes(config: ModelConfig) -> list[str]:
     if config.outer == 'reptile' and config.inner_weights != 'all':
         lines.append(f'  note     --outer=reptile trains what the inner loop adapts: with --inner_weights={config.inner_weights} the other '
                      'weights stay as they start')
+    if config.network and (config.adapt_norm or config.norm_per_step) and not network_of(config).initial_norm_params():
+        lines.append(f'  note     {network_of(config).name} has no offsets and scales of normalisation: --adapt_norm and --norm_per_step '
+                     'change nothing')
     if config.num_updates > MANY_UPDATES and not config.recompute:
         lines.append('  note     an iteration is compiled with all its inner updates: with '
                      f'--num_updates={config.num_updates} that may take many minutes and gigabytes of memory before the first '
