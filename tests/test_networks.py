@@ -751,8 +751,8 @@ def tables(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('command', [pytest.param(command, id=re.search(r'--network=\S*:(\w+)', command)[1],
-                                                  marks=[] if 'mlp_skip' in command else pytest.mark.slow) for command in COMMANDS])
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [pytest.param(command, id=re.search(r'--network=\S*:(\w+)', command)[1]) for command in COMMANDS])
 def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch, few_tasks):
     """One iteration of each, with two tasks of images of 32 pixels and one inner step, and its evaluation."""
     monkeypatch.chdir(ROOT)
@@ -761,7 +761,8 @@ def test_examples_as_printed(command, tables, small_data, tmp_path, monkeypatch,
     flags['datasource'] = flags['datasource'].replace('miniimagenet', 'cifarfs')
     shape = flags.get('input_shape', flags.get('targets'))
     flags |= {'data_path': tables / shape if shape else small_data[flags['datasource']], 'logdir': tmp_path, 'metatrain_iterations': 1,
-              'meta_batch_size': 2, 'num_updates': 1, 'update_batch_size': 1, 'num_test_tasks': 2, 'log': False}
+              'meta_batch_size': 2, 'num_updates': 1, 'update_batch_size': 1, 'num_test_tasks': 2, 'log': False,
+              'check_network': ':wide' not in command}  # whose layers are those of narrow
     given = [f'--{name}={value}' for name, value in flags.items()]
     assert 'The last checkpoint is' in run_ok(*given)
     assert 'meta-test, 2 tasks' in run_ok(*given, '--train=False', '--test_set=True', '--test_updates=1')
