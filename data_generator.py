@@ -59,7 +59,8 @@ class ClassTasks:
         if counts[fewest] < self._shots:
             raise UserError(f'a task needs {self._shots} {self.source.example}s of a {self.unit} ({config.update_batch_size} support, '
                             f'{config.query_shots} query), but {names[fewest]} in '
-                            f'{folders.root} has {counts[fewest]}; ask for fewer, or remove the {self.unit}')
+                            f'{folders.root} has {counts[fewest]}; lower --update_batch_size (or --test_query), or remove the '
+                            f'{self.unit}')
 
     def class_checksums(self) -> list[int]:
         """Of each class the CRC-32 of its first examples, by which it is known again under another name."""

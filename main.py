@@ -100,7 +100,7 @@ choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop ada
 choice('head_init', 'learned', ['learned', 'shared', 'new', 'prototypes', 'ridge'], "a task's last layer before its first inner update: "
        "learned weights; one learned column for all classes; nothing learned; or the prototypes or the ridge regression of the support "
        "examples", Learning('.{}'), only='supervised')
-choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'what joint training tells apart: the classes of tasks; or all classes of '
+choice('pretrain_labels', 'tasks', ['tasks', 'classes'], 'labels in pre-training: those of the tasks; or all classes of '
        'meta-training, in batches of --meta_batch_size images', Learning('.{}'), only='images')
 choice('logits', 'linear', ['linear', 'cosine'], 'last layers: linear, or cosine of features and weights', Learning('.{}logits'),
        only='classes')
@@ -108,7 +108,7 @@ boolean('adapt_norm', False, 'the inner loop adapts offsets and scales of normal
 boolean('norm_scale', False, 'batch norm has a scale', Learning('.normscale'), only='batch norm')
 boolean('norm_per_step', False, 'each inner step has its own offsets and scales', Learning('.normperstep'), only='normalisation')
 choice('learn_lr', 'no', ['no', 'layer', 'step', 'weight'], 'learn the inner step size, from --update_lr: one for each tensor, for each '
-       'tensor and inner step, or for each number', Learning('.learnlr{}'), only='supervised')
+       'tensor and inner step, or for each weight', Learning('.learnlr{}'), only='supervised')
 boolean('mean_loss', False, 'divide the cross-entropy by rows, not by shots as the reference', Learning('.meanloss'), only='classes')
 choice('query_norm', 'batch', ['batch', 'support', 'each', 'both'], "batch norm's statistics for query examples: their own, as in the "
        "paper (transductive); those of the support examples, the default of --predict; those of the support examples and the one query "
@@ -118,7 +118,7 @@ number('multi_step_loss', 0, 'N: in the first N iterations, minimise a weighted 
 number('first_order_iterations', 0, 'N: compute the first N iterations as with --stop_grad', 0, Learning('.fo{}'), only='supervised')
 choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --meta_lr moves to --meta_lr_final', Learning('.{}'),
        only='supervised')
-real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1: 0', Learning('.final{}'), only='supervised')
+real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1 stands for 0', Learning('.final{}'), only='supervised')
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'), only='supervised')
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
 choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted '
@@ -157,7 +157,7 @@ choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch 
 group('Computation (results differ only by rounding)')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
-string('run', None, 'directory of a run: use the flags of its training, but for those of computation and saving, to evaluate, to predict '
+string('run', None, 'directory of a run: use the flags of its training, except those of computation and saving, to evaluate, to predict '
        'or to continue; an evaluation may have other tasks')
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
@@ -182,11 +182,11 @@ choice('format', 'text', ['text', 'csv', 'latex'], 'format of what --compare and
        only='comparison')
 choice('plot_format', 'png', ['png', 'pdf', 'svg'], 'format of the pictures that --plot and --predict draw')
 boolean('test_set', False, 'evaluate on meta-test; False: on meta-validation')
-number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; --run knows it', -1)
+number('train_update_batch_size', -1, 'K of the training, if not --update_batch_size; not needed with --run', -1)
 choice('head', 'own', ['own', 'nearest'], "the model's own last layer, or the nearest class mean and neighbour", only='scores, classes')
 number('permutations', 1, "orders of each task's labels to evaluate in: reports their mean accuracy, and that of their averaged outputs", 1,
        only='scores, classes')
-real('train_update_lr', -1, 'alpha of the training, if not --update_lr; --run knows it')
+real('train_update_lr', -1, 'alpha of the training, if not --update_lr; not needed with --run')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
 group('Evaluation')
 boolean('predict', False, 'adapt the trained model to the images of --support_dir and classify those of --query_dir, or to the rows of '

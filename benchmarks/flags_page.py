@@ -19,6 +19,7 @@ def markdown() -> str:
             default = '' if flag.default is None else f'={flag.default}'
             meaning = re.sub('^<(.*?)>: ', lambda values: ', '.join(f'`{value}`' for value in values[1].split('|')) + ': ',
                              ' '.join(flag.help.split()))
+            meaning = meaning.removesuffix('; repeat this option to specify a list of values')
             lines.append(f'| `--{flag.name}{default}`{"†" if flag.name in LEARNING else ""} | {meaning} |')
     return '\n'.join(line.rstrip() for line in lines) + '\n'
 

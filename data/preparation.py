@@ -54,9 +54,10 @@ def arguments(description: str, source: str, destination: str) -> argparse.Argum
         epilog='This may be interrupted and run again. The classes of each split are listed in a csv file beside this script.')
     parser.add_argument('--source', default=source, help='folder of the download (default: %(default)s)')
     parser.add_argument('--download', action='store_true',
-                        help='fetch first what is missing there, and check it; else archives or their unpacked folders are read')
+                        help='download missing files into --source and check them; without it, archives or unpacked folders there are read')
     parser.add_argument('--downloads', default=DOWNLOADS, metavar='TABLE',
-                        help='what --download fetches, from where: a csv file like %(default)s, for a mirror of your own')
+                        help='csv file with the addresses, sizes and hashes for --download (default: %(default)s); '
+                             'give an edited copy to use a mirror')
     parser.add_argument('--destination', default=destination, help='folder to write to (default: %(default)s)')
     parser.add_argument('--allow_missing', action='store_true', help='continue despite missing images')
     parser.add_argument('--force', action='store_true', help='recreate what an earlier run has made')

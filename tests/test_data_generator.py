@@ -214,7 +214,7 @@ def test_ink_is_one(tmp_path):
 
 @pytest.mark.parametrize('changes, words', [
     (dict(num_classes=25), ['--num_classes=25', '24', 'train']),
-    (dict(update_batch_size=4), ['7 images', 'alphabet/train', 'has 6', 'ask for fewer']),
+    (dict(update_batch_size=4), ['7 images', 'alphabet/train', 'has 6', 'lower --update_batch_size']),
 ])
 def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
     with pytest.raises(UserError) as error:

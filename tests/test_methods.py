@@ -590,7 +590,7 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot):
     assert len(together.ensemble) == 2 and together.ensemble[0] == best.iterations and best.ensemble == []
     assert (together.is_best and best.is_best and together.setting.headline_updates == 5
             and together.training.method.startswith('MAML++ with'))
-    assert '--ensemble=3: all 2 checkpoints that were validated and kept' in run_ok(*evaluation, '--ensemble=3')
+    assert '--ensemble=3: only 2 checkpoints were validated and kept' in run_ok(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
     assert '--load_from names one' in error_of(*evaluation, f'--load_from={directory}/model4')
     assert isinstance(load(directory).model, Ensemble)
@@ -726,7 +726,7 @@ def test_what_a_preset_drops_is_said(capsys, monkeypatch):
 
 @pytest.mark.parametrize('given, note', [
     ('--method=boil --num_updates=5 --test_query=3',
-     'Note: --method=boil has --num_updates=1, but the command line or its --flagfile has --num_updates=5\n'),
+     'Note: --method=boil has --num_updates=1; the command line or its --flagfile has --num_updates=5, which is used\n'),
     ('--method=boil --num_updates=1', ''), ('--method=fomaml --stop_grad --update_lr=0.1', ''), ('--num_updates=7', '')])
 def test_what_overrides_a_preset_is_said(given, note, small_omniglot, capsys, monkeypatch):
     """It may come from a --flagfile, which is for another method."""
@@ -754,7 +754,7 @@ def test_a_run_is_evaluated_with_the_updates_of_its_method(tmp_path):
     assert entry.setting.headline_updates == 50 and len(entry.figures) == 51 and 'beyond' not in output
     steps = [*SINUSOID, '--learn_lr=step', '--num_updates=2', f'--logdir={tmp_path / "steps"}']
     run_ok(*steps, '--metatrain_iterations=1')
-    assert '(beyond the 2 of the training: with the step sizes' in run_ok(*steps, '--train=False', '--num_test_tasks=3')
+    assert '(updates after number 2 use its step sizes' in run_ok(*steps, '--train=False', '--num_test_tasks=3')
     assert 'beyond' not in run_ok(*steps, '--train=False', '--num_test_tasks=3', '--test_updates=2')
 
 

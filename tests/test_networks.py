@@ -701,7 +701,7 @@ def test_a_run_keeps_its_network(own, monkeypatch):
     assert '--trust_network' in error_of(f'--run={directory}', '--train=False')
     assert 'meta-validation' in run_ok(f'--run={directory}', '--train=False', '--trust_network', '--log=False')
     (directory / 'network' / 'sizes.py').write_text('WIDTH = 5\n')
-    assert 'is not the code' in error_of(f'--run={directory}', '--train=False', '--trust_network')
+    assert 'it is not the code' in error_of(f'--run={directory}', '--train=False', '--trust_network')
 
 
 def test_presets_set_nothing_of_the_built_in_networks(own):

@@ -246,7 +246,7 @@ def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
     as_it_was = provenance.arithmetic
     monkeypatch.setattr(training, 'arithmetic', lambda *arguments: {**as_it_was(*arguments), 'oneDNN': 'otherwise'})
     output = run_ok(f'--run={run}', '--metatrain_iterations=2')
-    assert re.search(r'Note: the checkpoint \S+ was computed in another arithmetic \(oneDNN o(n|ff), now otherwise\)\n'
+    assert re.search(r'Note: the checkpoint \S+ was computed with other software, hardware or settings \(oneDNN o(n|ff), now otherwise\)\n'
                      r' +From here on', output)
     assert len(checkpoints.load(str(run / 'model2')).record['provenance'].arithmetic) == 2
     assert 'Note' not in run_ok(f'--run={run}', '--metatrain_iterations=3')

@@ -210,7 +210,7 @@ def test_checkpoints_are_ranked_by_as_many_tasks_as_asked(tmp_path, monkeypatch)
     assert '--validation_tasks=7' in (directory_of(tmp_path) / 'run.flags').read_text()
     monkeypatch.setattr(training, 'ranked', lambda run, ranking, *_: ranking)  # the earlier ones stay best
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=6', '--save_interval=2', '--validation_tasks=9')
-    assert 'Note: checkpoints were ranked on 7 tasks of meta-validation, and are on 9 from here on' in output
+    assert 'Note: earlier checkpoints were ranked on 7 tasks of meta-validation, later ones are ranked on 9' in output
     assert re.search(r'did best \(--test_best\), with a loss of [\d.]+ on 7 tasks', output)
 
 

@@ -58,7 +58,7 @@ def read(value: str) -> NetworkFile:
     _add_file(files, folder, name)
     digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     if match[3] and not digest.startswith(match[3]):
-        raise UserError(f'{os.path.join(folder, name)}, or a module that it imports, is not the code of --network={value}')
+        raise UserError(f'{os.path.join(folder, name)}, or a module that it imports, has changed: it is not the code of --network={value}')
     return NetworkFile(os.path.abspath(folder), name, match[2], digest, files)
 
 
@@ -125,7 +125,7 @@ def _add_file(files, folder, path):
         raise UserError(f'--network: {full} cannot be read: {error.strerror}') from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f' in line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(f'--network: {full} is no Python that can be read: '
+        raise UserError(f'--network: {full} is not valid Python: '
                         f'{getattr(error, "msg", None) or first_line(error)}{line}') from error
     for parts in _imported(tree, os.path.dirname(path).split('/') if '/' in path else []):
         for end in range(1, len(parts) + 1):

@@ -104,7 +104,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--split={split} must be three whole numbers like 64/16/20, not all of them 0'),
     (lambda r: r.own_data and r.mode == 'train' and re.match('0+/', r.split), '--split={split} leaves no classes to train on'),
     (lambda r: r.tables and 'split' in r.given and not r.group_column,
-     '--split={split} is for a table with the labels or tasks of its lines: add --label_column or --task_column, or leave it out'),
+     '--split={split} needs the column with the class or task of each row: add --label_column or --task_column, or leave out --split'),
     (lambda r: r.tables and bool(r.label_column) and bool(r.task_column), '--label_column and --task_column: give one'),
     (lambda r: r.tables and bool(r.label_column) and bool(r.targets),
      '--label_column is for classification, --targets for regression: give one'),
@@ -132,7 +132,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
     (lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
     *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
-       f'--{name}={{{name}}} is about meta-training, and there are no iterations of it: leave it out')
+       f'--{name}={{{name}}} is about meta-training, and this run only pre-trains: leave it out')
       for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'norm_per_step', 'outer')),
     (lambda r: r.mode == 'train' and r.norm_per_step and r.iterations[0] > 0 and not r.only_pretrains,
      '--norm_per_step: pre-training has no inner step, so it would train the offsets and scales of the first one only; train with '

@@ -33,12 +33,12 @@ def run_and_data(line: CommandLine) -> tuple[Run, Any]:
     rules.check_flags(request)
     if request.dropped:
         dropped = ', '.join(f'--{name}={value}' for name, value in request.dropped.items())
-        print(f'--method={request.method} without {dropped}: the source or the network has no use for '
-              f'{"them" if len(request.dropped) > 1 else "it"}')
+        print(f'--method={request.method}: {dropped} left out, because {"they do" if len(request.dropped) > 1 else "it does"} not apply to '
+              'this source or network')
     others = methods.overridden(request.method, request.values, request.given) if request.mode == 'train' else {}
     if others:
         own, given = (' '.join(f'--{name}={values[name]}' for name in others) for values in (others, request.values))
-        print(f'Note: --method={request.method} has {own}, but the command line or its --flagfile has {given}')
+        print(f'Note: --method={request.method} has {own}; the command line or its --flagfile has {given}, which is used')
     strategy = 'one' if request.mode == 'predict' else request.strategy
     cluster = workers.cluster_from_environment(strategy)
     # The data first: their errors are reported before TensorFlow loads.

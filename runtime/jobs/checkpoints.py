@@ -246,7 +246,7 @@ def find_best(directory: str, count: int) -> list[Checkpoint]:
     if not ranking:
         raise UserError(f'--ensemble={count} needs checkpoints that were validated, and {directory} has none; evaluate with --ensemble=1')
     if len(ranking) < count:
-        print(f'--ensemble={count}: all {len(ranking)} checkpoints that were validated and kept, for there are no more')
+        print(f'--ensemble={count}: only {len(ranking)} checkpoints were validated and kept; all are used')
     return [find(directory, iteration) for iteration in ranking]
 
 

@@ -113,7 +113,7 @@ def report(run: Evaluation, results: Sequence[Result], written: Sequence[str]) -
             print(f'Adaptation diverged on {diverged} of {run.num_test_tasks} tasks{where}{advice}')
     trained = run.model.num_updates
     if run.test_updates > trained and (run.model.learn_lr == 'step' or run.model.norm_per_step):
-        print(f'  (beyond the {trained} of the training: with the step sizes and the normalisation of the last of them)')
+        print(f'  (updates after number {trained} use its step sizes and its normalisation again)')
     print(f'\n{run.num_test_tasks / max(result.seconds for result in results):.3g} tasks a second. '
           f'Written to {run.directory}: {", ".join(written)}')
 

@@ -43,8 +43,8 @@ def check(config: ModelConfig) -> None:
     wrong = error_of(loss, tensors, adapted(config, Parameters(weights, norm_params)).keys(), random)
     if wrong:
         culprit = _culprit(network, {**tensors, **masks}, x, random) or f'{wrong} in code of its own that is in no layer'
-        raise UserError(f'{network.name} cannot be differentiated twice, so that MAML would learn something else: {culprit}; use another '
-                        'layer, a first-order method, or --check_network=False to train as it is')
+        raise UserError(f'the second derivatives of {network.name} are wrong or missing, so the meta-gradient would be wrong: {culprit}; '
+                        'use another layer, a first-order method, or --check_network=False to train as it is')
 
 
 def error_of(function: Callable[[Tensors], tf.Tensor], tensors: Tensors, names, random: np.random.Generator) -> str:

@@ -110,8 +110,8 @@ def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainSta
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
         counts = {entry['tasks'] for entry in state.ranking if 'tasks' in entry} - {run.validation_tasks}
         if counts:
-            print(f'Note: checkpoints were ranked on {", ".join(map(str, sorted(counts)))} tasks of meta-validation, and are on '
-                  f'{run.validation_tasks} from here on')
+            print(f'Note: earlier checkpoints were ranked on {", ".join(map(str, sorted(counts)))} tasks of meta-validation, later ones '
+                  f'are ranked on {run.validation_tasks}')
         return state, provenance
     if run.load_from:
         record = load_weights(run.load_from, model, run.network_flags, starts=True).record
@@ -310,7 +310,7 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
         step = int(np.argmin(finite))
         quantity = 'loss' if 'pre_loss' in means else run.metric
         pre, post = means[f'pre_{quantity}'][step], means[f'post_{quantity}'][step]
-        what = 'the gradient is not finite' if math.isfinite(pre + post) else 'these are not finite'
+        what = 'the gradient is not finite' if math.isfinite(pre + post) else 'at least one of them is not finite'
         raise diverged(run, state.iteration, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} '
                        f'after the inner updates, and '
                        f'{what if diverging else f"no outer step was found in {IDLE_ITERATIONS} iterations in a row"}')

@@ -75,7 +75,7 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         what = '; '.join(f'{name} {before.get(name, "not known")}, now {after.get(name, "not known")}'
                          for name in differing([before, after]))
         if what:
-            sentences['arithmetic'] = f'{model} was computed in another arithmetic ({what})'
+            sentences['arithmetic'] = f'{model} was computed with other software, hardware or settings ({what})'
     return sentences
 
 
