@@ -282,9 +282,9 @@ class ClassFolders(FolderOptions):
         return Examples.grouped(images, counts, record[split]['crc32'])
 
     def _fingerprint(self, classes: list[ImageClass], image_shape: tuple[int, int, int]) -> str:
-        """Identifies images, and how they are decoded."""
+        """Identifies images, and how a user's are decoded: that text changes with what makes other pixels of the same files."""
         files = [(name, images) if folder in (name, '') else (name, folder, images) for name, folder, images in classes]
-        return hashlib.sha256(repr((image_shape, self.script is None and 'on white', files)).encode()).hexdigest()
+        return hashlib.sha256(repr((image_shape, self.script is None and 'on white, 12 bits', files)).encode()).hexdigest()
 
     def _decoded(self, split, classes, image_shape, cache):
         own, root = self.script is None, self.root
