@@ -62,11 +62,12 @@ class ClassTasks:
                             f'{folders.root} has {counts[fewest]}; lower --update_batch_size (or --test_query), or remove the '
                             f'{self.unit}')
 
-    def class_checksums(self) -> list[int]:
-        """Of each class the CRC-32 of its first examples, by which it is known again under another name."""
-        values, _, starts, counts, _ = self.classes
+    def class_checksums(self) -> dict[str, int]:
+        """{`class_name`: CRC-32 of its first examples}, by which a class is known again under another name."""
+        values, names, starts, counts, _ = self.classes
         most = max(2 ** 16 // values[:1].nbytes, 1)
-        return [zlib.crc32(np.ascontiguousarray(values[start:start + min(count, most)])) for start, count in zip(starts, counts)]
+        return {class_name(name): zlib.crc32(np.ascontiguousarray(values[start:start + min(count, most)]))
+                for name, start, count in zip(names, starts, counts)}
 
     @property
     def size(self) -> str:
@@ -262,6 +263,11 @@ class TableSource(NumberSource):
         return len(self.files.target_names) or config.num_classes
 
 
+def photographs(folder: str, side: int) -> ImageSource:
+    """A published set of square colour images, trained with 15 query examples of each class."""
+    return ImageSource((side, side, 3), folder, f'data/{folder}/proc_images.py', clip=10.0, train_query_shots=15)
+
+
 SOURCES: dict[str, Source] = {
     'sinusoid': FunctionSource(Sinusoid(), baselines=('oracle',)),
     'sinusoid_line': FunctionSource(SinusoidOrLine()),
@@ -269,13 +275,16 @@ SOURCES: dict[str, Source] = {
     'navigation': Navigation(),
     'omniglot': ImageSource((28, 28, 1), 'omniglot_resized', 'data/omniglot_resized/resize_images.py', rotations=True,
                             invert=True, head='mean', validation_updates=10),
-    'miniimagenet': ImageSource((84, 84, 3), 'miniImagenet', 'data/miniImagenet/proc_images.py', clip=10.0,
-                                train_query_shots=15),
-    **{name: ImageSource((side, side, 3), name, f'data/{name}/proc_images.py', clip=10.0, train_query_shots=15)
-       for side, names in ((32, 'cifarfs fc100'), (84, 'tieredimagenet cub flowers aircraft dtd')) for name in names.split()},
-    **{f'{count}mnist': ImageSource((side, side, 1), f'{count}mnist', f'data/{count}mnist/proc_images.py',
-                                     validate_on_fewer=count == 'double')
-       for count, side in (('double', 64), ('triple', 84))},
+    'miniimagenet': photographs('miniImagenet', 84),
+    'cifarfs': photographs('cifarfs', 32),
+    'fc100': photographs('fc100', 32),
+    'tieredimagenet': photographs('tieredimagenet', 84),
+    'cub': photographs('cub', 84),
+    'flowers': photographs('flowers', 84),
+    'aircraft': photographs('aircraft', 84),
+    'dtd': photographs('dtd', 84),
+    'doublemnist': ImageSource((64, 64, 1), 'doublemnist', 'data/doublemnist/proc_images.py', validate_on_fewer=True),
+    'triplemnist': ImageSource((84, 84, 1), 'triplemnist', 'data/triplemnist/proc_images.py'),
     'gtsrb': ImageSource((32, 32, 3), 'gtsrb', 'data/gtsrb/proc_images.py', test_only=True),
     'table': TableSource(),  # the user's own
     'folder': ImageSource((84, 84, 3), clip=10.0, split_ratios=(64, 16, 20)),  # the user's own; flags change shape and rotations

@@ -3,8 +3,6 @@ import os
 import sys
 from typing import Any
 
-from absl import flags as absl_flags
-
 from data_generator import SOURCES
 from runtime.cli import rules, workers
 from runtime.cli.flags import Learning, boolean, choice, group, help_text, number, parse, real, string, strings
@@ -56,10 +54,11 @@ Usage:
 
 # TensorFlow takes seconds to import, so the modules that need it are imported once flags and data have been checked.
 
+group('Data')
 choice('datasource', 'sinusoid', SOURCES, 'where tasks come from', Learning())
 number('num_classes', 5, 'way N: classes per task (ignored in regression)', 1, Learning(network='classes'), only='supervised')
-string('baseline', None, "'oracle': append each task's amplitude and phase (navigation: its goal) to the input, and train jointly instead "
-       "of meta-training", Learning(label='{}', network='numbers'))
+choice('baseline', 'None', ['None', 'oracle'], "'oracle' appends each task's amplitude and phase (navigation: its goal) to the input, "
+       "and trains jointly instead of meta-training", Learning(label='{}', network='numbers'))
 string('data_path', None, 'folder of the data, if not the one under data/; your own images or tables: see docs/data.md', only='files')
 string('split_file', None, 'csv file with the columns split,class; or a list of images, such as filename,label, or three: train,val,test',
        only='own data')
@@ -80,7 +79,7 @@ boolean('verify', False, 'compare checksums of decoded images at start-up, not o
 number('test_query', -1, 'query examples per class in evaluation; -1: as many as --update_batch_size (navigation: 40 episodes)', -1)
 number('seed', 0, 'seed of a training: of the initial weights and the tasks', 0, Learning('.seed{}'))
 number('test_seed', 0, "seed of an evaluation's tasks, whatever the model's --seed", 0)
-group('Data')
+group('Training')
 number('pretrain_iterations', 0, 'iterations of joint training, on the loss before any inner update; before meta-training', 0)
 number('metatrain_iterations', 15000, 'meta-updates', 0)
 number('meta_batch_size', 25, 'tasks per meta-update', 1, Learning())
@@ -93,7 +92,7 @@ real('ridge_scale', 10.0, 'initial value of the learned scale of outputs of --he
 boolean('stop_grad', False, 'first-order MAML: treat the inner gradient as a constant', Learning('stopgrad'))
 boolean('skip_nonfinite', False, 'skip and count iterations whose loss or gradient is not finite, instead of stopping', only='supervised')
 number('validation_tasks', 300, 'meta-validation tasks by which a training ranks its checkpoints (navigation: 100)', 1)
-group('Training')
+group('Method')
 choice('method', 'maml', PRESETS, 'a preset of flags, see docs/methods.md; flags on the command line and in a --flagfile override it')
 choice('inner_weights', 'all', ['all', 'head', 'body'], 'what the inner loop adapts: all weights, the last layer, or all other layers',
        Learning('.inner{}'), only='supervised')
@@ -127,7 +126,7 @@ choice('inner_optimizer', 'sgd', ['sgd', 'adam'], 'optimizer of the inner loop; 
        'moments carry over from task to task', Learning('.inner{}'), only='supervised')
 number('inner_batch', 0, 'support examples of an inner step, in random order; 0: all', 0, Learning('.batch{}'), only='supervised')
 number('ensemble', 1, 'n: keep the n checkpoints that did best on meta-validation, and evaluate their mean outputs', 1, only='supervised')
-group('Method')
+group('Network')
 choice('norm', 'batch_norm', ['batch_norm', 'layer_norm', 'None'], 'normalisation of the hidden layers (navigation: none)',
        Learning({'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}, network='all'), only='supervised')
 number('num_filters', 64, 'filters of each convolution; 32 in the paper for MiniImagenet', 1, Learning('hidden{}', 'convolutions'),
@@ -145,7 +144,7 @@ boolean('check_network', True, 'before a training, test the second derivatives o
 string('hidden', None, 'sizes of the hidden layers of a fully connected network; default: 40,40 (navigation: '
        '100,100), or with --conv=False 256,128,64,64',
        Learning('.layers{}', network='all'), only='fully connected')
-group('Network')
+group('Computation (results differ only by rounding)')
 choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: '
        'their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map', only='supervised')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0,
@@ -154,7 +153,7 @@ boolean('recompute', False, 'gradient checkpointing over inner steps: saves memo
         only='supervised')
 choice('strategy', 'auto', workers.STRATEGIES, 'where the tasks of a meta-batch run: one device, all GPUs of this machine, or the machines '
        'of TF_CONFIG; auto: the last if TF_CONFIG is set, all GPUs if there are several, else one device', only='supervised')
-group('Computation (results differ only by rounding)')
+group('Saving and resuming')
 boolean('log', True, 'write summaries for TensorBoard')
 string('logdir', '/tmp/data', 'folder in which each experiment gets a directory of its own')
 string('run', None, 'directory of a run: use the flags of its training, except those of computation and saving, to evaluate, to predict '
@@ -162,7 +161,7 @@ string('run', None, 'directory of a run: use the flags of its training, except t
 boolean('trust_network', False, 'run the network that somebody else trained with, from the directory of --run', only='own networks')
 boolean('resume', True, 'continue from the newest checkpoint, if there is one')
 number('save_interval', 1000, 'iterations between checkpoints (navigation: 10)', 1)
-group('Saving and resuming')
+group('Evaluation')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, 'prefix of a checkpoint, of this program or of the reference, to evaluate, or to start a training from')
 number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0: in evaluation the initial weights, else the newest', -1)
@@ -188,7 +187,7 @@ number('permutations', 1, "orders of each task's labels to evaluate in: reports 
        only='scores, classes')
 real('train_update_lr', -1, 'alpha of the training, if not --update_lr; not needed with --run')
 boolean('resize', False, "resize the images of --datasource to the training's size and channels", only='transfer')
-group('Evaluation')
+group('Prediction')
 boolean('predict', False, 'adapt the trained model to the images of --support_dir and classify those of --query_dir, or to the rows of '
         '--support_csv and predict for those of --query_csv', only='files')
 string('support_dir', None, 'folder with a folder of images for each class; a trained last layer takes --num_classes at most',
@@ -196,9 +195,8 @@ string('support_dir', None, 'folder with a folder of images for each class; a tr
 string('query_dir', None, 'folder of images to classify', only='images, prediction')
 string('support_csv', None, "rows to adapt to: the training's columns, and class if it had no --targets", only='tables, prediction')
 string('query_csv', None, 'rows to predict for', only='tables, prediction')
-group('Prediction')
-absl_flags.DEFINE_bool('help', False, 'print this text', short_name='h')
 group('Help')
+boolean('help', False, 'print this text', short_name='h')
 
 
 def compare(values: dict[str, Any], folders: list[str]) -> None:

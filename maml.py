@@ -180,19 +180,24 @@ def meta_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, 
 
 
 def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
-    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly; or that of a classifier of all classes,
-    for a 'task' of examples of all of them."""
+    """The gradient of the support loss before adaptation: pre-training, on all tasks jointly."""
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        if config.pretrain_classes:
-            pre = post = classifier_outputs(config, weights_at(config, parameters, masks(config, iteration), 0), task.support_x)
-        else:
-            pre, states = inner_loop(config, parameters, task, iteration)
+        pre, states = inner_loop(config, parameters, task, iteration)
         loss = loss_of(config, pre, task.support_y)
     gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
-    if not config.pretrain_classes:
-        post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
+    post = query_outputs(config, parameters, task, states[-1], config.num_updates - 1)
     return gradients, Outputs(pre, post), parameters.inner_optimizer_state
+
+
+def classifier_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
+    """That of the loss of a classifier of all classes, for a 'task' of examples of all of them (Baseline: Chen et al., 2019)."""
+    with tf.GradientTape() as tape:
+        tape.watch(parameters)
+        outputs = classifier_outputs(config, weights_at(config, parameters, masks(config, iteration), 0), task.support_x)
+        loss = loss_of(config, outputs, task.support_y)
+    gradients = tape.gradient(loss, parameters.trained(), unconnected_gradients='zero')
+    return gradients, Outputs(outputs, outputs), parameters.inner_optimizer_state
 
 
 def reptile_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
@@ -207,7 +212,7 @@ def reptile_gradient(config: ModelConfig, parameters: Parameters, iteration: Ste
 def task_gradient(config: ModelConfig, phase: str) -> Callable:
     """What the outer loop follows in a phase, 'metatrain' or 'pretrain'. Cached: TensorFlow compiles each function object again."""
     if phase == 'pretrain':
-        return functools.partial(joint_gradient, config)
+        return functools.partial(classifier_gradient if config.pretrain_classes else joint_gradient, config)
     return functools.partial({'gradient': meta_gradient, 'reptile': reptile_gradient}[config.outer], config)
 
 
@@ -215,9 +220,9 @@ def task_gradient(config: ModelConfig, phase: str) -> Callable:
 
 def adapted(config: ModelConfig, parameters: Parameters) -> Tensors:
     """The tensors that the inner loop adapts: all of the network (MAML), the last layer (ANIL) or the others (BOIL); see `adapt_norm`."""
-    head = network_of(config).head_names
-    is_adapted = {'all': lambda name: True, 'head': lambda name: name in head, 'body': lambda name: name not in head}[config.inner_weights]
-    weights = {name: value for name, value in layers(config, parameters.weights).items() if is_adapted(name)}
+    weights, head = layers(config, parameters.weights), network_of(config).head_names
+    names = {'all': weights.keys(), 'head': {*head}, 'body': weights.keys() - head}[config.inner_weights]
+    weights = {name: value for name, value in weights.items() if name in names}
     return {**weights, **parameters.norm_params} if config.adapt_norm else weights
 
 
@@ -337,7 +342,8 @@ def predict_without_adapting(config: ModelConfig, parameters: Parameters, step: 
                             task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
     """Outputs of a task without an inner step, and its unchanged state."""
     task, state = task_and_state
-    return Outputs(*(outputs(config, parameters, task, state, step) for outputs in (support_outputs, query_outputs))), state
+    pre = support_outputs(config, parameters, task, state, step)
+    return Outputs(pre, query_outputs(config, parameters, task, state, step)), state
 
 
 class MAML:
@@ -355,12 +361,13 @@ class MAML:
         """The initial weights are a function of config and seed; `network` is that of the config (docs/networks.md). With several
         replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`."""
         config = dataclasses.replace(config, network=network, mask_seed=seed) if network else config
-        self.replicas, self.description = replicas or Replicas(), network_of(config).description
+        self.replicas = replicas or Replicas()
+        self.description = network_of(config).description
         self.config = config = engine.resolve(config, network_of(config))
-        self.shared = Parameters(*({name: tf.Variable(tf.cast(value, config.dtype)) for name, value in group.items()}
-                                        for group in initial_parameters(config, seed)))
+        self.shared = tf.nest.map_structure(lambda value: tf.Variable(tf.cast(value, config.dtype)), initial_parameters(config, seed))
         self.weights, self.norm_params, rates, inner_optimizer_state = self.shared
-        self.learning_rates, trained = {name[3:]: v for name, v in rates.items()}, self.shared.trained()
+        self.learning_rates = {name.removeprefix('lr/'): variable for name, variable in rates.items()}
+        trained = self.shared.trained()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in trained.values()) < 10_000 else 1
         self._optimizers = outer_optimizers(config, trained)
         self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}

@@ -23,7 +23,7 @@ HORIZON, DISCOUNT, GAE_LAMBDA = 100, 0.99, 1.0
 LARGEST_MOVE, GOAL_RADIUS, MIN_LOG_STD = 0.1, 0.01, math.log(1e-6)
 KL_BOUND, DAMPING, CG_STEPS, CG_TOLERANCE = 0.01, 1e-5, 10, 1e-10
 BACKTRACKING, LINE_SEARCH_STEPS = 0.8, 15
-RIDGE = 1e-5
+BASELINE_RIDGE = 1e-5
 Tensors = dict[str, tf.Tensor]
 
 
@@ -73,15 +73,16 @@ def rollouts(parameters: Tensors, goals: tf.Tensor, noise: tf.Tensor, sees_goal:
 
     def move(state, noise):
         position, running = state[0], state[-1]
-        mean, log_std = policy(parameters, observe(position))
+        observation = observe(position)
+        mean, log_std = policy(parameters, observation)
         action = mean + tf.exp(log_std) * noise
         after = position + tf.clip_by_value(LARGEST_MOVE * action, -LARGEST_MOVE, LARGEST_MOVE)
         arrived = tf.reduce_all(tf.abs(after - goals) < GOAL_RADIUS, axis=-1)
-        return after, position, action, running, tf.where(arrived, tf.zeros_like(running), running)
+        return after, observation, action, running, tf.where(arrived, tf.zeros_like(running), running)
 
     zeros, ones = tf.zeros_like(noise[0]), tf.ones_like(noise[0, ..., 0])
-    after, positions, actions, mask, _ = (_rollouts_first(values) for values in tf.scan(move, noise, (zeros, zeros, zeros, ones, ones)))
-    observations = tf.concat([positions, tf.broadcast_to(goals[:, :, None], positions.shape)], axis=-1) if sees_goal else positions
+    steps = tf.scan(move, noise, (zeros, observe(zeros), zeros, ones, ones))
+    after, observations, actions, mask, _ = map(_rollouts_first, steps)
     return Trajectories(observations, actions, -tf.norm(after - goals[:, :, None], axis=-1) * mask, mask)
 
 
@@ -118,7 +119,7 @@ def baseline(trajectories: Trajectories, returns: tf.Tensor) -> tf.Tensor:
     clipped = tf.clip_by_value(observations, -10, 10)
     time = tf.broadcast_to(tf.range(mask.shape[2], dtype=tf.float64)[:, None] / 100, mask.shape)
     features = _rows(tf.concat([clipped, clipped ** 2, time, time ** 2, time ** 3, tf.ones_like(time)], axis=-1) * mask)
-    squares = tf.matmul(features, features, transpose_a=True) + RIDGE * tf.eye(features.shape[-1], dtype=tf.float64)
+    squares = tf.matmul(features, features, transpose_a=True) + BASELINE_RIDGE * tf.eye(features.shape[-1], dtype=tf.float64)
     projections = tf.matmul(features, _rows(tf.cast(returns, tf.float64)[..., None]), transpose_a=True)
     values = features @ tf.linalg.cholesky_solve(tf.linalg.cholesky(squares), projections)
     return tf.cast(tf.reshape(values, returns.shape), returns.dtype)
@@ -174,7 +175,8 @@ def surrogate_and_kl(parameters: Tensors, before: Batch, after: Batch, sampled_b
         after: the episodes of the adapted policies, sampled by `sampled_by`, {name: [tasks, ...]}.
     """
     sampled_by = tf.nest.map_structure(tf.stop_gradient, sampled_by)  # in pre-training these are the parameters
-    adapted, (trajectories, weights) = adapt(parameters, *before, update_lr, stop_grad), after
+    adapted = adapt(parameters, *before, update_lr, stop_grad)
+    trajectories, weights = after
     ratio = tf.exp((log_likelihood(adapted, trajectories) - log_likelihood(sampled_by, trajectories)) * trajectories.mask)
     surrogate = -tf.reduce_mean(_mean_of_steps(ratio * weights, trajectories.mask))
     observations, mask = _rows(trajectories.observations), _rows(trajectories.mask[..., None])[..., 0]
@@ -311,8 +313,10 @@ def iteration(config: ModelConfig, phase: str, parameters: Tensors, batch: GoalB
     before = with_advantages(walk(config, parameters, batch.goals, batch.support_keys))
     adapted = adapt(parameters, *before, config.update_lr, config.stop_grad)
     after = with_advantages(walk(config, adapted, batch.goals, batch.query_keys))
-    step = trpo_step(parameters, *{'metatrain': (before, after, adapted, config.update_lr, config.stop_grad),
-                                   'pretrain': (before, before, parameters, 0.0, True)}[phase])
+    if phase == 'metatrain':
+        step = trpo_step(parameters, before, after, adapted, config.update_lr, config.stop_grad)
+    else:
+        step = trpo_step(parameters, before, before, parameters, 0.0, True)
     returns = {f'{when}_return': tf.reduce_mean(average_return(episodes[0])) for when, episodes in (('pre', before), ('post', after))}
     return step.parameters, {**returns, 'kl': step.divergence, 'taken': step.taken, 'finite': step.finite}
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import random
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ RANDOM_OPERATIONS = {'RandomUniform', 'RandomUniformInt', 'RandomStandardNormal'
                      'RandomGamma'}
 HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
 CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
-RIDGE = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
+RIDGE_SCALARS = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
 NEIGHBOURS = f'{HEAD_PREFIX}features', f'{HEAD_PREFIX}labels'  # the support rows of `nearest_neighbour`
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
 Tensors = dict[str, tf.Tensor]
@@ -174,23 +175,25 @@ class KerasNetwork:
         Raises:
             UserError: the function does not make such a model, or it has state, losses or dtypes that are not swapped or used.
         """
-        self._function, self.name = function, getattr(function, '__name__', type(function).__name__)
-        self._input_shape, self._outputs, self._dtype = tuple(input_shape), outputs, dtype
-        self._keras, self._seen = _keras(), threading.local()
+        self.name = getattr(function, '__name__', type(function).__name__)
+        self._function, self._input_shape, self._outputs, self._dtype = function, tuple(input_shape), outputs, dtype
+        self._keras = _keras()
+        self._seen = threading.local()  # `features`: the input of the last layer in this thread's call
         self.model = model = self._build(0)
         self.layers = list(model._flatten_layers(include_self=False))
         self._weights = {variable.path: variable for variable in model.trainable_variables}
-        self._seeds = [variable for variable in model.non_trainable_variables if variable.name == 'seed_generator_state']
-        seeds = set(map(id, self._seeds))
-        self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables
-                           if id(variable) not in seeds]
+        self._seeds = list(filter(_is_seed, model.non_trainable_variables))
+        self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables if not _is_seed(variable)]
         self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
         self._norm_names = {weight.path for layer in self.layers if self._normalises(layer) for weight in layer._trainable_variables}
-        self.convolutional, self.random = any('Conv' in type(layer).__name__ for layer in self.layers), bool(self._seeds)
+        self.convolutional = any('Conv' in type(layer).__name__ for layer in self.layers)
+        self.random = bool(self._seeds)
         for layer in self._norms:  # whose argument says too whether random layers draw
             layer.call = functools.partial(_with_current_statistics, layer.call)
         self._refuse_unusable()
-        self.head_names, self._head, self._no_head, self._has_linear_head, self._unused_head = (), None, '', False, {}
+        # Of the last layer, until `_find_head` has found it:
+        self.head_names, self._unused_head = (), {}
+        self._head, self._has_linear_head, self._no_head = None, False, ''
         self._gathered = set()  # names of weights of which only some rows are used, as an Embedding's
         self._find_head(*self._called(self._probe, ' where training=True'))
         self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
@@ -206,8 +209,8 @@ class KerasNetwork:
 
     def _normalises_or_draws(self, layer):
         """Whether a layer, or one in it, normalises, or the network is random and the layer has seeds."""
-        seeds = set(map(id, self._seeds)) if self.random else set()
-        return any(map(self._normalises, layer._flatten_layers())) or any(id(variable) in seeds for variable in layer.variables)
+        draws = self.random and any(map(_is_seed, layer.variables))
+        return draws or any(map(self._normalises, layer._flatten_layers()))
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError if the network cannot be used with a config."""
@@ -304,8 +307,10 @@ class KerasNetwork:
                      f'{self._dtype}' for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
         problems += [f'layer {layer.name} takes statistics over all replicas' for layer in self._norms if layer.synchronized]
         for path, weight in self._weights.items():
-            problems += [f'{path} is of {weight.dtype}, and not of {self._dtype}'] * (weight.dtype != self._dtype)
-            problems += [f'{path} has a constraint, which is not kept here'] * bool(weight.constraint)
+            if weight.dtype != self._dtype:
+                problems.append(f'{path} is of {weight.dtype}, and not of {self._dtype}')
+            if weight.constraint:
+                problems.append(f'{path} has a constraint, which is not kept here')
         self._refuse(problems)
 
     def _refuse(self, problems):
@@ -422,6 +427,11 @@ class KerasNetwork:
             return 'normalises or is random'
         gradients = tape.gradient(features, [tensors[weight.path] for weight in layer.trainable_variables])
         return '' if all(gradient is None for gradient in gradients) else 'shares its weights with another'
+
+
+def _is_seed(variable):
+    """Whether a variable of Keras is the state of a generator of random numbers."""
+    return variable.name == 'seed_generator_state'
 
 
 def nearby(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
@@ -544,7 +554,7 @@ def _drawn(seed: int, layers: Iterable[tuple[str, Callable, Sequence[int]]]) -> 
     tensors = {}
     for name, distribution, shape in layers:
         tensors[name] = distribution(shape, [seed, zlib.crc32(name.encode())])
-        tensors['b' + name.lstrip('convw')] = tf.zeros([shape[-1]])
+        tensors[re.sub('conv|w', 'b', name)] = tf.zeros([shape[-1]])
     return tensors
 
 
@@ -564,8 +574,8 @@ def _initial_norm_params(config: ModelConfig, scopes: Iterable[tuple[str, int]])
 # Where the last layer of a task comes from --------------------------------------------------------------------------
 
 def shared_weights(config: ModelConfig, seed: int) -> Tensors:
-    """The weights that tasks share, initially: all, or with the last layers of `HEADS` the others and what these learn; and those of a
-    classifier of pre-training; float32."""
+    """What tasks share before training, float32: the network's weights, where a last layer that is computed for each task is replaced by
+    what its entry of `HEADS` learns; and the weights of the classifier of pre-training, if there is one."""
     network = network_of(config)
     weights = network.initial_weights(seed)
     if config.head_init != 'learned':
@@ -576,7 +586,8 @@ def shared_weights(config: ModelConfig, seed: int) -> Tensors:
 
 
 def layers(config: ModelConfig, weights: Tensors) -> Tensors:
-    """Of the shared weights those of the network, without what a last layer has besides; the network may have a layer named head."""
+    """The shared weights that are the network's own, without those that only a head of `HEADS` or the classifier of pre-training has.
+    A network of one's own may have a layer called head."""
     others = {*HEADS[config.head_init].extra}.difference(network_of(config).head_names)
     return {name: value for name, value in weights.items() if name not in others and not name.startswith(CLASSIFIER)}
 
@@ -618,8 +629,8 @@ def outputs_of(config: ModelConfig, tensors: Tensors, features: tf.Tensor) -> tf
 
 
 def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensors: Tensors) -> Tensors:
-    """Values for a model, {name: tensor}, from those of one that may have more outputs, of which the model makes the first, or fewer, if
-    the last layer is computed.
+    """A model's parameters, {name: tensor}, from those of another, which may have more outputs: then the first are taken; or fewer, if the
+    last layer is computed for each task.
 
     Raises UserError if a network of one's own with another number of outputs would compute something else.
     """
@@ -682,22 +693,28 @@ def prototypes(config, weights, features, support_y):
 
 def ridge_scalars(config: ModelConfig, seed: int) -> Tensors:
     """What `ridge_regression` learns, initially: scalars."""
-    return dict(zip(RIDGE, map(tf.constant, (config.ridge_lambda, config.ridge_scale, 0.0))))
+    return dict(zip(RIDGE_SCALARS, map(tf.constant, (config.ridge_lambda, config.ridge_scale, 0.0))))
 
 
 def ridge_regression(config, weights, features, support_y):
     """The ridge regression of y on the features and a column of ones, in closed form, scaled (R2-D2: Bertinetto et al., 2019, equations
     4 to 6). With X and Y divided by the root of the number of rows it is X'(XX' + lambda)^-1 Y, or where there are more rows than
     columns (X'X + lambda)^-1 X'Y."""
-    rows, (penalty, scale, bias) = features.shape[0], (weights[name] for name in RIDGE)
-    x, y = (values / math.sqrt(rows) for values in (tf.concat([features, tf.ones_like(features[:, :1])], axis=1), support_y))
-    by_rows = rows <= x.shape[1]
-    gram = tf.matmul(x, x, transpose_a=not by_rows, transpose_b=by_rows)
-    gram += penalty * tf.eye(gram.shape[0], dtype=gram.dtype)
-    # TensorFlow ends the program if it cannot solve; where training diverged, the result shall be nan, as elsewhere.
-    gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.eye(gram.shape[0], dtype=gram.dtype))
-    solution = tf.matmul(x, tf.linalg.solve(gram, y), transpose_a=True) if by_rows else (
-        tf.linalg.solve(gram, tf.matmul(x, y, transpose_a=True)))
+    penalty, scale, bias = (weights[name] for name in RIDGE_SCALARS)
+    root = math.sqrt(features.shape[0])
+    x = tf.concat([features, tf.ones_like(features[:, :1])], axis=1) / root
+    y = support_y / root
+
+    def solve(gram, right):
+        gram += penalty * tf.eye(gram.shape[0], dtype=gram.dtype)
+        # TensorFlow ends the program if it cannot solve; where training diverged, the result shall be nan, as elsewhere.
+        gram = tf.where(tf.reduce_all(tf.math.is_finite(gram)), gram, tf.eye(gram.shape[0], dtype=gram.dtype))
+        return tf.linalg.solve(gram, right)
+
+    if x.shape[0] <= x.shape[1]:
+        solution = tf.matmul(x, solve(tf.matmul(x, x, transpose_b=True), y), transpose_a=True)
+    else:
+        solution = solve(tf.matmul(x, x, transpose_a=True), tf.matmul(x, y, transpose_a=True))
     solution *= scale
     return solution[:-1], solution[-1] + bias
 
@@ -720,5 +737,5 @@ class Head(NamedTuple):
 
 HEADS = {'learned': Head(None),
          'shared': Head(repeated_column, functools.partial(last_layer, outputs=1)), 'new': Head(new_layer),
-         'prototypes': Head(prototypes), 'ridge': Head(ridge_regression, ridge_scalars, RIDGE),
+         'prototypes': Head(prototypes), 'ridge': Head(ridge_regression, ridge_scalars, RIDGE_SCALARS),
          'neighbours': Head(lambda config, weights, *examples: examples, extra=NEIGHBOURS, outputs=nearest_neighbour)}

@@ -261,7 +261,7 @@ def _mean(x, axes):
     """
     together = []
     for axis in axes:
-        if together and math.prod(x.shape[of] for of in (*together, axis)) > SUMMED:
+        if together and math.prod(x.shape[each] for each in (*together, axis)) > SUMMED:
             x, together = tf.reduce_mean(x, together, keepdims=True), []
         together.append(axis)
     return tf.reduce_mean(x, together, keepdims=True)

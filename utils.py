@@ -112,8 +112,8 @@ def rows_of_step(rows: int, size: int, step: int | tf.Tensor, iteration: int | t
     Args:
         rows: of the support set.
         size: of each step's part; it may be larger than `rows`.
-        step: the number of the step. Its parts follow each other without a gap.
-        iteration: with it, the orders change.
+        step: counts from 0; each step goes on where the one before ended.
+        iteration: of the training; each has orders of its own.
     """
     first = tf.cast(step, tf.int32) * size
 

@@ -150,7 +150,7 @@ class Manifests(Target):
 
     def read(self, content: bytes) -> None:
         from runtime.datasets.splits import read_manifest
-        for name in read_manifest(self.path('splits.csv', content), 'train'):
+        for name in read_manifest(self.path('splits.csv', content))['train']:
             assert not os.path.isabs(name) and '..' not in name.split('/')
 
 

@@ -59,7 +59,8 @@ def own_times(path: str) -> Iterator[tuple[str, float]]:
 def shares(workload: Workload, steps: int) -> tuple[dict[str, float], float]:
     """{kind: share}, and the seconds of a step over all cores."""
     step = functools.partial(seconds_of_step, workload.model(), workload.batch(), workload.iteration)
-    step(), step()
+    for _ in range(2):  # the first compiles
+        step()
     with tempfile.TemporaryDirectory() as folder:
         with tf.profiler.experimental.Profile(folder):
             for _ in range(steps):

@@ -16,7 +16,6 @@ an earlier pack left at the destination is replaced.
 import argparse
 import collections
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from runtime.datasets.tables import COLUMNS_FILE  # noqa: E402
 from runtime.jobs import checkpoints  # noqa: E402
 from runtime.jobs.journal import CONSOLE, METRICS  # noqa: E402
 from runtime.results import store  # noqa: E402
-from runtime.results.collect import Evaluation, read_evaluations, result_directories  # noqa: E402
+from runtime.results.collect import RunEntry, read_evaluations, result_directories  # noqa: E402
 from runtime.results.statistics import figure  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
@@ -42,11 +41,6 @@ COPIED = FLAG_FILE, COLUMNS_FILE, MANIFEST, CONSOLE, METRICS, TIMES, NETWORK
 SAME, CLOSE, DIFFERENT, LEFT_OUT = 'the same', 'nearly the same', 'different', 'left out'
 # Processors of another kind round differently, which changes the outputs for a query example in some thousand.
 TOLERANCE = 0.05  # CLOSE: means differ by no more than this part of the half-width of their interval
-
-
-def is_checkpoint(name: str, iteration: int | str = r'\d+') -> bool:
-    """Whether a file of this name is one of a checkpoint's: of an iteration's, or of any."""
-    return re.fullmatch(rf'model{iteration}\.(index|data-00000-of-00001)', name) is not None
 
 
 def flags_of(entry: store.Entry) -> list[str]:
@@ -63,12 +57,12 @@ def flags_of(entry: store.Entry) -> list[str]:
     return ['--train=False', '--log=False', *(f'--{name}={value}' for name, value in values.items())]
 
 
-def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
+def evaluate_again(evaluation: RunEntry, flags: list[str]) -> store.Entry:
     """The entry of results.json that the same evaluation makes now, in a temporary copy of the run; raises
     subprocess.CalledProcessError if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         for name in os.listdir(evaluation.directory):
-            if is_checkpoint(name) or name in COPIED:
+            if checkpoints.iteration_of(name) is not None or name in COPIED:
                 os.symlink(os.path.abspath(os.path.join(evaluation.directory, name)), os.path.join(folder, name))
         subprocess.run([sys.executable, MAIN, f'--run={folder}', *flags], check=True,
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -76,7 +70,7 @@ def evaluate_again(evaluation: Evaluation, flags: list[str]) -> store.Entry:
         return again[evaluation.entry.setting.head, evaluation.entry.setting.orders]
 
 
-def repeat(evaluation: Evaluation) -> tuple[str, str]:
+def repeat(evaluation: RunEntry) -> tuple[str, str]:
     """Evaluates again; returns SAME, CLOSE, DIFFERENT or LEFT_OUT, and why."""
     entry = evaluation.entry
     if entry.setting.load_from:
@@ -158,7 +152,7 @@ def refuse_other_files(destination: str) -> None:
     """Raises UserError if there is a folder that holds what no pack writes, for it is going to be replaced."""
     locks = '.lock', '.results.lock'
     others = [name for name in sorted(os.listdir(destination) if os.path.lexists(destination) else [])
-              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and not is_checkpoint(name)]
+              if name not in (*COPIED, *locks, store.SHIPPED_FILE) and checkpoints.iteration_of(name) is None]
     if others:
         raise UserError(f'{destination} would be replaced, and holds {others[0]}, which does not ship with a run; name another folder')
 
@@ -170,9 +164,12 @@ def write_run(directory: str, folder: str, newest: int, best: list[int], entries
         checkpoint = checkpoints.load(checkpoints.path(directory, iteration))
         checkpoints.save(checkpoints.path(folder, iteration), checkpoints.without_optimizer(checkpoint.arrays), checkpoint.record)
     for name in os.listdir(directory):
-        if name in COPIED or is_checkpoint(name, newest):
+        if name in COPIED or checkpoints.iteration_of(name) == newest:
             path = os.path.join(directory, name)
-            shutil.copytree(path, os.path.join(folder, name)) if os.path.isdir(path) else shutil.copy(path, folder)
+            if os.path.isdir(path):
+                shutil.copytree(path, os.path.join(folder, name))
+            else:
+                shutil.copy(path, folder)
     if entries:
         store.write(os.path.join(folder, store.SHIPPED_FILE), entries)
 

@@ -134,9 +134,9 @@ def read_tar_members(path: str, names: Sequence[str], limit: int) -> dict[str, b
 
 def refuse_twice(path: str, names: Sequence[str]) -> None:
     """Raises SystemExit if an archive holds a file twice."""
-    name, count = max(collections.Counter(names).items(), key=lambda item: item[1], default=('', 0))
-    if count > 1:
-        sys.exit(f'{path} holds {name[:100]!r} {count} times instead of once; download it again')
+    for name, count in collections.Counter(names).most_common(1):
+        if count > 1:
+            sys.exit(f'{path} holds {name[:100]!r} {count} times instead of once; download it again')
 
 
 Archive = Folder | Tar | Zip
@@ -164,7 +164,9 @@ def is_there(args: argparse.Namespace, archive: str, folder: str) -> bool:
 def open_archive(args: argparse.Namespace, archive: str, folder: str) -> Archive:
     """The files in args.source that an archive, .zip or tar, holds; see `find_archive`."""
     path = find_archive(args, archive, folder)
-    return (Folder if os.path.isdir(path) else Zip if archive.endswith('.zip') else Tar)(path)
+    if os.path.isdir(path):
+        return Folder(path)
+    return Zip(path) if archive.endswith('.zip') else Tar(path)
 
 
 def read_text(archive: Archive, end: str) -> list[list[str]]:

@@ -50,7 +50,7 @@ class Unavailable(Exception):
     """A file that a URL does not deliver. The message says why."""
 
 
-class Interrupted(Unavailable):
+class Retryable(Unavailable):
     """A transfer that another attempt may complete."""
 
 
@@ -244,7 +244,7 @@ def fetch_from(url: str, file: File, path: str) -> None:
     while True:
         try:
             resumed = transfer(url, file, part, pace)
-        except Interrupted as error:
+        except Retryable as error:
             idle = 0 if size(part) > largest else idle + 1
             largest = max(largest, size(part))
             if idle >= ATTEMPTS:
@@ -263,7 +263,7 @@ def fetch_from(url: str, file: File, path: str) -> None:
 def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
     """Appends the missing rest of a file to `part`, by one request; returns whether `part` began with bytes of an earlier one.
 
-    Raises Interrupted if another attempt may continue, Unavailable if it may not.
+    Raises Retryable if another attempt may continue, Unavailable if it may not.
     """
     start = size(part) if size(part) <= file.bytes else 0
     if start == file.bytes:
@@ -273,7 +273,7 @@ def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
         begin = int(offset[1]) if response.status == 206 and offset else 0  # servers may ignore Range
         if begin not in (0, start):
             pathlib.Path(part).unlink(missing_ok=True)
-            raise Interrupted('sent another part of the file than it was asked for')
+            raise Retryable('sent another part of the file than it was asked for')
         announced, received, most = response.length, 0, file.bytes + 1 - begin  # one extra byte detects an oversized file
         with open(part, 'ab' if begin else 'wb') as output, tqdm(
                 desc=file.name, total=file.bytes, initial=begin, unit='B', unit_scale=True, disable=None) as progress:
@@ -284,7 +284,7 @@ def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
                 progress.update(len(content))
         ended = response.chunked if announced is None else received >= min(announced, most)
         if not ended and begin + received < file.bytes:
-            raise Interrupted(f'broke off after {begin + received:,} of {file.bytes:,} bytes')
+            raise Retryable(f'broke off after {begin + received:,} of {file.bytes:,} bytes')
     return begin > 0
 
 
@@ -296,12 +296,12 @@ def _open(url, start, part, pace):
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing there
             pathlib.Path(part).unlink(missing_ok=True)
-        kind = Interrupted if error.code in AGAIN | {416} or error.code >= 500 else Unavailable
+        kind = Retryable if error.code in AGAIN | {416} or error.code >= 500 else Unavailable
         raise kind(f'answered with status {error.code} ({reason(error)})') from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         cause = getattr(error, 'reason', None) or error
         # A name that nobody knows, or another protocol, will be the same in a minute.
-        raise (Unavailable if isinstance(cause, (socket.gaierror, str)) else Interrupted)(f'cannot be reached ({reason(cause)})') from error
+        raise (Unavailable if isinstance(cause, (socket.gaierror, str)) else Retryable)(f'cannot be reached ({reason(cause)})') from error
     except ValueError as error:  # an invalid URL
         raise Unavailable(f'cannot be used ({reason(error)})') from error
 
@@ -312,7 +312,7 @@ def _read(response, count, complete):
     except (OSError, http.client.HTTPException, Unavailable) as error:
         if complete:  # whether the file is right does not depend on what follows
             return b''
-        raise error if isinstance(error, Unavailable) else Interrupted(f'broke off ({reason(error)})') from error
+        raise error if isinstance(error, Unavailable) else Retryable(f'broke off ({reason(error)})') from error
 
 
 def difference(path: str, file: File) -> str:

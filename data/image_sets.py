@@ -47,9 +47,12 @@ def aircraft_boxes(archive: Archive) -> dict[str, Box]:
 def cub_boxes(archive: Archive) -> dict[str, Box]:
     """{picture: (left, upper, right, lower)} in pixels, of bounding_boxes.txt."""
     paths = dict(pairs(read_text(archive, 'images.txt')))
-    boxes = {number: box_numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
-    return {os.path.splitext(path)[0].rsplit('/', 1)[-1]: (left, upper, left + width, upper + height)
-            for number, path in paths.items() for left, upper, width, height in [boxes.get(number, (0, 0, 0, 0))]}
+    sizes = {number: box_numbers(box) for number, box in pairs(read_text(archive, 'bounding_boxes.txt'))}
+    boxes = {}
+    for number, path in paths.items():
+        left, upper, width, height = sizes.get(number, (0, 0, 0, 0))
+        boxes[os.path.splitext(path)[0].rsplit('/', 1)[-1]] = left, upper, left + width, upper + height
+    return boxes
 
 
 def flowers_labels(archive: Archive, source: str) -> dict[str, str]:

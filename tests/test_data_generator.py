@@ -181,7 +181,7 @@ def test_each_run_of_n_rows_holds_every_class_once_in_a_fresh_order(omniglot_tas
 
 def test_images_of_a_task_are_distinct_and_of_the_right_class(small_omniglot, omniglot_tasks):
     """Found again on disk, after undoing inversion and trying the four rotations."""
-    names = read_manifest(small_omniglot / 'splits.csv', 'train')
+    names = read_manifest(small_omniglot / 'splits.csv')['train']
     on_disk = {}
     for name in names:
         for number in range(6):
@@ -225,7 +225,7 @@ def test_tasks_that_cannot_be_drawn_are_refused(omniglot_tasks, changes, words):
 def test_the_shipped_split():
     """1100/100/423 of the 1623 characters: the sorted list, shuffled with seed 1."""
     path = os.path.join(data_generator.DATA_FOLDER, OMNIGLOT.folder, 'splits.csv')
-    splits = [read_manifest(path, split) for split in SPLITS]
+    splits = list(read_manifest(path).values())
     assert [len(names) for names in splits] == [1100, 100, 423]
     characters = sorted(sum(splits, []))
     assert len(set(characters)) == 1623 and len({name.split('/')[0] for name in characters}) == 50

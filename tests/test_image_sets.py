@@ -19,7 +19,7 @@ from PIL import Image
 from conftest import ROOT
 from data import archives, image_sets, mat_files, preparation, reading
 from data_generator import SOURCES
-from runtime.datasets.class_folders import preparation_facts
+from runtime.datasets.class_folders import preparation_record
 
 SPLIT_COUNTS = {('cub', 'chen'): (100, 50, 50), ('cub', 'frn'): (100, 50, 50), ('cub', 'feat'): (100, 50, 50),
                 ('cub', 'metadataset'): (140, 30, 30), ('cub', 'dn4'): (130, 20, 50), ('flowers', 'split'): (71, 15, 16),
@@ -169,7 +169,7 @@ def test_crops(source, flags, box, tmp_path, prepare):
     found = prepared['707-320/0000000.jpg' if source == 'aircraft' else f'{BIRDS[0]}/{BIRDS[0][4:]}_0001_1.jpg']
     assert np.abs(pixels(found) - pixels(original, box=box)).mean() < 25 < np.abs(
         pixels(found) - pixels(original, box=None if box else (10, 20, 52, 83))).mean()
-    facts = preparation_facts(tmp_path / 'prepared')
+    facts = preparation_record(tmp_path / 'prepared')['facts']
     assert facts == {'split': 'chen' if source == 'cub' else 'metadataset', 'crop': box is not None}
 
 

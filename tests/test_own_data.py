@@ -152,9 +152,9 @@ def test_classes_that_differ_only_in_how_they_are_written(names, tmp_path, capsy
 @pytest.mark.parametrize('count', [3, 10, 37])
 def test_proportions_that_are_zero(ratios, count):
     names = [f'class{number}' for number in range(count)]
-    rows = split_classes(names, ratios, 'here')
-    counts = [sum(split == name for name, _ in rows) for split in SPLITS]
-    assert sorted(name for _, name in rows) == sorted(names)
+    classes = split_classes(names, ratios, 'here')
+    counts = list(map(len, classes.values()))
+    assert list(classes) == list(SPLITS) and sorted(sum(classes.values(), [])) == sorted(names)
     assert [bool(number) for number in counts] == [bool(ratio) for ratio in ratios]
     assert all(abs(number - count * ratio / sum(ratios)) <= 2 for number, ratio in zip(counts, ratios))
 

@@ -302,8 +302,8 @@ def test_a_signal_at_the_end_tries_to_save_once_more(tmp_path, monkeypatch):
         if error := next(full):
             raise error
     monkeypatch.setattr(checkpoints, 'save', save)
-    run = types.SimpleNamespace(directory=str(tmp_path), replicas=types.SimpleNamespace(chief=True), learning_flags={}, regime='metatrain',
-                                pretrain_iterations=0)
+    run = types.SimpleNamespace(directory=str(tmp_path), replicas=types.SimpleNamespace(chief=True), learning_flags={},
+                                last_phase='metatrain', pretrain_iterations=0)
     saver, state = saving.Saver(run, types.SimpleNamespace(state=dict), {}, 0, print), saving.TrainState(iteration=7)
     saver.save(state, [])
     assert saver.iteration == 0

@@ -131,7 +131,7 @@ def test_a_field_that_is_missing_is_named(tmp_path):
 
 
 def evaluation(path, method='MAML', user_label=None, scores=((1., 2.), (3., 5.)), setting=None, training=None, **more):
-    return collect.Evaluation(path, user_label, an_entry(scores, setting=setting, training={'method': method, **(training or {})}, **more))
+    return collect.RunEntry(path, user_label, an_entry(scores, setting=setting, training={'method': method, **(training or {})}, **more))
 
 
 def test_labels_say_what_differs():
@@ -393,13 +393,13 @@ def test_all_evaluations_of_the_best_checkpoint_are_shown():
                for norm, newest in (('batch', None), ('support', 8))]
     older = an_entry([[1, 2.0]], checkpoint='model3', iterations=3, is_best=True, training={'newest': 4})
     together = an_entry([[1, 2.0]], ensemble=[5, 3], is_best=True, training={'newest': 8})
-    evaluations = [collect.Evaluation('a', None, entry) for entry in (together, *entries, older)]
+    evaluations = [collect.RunEntry('a', None, entry) for entry in (together, *entries, older)]
     assert [evaluation.entry for evaluation in collect.choose(evaluations, 'best')[0]] == [*entries, together]
 
 
 def test_data_that_are_described_alike():
     """What differs is said: where one's own data are, or their settings."""
-    paths = [collect.Evaluation('a', None, dataclasses.replace(
+    paths = [collect.RunEntry('a', None, dataclasses.replace(
         an_entry([[1, 2.0]], tasks={'datasource': 'table', 'data': number}), data_path=f'/data/{number}')) for number in (1, 2)]
     sizes = [evaluation('b', tasks={'facts': {'image_shape': [size, size, 3]}}) for size in (32, 84)]
     texts = [[*collect.descriptions(pair).values()] for pair in (paths, sizes)]

@@ -18,7 +18,7 @@ from data_generator import SOURCES
 from runtime.datasets import class_folders, images
 from runtime.jobs import evaluate as evaluation
 from runtime.results import across, plots, render, store
-from runtime.results.collect import Evaluation
+from runtime.results.collect import RunEntry
 from runtime.system.errors import UserError
 
 OMNIGLOT = SOURCES['omniglot']
@@ -273,7 +273,7 @@ def test_the_last_evaluation_of_a_checkpoint_in_a_setting_counts(tmp_path):
 
 
 def matrix_of(evaluations):
-    matrix, = across.matrices_of([Evaluation(*evaluation) for evaluation in evaluations])
+    matrix, = across.matrices_of([RunEntry(*evaluation) for evaluation in evaluations])
     return matrix
 
 

@@ -87,7 +87,7 @@ def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> L
     path = file_of(source, split, ARRAY)
     if not os.path.exists(path):
         return None
-    images = map_npz(path, 'images')
+    images = map_npz(path)
     if images.dtype != np.uint8 or images.shape[1:] != SHAPE:
         sys.exit(f'{path} holds {images.dtype} {list(images.shape)} instead of bytes [images, 84, 84, 3]; download it again')
     channels = slice(None, None, -1 if args.channels == 'bgr' else 1)
@@ -95,11 +95,11 @@ def from_npz(source: str, split: str, rows: Rows, args: argparse.Namespace) -> L
             for name, indices in read_labels(source, split, rows, len(images)).items()}
 
 
-def map_npz(path: str, name: str) -> np.memmap:
-    """An array of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
+def map_npz(path: str) -> np.memmap:
+    """The array `images` of an .npz file, memory-mapped. Raises SystemExit if it is not there, or compressed."""
     with refusing(f'{path} cannot be used'):
         with open_regular(path, 'rb') as file, zipfile.ZipFile(file) as archive:
-            member = archive.getinfo(name + '.npy')
+            member = archive.getinfo('images.npy')
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError('it is compressed; write it again by numpy.savez')
             file.seek(member.header_offset + 26)  # of the local header: the lengths of the name and of what comes after it

@@ -25,7 +25,6 @@ LEARNING: dict[str, 'Learning'] = {}        # {name: declaration} of flags that 
 ONLY: dict[str, list[str]] = {}             # {name: purposes} of flags that are not for everything
 REMOVED = 'train_num_classes', 'train_inner_batch', 'train_query_norm', 'train_datasource'  # flags of earlier versions
 REFERENCE_ORDER = ('num_filters', 'max_pool', 'stop_grad', 'baseline', 'norm')  # of labels in the reference's directory names
-_ABSL_FLAGS = set(FLAGS)
 flags.disclaim_key_flags()  # main.py's flags are its own, although they are declared by functions of this module
 
 
@@ -47,8 +46,9 @@ class CommandLine(NamedTuple):
     rest: list[str]             # arguments that are not flags
 
 
-def _declare(define, name, default, text, learning=None, only='', **bounds):
-    define(name, default, help=text, **bounds)
+def _declare(define, name, default, text, learning=None, only='', **options):
+    define(name, default, help=text, **options)
+    GROUPS[next(reversed(GROUPS))].append(name)
     if learning:
         LEARNING[name] = learning
     if only:
@@ -70,13 +70,13 @@ real, boolean, string, strings = (functools.partial(_declare, define) for define
 
 
 def group(title: str) -> None:
-    """Puts the flags declared since the last such line under a title."""
-    GROUPS[title] = [name for name in FLAGS if name not in _ABSL_FLAGS.union(*GROUPS.values())]
+    """Puts the flags declared from here on under a title."""
+    GROUPS[title] = []
 
 
 def names() -> list[str]:
     """The names of this program's flags, sorted; without --help, and without those that libraries define."""
-    return sorted(set().union(*GROUPS.values()) - {'h', 'help'})
+    return sorted(set().union(*GROUPS.values()) - {'help'})
 
 
 def default(name: str) -> Any:
@@ -138,7 +138,7 @@ def help_text(usage: str) -> str:
     lines = [usage + '\nFlags, and their defaults:']
     for title, members in GROUPS.items():
         lines += ['', f'  {title}', '']
-        for flag in (FLAGS[name] for name in members if name != 'h'):
+        for flag in map(FLAGS.__getitem__, members):
             head = f'--{flag.name}' + ('' if flag.default is None or flag.name == 'help' else f'={flag.default}')
             lines += textwrap.wrap(flag.help, width=max(width, 70), initial_indent=f'    {head:32}  ',
                                    subsequent_indent=' ' * 38, break_on_hyphens=False)

@@ -110,7 +110,7 @@ class Request:
 
     @property
     def network_flags(self) -> dict[str, Any]:
-        """{flag: value} of those by which networks for the source of the training differ."""
+        """{flag: value} of those that decide which network the training has: weights fit another run only if these agree."""
         applicable = {name: self.trained[name] for name, declared in LEARNING.items()
                       if declared.network == 'all' or declared.network and PURPOSES[declared.network][1](self.training)}
         return {name: None if value == 'None' and name != 'norm' else value for name, value in applicable.items()}
@@ -162,7 +162,6 @@ def resolve(line: CommandLine) -> Request:
     whose training has the same flags. Raises UserError if the run's file of flags cannot be read, or flags on the command line
     contradict what was learnt.
     """
-    line = _with_none(line)
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
     stored = stored_run.read(directory) if directory else {}
     preset = methods.settings(line.values['method'], line.given)
@@ -185,18 +184,12 @@ def resolve(line: CommandLine) -> Request:
     _refuse_contradictions(values, learnt, stated, directory, () if mode == 'train' else OF_TASKS)
     where = {name: stored[name] for name in ('data_path', 'split_file')}
     return Request(mode, values, {**values, **learnt, **where}, line.given, directory,
-                   network_file=_own_network(values, directory, network))
+                   network_file=network or _own_network(values, directory))
 
 
 def _query_norm_of_training(values):
     """No training has --query_norm=both, and Reptile's only the default."""
     return 'batch' if values['query_norm'] == 'both' or values['outer'] == 'reptile' else values['query_norm']
-
-
-def _with_none(line):
-    """A command line in which --baseline=None is what it is by default."""
-    baseline = line.values['baseline']
-    return line._replace(values={**line.values, 'baseline': None if baseline == 'None' else baseline})
 
 
 def _without(values, names):
@@ -239,11 +232,11 @@ def _without_meaning(preset, line):
     return dropped
 
 
-def _own_network(values, directory=None, given=None):
-    """The given network of one's own, or that which --network names, or its copy in a run's directory; None if there is none. In the
-    values, its identity takes the place of what names it."""
-    if given or not values['network']:
-        return given
+def _own_network(values, directory=None):
+    """The network of one's own that --network names, or its copy in a run's directory; None if there is none. In the values, its
+    identity takes the place of what names it."""
+    if not values['network']:
+        return None
     network = (network_file.read_copy(directory, values['network'], values['trust_network']) if directory else
                network_file.read(values['network']))
     values['network'] = network.identity

@@ -11,7 +11,7 @@ from runtime.cli.request import PURPOSES, STATED, Request
 from runtime.cli.stored_run import describing_flags
 from runtime.system.errors import UserError
 
-RIDGE = 'ridge_lambda', 'ridge_scale'
+RIDGE_FLAGS = 'ridge_lambda', 'ridge_scale'
 PATHS = ('logdir', 'data_path', 'split_file', 'network', 'load_from', 'support_dir', 'query_dir', 'support_csv', 'query_csv', 'run',
          'compare', 'across')
 
@@ -87,7 +87,6 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.meta_batch_size * r.update_batch_size > 10 ** 9,
      '--meta_batch_size={meta_batch_size} times --update_batch_size={update_batch_size} does not fit in memory'),
     # Data
-    (lambda r: r.baseline not in (None, 'oracle'), "--baseline={baseline}: the only baseline is 'oracle'"),
     (lambda r: r.baseline == 'oracle' and 'oracle' not in r.source.baselines,
      '--baseline=oracle needs the amplitude and phase of a sinusoid, which {datasource} does not have'),
     (lambda r: not r.source.supervised and r.num_updates != 1,
@@ -157,7 +156,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.head_init == 'ridge' and r.logits == 'cosine',
      '--logits=cosine takes only the directions of the columns, so the scale and the bias of --head_init=ridge would learn nothing: leave '
      'out one'),
-    *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE),
+    *((lambda r, name=name: r.values[name] <= 0 and r.head_init == 'ridge', f'--{name} must be positive') for name in RIDGE_FLAGS),
     (lambda r: r.recompute and r.engine in ('vmap', 'wide'),
      '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
     *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
@@ -172,7 +171,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
     # Training
     *((lambda r, name=name: not math.isfinite(r.values[name]), f'--{name} must be a finite number')
-      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', *RIDGE)),
+      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', *RIDGE_FLAGS)),
     (lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
      'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
     (lambda r: r.mode == 'train' and bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,

@@ -46,7 +46,7 @@ class Run:
         return self.pretrain_iterations + self.metatrain_iterations
 
     @property
-    def regime(self) -> str:
+    def last_phase(self) -> str:
         """The last phase of the training: 'metatrain' or 'pretrain'."""
         return 'metatrain' if self.metatrain_iterations else 'pretrain'
 
@@ -80,7 +80,6 @@ class Training(Run):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained(Run):
     """The use of a trained model: a prediction, or an evaluation."""
-    trained_on: str             # the datasource of the training
     num_outputs: int            # of the network as it was trained
     test_updates: int           # inner updates
     query_norms: tuple[str, ...]  # of 'batch', 'support', 'each'
@@ -112,16 +111,14 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
     kind = {'train': Training, 'evaluate': Evaluation, 'predict': Trained}[request.mode]
     model = _model_config(request, source, tasks)
     pretrain_iterations, metatrain_iterations = request.iterations
-    newest = {'train': (-1, 0)}.get(request.mode, (-1,))  # Reference behaviour: a training goes on from the newest with 0, too
     resolved = dict(
         source=source, tasks=tasks, model=model, replicas=replicas or Replicas(),
         method=methods.name(request.trained, request.only_pretrains),
         pretrain_iterations=pretrain_iterations, metatrain_iterations=metatrain_iterations,
-        checkpoint='best' if request.test_best else None if request.test_iter in newest else request.test_iter,
+        checkpoint=_checkpoint(request),
         load_from=request.load_from and os.path.expanduser(request.load_from).removesuffix('.index'),
         worker_flags=repr({name: request.values[name] for name in names() if name not in FOLDERS}),
         flag_file=stored_run.description(request.values),
-        trained_on=request.trained['datasource'],
         num_outputs=request.trained['num_classes'] if source.loss == 'xent' else model.dim_output,
         test_updates=evaluation_updates(request), heads=EVALUATED_HEADS[request.head],
         query_norms=_query_norms(request),
@@ -129,6 +126,15 @@ def make_run(request: Request, source: Source, tasks: TaskConfig, replicas: Repl
         headline_updates=headline_updates(request))
     fields = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: resolved[name] if name in resolved else getattr(request, name) for name in fields})
+
+
+def _checkpoint(request):
+    """What to load: 'best', an iteration, or None, the newest. Reference behaviour: a training goes on from the newest with 0, too."""
+    if request.test_best:
+        return 'best'
+    if request.test_iter == -1 or request.mode == 'train' and request.test_iter == 0:
+        return None
+    return request.test_iter
 
 
 def usual_updates(num_updates: int, at_least: int) -> int:

@@ -166,13 +166,14 @@ class Engine:
         def add(before, part):
             earlier_sums, optimizer_state = before
             function = functools.partial(task_gradient, parameters._replace(inner_optimizer_state=optimizer_state), iteration)
-            gradients, outputs, optimizer_state = mapping(function, part)
+            gradients, outputs, optimizer_states = mapping(function, part)
             sums = tf.nest.map_structure(tf.add, earlier_sums, self._sums(part, gradients, outputs))
-            return sums, tf.nest.map_structure(lambda values: values[-1], optimizer_state)
+            return sums, _element(optimizer_states, -1)
 
         if chunk == tasks:
-            gradients, outputs, optimizer_state = mapping(functools.partial(task_gradient, parameters, iteration), batch)
-            sums, optimizer_state = self._sums(batch, gradients, outputs), tf.nest.map_structure(lambda values: values[-1], optimizer_state)
+            gradients, outputs, optimizer_states = mapping(functools.partial(task_gradient, parameters, iteration), batch)
+            sums = self._sums(batch, gradients, outputs)
+            optimizer_state = _element(optimizer_states, -1)
         else:
             chunks = tf.nest.map_structure(lambda array: tf.reshape(array, [tasks // chunk, chunk, *array.shape[1:]]), batch)
             zeros = ({name: tf.zeros(value.shape, SUM_DTYPE) for name, value in parameters.trained().items()},

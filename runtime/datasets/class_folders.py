@@ -82,7 +82,9 @@ class ClassFolders(FolderOptions):
         if not classes[split]:
             folder = os.path.join(self.root, splits.split_entries(self.root).get(split, split))
             contents = '' if self.script or not os.path.isdir(folder) else f'; {_holds(folder)}'
-            raise splits.EmptySplit(f'the {split} split in {self._split_source()} has no classes; {self.missing_hint}{contents}')
+            manifest = self._manifest()
+            where = f'the manifest {manifest}' if manifest else self.split_file or self.root
+            raise splits.EmptySplit(f'the {split} split in {where} has no classes; {self.missing_hint}{contents}')
         self._check_folders(split, [] if self._labelled else classes[split])
         return classes[split]
 
@@ -105,13 +107,12 @@ class ClassFolders(FolderOptions):
         """
         if not os.path.isdir(self.root):
             return
-        unsplit = self.unsplit()
-        rows = self._in_proportions() if unsplit else []
-        if not loaded.items() <= (splits.by_split(rows) if unsplit else self._classes()).items():
+        unsplit, classes = self.unsplit(), self._classes()
+        if not loaded.items() <= classes.items():
             raise UserError(f'the class folders in {self.root}, or how they are split, have changed since they were read; start again')
-        if unsplit and len({split for split, _ in rows}) > 1:
+        if unsplit and sum(bool(names) for names in classes.values()) > 1:
             paths = [None if self._labelled else os.path.join(self.root, splits.MANIFEST), self.kept_manifest]
-            splits.keep_split(rows, [path for path in paths if path], 'classes', required=bool(self.kept_manifest))
+            splits.keep_split(classes, [path for path in paths if path], 'classes', required=bool(self.kept_manifest))
 
     def _check_prepared(self):
         if not os.path.isdir(self.root):
@@ -120,19 +121,19 @@ class ClassFolders(FolderOptions):
             again = f'python {self.script} (with --allow_missing to accept missing images)' if self.script else 'the script that made it'
             raise UserError(f'the preparation of {self.root} was interrupted or found something missing; run it again: {again}')
 
-    def _classes(self) -> dict[str, list[str]]:
-        """{split: its classes, sorted}, as a manifest, lists, the split of all classes or folders train, val and test have them."""
+    def _classes(self) -> splits.Classes:
+        """The classes of each split, as a manifest, lists, the split of all classes or folders train, val and test have them."""
         manifest = self._manifest()
         if manifest:
             root = self.root if self.script is None else None
-            classes = splits.by_split(self.manifest_rows(manifest, root, folders=self._labelled is None))
-            unknown = sorted(set().union(*classes.values()) - self._labelled[None].keys()) if self._labelled else []
+            classes = self.classes_listed(manifest, root, folders=self._labelled is None)
+            unknown = sorted(set(splits.names_of(classes)) - self._labelled[None].keys()) if self._labelled else []
             if unknown:
                 raise UserError(f'{manifest} lists {listing(unknown, 1, ", ")}, which is no label in {self.split_file}; restore it, or '
                                 'remove it from the former')
             return classes
         if self.unsplit():
-            return splits.by_split(self._in_proportions())
+            return self._in_proportions()
         if self.split_given:
             raise UserError(f'{self.split_file or self.root} says which classes are for train, val and test; leave out '
                             f'{splits.split_flag(self.split_ratios)}, or give a folder of class folders as --data_path')
@@ -142,8 +143,8 @@ class ClassFolders(FolderOptions):
         return {split: sorted(f'{folders[split]}/{name}' for name in subfolders(os.path.join(self.root, folders[split])))
                 if split in folders else [] for split in SPLITS}
 
-    def _in_proportions(self) -> list[tuple[str, str]]:
-        """[(split, class)] of classes that nothing else divides."""
+    def _in_proportions(self) -> splits.Classes:
+        """The classes of each split, where nothing else divides them."""
         if self._labelled:
             return splits.split_classes(list(self._labelled[None]), self.split_ratios, self.split_file)
         names = subfolders(self.root)
@@ -173,9 +174,10 @@ class ClassFolders(FolderOptions):
             paths = {path for path, _ in bad}
             if bad:
                 print(f'Skipped in the {split} split (--skip_bad_images): {BadImages(bad, "").listing}')
+            usable = [ImageClass(name, folder, [image for image in images if os.path.join(self.root, folder, image.name) not in paths])
+                      for name, folder, images in classes]
             try:
-                return self._decoded(split, [c._replace(images=[image for image in c.images if os.path.join(
-                    self.root, c.folder, image.name) not in paths]) for c in classes], image_shape, cache)
+                return self._decoded(split, usable, image_shape, cache)
             except BadImages as error:
                 if not self.skip_bad_images:
                     raise
@@ -201,9 +203,9 @@ class ClassFolders(FolderOptions):
 
     def _listed(self, names: list[str]) -> list[ImageClass]:
         """The classes of these names in lists."""
-        if None in self._labelled:
-            return [ImageClass(name, '', self._labelled[None][name]) for name in names]
-        return [ImageClass(name, '', self._labelled[split][label]) for name in names for split, label in [name.split('/', 1)]]
+        images = self._labelled[None] if None in self._labelled else {
+            f'{split}/{label}': images for split, labels in self._labelled.items() for label, images in labels.items()}
+        return [ImageClass(name, '', images[name]) for name in names]
 
     def _in_folders(self, split: str, names: list[str]) -> list[ImageClass]:
         """The classes in folders. Of the user's own images, prints how many other files there are.
@@ -313,11 +315,6 @@ class ClassFolders(FolderOptions):
             candidates = [*kept, os.path.join(self.root, PARTIAL_MANIFEST), os.path.join(self.root, splits.MANIFEST), *shipped]
         return next((path for path in candidates if path and os.path.exists(path)), None)
 
-    def _split_source(self):
-        """What says which classes are in which split, for messages."""
-        manifest = self._manifest()
-        return f'the manifest {manifest}' if manifest else self.split_file or self.root
-
     def unsplit(self) -> bool:
         """Whether there are classes that neither a manifest, nor folders train, val and test, nor lists divide."""
         if not self.split_ratios or self._manifest():
@@ -328,13 +325,13 @@ class ClassFolders(FolderOptions):
         """Whether the root holds a folder train, val or test of class folders. One that holds no folders is a class of that name."""
         return any(subfolders(os.path.join(self.root, name)) for name in splits.split_entries(self.root).values())
 
-    def _report(self, classes: dict[str, list[str]]) -> None:
+    def _report(self, classes: splits.Classes) -> None:
         """Prints what is strange about the names of the user's own classes, and which folders are not among them."""
         manifest = self._manifest()
         divided = not manifest and not self.unsplit()  # names begin with the split
         splits.report_names({split: [name.split('/', 1)[1] if divided else name for name in names] for split, names in classes.items()},
                             self.root)
-        listed = {name.split('/')[0] for names in classes.values() for name in names}
+        listed = {name.split('/')[0] for name in splits.names_of(classes)}
         if self._labelled:
             unlisted = sorted(self._labelled[None].keys() - listed) if manifest else []
             if unlisted:
@@ -368,20 +365,13 @@ def _holds(folder: str) -> str:
             + (f' (if {tables[0]} says the labels of images: --split_file={os.path.join(folder, tables[0])})' if tables else ''))
 
 
-def listed_classes(folder: str, split: str) -> set[str]:
-    """Names of the classes that the list of a prepared source, <folder>/classes.csv, gives to a split.
-
-    None of a source without such a list, or of one with several published splits.
-    """
+def published_training_classes(folder: str) -> list[str]:
+    """Those of a prepared source, as its list <folder>/classes.csv has them; [] of a source without such a list, or with several
+    published splits."""
     try:
-        return set(splits.read_manifest(os.path.join(folder, CLASS_LIST), split))
+        return splits.read_manifest(os.path.join(folder, CLASS_LIST))['train']
     except UserError:
-        return set()
-
-
-def preparation_facts(root: str) -> dict:
-    """How the images of a data folder were chosen, as the preparation recorded it: JSON values; {} if it did not."""
-    return preparation_record(root).get('facts', {})
+        return []
 
 
 def subfolders(folder: str) -> list[str]:
@@ -401,7 +391,7 @@ class Preparation(TypedDict, total=False):
     """What a preparation recorded."""
     complete: bool
     content: list[str]          # what it made, directly in the folder
-    facts: dict[str, Any]
+    facts: dict[str, Any]       # how the images were chosen
 
 
 def preparation_record(root: str) -> Preparation:

@@ -18,6 +18,7 @@ from runtime.system.files import read_csv, write_csv
 MANIFEST = 'splits.csv'
 NAMES = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'testing': 'test'}
 SHOWN_KINDS = 5  # kinds of files by name in a message
+Classes = dict[str, list[str]]  # {split: names of its classes, or tables, sorted}
 
 
 class EmptySplit(UserError):
@@ -54,24 +55,24 @@ class Splitting:
         """The path of the split that a run keeps, if it counts."""
         return None if self.splits_anew else self.kept_manifest
 
-    def manifest_rows(self, manifest: str, root: str | None = None, folders: bool = True) -> list[tuple[str, str]]:
-        """[(split, class)] of a manifest; raises UserError as `read_manifest`, or if these are not the ratios that the user asked for."""
-        rows = [(split, name) for split in SPLITS for name in read_manifest(manifest, split, root, folders)]
-        if self.split_given and rows != split_classes([name for _, name in rows], self.split_ratios, manifest):
+    def classes_listed(self, manifest: str, root: str | None = None, folders: bool = True) -> Classes:
+        """As `read_manifest`; raises UserError, too, if these are not the ratios that the user asked for."""
+        classes = read_manifest(manifest, root, folders)
+        if self.split_given and classes != split_classes(names_of(classes), self.split_ratios, manifest):
             again = '' if manifest == self.kept_manifest else ', or delete that file to split again'  # a run's own belongs to its model
             raise UserError(f'{manifest} does not match {split_flag(self.split_ratios)}; leave out --split{again}')
-        return rows
+        return classes
 
 
-def by_split(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """{split: its classes} of [(split, class)]."""
-    return {split: [name for row_split, name in rows if row_split == split] for split in SPLITS}
+def names_of(classes: Classes) -> list[str]:
+    """The names of all classes."""
+    return [name for names in classes.values() for name in names]
 
 
 # Manifests ----------------------------------------------------------------------------------------------------------
 
-def read_manifest(path: str, split: str, root: str | None = None, folders: bool = True) -> list[str]:
-    """Classes of a split, sorted, from a csv file with the columns split and class.
+def read_manifest(path: str, root: str | None = None, folders: bool = True) -> Classes:
+    """The classes in a csv file with the columns split and class.
 
     If they are `folders`, a name without a folder in the root is read without blanks around it and slashes at its end. Raises UserError
     if the file cannot be read, or a line is malformed.
@@ -82,20 +83,21 @@ def read_manifest(path: str, split: str, root: str | None = None, folders: bool 
         raise UserError(f'the manifest {path} cannot be read: {error}') from error
     if {'split', 'class'} - set(columns):
         raise UserError(f'the first line of the manifest {path} must be split,class')
-    line_of, names = {}, []
+    line_of: dict[str, int] = {}
+    classes = collections.defaultdict(list)
     for number, row in rows.items():
-        name, row_split = row['class'] or '', split_named(row['split'] or '')
+        name, split = row['class'] or '', split_named(row['split'] or '')
         if not folders:
             name = name.strip()
         elif root and not os.path.isdir(os.path.join(root, name)) or name.endswith('/'):
             name = name.strip().rstrip('/')
-        if row_split is None or (not _is_below(name) if folders else not name):
+        if split is None or (not _is_below(name) if folders else not name):
             raise UserError(f'line {number} of the manifest {path} is not of the form split,class, where split is one of '
                             f'{", ".join(SPLITS)} and class a folder below the data')
         if line_of.setdefault(name, number) != number:
             raise UserError(f'the manifest {path} lists {name} twice, in lines {line_of[name]} and {number}')
-        names += [name] if row_split == split else []
-    return sorted(names)
+        classes[split].append(name)
+    return {split: sorted(classes[split]) for split in SPLITS}
 
 
 def write_manifest(path: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -110,8 +112,8 @@ def _is_below(name: str) -> bool:
 
 # Proportions --------------------------------------------------------------------------------------------------------
 
-def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str, what: str = 'class folders') -> list[tuple[str, str]]:
-    """[(split, class)]: splits classes in an order that depends on their names only.
+def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str, what: str = 'class folders') -> Classes:
+    """Splits classes in an order that depends on their names only.
 
     Args:
         ratios: proportions of train, val and test; each that is not 0 gets at least one class.
@@ -130,7 +132,7 @@ def split_classes(names: Sequence[str], ratios: tuple[int, int, int], root: str,
         raise UserError(f'{split_flag(ratios)} leaves no class of the {len(names)} in {root} for '
                         + {'train': 'training', 'val': 'validation'}[SPLITS[first]])
     rest = iter(shuffled)
-    return [(split, name) for split, count in zip(SPLITS, counts) for name in sorted(next(rest) for _ in range(count))]
+    return {split: sorted(itertools.islice(rest, count)) for split, count in zip(SPLITS, counts)}
 
 
 def split_flag(ratios: tuple[int, int, int]) -> str:
@@ -138,18 +140,18 @@ def split_flag(ratios: tuple[int, int, int]) -> str:
     return '--split=' + '/'.join(map(str, ratios))
 
 
-def keep_split(rows: Sequence[tuple[str, str]], paths: Sequence[str], what: str, required: bool = True) -> None:
+def keep_split(classes: Classes, paths: Sequence[str], what: str, required: bool = True) -> None:
     """Writes a manifest to the first of some paths that can be written, and prints where it is.
     Raises UserError if it can be written to none of them, and is required."""
     reasons = []
     for path in paths:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_manifest(path, rows)
+            write_manifest(path, [(split, name) for split, names in classes.items() for name in names])
         except (OSError, UnicodeEncodeError) as error:
             reasons.append(f'{path} ({error})')
             continue
-        counts = ' / '.join(str(sum(split == name for name, _ in rows)) for split in SPLITS)
+        counts = ' / '.join(str(len(names)) for names in classes.values())
         print(f'Split the {what} into {counts} for train / val / test; the list is in {path}')
         return
     if required:
@@ -185,4 +187,4 @@ def counted_kinds(names: Iterable[str]) -> str:
     kinds = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix' for name in names).most_common()
     shown = [f'{count} {kind}' for kind, count in kinds[:SHOWN_KINDS]]
     rest = sum(count for _, count in kinds[SHOWN_KINDS:])
-    return ', '.join(shown + [f'{rest} of other kinds'] * (rest > 0))
+    return ', '.join(shown + ([f'{rest} of other kinds'] if rest else []))

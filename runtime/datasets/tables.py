@@ -42,6 +42,11 @@ class Sheet(NamedTuple):
     delimiter: str       # of cells
     decimal_comma: bool = False  # whether numbers are written as 1,5; see `with_decimal_commas`
 
+    def column(self, name: str) -> list[str]:
+        """The cells of a column."""
+        index = self.columns.index(name)
+        return [row[index] for row in self.rows]
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -159,15 +164,15 @@ class Tables(splits.Splitting):
     def _divided(self, groups: dict[str, Sheet]) -> dict[str, dict[str, Sheet]]:
         """The tasks or classes of one file, by split."""
         manifest = self._manifest()
-        rows = self.manifest_rows(manifest, folders=False) if manifest else self._in_proportions(groups)
-        missing = [name for _, name in rows if name not in groups]
+        classes = self.classes_listed(manifest, folders=False) if manifest else self._in_proportions(groups)
+        missing = [name for name in splits.names_of(classes) if name not in groups]
         if missing:
             raise UserError(f'{manifest} lists {listing(missing, 1, ", ")}, which the column {self.group_column} of {self.root} '
                             'does not have; restore these, or remove them from that file')
-        unlisted = sorted(groups.keys() - {name for _, name in rows})
+        unlisted = sorted(groups.keys() - set(splits.names_of(classes)))
         if unlisted:
             print(f'Ignored values of the column {self.group_column} not listed in {manifest}: {listing(unlisted, 1, ", ")}')
-        return {split: {name: groups[name] for name in names} for split, names in splits.by_split(rows).items()}
+        return {split: {name: groups[name] for name in names} for split, names in classes.items()}
 
     def _manifest(self):
         return next((path for path in (self.split_file, self.kept) if path and os.path.exists(path)), self.split_file)
@@ -360,8 +365,7 @@ def report_numbers(sheets: Sequence[Sheet], names: Sequence[str]) -> None:
     if commas:
         print(f'Note: numbers are read with a decimal comma, 1,5 as 1.5, in {commas[0]}'
               + (f' and {len(commas) - 1} more files' if len(commas) > 1 else ''))
-    rounded = [(sheet, name) for sheet in sheets for name in names for index in [sheet.columns.index(name)]
-               if any(_is_rounded(row[index]) for row in sheet.rows)]
+    rounded = [(sheet, name) for sheet in sheets for name in names if any(map(_is_rounded, sheet.column(name)))]
     if rounded:
         sheet, name = rounded[0]
         print(f'Note: the column {name} of {sheet.path} has whole numbers beyond 2^53, of which neighbours cannot be told apart; if it '

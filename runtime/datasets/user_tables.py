@@ -69,4 +69,4 @@ def _classes(support: Sheet, column: str) -> list[str]:
 
 def _class_column(sheet: Sheet, column: str) -> list[str]:
     """The class of each row; '' if it is not known."""
-    return [row[sheet.columns.index(column)].strip() if column in sheet.columns else '' for row in sheet.rows]
+    return [cell.strip() for cell in sheet.column(column)] if column in sheet.columns else [''] * len(sheet.rows)

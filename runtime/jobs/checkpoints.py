@@ -39,7 +39,7 @@ _TEMPORARY = '.saving'
 _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # What is meaningless for a run that starts from scratch in the directory, and what is of its newest checkpoint.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
-_OF_THE_NEWEST = 'test_*',
+_OF_THE_NEWEST = 'test_*'
 _PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)(?!\d)')
 # What describes the run: its flags, the columns of tables, the split of one's own data, a network of one's own; and its metrics, of
 # which those of later iterations will be removed.
@@ -105,7 +105,13 @@ def exclusive(directory: str) -> Iterator[None]:
 def iterations(directory: str) -> list[int]:
     """The iterations of the directory's checkpoints, incomplete ones too, ascending; [] if there is no directory."""
     files = os.listdir(directory) if os.path.isdir(directory) else []
-    return sorted({int(match[1]) for match in map(_FILE.match, files) if match})
+    return sorted({iteration_of(name) for name in files} - {None})
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration of the checkpoint of which a file of this name is a part; None of other files."""
+    match = _FILE.match(name)
+    return int(match[1]) if match else None
 
 
 def refuse_untrained(directory: str, iteration: int, skipped: int) -> None:
@@ -213,18 +219,19 @@ def newest(directory: str) -> Checkpoint | None:
 def find(directory: str, selection: int | str | None) -> Checkpoint:
     """The checkpoint of an iteration; None: the newest; 'best': the one that the newest records as best on meta-validation.
     Raises UserError as `newest`, or if it is not there; the message names the directory and what it holds."""
-    what, saved = 'checkpoint', iterations(directory)
+    what, iteration = 'checkpoint', selection
     if selection is None or selection == 'best':
         checkpoint = newest(directory)
         if checkpoint and selection is None:
             return checkpoint
-        best = checkpoint and checkpoint.record['best']
-        selection = best and best['iteration']
+        best = checkpoint.record['best'] if checkpoint else None
+        iteration = best['iteration'] if best else None
         what = 'checkpoint that was validated' if checkpoint else 'checkpoint'
-    if selection in saved:
-        return load(path(directory, selection))
-    if selection is not None:
-        what = f'checkpoint model{selection}'
+    saved = iterations(directory)
+    if iteration in saved:
+        return load(path(directory, iteration))
+    if iteration is not None:
+        what = f'checkpoint model{iteration}'
     if saved:
         hint = f'there {"are" if len(saved) > 1 else "is"} {", ".join(f"model{number}" for number in saved)}. Give one of these'
     else:
@@ -259,11 +266,11 @@ def check_flags(prefix: str, recorded: dict, flags: dict, hint: str) -> None:
         raise UserError(f'the checkpoint {prefix} was made with {made}, and not with {given}; {hint}')
 
 
-def check_run(checkpoint: Checkpoint, flags: dict, regime: str, pretrain_iterations: int, hint: str) -> None:
+def check_run(checkpoint: Checkpoint, flags: dict, last_phase: str, pretrain_iterations: int, hint: str) -> None:
     """`check_flags` for a run's own checkpoint, which has had as much pre-training as its iterations allow. In a run that only
     pre-trains, their number says how long the training is, and not what is trained."""
     record = checkpoint.record
-    if record['regime'] == regime == 'pretrain':
+    if record['regime'] == last_phase == 'pretrain':
         pretrain_iterations = record['pretrain_iterations']
     made, given = (min(record['iteration'], iterations) for iterations in (record['pretrain_iterations'], pretrain_iterations))
     recorded, flags = {**record['flags'], 'pretrain_iterations': made}, {**flags, 'pretrain_iterations': given}
@@ -323,13 +330,13 @@ def restore(checkpoint: Checkpoint, variables: dict[str, tf.Variable]) -> None:
     """Assigns the values of a checkpoint to variables: `MAML.state()`, to continue a training, or for an evaluation
     `MAML.parameters()`, which lack the state of the optimizer. Raises UserError, which says what differs, if they do not match.
     """
-    weights = without_optimizer(checkpoint.arrays)
-    arrays = {name: array for name, array in checkpoint.arrays.items() if name in weights or name in variables}  # a classifier's too
-    if any(_OPTIMIZER in name for name in variables):
-        if not any(_OPTIMIZER in name for name in checkpoint.arrays):
-            raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
-                            'cannot continue from it; start another run from its weights by --load_from')
-        arrays = checkpoint.arrays
+    arrays = checkpoint.arrays
+    if not any(_OPTIMIZER in name for name in variables):
+        weights = without_optimizer(arrays)
+        arrays = {name: array for name, array in arrays.items() if name in weights or name in variables}  # a classifier's too
+    elif not any(_OPTIMIZER in name for name in arrays):
+        raise UserError(f'the checkpoint {checkpoint.prefix} has the weights but not the state of the optimizer, so training '
+                        'cannot continue from it; start another run from its weights by --load_from')
     _assign(checkpoint.prefix, arrays, variables)
 
 
@@ -399,8 +406,8 @@ def _parameters(checkpoint, variables, last_layer):
 
 
 def _with_last_layer(arrays, variables, last_layer, starts, replaced):
-    """Arrays without a last layer that the model lacks; if a training starts, with the model's own where only that has one, or, if it is
-    `replaced`, where that of the arrays has another shape."""
+    """Arrays without a last layer that the model lacks. In a training that `starts`, the model's own last layer is added where the arrays
+    have none, or, if --head_init is another (`replaced`), where theirs has another shape."""
     arrays = {name: array for name, array in arrays.items()
               if name in variables or not (name in last_layer or name.startswith(HEAD_PREFIX))}
     if replaced:
@@ -411,8 +418,9 @@ def _with_last_layer(arrays, variables, last_layer, starts, replaced):
 
 
 def _add_what_plain_maml_lacks(arrays, variables, last_layer, scaled):
-    """Adds the model's own values to arrays where these have none; `scaled`: of scales of batch norm too. A network's last layer, which
-    may be called head, is none of what heads have besides."""
+    """Adds to arrays the model's own values of what a checkpoint of plain MAML lacks: learned step sizes, the inner optimizer's state, what
+    heads have besides the network's last layer (which may itself be called head), and if `scaled` the scales of batch norm. One set of
+    offsets and scales becomes that of each inner step."""
     for name, variable in variables.items():
         belongs_to_head = name.startswith(HEAD_PREFIX) and name not in last_layer
         if name not in arrays and (belongs_to_head or name.startswith(('lr/', 'inner/')) or scaled and name.endswith('/gamma')):
@@ -480,10 +488,12 @@ def move_aside(directory: str, iteration: int) -> str | None:
 def _later_paths(directory, iteration):
     """The files that are of a run's checkpoints after an iteration."""
     later = [number for number in iterations(directory) if number > iteration]
-    patterns = (_OF_THE_NEWEST if later else ()) if iteration else (*_OF_A_RUN, *_OF_THE_NEWEST)
-    pictures = [(_PICTURE.match(name), name) for name in os.listdir(directory)] if iteration else []
-    names = [*(name for pattern in patterns for name in glob.glob(pattern, root_dir=directory)),
-             *(name for match, name in pictures if match and int(match[1]) > iteration)]
+    if iteration:
+        patterns = [_OF_THE_NEWEST] if later else []
+        pictures = [name for name in os.listdir(directory) if (match := _PICTURE.match(name)) and int(match[1]) > iteration]
+    else:
+        patterns, pictures = [*_OF_A_RUN, _OF_THE_NEWEST], []
+    names = [*(name for pattern in patterns for name in glob.glob(pattern, root_dir=directory)), *pictures]
     return [*(name for number in later for name in _files(directory, number)), *(os.path.join(directory, name) for name in names)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_generator import DATA_FOLDER, SOURCES, ClassTasks, class_name
+from data_generator import DATA_FOLDER, SOURCES, ClassTasks
 from maml import MAML
 from networks import network_of
 from runtime.cli import methods
@@ -19,7 +19,7 @@ from runtime.cli.request import same_folder
 from runtime.cli.run import Evaluation, Trained, usual_updates
 from runtime.cli.run_data import record_split
 from runtime.cli.workers import check_in_sync
-from runtime.datasets.class_folders import listed_classes, preparation_facts
+from runtime.datasets.class_folders import preparation_record, published_training_classes
 from runtime.datasets.tasks import OWN_DATA, Tasks
 from runtime.jobs import checkpoints
 from runtime.jobs.ensemble import Ensemble, Permuted
@@ -43,16 +43,20 @@ class Restored(NamedTuple):
     model: MAML | Ensemble | Navigator  # with as many outputs as it was trained with
     prefix: str                 # of the checkpoint; of an ensemble, this and the next two are of the best
     iterations: int | None      # None if not known
-    trained_on: str             # the source, as far as is known
     provenance: Provenance | None  # None: not known
     checksums: dict[str, int]   # {prefix: checksum} of its checkpoints
+    method: str                 # the name of its training's; this and the next two as far as they are known, else those of the run
+    trained_for: tuple[int, int]  # iterations of pre-training and of meta-training
+    flags: dict[str, Any]       # that determined what was learnt
     newest: int | None = None   # iterations of the run's newest checkpoint
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
-    method: str = ''            # of weights that are not of this run: the name of their method, if it is known
-    trained_for: tuple[int, int] | None = None  # of the same: their iterations of pre-training and of meta-training, if these are known
-    flags: dict[str, Any] = {}  # of the same: those that determined what was learnt
-    adapted_by: dict[str, Any] = {}  # of the same: ADAPTATION of this evaluation, where it differs from their training's
+    adapted_by: dict[str, Any] = {}  # of weights of another run: ADAPTATION of this evaluation, where it differs from their training's
+
+    @property
+    def trained_on(self) -> str:
+        """The source."""
+        return self.flags['datasource']
 
 
 class Variant(NamedTuple):
@@ -128,7 +132,8 @@ def models_of(run: Evaluation, restored: Restored) -> dict[Variant, MAML | Ensem
 
 def results_of(run: Evaluation, tasks: Tasks, variant: Variant, model: MAML | Ensemble, title: str | None) -> list[Result]:
     """Evaluates a model; with --permutations the mean over orders of the labels, and the averaged outputs. `title` is of the progress."""
-    started, evaluated = time.perf_counter(), Permuted(model, run.permutations) if run.permutations > 1 else model
+    started = time.perf_counter()
+    evaluated = Permuted(model, run.permutations) if run.permutations > 1 else model
     with Progress(0, run.num_test_tasks, run.replicas.chief, unit=' tasks', desc=title, delay=PROGRESS_DELAY) as progress:
         metrics = evaluate_tasks(evaluated, tasks, run.num_test_tasks, run.test_updates, progress.update)
     seconds = time.perf_counter() - started
@@ -146,9 +151,9 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
     lines = [f'{run.description}, {store.SPLIT_TITLES[run.split]}, {run.num_test_tasks} tasks',
              f'{restored.prefix} ({described})']
     if restored.adapted_by:
-        here, there = (' '.join(f'--{name}={flags[name]}' for name in restored.adapted_by)
-                       for flags in (restored.adapted_by, restored.flags))
-        lines.append(f'Note: adapted with {here}, and trained with {there}')
+        adaptation, training = (' '.join(f'--{name}={flags[name]}' for name in restored.adapted_by)
+                                for flags in (restored.adapted_by, restored.flags))
+        lines.append(f'Note: adapted with {adaptation}, and trained with {training}')
     if seen_classes:
         how = ' (same name or images)' if run.datasource != restored.trained_on else ''
         lines.append(f'Note: {len(seen_classes)} of the {len(tasks.classes.names)} {"classes" if run.model.loss == "xent" else "tables"} '
@@ -162,15 +167,14 @@ def heading(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Seq
 def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Sequence[str], result: Result) -> store.Entry:
     """The entry of results.json for a result of an evaluation."""
     variant, values = result.variant, result.values
-    pretrained, metatrained = restored.trained_for or (run.pretrain_iterations, run.metatrain_iterations)
-    preparation = preparation_facts(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
-    facts = {**run.source.task_facts, **({'preparation': preparation} if preparation else {})}  # such as which of several published splits
+    record = preparation_record(run.source.folders(run.tasks.data_path).root) if run.source.image_shape else {}
+    preparation = {'preparation': record['facts']} if record.get('facts') else {}  # such as which of several published splits
+    facts = {**run.source.task_facts, **preparation}
     return store.Entry(
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
         training=store.Training(
-            'random initialisation' if restored.iterations == 0 else restored.method or run.method, pretrained, metatrained,
-            {**run.learning_flags, **restored.flags, 'datasource': restored.trained_on},
+            'random initialisation' if restored.iterations == 0 else restored.method, *restored.trained_for, restored.flags,
             restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
@@ -224,7 +228,7 @@ def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str
     trained = restored.provenance.classes if restored.provenance else {}
     published = getattr(SOURCES.get(restored.trained_on), 'folder', None)  # with a list of its classes
     if not trained and published and not is_same_source:
-        trained = dict.fromkeys(listed_classes(os.path.join(DATA_FOLDER, published), 'train'), 0)
+        trained = dict.fromkeys(published_training_classes(os.path.join(DATA_FOLDER, published)), 0)
     checksums, endings = set(trained.values()) - {0}, {os.path.basename(name) for name in trained}
 
     def is_known(name, checksum):
@@ -232,7 +236,7 @@ def known_classes(run: Evaluation, restored: Restored, tasks: Tasks) -> list[str
         by_name = name in trained if is_same_source else ending in endings
         return by_name and not ending.isdigit() or checksum in checksums
 
-    return [name for name, checksum in zip(map(class_name, tasks.classes.names), tasks.class_checksums()) if is_known(name, checksum)]
+    return [name for name, checksum in tasks.class_checksums().items() if is_known(name, checksum)]
 
 
 def reference_name(run: Evaluation, restored: Restored, variant: Variant) -> str | None:
@@ -319,26 +323,27 @@ def restore(run: Trained) -> Restored:
     model = new_model(run, run.learning_flags['seed'], dim_output=run.num_outputs)
     if run.load_from:
         return _of_another_run(run, model)
+    training = run.method, (run.pretrain_iterations, run.metatrain_iterations), run.learning_flags
     if run.checkpoint == 0:
-        return Restored(model, checkpoints.path(run.directory, 0), 0, run.trained_on, None, {})
+        return Restored(model, checkpoints.path(run.directory, 0), 0, None, {}, *training)
     is_ensemble = run.ensemble > 1
     members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
                [checkpoints.find(run.directory, run.checkpoint)])
     checkpoint, iterations = members[0], tuple(member.record['iteration'] for member in members)
     record = checkpoint.record
-    if record['regime'] != run.regime:
+    if record['regime'] != run.last_phase:
         raise UserError(f'the checkpoint {checkpoint.prefix} comes from {record["regime"]}ing, and the flags describe '
-                        f'{run.regime}ing; give the flags of its training')
-    checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.trained_on}, run.regime, run.pretrain_iterations,
-                          'give the flags of its training')
+                        f'{run.last_phase}ing; give the flags of its training')
+    checkpoints.check_run(checkpoint, {**run.network_flags, 'datasource': run.learning_flags['datasource']}, run.last_phase,
+                          run.pretrain_iterations, 'give the flags of its training')
     checkpoints.refuse_untrained(run.directory, record['iteration'], record['skipped'])
     checkpoints.restore(checkpoint, model.parameters())
     if is_ensemble:
         model = Ensemble(model, [checkpoints.without_optimizer(member.arrays) for member in members])
     newest = checkpoint if run.checkpoint is None and not is_ensemble else checkpoints.find(run.directory, None)
     best = newest.record['best']
-    return Restored(model, checkpoint.prefix, iterations[0], run.trained_on, record['provenance'],
-                    {member.prefix: member.checksum for member in members}, newest=newest.record['iteration'],
+    return Restored(model, checkpoint.prefix, iterations[0], record['provenance'],
+                    {member.prefix: member.checksum for member in members}, *training, newest=newest.record['iteration'],
                     is_best=best is not None and best['iteration'] == iterations[0], ensemble=iterations if is_ensemble else ())
 
 
@@ -352,12 +357,14 @@ def _of_another_run(run, model):
     flags = run.learning_flags
     if learnt:  # a record of an earlier version may lack some, which had their defaults
         flags = {**flags, **{name: default(name) for name in flags if name not in ('datasource', 'num_classes')}, **learnt}
-    method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else ''
+    method = methods.name(flags, record.get('regime') == 'pretrain') if learnt else run.method
     iterations, pretrained = record.get('iteration'), record.get('pretrain_iterations', 0)
-    trained_for = None if iterations is None else (min(iterations, pretrained), max(iterations - pretrained, 0))
+    trained_for = run.pretrain_iterations, run.metatrain_iterations
+    if iterations is not None:
+        trained_for = min(iterations, pretrained), max(iterations - pretrained, 0)
     adapted_by = {name: value for name, value in run.learning_flags.items() if name in ADAPTATION and learnt and value != flags[name]}
-    return Restored(model, run.load_from, iterations, flags['datasource'], record.get('provenance'), {run.load_from: checkpoint.checksum},
-                    method=method, trained_for=trained_for, flags=flags, adapted_by=adapted_by)
+    return Restored(model, run.load_from, iterations, record.get('provenance'), {run.load_from: checkpoint.checksum}, method, trained_for,
+                    flags, adapted_by=adapted_by)
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:

@@ -47,7 +47,7 @@ def load(run: str | os.PathLike, checkpoint: int | str | None = None, query_norm
     """
     if query_norm == 'both':
         raise UserError("query_norm='both' is for evaluations; give 'support', 'batch' or 'each'")
-    flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}'] + ['--trust_network'] * trust_network
+    flags = [f'--run={os.fspath(run)}', '--predict', f'--query_norm={query_norm}', f'--trust_network={trust_network}']
     if checkpoint is not None:
         flags += ['--ensemble=1', '--test_best' if checkpoint == 'best' else f'--test_iter={checkpoint}']
     if updates is not None:

@@ -31,7 +31,7 @@ class TrainState:
         return self.ranking[0] if self.ranking else None
 
     @classmethod
-    def of(cls, record: checkpoints.Record) -> 'TrainState':
+    def from_record(cls, record: checkpoints.Record) -> 'TrainState':
         """The state that a checkpoint's record holds."""
         return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record.get('idle', 0), record['skipped'])
 
@@ -59,7 +59,7 @@ class Saver:
             self.iteration, state.ranking = state.iteration, ranking
             return
         prefix, saved = checkpoints.path(run.directory, state.iteration), dataclasses.replace(state, ranking=ranking)
-        record = {**dataclasses.asdict(saved), 'best': saved.best, 'flags': run.learning_flags, 'regime': run.regime,
+        record = {**dataclasses.asdict(saved), 'best': saved.best, 'flags': run.learning_flags, 'regime': run.last_phase,
                   'pretrain_iterations': run.pretrain_iterations, 'provenance': self._provenance}
         try:
             checkpoints.save(prefix, variables, record)
@@ -94,5 +94,5 @@ def diverged(run: Training, iteration: int, what: str) -> UserError:
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     skipping = '' if run.skip_nonfinite or not run.source.supervised else ', or skip such iterations by --skip_nonfinite'
     has_inner_steps = run.model.num_updates > 0 and not classifies(run, iteration)
-    flags = ['--update_lr'] * has_inner_steps + ['--meta_lr'] * run.source.supervised
+    flags = [name for name, matters in (('--update_lr', has_inner_steps), ('--meta_lr', run.source.supervised)) if matters]
     return UserError(f'training diverged: {what}; {newest}. Lower {" or ".join(flags)}{skipping}')

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from data_generator import ClassTasks, class_name
+from data_generator import ClassTasks
 from maml import ModelConfig
 from networks import network_of
 from runtime.cli import stored_run
@@ -93,8 +93,7 @@ def present_provenance(run: Training, data: dict[str, Tasks], model: Model) -> P
     return Provenance(data={split: split_tasks.fingerprint for split, split_tasks in data.items()},
                       data_path=path and os.path.abspath(path), weights=weights,
                       arithmetic=[arithmetic(model.config.engine, run.replicas.count, run.model.recompute)], program=program(),
-                      classes=dict(zip(map(class_name, tasks.classes.names), tasks.class_checksums()))
-                      if isinstance(tasks, ClassTasks) else {})
+                      classes=tasks.class_checksums() if isinstance(tasks, ClassTasks) else {})
 
 
 def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainState, Provenance]:
@@ -105,7 +104,7 @@ def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainSta
         provenance = continued(run, checkpoint, provenance)
         checkpoints.restore(checkpoint, model.state())
         print(f'Resuming from {checkpoint.prefix}{shared_by_default(run, checkpoint)}')
-        state = TrainState.of(checkpoint.record)
+        state = TrainState.from_record(checkpoint.record)
         # Later checkpoints may have replaced the others.
         state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
         counts = {entry['tasks'] for entry in state.ranking if 'tasks' in entry} - {run.validation_tasks}
@@ -125,7 +124,8 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
     """The provenance of a model whose training goes on; prints what differs without changing what is learnt. Raises UserError if
     flags, data or the weights that --load_from names are not those of the checkpoint."""
     hint = 'start from scratch by --resume=False or in another --logdir'
-    checkpoints.check_run(checkpoint, run.learning_flags, run.regime, run.pretrain_iterations, f'give the flags of its training, or {hint}')
+    checkpoints.check_run(checkpoint, run.learning_flags, run.last_phase, run.pretrain_iterations,
+                          f'give the flags of its training, or {hint}')
     then = checkpoint.record['provenance']
     changes = differences(then, now, f'the checkpoint {checkpoint.prefix}', 'images' if run.source.image_shape else 'data')
     refused = [(changes.pop(name), cure) for name, cure in (('data', 'restore them'), ('weights', 'leave out --load_from'))
@@ -184,12 +184,13 @@ def report_end(run: Training, state: TrainState, interruption: Interruption, sav
                                f'{state.best.get("tasks", run.validation_tasks)} tasks')
         print(f'The last checkpoint is {newest}{best or ""}')
         return
-    without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
-    further = f'the newest checkpoint is {newest}. Run the same command{without} to resume'
-    if not saver.iteration:
-        further = 'nothing is saved'
     if not run.replicas.chief:  # which alone knows whether it is saved
         further = 'see the first worker'
+    elif not saver.iteration:
+        further = 'nothing is saved'
+    else:
+        without = '' if run.resume and run.checkpoint is None else ' without --resume=False and --test_iter'
+        further = f'the newest checkpoint is {newest}. Run the same command{without} to resume'
     with contextlib.suppress(OSError):  # the terminal may be closed
         print(f'Stopped by {signal.Signals(interruption.signal).name} after iteration {state.iteration}; {further}.',
               file=sys.stderr, flush=True)
@@ -254,8 +255,8 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
         if run.log and first % SUMMARY_INTERVAL == 0:
             summarise(run, data['train'], model, first, summaries)  # before learning from it
 
-        phase = 'pretrain' if first < run.pretrain_iterations else 'metatrain'
-        iteration = first - run.pretrain_iterations * (phase == 'metatrain')  # of the phase
+        pretraining = run.pretrain_iterations
+        phase, iteration = ('pretrain', first) if first < pretraining else ('metatrain', first - pretraining)
         means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
@@ -287,7 +288,8 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
 def summarise(run: Training, tasks: Tasks, model: Model, iteration: int, summaries: Summaries) -> None:
     """Writes summaries of an iteration's meta-batch; there is none where a classifier is trained."""
     if not classifies(run, iteration):
-        batch, updates = run.replicas.distribute(functools.partial(draw, tasks, run, iteration)), run.model.num_updates
+        batch = run.replicas.distribute(functools.partial(draw, tasks, run, iteration))
+        updates = run.model.num_updates
         summaries.write('metatrain', model.evaluate(batch, updates), iteration, updates)
 
 
@@ -306,14 +308,18 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
         interruption.agree()
     state.idle = 0 if means.get('taken', finite)[-1] else state.idle + 1
     diverging = not run.skip_nonfinite and not finite.all()
-    if diverging or state.idle >= IDLE_ITERATIONS and 'taken' in means:
+    if diverging or 'taken' in means and state.idle >= IDLE_ITERATIONS:
         step = int(np.argmin(finite))
         quantity = 'loss' if 'pre_loss' in means else run.metric
         pre, post = means[f'pre_{quantity}'][step], means[f'post_{quantity}'][step]
-        what = 'the gradient is not finite' if math.isfinite(pre + post) else 'at least one of them is not finite'
+        if not diverging:
+            problem = f'no outer step was found in {IDLE_ITERATIONS} iterations in a row'
+        elif math.isfinite(pre + post):
+            problem = 'the gradient is not finite'
+        else:
+            problem = 'at least one of them is not finite'
         raise diverged(run, state.iteration, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} '
-                       f'after the inner updates, and '
-                       f'{what if diverging else f"no outer step was found in {IDLE_ITERATIONS} iterations in a row"}')
+                       f'after the inner updates, and {problem}')
     state.iteration += len(finite)
     state.skipped += int(np.sum(~finite))
     metrics = np.stack([means[name] for name in (f'pre_{run.metric}', f'post_{run.metric}', *run.source.reported)], axis=1)
@@ -394,7 +400,7 @@ def meta_batches(tasks: Tasks, run: Training, start: int, steps_per_call: int) -
     def draw_block(block):
         def share_of(replica):
             batches = [draw(tasks, run, iteration, replica) for iteration in block]
-            return type(batches[0])(*map(np.stack, zip(*batches)))
+            return tf.nest.map_structure(lambda *arrays: np.stack(arrays), *batches)
         return block.start, run.replicas.distribute(share_of)
 
     with ThreadPoolExecutor(max_workers=1) as pool:

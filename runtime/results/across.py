@@ -8,7 +8,7 @@ import numpy as np
 from runtime.cli.flags import default
 from runtime.datasets.tasks import OWN_DATA
 from runtime.results import render
-from runtime.results.collect import Evaluation, choose, differing_data, differing_parts, read_evaluations, split_name, task_parts
+from runtime.results.collect import RunEntry, choose, differing_data, differing_parts, read_evaluations, split_name, task_parts
 from runtime.results.statistics import UNITS, plus_minus, statistics
 
 OWN_SOURCE = '*'  # marks the source that a model was trained on
@@ -32,7 +32,7 @@ def across(folders: Sequence[str], plot: bool = False, style: str = 'text', plot
     return render.output(style, [matrix.table() for matrix in matrices], records(matrices), remarks)
 
 
-class Model(NamedTuple):
+class ModelKey(NamedTuple):
     """What tells the models of evaluations apart, and the ways to adapt one."""
     name: str           # what the user calls it, or else its method
     directory: str
@@ -40,7 +40,7 @@ class Model(NamedTuple):
     updates: int
 
 
-def model_of(evaluation: Evaluation) -> Model:
+def model_of(evaluation: RunEntry) -> ModelKey:
     setting = evaluation.entry.setting
     members = '+'.join(map(str, evaluation.entry.ensemble))
     checkpoint = setting.load_from or (f'models {members}' if members else evaluation.entry.checkpoint)
@@ -48,7 +48,7 @@ def model_of(evaluation: Evaluation) -> Model:
     head = '' if setting.head == default('head') else setting.head
     adaptation = setting.adapted_by, f'update_lr={setting.update_lr}', f'inner_batch={setting.inner_batch}'
     details = checkpoint, query_norm, head, setting.orders_text, *adaptation
-    return Model(evaluation.user_label or evaluation.method, evaluation.directory, details, evaluation.headline_updates)
+    return ModelKey(evaluation.user_label or evaluation.method, evaluation.directory, details, evaluation.headline_updates)
 
 
 class Matrix:
@@ -64,7 +64,7 @@ class Matrix:
         statistics: {(row, column): its mean, standard deviation and half-width of the interval}.
     """
 
-    def __init__(self, evaluations: Sequence[Evaluation]):
+    def __init__(self, evaluations: Sequence[RunEntry]):
         entries = {evaluation.tasks_key: evaluation.entry for evaluation in evaluations}
         parts = {key: task_parts(entry.tasks) for key, entry in entries.items()}
         keys = sorted(parts, key=lambda key: (parts[key], key))
@@ -113,7 +113,7 @@ def _is_of_own_source(evaluation):
     return evaluation.trained_on == datasource and datasource not in OWN_DATA
 
 
-def matrices_of(evaluations: Sequence[Evaluation]) -> list[Matrix]:
+def matrices_of(evaluations: Sequence[RunEntry]) -> list[Matrix]:
     """A matrix for each kind of score."""
     metrics = dict.fromkeys(evaluation.entry.metric for evaluation in evaluations)
     return [Matrix([evaluation for evaluation in evaluations if evaluation.entry.metric == metric]) for metric in metrics]

@@ -18,7 +18,7 @@ from runtime.system.files import walk
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class RunEntry:
     """An entry of a results.json, and where it is."""
     directory: str
     user_label: str | None  # what the user calls the run: --compare user_label=DIR
@@ -71,10 +71,10 @@ class Evaluation:
         return self.entry.training.flags.get(name, default(name))
 
 
-def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
+def read_evaluations(folders: Sequence[str]) -> list[RunEntry]:
     """The evaluations in some folders, those of each run once. 'name=folder' says what the user calls its runs. Raises UserError if
     folders do not exist, none has any, or files cannot be read."""
-    evaluations: dict[str, list[Evaluation]] = {}
+    evaluations: dict[str, list[RunEntry]] = {}
     without, problems = [], []
     absent = [folder or argument for argument, (_, folder) in zip(folders, map(split_name, folders)) if not os.path.isdir(folder)]
     if absent:
@@ -98,16 +98,16 @@ def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
 def _evaluations_of(directory, user_label, problems):
     """The evaluations of a run; if they cannot be read, the reason is added to the problems."""
     try:
-        return [Evaluation(directory, user_label, entry) for entry in entries_of(directory)]
+        return [RunEntry(directory, user_label, entry) for entry in entries_of(directory)]
     except UserError as error:
         problems.append(str(error))
         return []
 
 
-def choose(evaluations: Sequence[Evaluation], checkpoints: str) -> tuple[list[Evaluation], list[Evaluation]]:
+def choose(evaluations: Sequence[RunEntry], checkpoints: str) -> tuple[list[RunEntry], list[RunEntry]]:
     """Of each run the evaluations of 'all' its checkpoints, of the 'newest' that was evaluated, or of the 'best'; and all evaluations of
     the runs that have no such one, which a warning names. Raises UserError if none has."""
-    runs: dict[str, list[Evaluation]] = {}
+    runs: dict[str, list[RunEntry]] = {}
     for evaluation in evaluations:
         runs.setdefault(evaluation.directory, []).append(evaluation)
     chosen = {directory: _chosen(run_evaluations, checkpoints) for directory, run_evaluations in runs.items()}
@@ -121,16 +121,17 @@ def choose(evaluations: Sequence[Evaluation], checkpoints: str) -> tuple[list[Ev
 
 
 def _chosen(evaluations, checkpoints):
-    """Of the evaluations of a run all, or those of its newest checkpoint that was evaluated (of the latest ensemble, if there are only
-    ensembles), or of the one that was the best last, and of the latest ensemble. Weights of other runs are neither."""
+    """The evaluations of a run that --checkpoints asks for: 'all'; or of its own weights, those of the 'newest' checkpoint that was
+    evaluated (if there are only ensembles, of the latest), or of the checkpoint, and of the ensemble, that was the 'best' last."""
     if checkpoints == 'all':
         return evaluations
     own = [evaluation for evaluation in evaluations if not evaluation.entry.setting.load_from]
-    single, together = ([one for one in own if bool(one.entry.ensemble) == is_ensemble] for is_ensemble in (False, True))
+    single = [evaluation for evaluation in own if not evaluation.entry.ensemble]
+    ensembles = [evaluation for evaluation in own if evaluation.entry.ensemble]
     if checkpoints == 'newest':
-        return _of_last(single, lambda entry: entry.iterations or 0) or _of_last(together, _newest_then)
-    return [evaluation for kind in (single, together)
-            for evaluation in _of_last([one for one in kind if one.entry.is_best], _newest_then)]
+        return _of_last(single, lambda entry: entry.iterations or 0) or _of_last(ensembles, _newest_then)
+    best_single, best_ensembles = ([evaluation for evaluation in kind if evaluation.entry.is_best] for kind in (single, ensembles))
+    return _of_last(best_single, _newest_then) + _of_last(best_ensembles, _newest_then)
 
 
 def _newest_then(entry):
@@ -166,7 +167,7 @@ def describe_tasks(tasks: EvaluationTasks) -> str:
     return f'{count} of {source}, {split}, {" ".join(way_and_shots)}, {query}, {seed}'
 
 
-def descriptions(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+def descriptions(evaluations: Sequence[RunEntry]) -> dict[str, str]:
     """{key of tasks: text}: which tasks each evaluation is on, and what else differs between tasks that are described alike."""
     described = {evaluation.tasks_key: (describe_tasks(evaluation.entry.tasks), evaluation.entry) for evaluation in evaluations}
     differing = differing_data(described)
@@ -186,8 +187,8 @@ def differing_data(described: Mapping[str, tuple[str, Entry]]) -> dict[str, list
 
 def _data_of(entry):
     """{what: text} of the data and settings of an evaluation's source."""
-    data = [entry.data_path] * bool(entry.data_path) + [f'{entry.tasks.data or 0:08x}']
-    return {**{name: json.dumps(value) for name, value in sorted(entry.tasks.facts.items())}, 'data': ' '.join(data)}
+    data = ' '.join(filter(None, [entry.data_path, f'{entry.tasks.data or 0:08x}']))
+    return {**{name: json.dumps(value) for name, value in sorted(entry.tasks.facts.items())}, 'data': data}
 
 
 def differing_parts(paths: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from runtime.cli.flags import BUILT_IN_NETWORKS, default
 from runtime.cli.methods import preset_flags, switches, title
 from runtime.results import provenance, render
-from runtime.results.collect import Evaluation, choose, describe_tasks, descriptions, differing_parts, read_evaluations, split_name
+from runtime.results.collect import RunEntry, choose, describe_tasks, descriptions, differing_parts, read_evaluations, split_name
 from runtime.results.statistics import UNITS, difference, holm, number, over_tasks_and_seeds, paired_test, plus_minus, statistics
 from runtime.results.store import column_titles
 from runtime.system.errors import UserError
@@ -93,7 +93,7 @@ class Line(NamedTuple):
     indices: tuple[int, ...]    # of the evaluations
 
 
-class Figures(NamedTuple):
+class LineFigures(NamedTuple):
     """Statistics of a line, and of its difference from the first of its kind; nan if it has not two seeds in common with that."""
     mean: float
     std: float                  # over tasks; of several seeds: of their means (n - 1)
@@ -106,12 +106,12 @@ class Figures(NamedTuple):
 
     def cells(self, digits: int, titles: Sequence[str]) -> list[str]:
         """Texts: the mean, the difference, and p-values as `p_titles` says."""
-        p, p_holm = ('-' if math.isnan(p) else f'{p:.2g}' for p in (self.p, self.p_holm))
-        p_values = [p + '*' * self.signed_rank, p_holm][:len(titles)]
+        p, p_holm = ('-' if math.isnan(value) else f'{value:.2g}' for value in (self.p, self.p_holm))
+        p_values = [p + ('*' if self.signed_rank else ''), p_holm][:len(titles)]
         return [plus_minus(self.mean, self.ci95, digits), plus_minus(self.difference, self.difference_ci95, digits), *p_values]
 
 
-def p_titles(figures: Sequence[Sequence[Figures]]) -> list[str]:
+def p_titles(figures: Sequence[Sequence[LineFigures]]) -> list[str]:
     """The titles of the p-values of a table, [rows][lines]: there are corrected ones if there are several."""
     return ['p', 'Holm'] if sum(len(row) - 1 for row in figures) > 1 else ['p']
 
@@ -129,7 +129,7 @@ class Comparison:
     `left_out` are those of runs that were not chosen, whose seeds a mean over the best checkpoints lacks.
     """
 
-    def __init__(self, evaluations: Sequence[Evaluation], tasks: str = '', left_out: Sequence[Evaluation] = ()):
+    def __init__(self, evaluations: Sequence[RunEntry], tasks: str = '', left_out: Sequence[RunEntry] = ()):
         self.evaluations = evaluations
         self.tasks, self.metric = tasks or describe_tasks(evaluations[0].entry.tasks), evaluations[0].entry.metric
         self.unit, self.digits = UNITS[self.metric].title, UNITS[self.metric].digits
@@ -151,7 +151,7 @@ class Comparison:
         return Line(''.join(line.letters for line in lines), group_label(self.evaluations, indices), '',
                     ' '.join(str(line.seed) for line in lines), lines[0].updates, indices)
 
-    def figures(self, lines: Sequence[Line], rows: Iterable[Sequence[np.ndarray]]) -> list[list[Figures]]:
+    def figures(self, lines: Sequence[Line], rows: Iterable[Sequence[np.ndarray]]) -> list[list[LineFigures]]:
         """The statistics of a table, [rows][lines], with the p-values of all lines but the first corrected for their number."""
         figures = [[self._figures_of(line, row) for line in lines] for row in rows]
         p_holm = holm(np.array([[cell.p for cell in row[1:]] for row in figures]))
@@ -163,7 +163,7 @@ class Comparison:
             return self._figures_of_seeds(line, row)
         values = row[line.indices[0]]
         mean_difference, _, half_of_difference = statistics(difference(values, row[0]))
-        return Figures(*statistics(values), mean_difference, half_of_difference, *paired_test(values, row[0]))
+        return LineFigures(*statistics(values), mean_difference, half_of_difference, *paired_test(values, row[0]))
 
     def _figures_of_seeds(self, line, row):
         values = np.stack([row[index] for index in line.indices])
@@ -173,10 +173,10 @@ class Comparison:
         by_seed, by_seed_of_first = ({self.lines[index].seed: index for index in group.indices} for group in (line, self.groups[0]))
         differences = [difference(row[by_seed[seed]], row[by_seed_of_first[seed]]) for seed in by_seed if seed in by_seed_of_first]
         paired = over_tasks_and_seeds(np.stack(differences)) if len(differences) > 1 else [math.nan] * 3
-        return Figures(mean, std, half, *map(float, paired))
+        return LineFigures(mean, std, half, *map(float, paired))
 
 
-def seed_groups(evaluations: Sequence[Evaluation], left_out: Sequence[Evaluation] = ()) -> list[tuple[int, ...]]:
+def seed_groups(evaluations: Sequence[RunEntry], left_out: Sequence[RunEntry] = ()) -> list[tuple[int, ...]]:
     """Indices of evaluations that differ by their training's seed only, and have one name, for each such group of two or more.
 
     They are of checkpoints of one iteration, or of each seed's own best or ensemble. Where all are of best checkpoints, they are the
@@ -219,7 +219,7 @@ def curves_of(comparison: Comparison) -> tuple[dict[str, np.ndarray], list[str]]
 
 # The picture of a sweep ---------------------------------------------------------------------------------------------
 
-def swept_value(evaluation: Evaluation, flag: str) -> Any:
+def swept_value(evaluation: RunEntry, flag: str) -> Any:
     """What a flag was in an evaluation, or else in its training."""
     for part in evaluation.entry.setting, evaluation.entry.training:
         if hasattr(part, flag):
@@ -247,7 +247,7 @@ def sweep_of(comparison: Comparison, flag: str) -> dict[str, dict[Any, np.ndarra
     return {label: {value: np.stack([*by_seed.values()]) for value, by_seed in points.items()} for label, points in seeds.items()}
 
 
-def method_without(evaluation: Evaluation, flag: str) -> str:
+def method_without(evaluation: RunEntry, flag: str) -> str:
     """The name of an evaluation's method without what a flag adds to it, such as 'with inner_batch=5'."""
     if flag not in switches():
         return evaluation.method
@@ -256,7 +256,7 @@ def method_without(evaluation: Evaluation, flag: str) -> str:
 
 # Labels -------------------------------------------------------------------------------------------------------------
 
-def settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def settings(evaluations: Sequence[RunEntry]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
     flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
     flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
@@ -274,7 +274,7 @@ def _identities(evaluations):
             if any(values.values()) else {} for identity in identities]
 
 
-def arithmetic_note(evaluations: Sequence[Evaluation]) -> list[str]:
+def arithmetic_note(evaluations: Sequence[RunEntry]) -> list[str]:
     """A note if evaluations, or the trainings of their models, differ in what decides how numbers are rounded; else []."""
     trainings = [evaluation.entry.training.provenance for evaluation in evaluations]
     kinds = [part for training in trainings for part in (training.arithmetic if training else [])]
@@ -305,7 +305,7 @@ def _beyond_the_flags(evaluation):
             'test_updates': setting.test_updates, 'query_norm': setting.query_norm, 'checkpoint': evaluation.entry.checkpoint}
 
 
-def what_differs(evaluations: Sequence[Evaluation]) -> list[str]:
+def what_differs(evaluations: Sequence[RunEntry]) -> list[str]:
     """For each evaluation its label: as `_label_parts`, and where these do not tell evaluations apart, the parts of their paths that do."""
     parts_of_each = _label_parts(evaluations, settings(evaluations))
     if len({tuple(parts) for parts in parts_of_each}) < len(parts_of_each):
@@ -352,7 +352,7 @@ def _setting_text(user_label, name, value):
     return value if name == 'checkpoint' else f'{name}={value}'
 
 
-def group_label(evaluations: Sequence[Evaluation], group: Sequence[int]) -> str:
+def group_label(evaluations: Sequence[RunEntry], group: Sequence[int]) -> str:
     """The name of a group of evaluations, and what else their labels have in common."""
     parts_of_each = _label_parts(evaluations, settings(evaluations))
     first = evaluations[group[0]]
@@ -383,7 +383,7 @@ def update_table(comparison: Comparison) -> render.Table:
     return render.Table(comparison.title, columns, rows, legend, notes)
 
 
-def test_note(figures: Sequence[Sequence[Figures]]) -> str:
+def test_note(figures: Sequence[Sequence[LineFigures]]) -> str:
     """Text: where the p-values of a table, [rows][lines], come from."""
     counted = [cell for row in figures for cell in row[1:] if not math.isnan(cell.p)]
     ranks = ', or with * a signed-rank test, where differences are far from normal' if any(each.signed_rank for each in counted) else ''
@@ -435,4 +435,4 @@ def records(comparisons: Sequence[Comparison]) -> render.Table:
             for line, cell in zip([*lines, *groups], itertools.chain(*figures)):
                 label = f'{line.label}, over seeds' if line in groups else line.label
                 rows.append([comparison.tasks, comparison.unit, line.letters, label, line.path, line.seed, updates, *cell])
-    return render.Table('', ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', *Figures._fields], rows)
+    return render.Table('', ['tasks', 'metric', 'run', 'label', 'path', 'seed', 'updates', *LineFigures._fields], rows)

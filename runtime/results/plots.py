@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import textwrap
 import warnings
 from collections.abc import Collection
@@ -14,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
-from data_generator import ClassTasks, FunctionTasks, ImageSource, TableTasks
+from data_generator import ClassTasks, FunctionTasks, ImageSource, TableTasks, class_name
 from runtime.cli.run import Run
 from runtime.datasets.goals import LARGEST as LARGEST_GOAL
 from runtime.datasets.goals import GoalTasks
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 DPI = 110
 # Dashes and markers also distinguish the curves, for colour-blind readers and grey prints.
 _COLORS = '#1b3a6b', '#c8553d', '#2e7d5b', '#7b5ea7', '#444444', '#b8860b', '#3a9bc1'
-STYLES = [dict(color=color, linestyle=line, marker=marker) for color, line, marker, _ in zip(
-    itertools.cycle(_COLORS), itertools.cycle(['-', '--', '-.', ':']), itertools.cycle('os^DvP'), range(7 * 4 * 3))]  # all of them differ
+STYLES = [dict(color=_COLORS[number % 7], linestyle=('-', '--', '-.', ':')[number % 4], marker='os^DvP'[number % 6])
+          for number in range(7 * 4 * 3)]  # all of them differ
 SHOWN_UPDATES, PANELS = 10, 4  # inner updates after which some tasks are shown, and how many tasks
 LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot hold them
 DIVERGED = 20   # the axes leave out losses above this many times the largest loss of the middle curve
@@ -92,7 +91,7 @@ def curves(runs: dict[str, np.ndarray], metric: str, heading: str, without_updat
     has_mark = first and any(bottom <= mark <= top for mark in marks)
     remark = f'; the {"open " if without_updates else ""}mark at 0 is of support examples, before adaptation' if has_mark else ''
     axes.set(xlabel='inner updates' + remark, xticks=range(0, longest + 1, 1 if longest <= 20 else 5 * -(-longest // 100)),
-             ylabel=f'{"query " * first}{unit.title}\n(band: 95% interval)',
+             ylabel=f'{"query " if first else ""}{unit.title}\n(band: 95% interval)',
              xlim=(-0.3 * max(1, longest / 10), longest + 0.3 * max(1, longest / 10)))
     _finish(figure, axes, heading, runs)
     return figure
@@ -274,7 +273,7 @@ def _label_panels(figure, panels, xlabel, ylabel, legend_columns):
 def task_sheet(model: MAML, tasks: ClassTasks, num_updates: int, heading: str) -> Figure:
     """The images of the first task, one row for each of the first SHOWN_CLASSES: support images, then query images with the
     classes predicted after `num_updates` inner updates, of which none is right if the adaptation diverged."""
-    batch, names = tasks.draw(0, 1), [_clipped(re.sub('^(train|val|test)/', '', name)) for name in tasks.class_names(0)]
+    batch, names = tasks.draw(0, 1), [_clipped(class_name(name)) for name in tasks.class_names(0)]
     probabilities = softmax(np.asarray(model.predict(batch, num_updates).post[-1][0]), axis=-1)
     diverged = not np.isfinite(probabilities).all()
     after = np.full(len(probabilities), -1) if diverged else np.argmax(probabilities, axis=-1)
@@ -314,8 +313,7 @@ def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndar
     whose probabilities are [query images, classes]."""
     classes, batch, columns, shown_query = task.classes, task.batch, 6, 36
     support_labels, predicted = np.argmax(batch.support_y[0], axis=-1), np.argmax(probabilities, axis=-1)
-    marks = ['' if label is None else ' ✓' if label == guess else f' ✗ {_clipped(classes[label], 12)}'
-             for label, guess in zip(task.labels, predicted)]
+    marks = [_mark(label, guess, classes) for label, guess in zip(task.labels, predicted)]
     support = [(image, _clipped(classes[label]), '') for label in range(len(classes[:SHOWN_CLASSES]))
                for image in batch.support_x[0][support_labels == label][:columns]]
     query = [(image, f'{_clipped(classes[label])}\n{row[label]:.0%}{mark}', _clipped(name))
@@ -336,6 +334,13 @@ def prediction_sheet(task: UserTask, source: ImageSource, probabilities: np.ndar
         for axes in panels[len(tiles):]:
             axes.axis('off')
     return figure
+
+
+def _mark(label, guess, classes):
+    """What is written behind a prediction: whether it is right, if the label is known."""
+    if label is None:
+        return ''
+    return ' ✓' if label == guess else f' ✗ {_clipped(classes[label], 12)}'
 
 
 def _show(axes, image, source):

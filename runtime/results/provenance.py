@@ -101,8 +101,9 @@ def identity(provenance: Provenance | None) -> dict[str, Any]:
     if provenance is None:
         return {'training data': None, 'starting weights': None}
     weights = provenance.weights
+    start = f'{weights.checksum or 0:08x}' if weights else 'random'
     return {'training data': ' '.join(f'{checksum:08x}' for checksum in provenance.data.values() if checksum is not None) or 'functions',
-            'starting weights': None if not provenance.is_known else f'{weights.checksum or 0:08x}' if weights else 'random'}
+            'starting weights': start if provenance.is_known else None}
 
 
 def arithmetic(engine: str, replicas: int, recompute: bool = False) -> dict[str, str]:

@@ -145,7 +145,7 @@ def table(evaluations: dict[str, np.ndarray], metric: str, without_updates: bool
     titles = column_titles(0 if without_updates else len(columns[0]) - 1)
     for updates, cells in zip(titles, zip(*columns)):
         lines.append(f'  {updates:>7}  ' + ''.join(f'{cell:{width}}' for cell in cells).rstrip())
-    lines.append(f'  (0: {"support examples, " * UNITS[metric].starts_with_support}before adaptation)')
+    lines.append(f'  (0: {"support examples, " if UNITS[metric].starts_with_support else ""}before adaptation)')
     return '\n'.join(lines)
 
 
