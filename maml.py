@@ -342,8 +342,7 @@ def predict_without_adapting(config: ModelConfig, parameters: Parameters, step: 
                             task_and_state: tuple[TaskBatch, TaskState]) -> tuple[Outputs, TaskState]:
     """Outputs of a task without an inner step, and its unchanged state."""
     task, state = task_and_state
-    pre = support_outputs(config, parameters, task, state, step)
-    return Outputs(pre, query_outputs(config, parameters, task, state, step)), state
+    return Outputs(*(outputs(config, parameters, task, state, step) for outputs in (support_outputs, query_outputs))), state
 
 
 class MAML:
@@ -361,8 +360,7 @@ class MAML:
         """The initial weights are a function of config and seed; `network` is that of the config (docs/networks.md). With several
         replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`."""
         config = dataclasses.replace(config, network=network, mask_seed=seed) if network else config
-        self.replicas = replicas or Replicas()
-        self.description = network_of(config).description
+        self.replicas, self.description = replicas or Replicas(), network_of(config).description
         self.config = config = engine.resolve(config, network_of(config))
         self.shared = tf.nest.map_structure(lambda value: tf.Variable(tf.cast(value, config.dtype)), initial_parameters(config, seed))
         self.weights, self.norm_params, rates, inner_optimizer_state = self.shared
@@ -407,8 +405,7 @@ class MAML:
 
         `phase` is 'metatrain' or 'pretrain'; `iteration` that of the first step, `schedules.config_at` must be the same in all;
         `stopping` whether this process is about to stop. Returns, each [steps], what `metric_functions` measures before a step,
-        averaged over tasks; 'finite', whether losses and gradients were finite (if not, the step changed nothing); and 'stopping',
-        whether any process is about to stop.
+        averaged over tasks; 'finite', whether losses and gradients were (if not, the step changed nothing); 'stopping' of any process.
         """
         function = task_gradient(config_at(self.config, iteration) if phase == 'metatrain' else self.config, phase)
         return self._engine.train(function, self._gradient_structure, self._updates[phase], batches,
