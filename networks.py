@@ -39,6 +39,7 @@ HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the netwo
 CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
 RIDGE_SCALARS = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
 NEIGHBOURS = f'{HEAD_PREFIX}features', f'{HEAD_PREFIX}labels'  # the support rows of `nearest_neighbour`
+LEAST_GRADIENT = 1e-4  # of outputs with respect to a weight on which they depend
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
 Tensors = dict[str, tf.Tensor]
 
@@ -50,7 +51,7 @@ class Network(Protocol):
         head_names: names of the last layer's matrix, [features, dim_output], and bias, [dim_output].
         convolutional: whether it has convolutions: such networks are not compiled by XLA on a CPU (runtime/compute/engine.py).
         vectorizes: whether all tasks can be computed in one graph.
-        random: whether it draws random numbers in training, such as the masks of dropout.
+        random: whether it computes something else in training, such as by the masks of dropout.
         description: text for the console.
     """
     head_names: Sequence[str]
@@ -187,7 +188,7 @@ class KerasNetwork:
         self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
         self._norm_names = {weight.path for layer in self.layers if self._normalises(layer) for weight in layer._trainable_variables}
         self.convolutional = any('Conv' in type(layer).__name__ for layer in self.layers)
-        self.random = bool(self._seeds)
+        self.random = True  # until `_probe` knows
         for layer in self._norms:  # whose argument says too whether random layers draw
             layer.call = functools.partial(_with_current_statistics, layer.call)
         self._refuse_unusable()
@@ -320,51 +321,61 @@ class KerasNetwork:
     def _probe(self):
         """Runs the model once and refuses state that is not swapped, and losses.
 
-        Returns its outputs, the calls of its layers, inner ones first, and the tape that recorded them with the tensors of the model.
+        Returns its outputs, the calls of its layers, inner ones first, tensors near those of the model, these, and the rows.
         """
         x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS + 2, math.prod(self._input_shape)]), self._dtype)
         tensors = {name: tf.identity(weight.value) for name, weight in self._weights.items()}
         training = {**tensors, MASKS: tf.zeros([3], tf.float64)}
-        function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
-        graph = function.get_concrete_function(training).graph
-        problems = self._problems_of_graph(graph)
-        with watched(self.layers) as calls, tf.GradientTape(persistent=True) as tape:
+        with watched(self.layers) as calls, tf.GradientTape() as tape:
             tape.watch(tensors)
             with self.tensors_in_place(training, len(x)) as scope:
                 before = [scope.get_current_value(seed) for seed in self._seeds]
                 outputs = self._call(x, True)
-                self.random = any(scope.get_current_value(seed) is not value for seed, value in zip(self._seeds, before))
-                problems += ['it has losses of its own (add_loss, regularizers), which are not used here'] if self.model.losses else []
+                draws = any(scope.get_current_value(seed) is not value for seed, value in zip(self._seeds, before))
+                has_losses = bool(self.model.losses)
+        function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
+        graph = function.get_concrete_function(training).graph
+        problems = self._problems_of_graph(graph)
+        if has_losses:
+            problems.append('it has losses of its own (add_loss, regularizers), which are not used here')
         gradients = tape.gradient(outputs, tensors)
         self._gathered = {name for name, gradient in gradients.items() if isinstance(gradient, tf.IndexedSlices)}
         self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
         random = np.random.default_rng(0)  # weights of zeros would hide what depends on what
         moved = {name: nearby(value, random) for name, value in tensors.items()}
-        unreached = [name for name, gradient in gradients.items() if gradient is None]
-        self._refuse_hidden_weights(graph, unreached, moved, tensors, x)
+        self._refuse_hidden_weights(graph, gradients, moved, tensors, x)
+        self.random = draws or not _alike(self._outputs_with(moved, x), self._outputs_with(moved, x, training=True))
         self._mixes_rows = self._mixing_of_rows(moved, x)
         self._normalised = self._outputs > 1 and np.allclose(tf.reduce_sum(outputs, axis=1), 1, atol=1e-5) and np.all(outputs >= 0)
-        return outputs, calls, tape, tensors
+        return outputs, calls, moved, tensors, x
 
-    def _refuse_hidden_weights(self, graph, unreached, moved, tensors, x):
+    def _refuse_hidden_weights(self, graph, gradients, moved, tensors, x):
         """Refuses code that computes with weights which it does not get from here, or hides what it computes from a gradient."""
-        weights = {tensor.ref() for tensor in graph.inputs[:len(tensors) + 1]}  # and MASKS
-        given = {tensor.ref() for operation in graph.get_operations() if operation.type.endswith('PartitionedCall')
-                 for tensor in operation.inputs}
-        if given & weights or given and unreached:  # an earlier call may have left a function that has its weights as constants
+        unreached = [name for name, gradient in gradients.items() if gradient is None]
+        reached = [name for name in gradients.keys() - set(unreached)
+                   if np.any(np.abs(tf.convert_to_tensor(gradients[name])) > LEAST_GRADIENT)]
+        calls = [operation for operation in graph.get_operations() if operation.type.endswith('PartitionedCall') and operation.inputs]
+        # A function that is made anew at each call, as by Keras for grouped convolutions, computes with the present weights.
+        if calls and (unreached or not all(self._reads(name, moved, tensors, x) for name in reached)):
             what = f', and no gradient reaches {unreached[0]}' if unreached else ''
             self._refuse([f'it has a @tf.function{what}: leave it out, for it would compute with the weights of its first call'])
         self._refuse([f'the outputs depend on {name}, but no gradient reaches it: leave out tf.recompute_grad, keras.RematScope or a '
                       'custom gradient around it; or if it is not to be trained, make it by add_weight(trainable=False)'
                       for name in unreached if self._depends_on(name, moved, tensors, x)])
 
-    def _depends_on(self, name, moved, tensors, x):
-        with_moved, without = (self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]}))
-        return not np.allclose(with_moved, without, rtol=1e-4, atol=1e-5)
+    def _reads(self, *arguments):
+        """As `_depends_on`, where a function may have kept a tensor of a graph that is gone."""
+        try:
+            return self._depends_on(*arguments)
+        except (TypeError, ValueError, tf.errors.OpError):
+            return False
 
-    def _outputs_with(self, tensors, x, **options):
+    def _depends_on(self, name, moved, tensors, x):
+        return not _alike(*(self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]})))
+
+    def _outputs_with(self, tensors, x, training=False, **options):
         with self.tensors_in_place(tensors, len(x), **options):
-            return self._call(x, False)
+            return self._call(x, training)
 
     def _mixing_of_rows(self, tensors, x):
         """How the outputs for a row depend on other rows, in a way that statistics of the first rows do not account for; '' if not."""
@@ -372,7 +383,7 @@ class KerasNetwork:
         if [size * (len(x) - 1) for size in sizes] != [size * len(x) for size in fewer]:
             return 'statistics are taken over the first axis of something else than rows'
         pair = [self._outputs_with(tensors, tf.concat([x[:-1], last], axis=0), stats_rows=ROWS)[:-1] for last in (x[-1:], x[-1:] + 1)]
-        return '' if np.allclose(*pair, rtol=1e-4, atol=1e-5) else (
+        return '' if _alike(*pair) else (
             'the outputs for one row depend on other rows in another way than by batch norm without masks')
 
     def _sizes_of_statistics(self, tensors, x, call):
@@ -383,7 +394,9 @@ class KerasNetwork:
         return sizes
 
     def _problems_of_graph(self, graph):
-        return [f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
+        return ['it draws random numbers by keras.random without a seed: give it a SeedGenerator, an attribute of a layer'
+                if 'seed_generator_state' in variable.name else
+                f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
                 'of a layer' for variable in graph.variables] + [
                 f'it draws random numbers by {kind}: use keras.random with a SeedGenerator'
                 for kind in sorted(_kinds_of_operations(graph) & RANDOM_OPERATIONS)]
@@ -395,14 +408,16 @@ class KerasNetwork:
         return [variable.path for variable, value in before
                 if id(variable) not in moving and scope.get_current_value(variable) is not value]
 
-    def _find_head(self, outputs, calls, tape, tensors):
+    def _find_head(self, outputs, calls, moved, tensors, x):
         """Finds the layer that makes the outputs, whose input are the features, or says why there is none."""
         makers = [call for call in calls if call[-1] is outputs]
         if not makers:
             self._no_head = 'its outputs are made by its own code, not by a layer'
             return
         layer, arguments, options, _ = makers[0]
-        reason = self._no_head_because(layer, arguments, options, tape, tensors)
+        reason = self._no_head_because(layer, arguments, options, moved, tensors, x)
+        if [call[0] for call in calls].count(layer) > 1:
+            reason = 'is called several times'
         if reason:
             self._no_head = f'the layer that makes its outputs, {layer.name}, {reason}'
             return
@@ -412,21 +427,33 @@ class KerasNetwork:
                                  and [weight.name for weight in layer.trainable_variables] == ['kernel', 'bias'])
         layer.call = functools.partial(_remembering_input, self._seen, layer.call)
 
-    def _no_head_because(self, layer, arguments, options, tape, tensors):
+    def _no_head_because(self, layer, arguments, options, moved, tensors, x):
         """Why a layer that was called so cannot be run by itself; '' if it can."""
         if not layer.trainable_variables:
             return 'has no weights'
         if len(arguments) != 1 or not tf.is_tensor(arguments[0]) or any(
                 value is not None for name, value in options.items() if name != 'training'):
-            return 'has several inputs'
+            return 'has several inputs, or one that is given by name'
         features = arguments[0]
         if self._normalises_or_draws(layer):
             return 'normalises or is random'
         sizes, fewer = (self._sizes_of_statistics(tensors, rows, layer) for rows in (features, features[:-1]))
         if sizes != fewer:
             return 'normalises or is random'
-        gradients = tape.gradient(features, [tensors[weight.path] for weight in layer.trainable_variables])
-        return '' if all(gradient is None for gradient in gradients) else 'shares its weights with another'
+        own = {weight.path: tensors[weight.path] for weight in layer.trainable_variables}
+        inputs = [self._input_of(layer, values, x) for values in (moved, {**moved, **own})]
+        return '' if _alike(*inputs) else 'shares its weights with another'
+
+    def _input_of(self, layer, tensors, x):
+        """What a layer is called with, first."""
+        with watched([layer]) as calls:
+            self._outputs_with(tensors, x)
+        return calls[0][1][0]
+
+
+def _alike(first, second):
+    """Whether two tensors differ by rounding only."""
+    return np.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
 def _is_seed(variable):
@@ -657,7 +684,7 @@ def _makes_the_first(config, values, wider, tensors):
     made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
         made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]
-    return made[0].shape == made[1].shape and np.allclose(*made, rtol=1e-4, atol=1e-5)
+    return made[0].shape == made[1].shape and _alike(*made)
 
 
 def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:

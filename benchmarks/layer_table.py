@@ -25,7 +25,8 @@ def kinds() -> dict[str, tuple[tuple[int, ...], Callable]]:
 
     images = {
         'Conv2D': of(k.Conv2D, 4, 3), 'Conv2D, strides 2': of(k.Conv2D, 4, 3, strides=2, padding='same'),
-        'Conv2D, dilation 2': of(k.Conv2D, 4, 2, dilation_rate=2), 'Conv2DTranspose': of(k.Conv2DTranspose, 4, 3),
+        'Conv2D, dilation 2': of(k.Conv2D, 4, 2, dilation_rate=2), 'Conv2D, groups 2': of(k.Conv2D, 4, 3, groups=2),
+        'Conv2DTranspose': of(k.Conv2DTranspose, 4, 3),
         'DepthwiseConv2D': of(k.DepthwiseConv2D, 3), 'SeparableConv2D': of(k.SeparableConv2D, 4, 3),
         'BatchNormalization': of(k.BatchNormalization), 'GroupNormalization': of(k.GroupNormalization, 4),
         'LayerNormalization': of(k.LayerNormalization), 'RMSNormalization': of(k.RMSNormalization),
