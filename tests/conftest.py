@@ -4,8 +4,11 @@ import glob
 import importlib.util
 import io
 import os
+import runpy
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'benchmarks')]
 import main  # noqa: E402
 from runtime.cli import flags as program_flags  # noqa: E402
 from runtime.cli import startup  # noqa: E402
+from runtime.system import console  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()  # first, for it says how TensorFlow is set up
@@ -60,10 +64,26 @@ def module_at(path):
     return module
 
 
-def run_process(*arguments, cwd=ROOT):
-    """Runs main.py as a user does, in a process of its own; returns the finished process."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, text=True,
+def run_process(*arguments, script='main.py', cwd=ROOT):
+    """Runs main.py, or another script, as a user does, in a process of its own; returns the finished process."""
+    return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, timeout=300)
+
+
+def run_script(script, *arguments):
+    """Runs a script of data/ in this process, which takes less time; returns what `run_process` does, as far as tests look at it."""
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    path = os.path.join(ROOT, script)
+    with (mock.patch.object(sys, 'argv', [path, *map(str, arguments)]), mock.patch.object(sys, 'path', [*sys.path]),
+          mock.patch.object(console, 'protect'), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)):
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    return types.SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def run_main(*arguments):
