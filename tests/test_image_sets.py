@@ -15,7 +15,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from conftest import ROOT, run_process
+from conftest import ROOT, run_process, run_script
 from data import archives, image_sets, mat_files, preparation, reading
 from data_generator import SOURCES
 from runtime.datasets.class_folders import preparation_facts
@@ -315,7 +315,7 @@ def test_damaged_matlab_files():
 @pytest.mark.parametrize('source', MAKE)
 def test_the_scripts(source, tmp_path):
     path = f'data/{source}/proc_images.py'
-    process = run_process('--source', tmp_path, script=path)
+    process = run_script(path, '--source', tmp_path)
     assert process.returncode == 1 and f'{tmp_path} holds neither {image_sets.SETS[source].archive} nor a folder' in process.stderr
     text = run_process('--help', script=path).stdout
     assert ('--split' in text) == (source in ('cub', 'aircraft')) == ('--crop' in text) and '--download' in text
