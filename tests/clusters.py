@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from conftest import ROOT
 
-SINUSOID = ['--norm=None', '--update_batch_size=10', '--meta_batch_size=4', '--save_interval=100']
+SINUSOID = ['--norm=None', '--update_batch_size=10', '--meta_batch_size=4', '--save_interval=100', '--engine=map']
 PATIENCE = 900  # seconds after which a process hangs
 
 

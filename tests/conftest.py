@@ -4,8 +4,11 @@ import glob
 import importlib.util
 import io
 import os
+import runpy
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'benchmarks')]
 import main  # noqa: E402
 from runtime.cli import flags as program_flags  # noqa: E402
 from runtime.cli import startup  # noqa: E402
+from runtime.system import console  # noqa: E402
 from runtime.system.errors import UserError  # noqa: E402
 
 startup.import_tensorflow()  # first, for it says how TensorFlow is set up
@@ -25,6 +29,7 @@ import compiled_models  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from maml import MAML  # noqa: E402
+from runtime.compute.engine import Engine  # noqa: E402
 from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
 from runtime.results import store  # noqa: E402
@@ -60,10 +65,26 @@ def module_at(path):
     return module
 
 
-def run_process(*arguments, cwd=ROOT):
-    """Runs main.py as a user does, in a process of its own; returns the finished process."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'main.py'), *arguments], cwd=cwd, text=True,
+def run_process(*arguments, script='main.py', cwd=ROOT):
+    """Runs main.py, or another script, as a user does, in a process of its own; returns the finished process."""
+    return subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, timeout=300)
+
+
+def run_script(script, *arguments):
+    """Runs a script of data/ in this process, which takes less time; returns what `run_process` does, as far as tests look at it."""
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    path = os.path.join(ROOT, script)
+    with (mock.patch.object(sys, 'argv', [path, *map(str, arguments)]), mock.patch.object(sys, 'path', [*sys.path]),
+          mock.patch.object(console, 'protect'), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)):
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    return types.SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def run_main(*arguments):
@@ -162,9 +183,19 @@ def fresh_models(monkeypatch):
     monkeypatch.setattr(MAML, '__init__', compiled_models.make_model)
 
 
+def map_eagerly(engine, parameters, function, tasks, step, mapped=Engine._map):
+    """`Engine._map`; one task after the other, without the graph from which that takes the structure of the results."""
+    if engine._config.engine != 'map':
+        return mapped(engine, parameters, function, tasks, step)
+    results = [function(parameters, step, tf.nest.map_structure(lambda array, task=task: tf.convert_to_tensor(array[task]), tasks))
+               for task in range(len(tf.nest.flatten(tasks)[0]))]
+    return tf.nest.map_structure(lambda *values: tf.stack(values), *results)
+
+
 @pytest.fixture
-def eager():
+def eager(monkeypatch):
     """TensorFlow runs functions as they stand, which takes less time than to compile what is run once or twice."""
+    monkeypatch.setattr(Engine, '_map', map_eagerly)
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)

@@ -3,11 +3,10 @@
 DEVICES: that many CPU devices, as if they were so many GPUs, for --strategy=mirrored; 1: what the environment says.
 
 gradients: the meta-gradients of a meta-batch, and the weights after some training steps, of networks of the shapes that sinusoid,
-Omniglot and miniImageNet have, the last with all of MAML++, and of one of Keras with Dropout, are written to FILE by the chief. On four
-replicas, of the first two: each replica compiles its own graph.
+Omniglot and miniImageNet have, the last with all of MAML++, and of one of Keras with Dropout, are written to FILE by the chief. On several
+replicas, of some of them: each replica compiles its own graph.
 """
 import dataclasses
-import itertools
 import os
 import sys
 
@@ -18,6 +17,7 @@ import main  # noqa: E402
 from runtime.cli import startup, workers  # noqa: E402
 
 TASKS, STEPS = 4, {'sinusoid': 100}  # of the networks for images 10, for the first would show a difference
+NETWORKS = {1: ('sinusoid', 'omniglot', 'mini', 'keras'), 2: ('sinusoid', 'mini', 'keras'), 4: ('sinusoid', 'omniglot')}
 
 
 def shapes():
@@ -57,17 +57,18 @@ def a_network(input_shape, outputs):
 def gradients(replicas, path):
     from maml import MAML
     share, found = TASKS // replicas.count, {}
-    for name, (config, draw) in itertools.islice(shapes().items(), 4 if replicas.count <= 2 else 2):
+    for name, (config, draw) in ((name, shapes()[name]) for name in NETWORKS[replicas.count]):
         def batch(step, draw=draw):
             return replicas.distribute(lambda replica: draw(step * TASKS + replica * share, share))
 
         model = MAML(config, seed=3, replicas=replicas)
-        found |= {f'{name} gradient {weights}': np.array(gradient)
-                  for weights, gradient in model.meta_gradients(batch(0)).items()}
         metrics = model.evaluate(batch(0), 2)
         found[f'{name} metrics'] = np.stack([metrics.pre_loss, *metrics.post_losses])
         for step in range(STEPS.get(name, 10)):
             model.metatrain_step(batch(step), step)
+            if step == 0:  # Adam's first moment is a tenth of the gradient, for which `meta_gradients` would compile a second graph
+                found |= {f'{name} gradient {weights}': variable.numpy() for weights, variable in model.state().items()
+                          if weights.startswith('metatrain/adam/m/')}
         found |= {f'{name} trained {weights}': variable.numpy() for weights, variable in model.parameters().items()}
     if replicas.chief:
         np.savez(path, **found)

@@ -472,13 +472,6 @@ def test_integers_of_unknown_range_are_refused(tmp_path):
     assert (next(images.decode_images([str(tmp_path / 'deep.png')], (4, 4, 1), True, '', '')) == 7).all()
 
 
-def test_an_unfinished_preparation_is_not_used(small_data, tmp_path):
-    for content in b'{"recipe": "", "complete": false}', b'', b'[]':
-        (tmp_path / '.prepared.json').write_bytes(content)
-        with pytest.raises(UserError, match='was interrupted or found something missing; run it again: python data/cifarfs'):
-            SOURCES['cifarfs'].folders(str(tmp_path)).names('train')
-
-
 def test_transparent_images_are_on_white(tmp_path):
     """Black ink on nothing, as drawing programs export it, in each way in which a file can say so."""
     ink = Image.new('L', (8, 8), 0)

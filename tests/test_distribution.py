@@ -6,6 +6,7 @@ import re
 import filelock
 import numpy as np
 import pytest
+from replicas import NETWORKS
 
 from clusters import SINUSOID, checkpoint, run
 from conftest import run_ok
@@ -33,8 +34,7 @@ def test_gradients_and_training_are_those_of_one_device(where, of_one, tmp_path)
     path = str(tmp_path / 'found.npz')
     run('gradients', path, **where)
     found, worst = np.load(path), {}
-    networks = ('sinusoid', 'omniglot', *(() if 4 in where.values() else ('mini', 'keras')))  # see replicas.py
-    assert found.files == [name for name in of_one.files if name.split()[0] in networks]
+    assert found.files == [name for name in of_one.files if name.split()[0] in NETWORKS[max(where.values())]]
     for name in found.files:
         what = ' '.join(name.split()[:2])
         scale = np.abs(of_one[name]).max() or 1
@@ -70,7 +70,7 @@ def test_nothing_is_compiled_for_each_step(tmp_path, monkeypatch):
     """Neither for each iteration of a call, nor for each inner step of an evaluation: once for each shape of tasks."""
     monkeypatch.setenv('TF_CPP_MIN_LOG_LEVEL', '0')
     monkeypatch.setenv('TF_CPP_VMODULE', 'device_compilation_profiler=1')
-    (_, _, log), = run('main', *SINUSOID, '--strategy=mirrored', '--learn_lr=step', '--metatrain_iterations=20', f'--logdir={tmp_path}',
-                       devices=2)
+    (_, _, log), = run('main', *SINUSOID, '--engine=vmap', '--strategy=mirrored', '--learn_lr=step', '--metatrain_iterations=20',
+                       f'--logdir={tmp_path}', devices=2)
     compiled = re.findall(r'Compiled (\S+) (\d+) times', log)
     assert len(compiled) > 3 and max(int(times) for _, times in compiled) <= 2, compiled

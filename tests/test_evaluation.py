@@ -27,6 +27,7 @@ def noise(config, query_rows=7, tasks=2):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('config', [CONV, POOLED, DENSE], ids=['conv', 'pooled', 'dense'])
 def test_support_statistics(config):
     """Each query row is answered by itself, and as the support row that it may be; under 'batch' that is not so."""
@@ -59,8 +60,8 @@ def test_fewer_outputs():
     assert few.predict(batch, 1).post.shape == (1, 2, 7, 2)
 
 
-FLAGS = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--update_lr=0.4',
-         '--metatrain_iterations=2', '--num_test_tasks=10']
+FLAGS = ['--datasource=omniglot', '--update_batch_size=1', '--conv=False', '--hidden=4', '--engine=map', '--meta_batch_size=2',
+         '--update_lr=0.4', '--metatrain_iterations=2', '--num_test_tasks=10']
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +77,8 @@ def trained(small_omniglot, tmp_path_factory):
 @pytest.mark.slow
 def test_both_norms_in_one_table(trained):
     flags, directory = trained
-    output = run_ok(*flags, '--train=False', '--query_norm=both')
+    output = run_ok(*flags, '--train=False', '--query_norm=both', '--plot')
+    assert output.count('_updates.png') == 1
     row, = (line.split() for line in output.splitlines() if line.split()[:1] == ['10'])
     entries = results_of(directory)
     assert [entry.setting.query_norm for entry in entries] == ['batch', 'support']
@@ -108,7 +110,6 @@ def test_other_ways_and_shots(trained):
 
 @pytest.mark.parametrize('more, words', [
     (['--train=False', '--num_classes=3'], ['there is no checkpoint', '--run=DIR']),
-    (['--query_norm=both'], ['--query_norm', '--train=False']),
     (['--train=False', '--norm=layer_norm', '--query_norm=both'], ['--query_norm is for batch norm', 'layer_norm']),
     (['--train=False', '--support_dir=x'], ['--support_dir is for --predict']),
 ])
@@ -136,9 +137,9 @@ def seen(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize('source', ['sinusoid', 'omniglot'])
 def test_tensorboard_gets_pictures_and_hyper_parameters(source, small_data, tmp_path):
-    data = [] if source == 'sinusoid' else [f'--data_path={small_data[source]}', '--num_filters=2']
+    data = [] if source == 'sinusoid' else [f'--data_path={small_data[source]}', '--conv=False', '--hidden=4']
     flags = [f'--datasource={source}', '--update_batch_size=1', '--meta_batch_size=2', '--num_test_tasks=5', '--plot',
-             '--metatrain_iterations=2', f'--logdir={tmp_path}', *data]
+             '--metatrain_iterations=2', '--engine=map', f'--logdir={tmp_path}', *data]
     run_ok(*flags)
     directory, = tmp_path.iterdir()
     tags = seen(directory)

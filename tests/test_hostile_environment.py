@@ -447,11 +447,13 @@ def test_hangups_of_a_training(tmp_path):
 
 def test_what_takes_long_is_said_before():
     def note(**config):
-        defaults = {'loss': 'xent', 'outer': 'gradient', 'recompute': False, 'num_updates': 1, 'network': None}
+        defaults = {'loss': 'xent', 'outer': 'gradient', 'recompute': False, 'num_updates': 1, 'norm': 'batch_norm', 'network': None}
         return training.notes(types.SimpleNamespace(**{**defaults, **config}))
     assert note(num_updates=50, recompute=False) == note(num_updates=200, recompute=True) == []
     line, = note(num_updates=200, recompute=False)
     assert '--num_updates=200 that may take many minutes' in line
+    line, = note(loss='mse')
+    assert 'hardly learns' in line and not note(loss='mse', norm='None')
     line, = note(outer='reptile', inner_weights='head')
     assert 'with --inner_weights=head the other weights stay as they start' in line and not note(outer='reptile', inner_weights='all')
 

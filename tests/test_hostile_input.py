@@ -289,7 +289,7 @@ def test_any_record_of_a_preparation(tmp_path):
         (tmp_path / class_folders.PREPARATION_RECORD).write_bytes(content)
         (tmp_path / 'train').mkdir(exist_ok=True)
         error = error_of('--datasource=cifarfs', f'--data_path={tmp_path}', f'--logdir={tmp_path}/logs')
-        assert 'run it again' in error
+        assert 'was interrupted or found something missing; run it again: python data/cifarfs' in error
 
 
 def test_nothing_is_damaged(tmp_path):

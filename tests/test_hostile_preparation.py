@@ -17,7 +17,7 @@ from PIL import Image
 from test_hostile_input import MINI, refusal
 from test_preparation import SPLITS, WNIDS, cifar_parts, write_cifar
 
-from conftest import ROOT
+from conftest import ROOT, run_process
 from data import cifar100, preparation, reading
 
 SCRIPTS = {'miniImagenet': 'miniImagenet/proc_images.py', 'cifarfs': 'cifarfs/proc_images.py', 'fc100': 'fc100/proc_images.py',
@@ -400,8 +400,8 @@ def test_file_names_cannot_steer_the_terminal_in_a_preparation(small_cifar, tmp_
     stray = tmp_path / 'prepared' / 'train' / 'apple' / '\x1b[31mred.png'
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b'')
-    process = subprocess.run([sys.executable, os.path.join(ROOT, 'data', 'cifarfs', 'proc_images.py'), '--allow_missing', '--source',
-                              small_cifar, '--destination', tmp_path / 'prepared'], capture_output=True, text=True)
+    process = run_process('--allow_missing', '--source', small_cifar, '--destination', tmp_path / 'prepared',
+                          script='data/cifarfs/proc_images.py')
     assert '\x1b' not in process.stdout + process.stderr and r'\x1b[31mred.png' in process.stdout + process.stderr
 
 

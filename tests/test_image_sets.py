@@ -5,7 +5,6 @@ import io
 import json
 import os
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -16,7 +15,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, run_process, run_script
 from data import archives, image_sets, mat_files, preparation, reading
 from data_generator import SOURCES
 from runtime.datasets.class_folders import preparation_record
@@ -315,10 +314,10 @@ def test_damaged_matlab_files():
 
 @pytest.mark.parametrize('source', MAKE)
 def test_the_scripts(source, tmp_path):
-    path = os.path.join(ROOT, 'data', source, 'proc_images.py')
-    process = subprocess.run([sys.executable, path, '--source', tmp_path], capture_output=True, text=True)
+    path = f'data/{source}/proc_images.py'
+    process = run_script(path, '--source', tmp_path)
     assert process.returncode == 1 and f'{tmp_path} holds neither {image_sets.SETS[source].archive} nor a folder' in process.stderr
-    text = subprocess.run([sys.executable, path, '--help'], capture_output=True, text=True).stdout
+    text = run_process('--help', script=path).stdout
     assert ('--split' in text) == (source in ('cub', 'aircraft')) == ('--crop' in text) and '--download' in text
 
 

@@ -63,7 +63,7 @@ def test_workers_that_are_not_alike(tmp_path):
     folders = [f'--logdir={tmp_path}/{folder}' for folder in (0, 1)]
     shared = f'--logdir={tmp_path}/new'
     for flags, own in (
-            (['--metatrain_iterations=300'], folders), (['--train=False'], folders),
+            (['--train=False'], folders),
             (['--metatrain_iterations=300'], [f'--logdir={tmp_path}/empty{worker}' for worker in (0, 1)]),
             ([shared], ['--seed=1', '--seed=2']),
             ([shared], [f'--load_from={glob.glob(f"{tmp_path}/{folder}/*/model{folder + 1}00.index")[0]}' for folder in (0, 1)])):

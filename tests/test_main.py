@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import main
-from conftest import error_of, results_of, run_ok, run_process, write_image_tree
+from conftest import directory_of, error_of, results_of, run_ok, run_process, write_image_tree
 from data_generator import SOURCES
 from runtime.cli.flags import FLAGS
 from runtime.cli.request import resolve
@@ -23,6 +23,7 @@ from runtime.jobs import evaluate as evaluation
 from runtime.jobs import train as training
 
 SMALL = ['--num_filters=4', '--meta_batch_size=2', '--max_pool=True', '--update_batch_size=1', '--update_lr=0.01']
+DENSE = ['--conv=False', '--hidden=4', '--engine=map', '--meta_batch_size=2', '--update_batch_size=1']  # where the network does not matter
 # A short run of every source that can be trained, on tiny data. One without an entry fails test_every_source_has_a_run.
 RUNS = {
     'sinusoid': ['--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4'],
@@ -75,7 +76,7 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "source"}')
     flags = ['--datasource=gtsrb', *SMALL, f'--data_path={data}', f'--logdir={tmp_path / "source"}']
     evaluate = ['--train=False', '--test_set=True']
-    run = experiment(tmp_path / 'source')
+    run = directory_of(tmp_path / 'source')
     transfer = [f'--run={run}', *evaluate, '--datasource=gtsrb', f'--data_path={data}']
     output = run_ok(*transfer)
     assert 'meta-test, 40 tasks' in output and 'gtsrb' in output and re.findall(r' \d+ +[\d.]+ ± .*', output) != []
@@ -89,17 +90,17 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
     # Omniglot's head on a folder of images, which are resized.
     run_ok(*RUNS['omniglot'], f'--data_path={small_data["omniglot"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "omniglot"}')
     assert 'a model of omniglot (28x28x1) cannot be evaluated on gtsrb (32x32x3)' in error_of(
-        f'--run={experiment(tmp_path / "omniglot")}', *transfer[1:])
+        f'--run={directory_of(tmp_path / "omniglot")}', *transfer[1:])
     assert 'meta-test, 40 tasks' in run_ok(
-        f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
+        f'--run={directory_of(tmp_path / "omniglot")}', *evaluate, '--datasource=folder', f'--data_path={small_data["folder"]}',
         '--image_size=28', '--image_channels=1')
-    pairs = [f'--run={experiment(tmp_path / "omniglot")}', *evaluate, '--datasource=doublemnist',
+    pairs = [f'--run={directory_of(tmp_path / "omniglot")}', *evaluate, '--datasource=doublemnist',
              f'--data_path={small_data["doublemnist"]}']
     assert '--resize makes those of doublemnist fit' in error_of(*pairs)
     assert 'meta-test, 40 tasks' in run_ok(*pairs, '--resize', '--plot')
     assert '--resize is for the evaluation of a model of another source' in error_of(*RUNS['omniglot'], '--train=False', '--resize')
     # Models against sources.
-    run_ok(f'--run={experiment(tmp_path / "source")}', *evaluate, f'--data_path={small_data["cifarfs"]}')
+    run_ok(f'--run={directory_of(tmp_path / "source")}', *evaluate, f'--data_path={small_data["cifarfs"]}')
     table = run_ok(f'--across={tmp_path / "source"}', str(tmp_path / 'omniglot'), '--plot')
     assert re.search(r'after the updates of each method; meta-test, .*40 tasks.*\n\n'
                      r' +model +updates +cifarfs +doublemnist +folder +gtsrb\n', table)
@@ -116,8 +117,9 @@ def test_a_source_for_meta_test_only(small_data, tmp_path, few_tasks):
 def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, few_tasks):
     """A folder with two classes of these names to test on does not hold new classes only."""
     write_image_tree(tmp_path / 'own', [f'test/{name}' for name in ('train00', 'train01', 'val00', 'no_cifar', '00')], 4, (32, 32, 3))
-    run_ok(*RUNS['cifarfs'], f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2', f'--logdir={tmp_path / "logs"}')
-    run = experiment(tmp_path / 'logs')
+    run_ok('--datasource=cifarfs', *DENSE, f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=2',
+           f'--logdir={tmp_path / "logs"}')
+    run = directory_of(tmp_path / 'logs')
     output = run_ok(f'--run={run}', '--train=False', '--test_set=True', '--datasource=folder', f'--data_path={tmp_path / "own"}',
                     '--image_size=32')
     assert 'Note: 2 of the 5 classes were seen in training (same name or images), such as train00\n' in output
@@ -133,25 +135,20 @@ def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, 
 @pytest.mark.slow
 def test_fewer_classes_to_validate_on_than_to_train_on(small_data, tmp_path, few_tasks):
     """DoubleMNIST's published split is trained 20-way and has 16 classes to validate on: validation is 16-way, and says so."""
-    flags = [*RUNS['doublemnist'], f'--data_path={small_data["doublemnist"]}', f'--logdir={tmp_path}', '--num_classes=6',
-             '--metatrain_iterations=2']
+    flags = [*RUNS['doublemnist'], f'--data_path={small_data["doublemnist"]}', f'--logdir={tmp_path}', '--num_classes=6', '--stop_grad',
+             '--log=False', '--metatrain_iterations=2']
     output = run_ok(*flags, '--plot')
     assert 'val: 5 classes, 30 images, so that validation is 5-way' in output
     validated, = re.findall(r'Validation of model2: \S+, (\S+)', output)
-    record = checkpoints.find(str(experiment(tmp_path)), None).record
+    record = checkpoints.find(str(directory_of(tmp_path)), None).record
     assert record['ranking'][0]['score'] == pytest.approx(float(validated), abs=1e-5)
     # The figure is that of an evaluation on the same tasks by the first five outputs.
-    table = run_ok(f'--run={experiment(tmp_path)}', f'--data_path={small_data["doublemnist"]}', '--train=False', '--num_classes=5',
+    table = run_ok(f'--run={directory_of(tmp_path)}', f'--data_path={small_data["doublemnist"]}', '--train=False', '--num_classes=5',
                    '--num_test_tasks=10')
     assert f'{100 * float(validated):.2f} ±' in re.search(r'\n +1 .*', table)[0]
     assert '--num_classes=6 asks for more classes than the 5 of the val split' in error_of(*flags, '--train=False')
     own = [flag.replace('doublemnist', 'folder') for flag in flags if 'data_path' not in flag]
     assert 'asks for more classes than' in error_of(*own, f'--data_path={small_data["folder"]}', '--num_classes=12')
-
-
-def experiment(tmp_path):
-    directory, = (path for path in tmp_path.iterdir() if path.is_dir())
-    return directory
 
 
 def variables(prefix):
@@ -177,7 +174,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request, monkeypatch):
         first, last = 2, 4  # blocks of two iterations, which are compiled once
     arguments = [*arguments, f'--save_interval={first}', '--meta_batch_size=2']
     whole = run_ok(*arguments, f'--metatrain_iterations={last}')
-    directory = experiment(tmp_path)
+    directory = directory_of(tmp_path)
     assert {path.name for path in directory.glob('*.index')} == {f'model{first}.index', f'model{last}.index'}
     numbers = variables(directory / f'model{last}')
 
@@ -185,7 +182,7 @@ def test_train_resume_evaluate(arguments, tmp_path, request, monkeypatch):
     run_ok(*other, f'--metatrain_iterations={first}')
     resumed = run_ok(*other, f'--metatrain_iterations={last}')
     assert 'Resuming from' in resumed and f'model{first}' in resumed
-    again = variables(experiment(tmp_path / 'resumed') / f'model{last}')
+    again = variables(directory_of(tmp_path / 'resumed') / f'model{last}')
     assert numbers.keys() == again.keys() and {'record', 'metatrain/adam/step', 'pretrain/adam/step'} <= numbers.keys()
     for name in numbers:
         np.testing.assert_array_equal(numbers[name], again[name], err_msg=name)
@@ -243,7 +240,7 @@ def test_learning_shows(arguments, tmp_path):
 @of('sinusoid')
 def test_checkpoints_that_can_be_asked_for(arguments, tmp_path):
     run_ok(*arguments, '--metatrain_iterations=12000')
-    directory = experiment(tmp_path)
+    directory = directory_of(tmp_path)
     kept = sorted(int(path.stem[5:]) for path in directory.glob('model*.index'))
     assert kept == list(range(3000, 12001, 1000))
     evaluate = [*arguments, '--train=False']
@@ -322,12 +319,12 @@ def test_summaries(arguments, tmp_path):
 ])
 def test_networks(arguments, flags, name, tmp_path, few_tasks):
     run_ok(*arguments, *flags, '--metatrain_iterations=2')
-    assert experiment(tmp_path).name == name
+    assert directory_of(tmp_path).name == name
     # Evaluated with another shot and step size than trained with; the results say which.
     output = run_ok(*arguments, *flags, '--train=False', '--update_batch_size=2', '--update_lr=0.05',
                     '--train_update_batch_size=1', f'--train_update_lr={0.1 if "cls_20" in name else 0.4}')
     assert '2-shot omniglot, meta-validation' in output
-    assert (experiment(tmp_path) / 'test_ubs2_stepsize0.05.csv').exists(), 'named after the shot and the step size of the evaluation'
+    assert (directory_of(tmp_path) / 'test_ubs2_stepsize0.05.csv').exists(), 'named after the shot and the step size of the evaluation'
 
 
 @of('sinusoid')
@@ -335,7 +332,7 @@ def test_the_seed_fixes_everything_and_nothing_else_does(arguments, tmp_path):
     def weights(name, *flags):
         logdir = tmp_path / name
         run_ok(*arguments, '--metatrain_iterations=100', f'--logdir={logdir}', *flags)
-        return variables(experiment(logdir) / 'model100')
+        return variables(directory_of(logdir) / 'model100')
 
     one, same, other = weights('one'), weights('same', '--log=False'), weights('other', '--seed=1')
     assert all(np.array_equal(one[name], same[name]) for name in one)
@@ -348,12 +345,12 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     """Whole runs of each engine, in chunks too, see the same gradients to rounding, and can be evaluated by the other."""
     results = []
     for engine, chunk in ('map', 0), ('vmap', 1):
-        flags = [*arguments, f'--logdir={tmp_path / engine}{chunk}', '--metatrain_iterations=1', f'--engine={engine}',
-                 f'--task_chunk={chunk}']
+        flags = [*arguments, f'--logdir={tmp_path / engine}{chunk}', '--metatrain_iterations=1', '--conv=False', '--hidden=4',
+                 f'--engine={engine}', f'--task_chunk={chunk}']
         run_ok(*flags)
-        results.append(variables(experiment(tmp_path / f'{engine}{chunk}') / 'model1'))
+        results.append(variables(directory_of(tmp_path / f'{engine}{chunk}') / 'model1'))
     for other in results[1:]:
-        for name in (f'metatrain/adam/m/{weights}' for weights in ('conv1', 'conv4', 'w5', '0/beta')):
+        for name in (f'metatrain/adam/m/{weights}' for weights in ('w1', 'w2', '0/beta')):
             np.testing.assert_allclose(other[name], results[0][name], atol=1e-5 * np.max(np.abs(results[0][name])))
     assert 'meta-test, 40 tasks' in run_ok(*flags, '--train=False', '--test_set=True', '--engine=map', '--task_chunk=0')
 
@@ -455,7 +452,7 @@ def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
     """--test_query=Q evaluates with Q query images of a class, which is not what the reference writes to files; training is as ever."""
     run_ok(*arguments, '--metatrain_iterations=2', '--test_query=3')
     run_ok(*arguments, '--train=False', '--test_query=3')
-    directory = experiment(tmp_path)
+    directory = directory_of(tmp_path)
     assert not list(directory.glob('test_*.csv'))
     entry, = results_of(directory)
     hits = np.array(entry.scores)[:, 1] * 15
@@ -468,7 +465,7 @@ def test_query_images_in_evaluation(arguments, tmp_path, few_tasks):
 def test_load_from(arguments, tmp_path, few_tasks):
     """Weights of this program and of the reference's TensorFlow 1 checkpoints, evaluated and trained on."""
     run_ok(*arguments, '--metatrain_iterations=3', '--num_updates=2')
-    ours = experiment(tmp_path) / 'model3'
+    ours = directory_of(tmp_path) / 'model3'
     weights = {name: value for name, value in variables(ours).items() if '/adam/' not in name and name != 'record'}
     theirs = {'conv1': 'model/conv1', 'b1': 'model/Variable', 'b2': 'model/Variable_1', 'b3': 'model/Variable_2',
               'b4': 'model/Variable_3', 'w5': 'model/w5', 'b5': 'model/b5', '3/beta': 'model/3/beta'}
@@ -493,7 +490,7 @@ def test_load_from(arguments, tmp_path, few_tasks):
     # Trained on: from these weights, with fresh optimizers; and then resumed like any other run.
     elsewhere = [*arguments, f'--logdir={tmp_path}/on', '--metatrain_iterations=2', '--meta_lr=0', f'--load_from={prefix}']
     assert 'Starting from the weights of' in run_ok(*elsewhere)
-    trained = variables(experiment(tmp_path / 'on') / 'model2')
+    trained = variables(directory_of(tmp_path / 'on') / 'model2')
     assert trained['metatrain/adam/step'] == 2
     for name, value in weights.items():
         np.testing.assert_array_equal(trained[name], value)

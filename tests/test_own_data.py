@@ -599,8 +599,9 @@ def test_class_folders_that_cannot_be_written_to(tmp_path, few_tasks, monkeypatc
     """A training of a folder on a read-only disk, and its evaluation on all classes of another one."""
     root = write(tmp_path / 'data', *(f'class{number}' for number in range(8)))
     make_read_only(root, monkeypatch)
-    flags = ['--datasource=folder', '--image_size=20', '--num_filters=4', '--meta_batch_size=2', '--update_batch_size=1', '--num_classes=2',
-             '--test_query=1', '--metatrain_iterations=2', f'--data_path={root}', '--split=4/2/2', f'--logdir={tmp_path / "logs"}']
+    flags = ['--datasource=folder', '--image_size=20', '--conv=False', '--hidden=4', '--engine=map', '--meta_batch_size=2',
+             '--update_batch_size=1', '--num_classes=2', '--test_query=1', '--metatrain_iterations=2', f'--data_path={root}',
+             '--split=4/2/2', f'--logdir={tmp_path / "logs"}']
     assert 'Split the classes into 4 / 2 / 2' in run_ok(*flags)
     run, = (tmp_path / 'logs').iterdir()
     assert len((run / 'splits.csv').read_text().splitlines()) == 9

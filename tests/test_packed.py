@@ -7,13 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, write_image_tree
+from conftest import ROOT, run_process, write_image_tree
 from data import mnist, packing, preparation
 from data_generator import SOURCES, TaskConfig
 from runtime.datasets import arrays
@@ -285,7 +284,6 @@ def test_digits_that_are_missing(small_mnist, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('source', ['doublemnist', 'triplemnist'])
 def test_the_scripts(source, tmp_path):
-    process = subprocess.run([sys.executable, os.path.join(ROOT, 'data', source, 'proc_images.py'), '--source', tmp_path],
-                             capture_output=True, text=True)
+    process = run_process('--source', tmp_path, script=f'data/{source}/proc_images.py')
     assert process.returncode == 1 and process.stderr.startswith(f'{tmp_path} holds neither train-images-idx3-ubyte nor'), process.stderr
     assert 'neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte.gz; fetch' in process.stderr

@@ -10,14 +10,14 @@ from PIL import Image
 
 from conftest import error_of, run_ok, write_image_tree
 
-FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1']
+FLAGS = ['--datasource=cifarfs', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=4', '--update_lr=0.1', '--stop_grad']
 
 
 @pytest.fixture(scope='module')
 def trained(small_data, tmp_path_factory):
     """Flags of a trained 5-way network."""
     flags = [*FLAGS, f'--logdir={tmp_path_factory.mktemp("trained")}']
-    run_ok(*flags, f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=100')
+    run_ok(*flags, f'--data_path={small_data["cifarfs"]}', '--metatrain_iterations=100', '--log=False', '--validation_tasks=10')
     return flags
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, run_process, run_script
 from data import archives, preparation
 from data_generator import SOURCES
 from runtime.system.errors import UserError
@@ -26,14 +26,17 @@ SPLITS = ('train', 'val', 'test')
 
 
 def script(source, *arguments):
-    """Runs a preparation script; returns the finished process."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'data', source, 'proc_images.py'), *map(str, arguments)],
-                          text=True, capture_output=True)
+    """Runs a preparation script in this process."""
+    return run_script(f'data/{source}/proc_images.py', *arguments)
 
 
-def refusal(source, *arguments):
+def script_process(source, *arguments):
+    return run_process(*arguments, script=f'data/{source}/proc_images.py')
+
+
+def refusal(source, *arguments, run=script):
     """What a script says that must refuse, with exit status 1 and no traceback."""
-    process = script(source, *arguments)
+    process = run(source, *arguments)
     assert process.returncode == 1 and 'Traceback' not in process.stderr, process.stderr
     return process.stderr
 
@@ -312,8 +315,8 @@ def test_a_member_with_wrong_content_is_named(download, tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    assert 'holds neither images.zip nor a folder images' in refusal('miniImagenet', '--source', tmp_path)
-    assert 'holds neither cifar-100-python.tar.gz nor' in refusal('cifarfs', '--source', tmp_path / 'nowhere')
+    assert 'holds neither images.zip nor a folder images' in refusal('miniImagenet', '--source', tmp_path, run=script_process)
+    assert 'holds neither cifar-100-python.tar.gz nor' in refusal('cifarfs', '--source', tmp_path / 'nowhere', run=script_process)
 
 
 def test_destinations_that_cannot_be(download, tmp_path):
@@ -385,7 +388,8 @@ def write_cifar(folder, parts, archive=True):
 def test_cifar(source, counts, archive, tmp_path):
     parts = cifar_parts()
     folder = write_cifar(tmp_path / 'cifar100', parts, archive)
-    process = script(source, '--source', folder, '--destination', tmp_path / 'prepared', '--allow_missing')
+    run = script if archive else script_process
+    process = run(source, '--source', folder, '--destination', tmp_path / 'prepared', '--allow_missing')
     assert process.returncode == 0, process.stderr
     prepared = tree(tmp_path / 'prepared')
     assert [sum(name.startswith(split + '/') for name in prepared) for split in SPLITS] == [4 * count for count in counts]
@@ -562,5 +566,5 @@ def test_a_closed_pipe_is_no_full_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('source', ['miniImagenet', 'cifarfs', 'fc100'])
 def test_help(source):
-    text = script(source, '--help').stdout
+    text = script_process(source, '--help').stdout
     assert all(option in text for option in ('--source', '--destination', '--allow_missing', '--force', 'train,val,test'))

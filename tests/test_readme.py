@@ -7,12 +7,14 @@ import shlex
 import shutil
 import textwrap
 
+import numpy as np
 import pytest
 
 import main
-from conftest import ROOT, run_ok, run_process
+from conftest import ROOT, an_entry, run_ok, run_process
 from runtime.cli import flags
 from runtime.cli.request import resolve
+from runtime.results import store
 
 README = pathlib.Path(ROOT, 'README.md').read_text(encoding='utf-8')
 PAGES = {path.name: path.read_text(encoding='utf-8') for path in pathlib.Path(ROOT, 'docs').glob('*.md')}
@@ -34,23 +36,6 @@ def test_runs_that_the_readme_evaluates_are_of_its_trainings():
     made = {os.path.normpath(resolve(main.parse(shlex.split(command))).directory) for command in TRAINING}
     named = re.findall(r'--run=(\S+/cls_\S+)', README)
     assert len(TRAINING) > 8 and named and set(map(os.path.normpath, named)) <= made
-
-
-def test_the_table_of_flags_is_that_of_the_help():
-    """Each flag, under the same title, with its default."""
-    rows = re.findall(r'^(?:\| `--(\w+)(?:=([^`]*))?`|## (\w+))', PAGES['flags.md'], re.M)
-    groups, shown = {}, {}
-    for name, default, title in rows:
-        if title:
-            shown = groups[title] = {}
-        else:
-            shown[name] = default
-    wanted = {title.split(':')[0].split(' ')[0]: {name: str(flags.FLAGS[name].default) for name in names}
-              for title, names in flags.GROUPS.items() if title != 'Help'}
-    assert {title: sorted(names) for title, names in groups.items()} == {title: sorted(names) for title, names in wanted.items()}
-    for title, names in wanted.items():
-        for name, default in names.items():
-            assert groups[title][name] in (default, '' if default == 'None' else default, default.removesuffix('.0')), name
 
 
 def test_flags_in_the_readme_exist():
@@ -77,10 +62,12 @@ def test_commands_of_the_docs_parse(monkeypatch):
     pytest.param(command, marks=pytest.mark.slow) if command != TRAINING[0] else command
     for command in TRAINING])
 def test_training_commands_run(command, small_data, tmp_path, few_tasks):
-    """Two iterations of whichever phase the command asks for, of a small network, then its evaluation on few tasks."""
+    """Two iterations of whichever phase the command asks for, of a small network and one inner update, then its evaluation on few tasks."""
     flags = [re.sub(r'^(--\w+_iterations)=[1-9]\d*$', r'\1=2', flag) for flag in shlex.split(command)[1:]] + [
         f'--logdir={tmp_path}']
     source = flags[0].removeprefix('--datasource=')
+    flags += ['--num_updates=1'] * ('--num_updates' in command)
+    flags += ['--meta_batch_size=2', '--update_batch_size=2'] * (source == 'navigation')
     if source in small_data:
         flags += [f'--data_path={small_data[source]}', '--num_filters=2', '--meta_batch_size=2']
     assert 'The last checkpoint is' in run_ok(*flags)
@@ -103,22 +90,13 @@ def test_prediction_command(command, small_omniglot, tmp_path):
 @pytest.mark.slow
 def test_comparison_command(tmp_path):
     command, = re.findall(r'^python main\.py (--compare .*)$', README, re.M)
-    for name in 'one', 'other':
-        flags = ['--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path}/logs/sine', '--num_test_tasks=5']
-        flags += ['--stop_grad'] * (name == 'other')
-        run_ok(*flags)
-        run_ok(*flags, '--train=False')
+    for method in 'MAML', 'first-order MAML':
+        folder = tmp_path / 'logs' / 'sine' / method
+        folder.mkdir(parents=True)
+        scores = np.random.default_rng(len(method)).random((5, 3))
+        store.write(str(folder / store.FILE), [an_entry(scores, training={'method': method})])
     process = run_process(*command.split(), cwd=tmp_path)
     assert process.returncode == 0 and 'Drawn: logs/sine/comparison.png' in process.stdout, process.stderr
-
-
-@pytest.mark.slow
-def test_a_command_as_printed(tmp_path):
-    """In a process of its own, and all of its evaluation."""
-    flags = [*shlex.split(TRAINING[0])[1:], f'--logdir={tmp_path}', '--metatrain_iterations=2']
-    for more, words in ([], 'The last checkpoint is'), (['--train=False', '--test_set=True'], 'meta-test, 600 tasks'):
-        process = run_process(*flags, *more)
-        assert process.returncode == 0 and words in process.stdout, process.stderr
 
 
 def test_the_functions_shown_are_those_of_the_program():

@@ -56,7 +56,7 @@ def read_until(process, beginning):
 @pytest.mark.slow
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
     """The script that the README tells of, on few kills; its figures there are of many."""
-    training = kills.Training(str(tmp_path), kills.SINUSOID, 4000)
+    training = kills.Training(str(tmp_path), [*kills.SINUSOID, '--meta_batch_size=4', '--engine=map'], 2000)
     met, failures = kills.torture(training, 3, random.Random(0))
     assert met > 0 and not failures and training.runs > 1
 
@@ -177,7 +177,7 @@ def test_other_images_are_refused(tmp_path, few_tasks):
     """A run on images that have changed since is another run."""
     write_image_tree(tmp_path / 'data', [f'class{number:02d}' for number in range(8)], images=3, size=(20, 20, 3))
     flags = ['--datasource=folder', f'--data_path={tmp_path}/data', '--image_size=20', '--num_classes=2', '--update_batch_size=1',
-             '--num_filters=2', '--meta_batch_size=2', f'--logdir={tmp_path}/logs', '--split=4/2/2']
+             '--conv=False', '--hidden=4', '--engine=map', '--meta_batch_size=2', f'--logdir={tmp_path}/logs', '--split=4/2/2']
     run_ok(*flags, '--metatrain_iterations=2')
     os.rename(tmp_path / 'data', tmp_path / 'moved')
     flags[1] = f'--data_path={tmp_path}/moved'
@@ -239,7 +239,7 @@ def test_a_score_that_is_no_number_is_not_the_best():
 @pytest.mark.slow
 def test_another_network_is_refused(small_data, tmp_path, few_tasks):
     """Also where all weights have the same shapes."""
-    flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2',
+    flags = ['--datasource=omniglot', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', '--stop_grad', '--log=False',
              f'--data_path={small_data["omniglot"]}', f'--logdir={tmp_path}']
     run_ok(*flags, '--metatrain_iterations=2', '--max_pool')
     prefix = str(directory_of(tmp_path) / 'model2')

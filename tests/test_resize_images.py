@@ -1,23 +1,22 @@
 """data/omniglot_resized/resize_images.py on small archives."""
 import os
-import subprocess
-import sys
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import run_process, run_script
 from data_generator import SOURCES
 
-SCRIPT = os.path.join(ROOT, 'data', 'omniglot_resized', 'resize_images.py')
+SCRIPT = 'data/omniglot_resized/resize_images.py'
 DRAWINGS = {'images_background': ['Latin/character01/0001_01.png', 'Latin/character02/0002_20.png'],
             'images_evaluation': ['Mayan_(old)/character01/1000_01.png']}
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], text=True, capture_output=True)
+    return run_script(SCRIPT, *arguments)
 
 
 @pytest.fixture(params=['archives', 'folders'])
@@ -122,14 +121,14 @@ def test_a_damaged_drawing_is_named_and_the_others_are_made(source, tmp_path):
     assert sorted(tree(tmp_path / 'small')) == ['Latin/character01/0001_01.png', 'Mayan_(old)/character01/1000_01.png']
 
 
-def refusal(*arguments):
+def refusal(*arguments, run=run):
     process = run(*arguments)
     assert process.returncode == 1 and 'Traceback' not in process.stderr
     return process.stderr
 
 
 def test_sources_that_are_not_there_or_damaged(source, tmp_path):
-    assert 'holds neither images_background.zip nor' in refusal('--source', tmp_path / 'nowhere')
+    assert 'holds neither images_background.zip nor' in refusal('--source', tmp_path / 'nowhere', run=partial(run_process, script=SCRIPT))
     archive = source / 'images_background.zip'
     if archive.exists():
         content = archive.read_bytes()

@@ -12,35 +12,36 @@ import pytest
 import table
 from conftest import ROOT, results_of
 
-PROGRAM = '''
-import os, sys
-sys.path[:0] = [{root!r}, {root!r} + '/benchmarks']
+PROGRAM = """import sys
+sys.path[:0] = [{root!r} + folder for folder in ('', '/benchmarks', '/tests')]
 import table
-table.PAGE, table.COMMANDS_PAGE = {folder!r} + '/results.md', {folder!r} + '/results-commands.md'
-table.LOCK = {folder!r} + '/lock'
-if not os.path.exists(table.PAGE):
-    with open(table.PAGE, 'w') as page:
-        page.write('before\\n' + table.BEGIN + '\\nold\\n' + table.END + '\\nafter\\n')
-flags = '--metatrain_iterations={iterations}', '--save_interval=100', '--logdir={folder}/logs/', '--log=False'
-table.ROWS = [table.Row('sinusoid_10shot', 'tiny sinusoid', '1.23', '4.56', flags),
-              table.Row('miniimagenet_5way1shot', 'without data', flags=('--logdir={folder}/logs/', '--data_path=/nowhere'))]
-table.command_line(sys.argv[1:])
-'''
+import test_table
+vars(table).update(test_table.of_a_tiny_row({folder!r}, 10 ** 6))
+table.command_line(sys.argv[1:])"""
+
+
+def of_a_tiny_row(folder, iterations):
+    """{name: value} of what table.py has for a page and a log directory in a folder."""
+    flags = f'--metatrain_iterations={iterations}', '--save_interval=100', f'--logdir={folder}/logs/', '--log=False'
+    return {'PAGE': f'{folder}/results.md', 'COMMANDS_PAGE': f'{folder}/results-commands.md', 'LOCK': f'{folder}/lock', 'ROWS': [
+        table.Row('sinusoid_10shot', 'tiny sinusoid', '1.23', '4.56', flags),
+        table.Row('miniimagenet_5way1shot', 'without data', flags=(f'--logdir={folder}/logs/', '--data_path=/nowhere'))]}
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts the queue, with a page and a log directory of its own; returns the process."""
-    def start(*arguments, iterations=300):
-        program = PROGRAM.format(root=ROOT, folder=str(tmp_path), iterations=iterations)
-        return subprocess.Popen([sys.executable, '-c', program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return start
+def queue(tmp_path, monkeypatch, capfd):
+    """Runs the queue in this process; returns the exit status, and what was printed."""
+    (tmp_path / 'results.md').write_text(f'before\n{table.BEGIN}\nold\n{table.END}\nafter\n')
 
-
-def end(process):
-    """(exit status, what was printed) of a process that ends by itself."""
-    printed, errors = process.communicate(timeout=300)
-    return process.returncode, printed + errors
+    def run(*arguments, iterations=300):
+        for name, value in of_a_tiny_row(tmp_path, iterations).items():
+            monkeypatch.setattr(table, name, value)
+        try:
+            table.command_line(arguments)
+        except SystemExit as end:
+            return 1, end.code + ''.join(capfd.readouterr())
+        return 0, ''.join(capfd.readouterr())
+    return run
 
 
 def lines(tmp_path):
@@ -65,16 +66,16 @@ def test_evaluations_with_other_steps_are_not_the_rows(monkeypatch):
 
 
 @pytest.mark.slow
-def test_rows_are_trained_evaluated_and_written(start, tmp_path):
+def test_rows_are_trained_evaluated_and_written(queue, tmp_path):
     """What is done is not done again, more iterations continue it, and no data mean no row."""
-    status, printed = end(start(iterations=100))
+    status, printed = queue(iterations=100)
     assert status == 0 and '0 of 100 iterations' in printed, printed
     assert 'without data' not in printed and 'left out, there is no folder /nowhere' in printed
     run, = (tmp_path / 'logs').iterdir()
     assert (run / 'console.log').read_text().startswith('Training 10-shot sinusoid for 100 iterations')
     assert json.loads((run / 'training_time.json').read_text()) and lines(tmp_path)['tiny sinusoid'][4] == '100 of 100'
 
-    status, printed = end(start('--only', 'sinusoid'))
+    status, printed = queue('--only', 'sinusoid')
     assert status == 0 and f'Resuming from {run}/model100' in printed, printed
     last = next(entry for entry in results_of(run) if entry.iterations == 300)
     assert last.tasks.count == 600 and last.tasks.split == 'test'
@@ -86,36 +87,32 @@ def test_rows_are_trained_evaluated_and_written(start, tmp_path):
 
     before = (run / 'results.json').read_bytes()
     for options, iterations in ([], 300), (['--evaluate'], 400):
-        status, printed = end(start('--only', 'sinusoid', *options, iterations=iterations))
+        status, printed = queue('--only', 'sinusoid', *options, iterations=iterations)
         assert status == 0 and 'Iteration' not in printed and (run / 'results.json').read_bytes() == before
 
 
 @pytest.mark.slow
-def test_an_interrupted_queue_saves_and_goes_on(start, tmp_path):
+def test_an_interrupted_queue_saves_and_goes_on(queue, tmp_path):
     """SIGTERM is passed on to the training; a second queue is refused meanwhile."""
-    process = start('--only', 'sinusoid', iterations=10 ** 6)
+    process = subprocess.Popen([sys.executable, '-c', PROGRAM.format(root=ROOT, folder=str(tmp_path)), '--only', 'sinusoid'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('Iteration 1000:'):
             break
-    status, printed = end(start('--only', 'sinusoid'))
+    status, printed = queue('--only', 'sinusoid')
     assert status == 1 and 'another queue is running' in printed
     process.send_signal(signal.SIGTERM)
-    status, printed = end(process)
-    assert status == 1 and 'ended with status 143; start this again to continue' in printed and 'Traceback' not in printed
+    printed = ''.join(process.communicate(timeout=300))
+    assert process.returncode == 1 and 'ended with status 143; start this again to continue' in printed and 'Traceback' not in printed
     iteration, = re.findall(r'Stopped by SIGTERM after iteration (\d+)', printed)
     run, = (tmp_path / 'logs').iterdir()
     assert (run / f'model{iteration}.index').exists() and json.loads((run / 'training_time.json').read_text())
-    assert f'{iteration}' in re.sub(',', '', ' '.join(lines_after_write(start, tmp_path)))
+    assert queue('--write', iterations=10 ** 6)[0] == 0
+    assert f'{int(iteration):,}' in ' '.join(lines(tmp_path)['tiny sinusoid'])
 
 
-def lines_after_write(start, tmp_path):
-    assert end(start('--write', iterations=10 ** 6))[0] == 0
-    return lines(tmp_path)['tiny sinusoid']
-
-
-@pytest.mark.slow
-def test_a_row_that_does_not_exist(start):
-    status, printed = end(start('--only', 'nothing'))
+def test_a_row_that_does_not_exist(queue):
+    status, printed = queue('--only', 'nothing')
     assert status == 1 and "no row has 'nothing' in its name; there are: sinusoid_10shot" in printed
 
 

@@ -8,9 +8,11 @@ import pytest
 
 import main
 from conftest import ROOT, error_of, results_of, run_ok, run_process
-from data_generator import SOURCES, TableSource, TaskConfig
+from data_generator import TableSource, TaskConfig
+from maml import MAML
 from runtime.cli.request import resolve
 from runtime.datasets.tables import Columns, Tables, read_columns, write_columns
+from runtime.jobs.train import description
 from runtime.system.errors import UserError
 
 COUNTS = {'train': 6, 'val': 3, 'test': 3}
@@ -274,7 +276,7 @@ def test_nonsense(flags, words):
 @pytest.mark.parametrize('config', ['table_regression', 'table_classes'])
 def test_commands_of_the_configs(config, regression, classes, tmp_path, few_tasks):
     flags = [f'--flagfile={ROOT}/configs/{config}.flags', f'--data_path={regression if config == "table_regression" else classes}',
-             f'--logdir={tmp_path / "logs"}', '--metatrain_iterations=2', '--num_classes=3']
+             f'--logdir={tmp_path / "logs"}', '--metatrain_iterations=2', '--num_classes=3', '--num_updates=1', '--engine=map']
     assert 'The last checkpoint is' in run_ok(*flags) and 'meta-test, 20 tasks' in run_ok(*flags, *EVALUATE)
 
 
@@ -319,13 +321,12 @@ def test_two_files_of_one_table(regression):
         source(regression, ['y']).load('train')
 
 
-@pytest.mark.slow
 def test_hidden_layers(tmp_path):
     """In the network and in the directory's name; the default leaves both as they were."""
-    flags = ['--datasource=sinusoid', '--norm=None', '--metatrain_iterations=1', f'--logdir={tmp_path}', '--log=False']
-    assert 'fully connected, 40-40,' in run_ok(*flags) and 'fully connected, 7-5-3,' in run_ok(*flags, '--hidden=7,5,3')
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm.layers7-5-3']
+    for more, layers, end in ([], '40-40', ''), (['--hidden=7,5,3'], '7-5-3', '.layers7-5-3'):
+        run, data = main.run_and_data(main.parse(['main.py', '--norm=None', f'--logdir={tmp_path}', *more]))
+        assert f'fully connected, {layers},' in description(run, data, MAML(run.model))
+        assert os.path.basename(run.directory) == 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm' + end
 
 
 def test_standardising_is_undone():
@@ -341,7 +342,3 @@ def test_standardising_is_undone():
 def test_a_traceback_is_no_answer(tmp_path):
     process = run_process('--datasource=table', f'--data_path={tmp_path / "nowhere"}')
     assert process.returncode == 1 and process.stderr.count('\n') == 1 and 'main.py: there is no folder' in process.stderr
-
-
-def test_the_source_without_flags():
-    assert SOURCES['table'].loss == 'xent'

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_hostile_preparation import DTYPE
 
-from conftest import ROOT, module_at
+from conftest import ROOT, module_at, run_process
 from data import pickles
 from data_generator import SOURCES
 
@@ -270,7 +270,7 @@ def test_spans_need_no_memory(tmp_path):
 
 def test_the_script_says_where_to_get_it(tmp_path):
     (tmp_path / 'tiered_imagenet.tar').write_bytes(b'no tar file')
-    process = subprocess.run([sys.executable, PATH, '--download', '--source', tmp_path], capture_output=True, text=True)
+    process = run_process('--download', '--source', tmp_path, script=PATH)
     assert process.returncode == 1 and 'tiered-imagenet.tar must be downloaded by hand' in process.stdout, process.stderr
     assert 'its md5 is e07e811b' in process.stdout
     assert 'tiered_imagenet.tar does not match the recorded checksum' in process.stdout

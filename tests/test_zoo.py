@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import subprocess
+import types
 
 import pytest
 
@@ -15,6 +16,7 @@ from runtime.cli.request import resolve
 from runtime.jobs import checkpoints
 from runtime.results import store
 from runtime.results.collect import read_evaluations, result_directories
+from runtime.system.errors import UserError
 
 LOGS = os.path.join(ROOT, 'logs')
 TRACKED = subprocess.run(['git', 'ls-files', 'logs'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
@@ -85,7 +87,20 @@ def test_shipped_figures_are_reproduced(capsys):
     assert printed.endswith('2 the same, 0 nearly the same, 0 different, 0 left out\n')
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Evaluations run in this process, which takes less time."""
+    def run(command, **_):
+        try:
+            run_ok(*command[2:])
+        except UserError as error:
+            raise subprocess.CalledProcessError(1, command, str(error)) from error
+
+    monkeypatch.setattr(zoo, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'run': run}))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures('run_here')
 def test_other_figures_are_reported(tmp_path, capsys):
     run = tmp_path / os.path.basename(SEED3)
     shutil.copytree(SEED3, run)
@@ -144,6 +159,7 @@ def test_what_cannot_be_repeated_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('run_here')
 def test_what_ships_is_enough(tmp_path, capsys):
     """To evaluate each of its checkpoints, to the same figures, and to go on from the newest, but not from another."""
     run_ok(*TINY, f'--logdir={tmp_path}/logs/run/')
