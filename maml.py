@@ -21,7 +21,7 @@ from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers
 from runtime.compute.schedules import config_at, multi_step_weights
 from special_grads import recomputing_loop
-from utils import Metrics, adam_step, at_step, loss_of, metric_functions, rows_of_step, stack_metrics
+from utils import Metrics, adam_step, at_step, loss_of, map_rows, metric_functions, rows_of_step, stack_metrics
 
 if TYPE_CHECKING:
     from runtime.datasets.tasks import TaskBatch
@@ -275,7 +275,7 @@ def query_features(config: ModelConfig, task: TaskBatch, tensors: Tensors) -> tf
     if config.query_norm == 'batch':
         return features(tensors, task.query_x)
     if config.query_norm == 'each':
-        return tf.vectorized_map(lambda row: features(tensors, tf.concat([task.support_x, row[None]], axis=0))[-1], task.query_x)
+        return map_rows(lambda row: features(tensors, tf.concat([task.support_x, row[None]], axis=0))[-1], task.query_x, not config.network)
     rows, support_rows = tf.concat([task.support_x, task.query_x], axis=0), task.support_x.shape[0]
     return features(tensors, rows, stats_rows=support_rows)[support_rows:]
 

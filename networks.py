@@ -39,6 +39,7 @@ HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the netwo
 CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
 RIDGE_SCALARS = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
 NEIGHBOURS = f'{HEAD_PREFIX}features', f'{HEAD_PREFIX}labels'  # the support rows of `nearest_neighbour`
+LOOPS = {'While', 'StatelessWhile'}  # as of recurrent layers
 LEAST_GRADIENT = 1e-4  # of outputs with respect to a weight on which they depend
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)
 Tensors = dict[str, tf.Tensor]
@@ -50,12 +51,14 @@ class Network(Protocol):
     Attributes:
         head_names: names of the last layer's matrix, [features, dim_output], and bias, [dim_output].
         convolutional: whether it has convolutions: such networks are not compiled by XLA on a CPU (runtime/compute/engine.py).
+        loops: whether it has loops, as recurrent layers have.
         vectorizes: whether all tasks can be computed in one graph.
         random: whether it computes something else in training, such as by the masks of dropout.
         description: text for the console.
     """
     head_names: Sequence[str]
     convolutional: bool
+    loops: bool
     vectorizes: bool
     random: bool
     description: str
@@ -97,7 +100,7 @@ class DenseNet(Network):
 
     Weights `w1 b1 w2 b2 ...`: [inputs, units] by `truncated_normal`, biases [units] 0, as in the reference.
     """
-    convolutional, vectorizes, random = False, True, False
+    convolutional, loops, vectorizes, random = False, False, True, False
 
     def __init__(self, config: ModelConfig):
         self._config, last = config, len(config.dim_hidden) + 1
@@ -126,7 +129,7 @@ class ConvNet(Network):
     Weights `conv1 b1 ... conv4 b4 w5 b5`: convolutions [3, 3, channels, num_filters] by `glorot_uniform`; w5 [features,
     dim_output] by it after flattening, standard normal after averaging over space; biases 0; as in the reference.
     """
-    convolutional, vectorizes, random = True, True, False
+    convolutional, loops, vectorizes, random = True, False, True, False
     head_names = 'w5', 'b5'
 
     def __init__(self, config: ModelConfig):
@@ -223,8 +226,8 @@ class KerasNetwork:
                             f'without activation, applied to vectors; {self.name} does not')
         if taken := ({*HEADS[config.head_init].extra} & self._weights.keys()).difference(self.head_names):
             raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
-        if config.engine in ('vmap', 'wide') and self.convolutional:
-            raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions of {self.name}; leave it out')
+        if config.engine in ('vmap', 'wide') and (self.convolutional or self.loops):
+            raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise convolutions and loops, as {self.name} has; leave it out')
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
         if config.query_norm != 'batch' and self._mixes_rows:
@@ -252,7 +255,7 @@ class KerasNetwork:
         if not self.head_names:
             return features
         values = self._in_place(tensors, self.head_names)
-        with exact_statistics(features.shape[0]), self._keras.StatelessScope(values):
+        with exact_statistics(features.shape[0]), _floatx(self._keras, self._dtype), self._keras.StatelessScope(values):
             return self._head(features)
 
     def _call(self, x, training):
@@ -264,7 +267,8 @@ class KerasNetwork:
         of `exact_statistics`."""
         seeds = _seed_states(tensors[MASKS], len(self._seeds)) if MASKS in tensors else [tf.zeros([2], tf.int64)] * len(self._seeds)
         values = [*self._in_place(tensors, self._weights), *self._constants, *zip(self._seeds, seeds)]
-        with exact_statistics(rows, stats_rows, sizes), self._keras.StatelessScope(values, collect_losses=True) as scope:
+        with exact_statistics(rows, stats_rows, sizes), _floatx(self._keras, self._dtype), self._keras.StatelessScope(
+                values, collect_losses=True) as scope:
             yield scope
 
     def _in_place(self, tensors, names):
@@ -335,6 +339,7 @@ class KerasNetwork:
                 has_losses = bool(self.model.losses)
         function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
         graph = function.get_concrete_function(training).graph
+        self.loops = not LOOPS.isdisjoint(_kinds_of_operations(graph))
         problems = self._problems_of_graph(graph)
         if has_losses:
             problems.append('it has losses of its own (add_loss, regularizers), which are not used here')
@@ -498,17 +503,26 @@ def _isolated(function, keras, seed, dtype):
         keras.utils.set_random_seed(seed)
         return function()
 
-    eager, floatx = context.context(), keras.config.floatx()
+    eager = context.context()
     numbers = random.getstate(), np.random.get_state(), eager._seed, getattr(eager, '_rng', None)
-    keras.config.set_floatx(dtype)
     try:
-        with ThreadPoolExecutor(1) as pool:
+        with _floatx(keras, dtype), ThreadPoolExecutor(1) as pool:
             return pool.submit(call).result()
     finally:
-        keras.config.set_floatx(floatx)
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
         eager._seed, eager._rng = numbers[2:]
+
+
+@contextlib.contextmanager
+def _floatx(keras, dtype):
+    """While entered, what code leaves to Keras is of a dtype."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
 
 
 def masks(config: ModelConfig, iteration: int | tf.Tensor | None) -> Tensors:

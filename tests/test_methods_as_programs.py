@@ -218,8 +218,8 @@ def test_a_preset_drops_what_has_no_meaning(given, dropped):
 def test_what_a_preset_drops_is_said(capsys, monkeypatch):
     monkeypatch.setattr(startup, 'import_tensorflow', lambda *_: startup.Replicas())
     startup.run_and_data(main.parse(['main.py', '--method=boil', '--norm=None']))
-    assert capsys.readouterr().out == ('--method=boil without --adapt_norm=True, --norm_scale=True, --mean_loss=True: the source or the '
-                                       'network has no use for them\n')
+    assert capsys.readouterr().out == ('--method=boil: --adapt_norm=True, --norm_scale=True, --mean_loss=True left out, because they do '
+                                       'not apply to this source or network\n')
 
 
 @pytest.mark.parametrize('given, note', [

@@ -639,6 +639,8 @@ def masked(input_shape, outputs):
     (lambda shape, outputs: TwoViews(outputs), {'inner_weights': 'head'}, 'head, is called several times'),
     (lambda shape, outputs: Described(outputs), {'inner_weights': 'head'}, 'head, shares its weights'),
     (a_network(NoiseInTraining), {}, 'RandomStandardNormal'),
+    (a_network(functools.partial(layers.Reshape, (5, 1)), functools.partial(layers.GRU, 2)), {'engine': 'vmap'}, 'cannot vectorise'),
+    (a_network(functools.partial(layers.Dense, 4, activation=lambda x: x.nothing)), {}, "has no attribute 'nothing'"),
     (frozen_bias, {'head_init': 'prototypes'}, 'ends in a Dense layer with a bias'),
     (hidden_head, {'head_init': 'ridge'}, 'head/bias is a name that --head_init=ridge uses itself'),
     (a_network(functools.partial(layers.BatchNormalization, renorm=True)), {}, 'renorm'),

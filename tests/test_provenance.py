@@ -19,9 +19,9 @@ from runtime.results import provenance, store
 from runtime.results.provenance import Provenance, Weights
 from runtime.system.errors import UserError
 
-SINUSOID = ['--norm=None', '--update_batch_size=2', '--meta_batch_size=2', '--log=False', '--engine=map']
+SINUSOID = ['--norm=None', '--update_batch_size=2', '--meta_batch_size=2', '--log=False']
 IMAGES = ['--datasource=folder', '--image_size=16', '--image_channels=1', '--num_classes=2', '--update_batch_size=1', '--hidden=4',
-          '--conv=False', '--engine=map', '--meta_batch_size=2', '--log=False', '--num_test_tasks=3', '--split=6/3/3']
+          '--conv=False', '--meta_batch_size=2', '--log=False', '--num_test_tasks=3', '--split=6/3/3']
 NAMES = ['00', '01', *(f'class{number}' for number in range(10))]
 
 

@@ -30,14 +30,14 @@ def resolve(config: ModelConfig, network: Network) -> ModelConfig:
 
     'auto' is 'vmap' (all tasks in one graph), if the network can be vectorised, for dense nets, which are small, and on a GPU; else 'map':
     on a CPU, a task with convolutions fills a core. A loop over inner steps (`recompute`) is not vectorised. XLA compiles 'vmap' and, for
-    dense nets, such loops; on a CPU not convolutions, because its sums over large images are not accurate enough for second derivatives,
-    and no random layers, for which it would draw other numbers.
+    dense nets, such loops, if the network has no loops of its own, whose length may not be known; on a CPU not convolutions, because its
+    sums over large images are not accurate enough for second derivatives, and no random layers, for which it would draw other numbers.
     """
     kind = {'tasks': 'map', 'wide': 'vmap'}.get(config.engine, config.engine)  # names in earlier versions
     compilable = not network.convolutional or has_gpu()
     if kind == 'auto':
         kind = 'vmap' if network.vectorizes and compilable and not config.recompute else 'map'
-    jit = kind == 'vmap' and compilable or config.recompute and not network.convolutional
+    jit = kind == 'vmap' and compilable or config.recompute and not (network.convolutional or network.loops)
     return dataclasses.replace(config, engine=kind, jit=jit and not network.random)
 
 

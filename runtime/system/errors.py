@@ -9,8 +9,10 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without TensorFlow's decoration."""
-    return re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', str(error).splitlines()[0]).strip() if str(error) else type(error).__name__
+    """The first line of an error's message, without TensorFlow's decoration; of Keras's, which names the layer first, with the next."""
+    text = re.sub('\x1b\\[\\d*m', '', str(error)) or type(error).__name__
+    text = re.sub(r'^Exception encountered when calling (.*)\.\n+', r'in \1: ', text)
+    return re.sub(r'\{\{.*?\}\} ?| ?\[Op:.*', '', text.splitlines()[0]).strip()
 
 
 def counted(number: int, name: str) -> str:
