@@ -227,7 +227,7 @@ class KerasNetwork:
         if taken := ({*HEADS[config.head_init].extra} & self._weights.keys()).difference(self.head_names):
             raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
         if config.engine in ('vmap', 'wide') and (self.convolutional or self.loops):
-            raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise convolutions and loops, as {self.name} has; leave it out')
+            raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions or loops of {self.name}: leave it out')
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
         if config.query_norm != 'batch' and self._mixes_rows:
