@@ -339,8 +339,9 @@ class KerasNetwork:
                 has_losses = bool(self.model.losses)
         function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
         graph = function.get_concrete_function(training).graph
-        self.loops = not LOOPS.isdisjoint(_kinds_of_operations(graph))
-        problems = self._problems_of_graph(graph)
+        kinds = _kinds_of_operations(graph)
+        self.loops = not LOOPS.isdisjoint(kinds)
+        problems = self._problems_of_graph(graph, kinds)
         if has_losses:
             problems.append('it has losses of its own (add_loss, regularizers), which are not used here')
         gradients = tape.gradient(outputs, tensors)
@@ -398,13 +399,13 @@ class KerasNetwork:
             call(x)
         return sizes
 
-    def _problems_of_graph(self, graph):
+    def _problems_of_graph(self, graph, kinds):
         return ['it draws random numbers by keras.random without a seed: give it a SeedGenerator, an attribute of a layer'
                 if 'seed_generator_state' in variable.name else
                 f'it keeps state in {variable.name}, which is no weight of one of its layers: make it one by add_weight, or an attribute '
                 'of a layer' for variable in graph.variables] + [
                 f'it draws random numbers by {kind}: use keras.random with a SeedGenerator'
-                for kind in sorted(_kinds_of_operations(graph) & RANDOM_OPERATIONS)]
+                for kind in sorted(kinds & RANDOM_OPERATIONS)]
 
     def _changed(self, scope, tensors):
         """The paths of variables that a call assigned to, without the moving averages of batch norm, which nothing reads."""
