@@ -51,7 +51,7 @@ def errors(updates: int, alphas: Sequence[float]) -> tuple[list[float], list[flo
         model = MAML(config, seed=1, network=network) if network else own
         for name, variable in own.parameters().items():
             model.parameters()[own_names(name) if network else name].assign(variable)
-        with contextlib.nullcontext() if exact else mock.patch('networks.exact_statistics', lambda *_: contextlib.nullcontext()):
+        with contextlib.nullcontext() if exact else mock.patch('keras_network.exact_statistics', lambda *_: contextlib.nullcontext()):
             gradients = model.meta_gradients(batch)
         return np.concatenate([np.ravel(gradients[own_names(name) if network else name]) for name in own.parameters()])
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from keras_network import MASKS, ROWS, KerasNetwork, nearby, random_like, watched
 from maml import ModelConfig, Parameters, adapted
-from networks import MASKS, ROWS, KerasNetwork, nearby, network_of, random_like, watched
+from networks import network_of
 from runtime.system.errors import UserError, first_line
 from utils import loss_of
 
