@@ -1,10 +1,13 @@
 """How exact the meta-gradient of a trained model is: training's, in float32, against float64, and that against central differences.
 
     python benchmarks/gradient_check.py logs/omniglot20way
+    python benchmarks/gradient_check.py logs/omniglot20way --steps 500
 
-With the flags and the newest checkpoint of the run, on the first meta-batch of meta-validation.
+With the flags and the newest checkpoint of the run, on the first meta-batch of meta-validation. With --steps, it shows what rounding does
+to a training instead: the run goes on in float32 and in float64, on the same meta-batches. Nothing is saved.
 """
 import argparse
+import dataclasses
 import functools
 import sys
 
@@ -14,7 +17,7 @@ import run_files  # noqa: F401  (puts the program on the path)
 from main import parse, run_and_data
 from runtime.system.errors import UserError
 
-DIRECTIONS = 3
+DIRECTIONS, VALIDATION_TASKS = 3, 600
 STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss jumps
 
 
@@ -66,14 +69,47 @@ def check(directory: str, differences: int) -> None:
     print(f'float64 against central differences       {np.median(errors):.1e} (median), {max(errors):.1e} (largest of {len(errors)})')
 
 
+def train_in_both(directory: str, steps: int) -> None:
+    """Prints the mean accuracy, or loss, of each 100 training steps, and that of meta-validation at the end."""
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}']))
+    import tensorflow as tf
+
+    from maml import MAML
+    from runtime.jobs import checkpoints
+    from runtime.jobs.evaluate import evaluate_tasks, task_metrics
+    from runtime.jobs.train import draw
+    checkpoint = checkpoints.find(run.directory, None)
+    models = {dtype: MAML(dataclasses.replace(run.model, dtype=dtype), run.tasks.seed) for dtype in ('float32', 'float64')}
+    for model in models.values():
+        for name, variable in model.state().items():
+            variable.assign(tf.cast(checkpoint.arrays[name], variable.dtype))
+    first, measured = checkpoint.record['iteration'], {dtype: [] for dtype in models}
+    print(f'{checkpoint.prefix}, {steps} more iterations, {run.metric} after adaptation:')
+    for iteration in range(first, first + steps):
+        batch = draw(data['train'], run, iteration, replica=0)
+        for dtype, model in models.items():
+            metrics = model.metatrain_step(type(batch)(*(tf.cast(array, dtype) for array in batch)), iteration)
+            measured[dtype].append(float(metrics[f'post_{run.metric}']))
+        if (iteration + 1 - first) % 100 == 0 or iteration + 1 == first + steps:
+            means = ', '.join(f'{dtype} {np.mean(values[-100:]):.4f}' for dtype, values in measured.items())
+            print(f'meta-training to iteration {iteration + 1}: {means}', flush=True)
+    single = models['float32']
+    for dtype, model in models.items():
+        for name, variable in single.parameters().items():
+            variable.assign(tf.cast(model.parameters()[name], tf.float32))
+        values = task_metrics(evaluate_tasks(single, data['val'], VALIDATION_TASKS, run.model.num_updates))[:, -1]
+        print(f'meta-validation, {VALIDATION_TASKS} tasks, trained in {dtype}: {values.mean():.4f}')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='directory of a run')
     parser.add_argument('--tasks', type=int, default=4, choices=range(1, 33), metavar='N',
                         help='of the meta-batch, to compare with differences (default: %(default)s)')
+    parser.add_argument('--steps', type=int, metavar='N', help='train on for N iterations in both precisions')
     args = parser.parse_args()
     try:
-        check(args.run, args.tasks)
+        train_in_both(args.run, args.steps) if args.steps else check(args.run, args.tasks)
     except UserError as error:
         sys.exit(f'Error: {error}')
 

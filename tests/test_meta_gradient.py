@@ -283,3 +283,14 @@ def test_gradients_of_a_shipped_model():
                              check=True, capture_output=True, text=True).stdout
     single, double = (float(re.search(rf'{against} +(\S+)', printed)[1]) for against in ('float64', 'differences'))
     assert single < 1e-5 and double < 1e-5
+
+
+@pytest.mark.slow
+def test_a_training_in_both_precisions(capsys):
+    """On the shipped sinusoid: rounding does not change a few steps."""
+    from gradient_check import train_in_both
+    train_in_both(os.path.join(ROOT, 'logs', 'sine'), 3)
+    text = capsys.readouterr().out
+    single, double = map(float, re.search(r'to iteration 70003: float32 (\S+), float64 (\S+)', text).groups())
+    after_single, after_double = map(float, re.findall(r'trained in float\d+: (\S+)', text))
+    assert 0 < single == pytest.approx(double, rel=1e-3) and 0 < after_single == pytest.approx(after_double, rel=1e-3)
