@@ -38,7 +38,7 @@ WORDS = [b'', b'\0', b'\xff' * 8, b'-1', b'1e999', b'nan', b'9999999999999999999
          b'\x80', b'(', b'True', b'null', b'\xe2\x80\xae', b'%s', b'--', b'=', b',', b'\x1b[2J']
 
 
-def spoil(content: bytes, rng: random.Random) -> bytes:
+def corrupt(content: bytes, rng: random.Random) -> bytes:
     """A corrupted copy: one to four changes at random places."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
@@ -98,7 +98,7 @@ class Cifar(Target):
         archive, content = io.BytesIO(), {name: pickle.dumps(part, 2) for name, part in parts.items()}
         if rng.random() < 0.5:  # a valid archive with a corrupted part in it
             name = rng.choice(sorted(content))
-            content[name] = spoil(content[name], rng)
+            content[name] = corrupt(content[name], rng)
         with tarfile.open(fileobj=archive, mode=rng.choice(['w', 'w:gz', 'w:xz', 'w:bz2'])) as file:
             for name, part in content.items():
                 member = tarfile.TarInfo(f'cifar-100-python/{name}')
@@ -258,7 +258,7 @@ def attack(target: Target, seed: int) -> str:
     """Runs a case: ACCEPTED, REFUSED, or text that says what went wrong."""
     from runtime.system.errors import UserError
     rng = random.Random(seed)
-    content = spoil(target.valid(rng), rng)
+    content = corrupt(target.valid(rng), rng)
     signal.alarm(SECONDS)
     try:
         target.read(content)

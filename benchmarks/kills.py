@@ -262,7 +262,7 @@ def run_and_kill(command: Sequence[str], seconds: float, number: signal.Signals)
             return Outcome(number, process.returncode, output)
 
 
-def torture(part: Part, kills: int, rng: random.Random) -> tuple[int, list[str]]:
+def kill_repeatedly(part: Part, kills: int, rng: random.Random) -> tuple[int, list[str]]:
     """Kills processes of a part: how many were running, and what was wrong afterwards. Then it is run to its end, which must succeed."""
     def run_to_end():
         started = time.monotonic()
@@ -301,7 +301,7 @@ def main() -> None:
                  'evaluation': evaluation, 'comparison': Comparison(evaluation)}
         for name, part in parts.items():
             kills = round(options.kills * SHARES[name])
-            met, failures = torture(part, kills, rng)
+            met, failures = kill_repeatedly(part, kills, rng)
             wrong += len(failures)
             print(f'{name}: {kills} kills, {met} of a running process', *failures, sep='\n  ', flush=True)
     print(f'{wrong} states were wrong')

@@ -68,12 +68,12 @@ class Pace:
     def _restart(self, size):
         self._goal, self._end = min(size + PERIOD * RATE, self._bytes), time.monotonic() + PERIOD
 
-    def grown(self, size: int) -> None:
+    def note_size(self, size: int) -> None:
         """Takes note of the size of the file."""
         if self._goal <= size < self._bytes:
             self._restart(size)
 
-    def received(self, count: int) -> None:
+    def note_received(self, count: int) -> None:
         """Takes note of bytes from the network; raises Unavailable if the server is too slow, or has sent too many."""
         self._room -= count
         if self._room < 0:
@@ -93,7 +93,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer):
         count = self._stream.readinto(buffer)
-        self._pace.received(count or 0)
+        self._pace.note_received(count or 0)
         return count
 
     def close(self):
@@ -280,7 +280,7 @@ def transfer(url: str, file: File, part: str, pace: Pace) -> bool:
             while received < most and (content := _read(response, min(CHUNK_BYTES, most - received), begin + received == file.bytes)):
                 output.write(content)
                 received += len(content)
-                pace.grown(begin + received)
+                pace.note_size(begin + received)
                 progress.update(len(content))
         ended = response.chunked if announced is None else received >= min(announced, most)
         if not ended and begin + received < file.bytes:

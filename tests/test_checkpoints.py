@@ -80,9 +80,9 @@ def test_every_byte_matters(tmp_path, suffix):
     damaged += [content[:at] + bytes([content[at] ^ bits]) + content[at + 1:] for at in range(len(content)) for bits in (1, 255)]
     damaged += [b'x' * len(content), content + content]
     reported = 0
-    for spoilt in damaged:
+    for corrupted in damaged:
         with open(prefix + suffix, 'wb') as file:
-            file.write(spoilt)
+            file.write(corrupted)
         try:
             checkpoint = checkpoints.load(prefix)
             assert same(checkpoint, 0.25) and checkpoint.record == record(1000)

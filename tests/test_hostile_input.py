@@ -32,7 +32,7 @@ def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def spoilt(content, count, seed=0):
+def corrupted(content, count, seed=0):
     """Copies of a file's content: cut off at `count` lengths, and with bytes changed at as many places."""
     rng = np.random.default_rng(seed)
     for length in np.linspace(0, len(content) - 1, count, dtype=int):
@@ -175,11 +175,11 @@ def formats():
 
 
 @pytest.mark.parametrize('image_format, content', formats())
-def test_spoilt_images(image_format, content, tmp_path):
+def test_corrupted_images(image_format, content, tmp_path):
     """Named in the error, or decoded to what the program wants."""
     path = tmp_path / f'image.{image_format.lower()}'
     refused = 0
-    for damaged in spoilt(content, 15):
+    for damaged in corrupted(content, 15):
         path.write_bytes(damaged)
         try:
             array, = images.decode_images([str(path)], (20, 20, 3), True, 'remove it', '')
@@ -200,7 +200,7 @@ def test_decompression_bombs(size, tmp_path):
 
 # Caches
 
-def test_spoilt_caches(tmp_path):
+def test_corrupted_caches(tmp_path):
     """Made again, whatever they hold."""
     write_image_tree(tmp_path, [f'class{number}' for number in range(4)], images=3, size=(20, 20, 3))
     source = dataclasses.replace(SOURCES['folder'], image_shape=(20, 20, 3))
@@ -211,7 +211,7 @@ def test_spoilt_caches(tmp_path):
         headers = [content[:10] + header + b' ' * (len(content) - 10 - len(header)) for header in (
             b"{'descr': '|u1', 'fortran_order': False, 'shape': (4", b"{'descr': '|u1", b"{1: 2, 'a': 3}\n",
             b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d,)}\n" % 2 ** 70)]
-        for damaged in [*spoilt(content, 15), *headers, b'[]', b'null', b'{"fingerprint": 3}', b'\x93NUMPY' + b'\xff' * 200,
+        for damaged in [*corrupted(content, 15), *headers, b'[]', b'null', b'{"fingerprint": 3}', b'\x93NUMPY' + b'\xff' * 200,
                         b'PK\x03\x04' + content, b'[' * 100_000]:
             path.write_bytes(damaged)
             np.testing.assert_array_equal(source.load('train', str(tmp_path)).values, wanted)
@@ -253,8 +253,8 @@ def archives():
 
 
 @pytest.mark.parametrize('script, name, content', archives())
-def test_spoilt_archives(script, name, content, tmp_path, monkeypatch, capsys):
-    for damaged in [content, *spoilt(content, 15)]:
+def test_corrupted_archives(script, name, content, tmp_path, monkeypatch, capsys):
+    for damaged in [content, *corrupted(content, 15)]:
         (tmp_path / name).write_bytes(damaged)
         assert refusal(script, monkeypatch, '--source', tmp_path, '--destination', tmp_path / 'prepared')
     assert {path.name for path in tmp_path.iterdir()} <= {name, 'prepared'}

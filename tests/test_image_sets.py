@@ -229,7 +229,7 @@ BOXES, LABELS = 'CUB_200_2011/bounding_boxes.txt', 'fgvc-aircraft-2013b/data/ima
     ('dtd', lambda files: files.clear(), 'there are no pictures like those of dtd-r1.0.1.tar.gz'),
     ('gtsrb', with_file('GTSRB/Final_Training/Images/00000/00000_00000.ppm', b'P6 9 9 255 '), '1 images cannot be decoded'),
     ('gtsrb', with_file('GTSRB/Final_Training/Images/00000/00000_00000.ppm', picture(0)), '1 images cannot be decoded')])
-def test_spoilt_downloads(source, change, words, tmp_path, prepare):
+def test_corrupted_downloads(source, change, words, tmp_path, prepare):
     files = MAKE[source]()
     change(files)
     flags = ['--crop'] if source == 'cub' else []

@@ -266,7 +266,7 @@ def test_classes_are_those_of_the_generator(source, count):
     ('t10k-labels-idx1-ubyte.gz', lambda content: b'<html>', 'is damaged'),
     ('t10k-labels-idx1-ubyte.gz', lambda content: gzip.compress(bytes(2 ** 28)), 'does not hold bytes'),
     ('t10k-labels-idx1-ubyte.gz', lambda content: gzip.compress(idx(np.full(20, 10, np.uint8))), 'holds a label 10')])
-def test_spoilt_mnist(name, change, words, small_mnist, tmp_path, monkeypatch):
+def test_corrupted_mnist(name, change, words, small_mnist, tmp_path, monkeypatch):
     path = small_mnist / name
     content = path.read_bytes()
     path.unlink()

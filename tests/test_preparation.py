@@ -82,7 +82,7 @@ ROWS = [(split, f'{wnid}{number:08d}.jpg', wnid) for split in SPLITS for wnid in
 
 
 class Download:
-    """A download of MiniImagenet to be spoilt: images and csv rows, written as a zip file or as a folder."""
+    """A download of MiniImagenet to be corrupted: images and csv rows, written as a zip file or as a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -246,42 +246,42 @@ def test_from_the_cached_pickles(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), images[3])
 
 
-def spoil(**changes):
+def corrupt(**changes):
     return lambda download: download.__dict__.update(changes)
 
 
-def spoil_row(row):
+def corrupt_row(row):
     return lambda download: download.rows['train'].append(row)
 
 
-def spoil_image(content):
+def corrupt_image(content):
     return lambda download: download.images.update({'images/' + ROWS[0][1]: content})
 
 
-@pytest.mark.parametrize('spoil, words', [
-    (spoil(header='name,label'), ['line 2 of', 'train.csv has no filename']),
-    (spoil(header='filename'), ['train.csv cannot be read', 'line 2 has 2 cells']),
-    (spoil_row(('', 'n01532829')), ['line 6 of', 'train.csv has no filename']),
-    (spoil(rows={**dict.fromkeys(SPLITS, [('a.jpg', 'a')]), 'val': []}), ['val.csv names no images']),
-    (spoil_row((ROWS[0][1], '../../escaped')), ['line 6 of', "'../../escaped'"]),
-    (spoil_row((ROWS[0][1], '/escaped')), ['line 6 of', "'/escaped'"]),
-    (spoil_row((ROWS[0][1], 'c:\\escaped')), ['line 6 of', 'escaped']),
-    (spoil_row(('../../escaped.jpg', WNIDS['train'][0])), ['line 6 of', "'../../escaped.jpg'"]),
-    (spoil_row((ROWS[0][1] + '\0', WNIDS['train'][0])), ['line 6 of']),
-    (spoil_row((ROWS[0][1], ROWS[0][2])), [ROWS[0][1], 'listed twice']),
-    (spoil_row((ROWS[8][1], ROWS[8][2])), [ROWS[8][1], 'listed twice, in train.csv and test.csv']),
-    (spoil_row(('other.jpg', WNIDS['test'][0])), ['is in train.csv and in test.csv']),
-    (spoil_row(('other.jpg', WNIDS['train'][0])), ['1 images are missing, first other.jpg']),
-    (spoil_row((ROWS[0][1], 'n99999999')), ['1 classes are not known, first train/n99999999']),
-    (spoil(images={'images/other.jpg': picture(0)}), ['none of the 12 images']),
-    (spoil(images={'images/readme.txt': b'text'}), ['there are no images in']),
-    (spoil_image(b'a text'), ['1 images cannot be decoded, first', ROWS[0][1]]),
-    (spoil_image(b''), ['1 images cannot be decoded, first', ROWS[0][1]]),
-    (spoil_image(picture(0)[:2000]), ['1 images cannot be decoded, first', ROWS[0][1]]),
-    (spoil_image(picture(0, image_format='PNG')[:-100]), ['1 images cannot be decoded, first', ROWS[0][1]]),
+@pytest.mark.parametrize('corrupt, words', [
+    (corrupt(header='name,label'), ['line 2 of', 'train.csv has no filename']),
+    (corrupt(header='filename'), ['train.csv cannot be read', 'line 2 has 2 cells']),
+    (corrupt_row(('', 'n01532829')), ['line 6 of', 'train.csv has no filename']),
+    (corrupt(rows={**dict.fromkeys(SPLITS, [('a.jpg', 'a')]), 'val': []}), ['val.csv names no images']),
+    (corrupt_row((ROWS[0][1], '../../escaped')), ['line 6 of', "'../../escaped'"]),
+    (corrupt_row((ROWS[0][1], '/escaped')), ['line 6 of', "'/escaped'"]),
+    (corrupt_row((ROWS[0][1], 'c:\\escaped')), ['line 6 of', 'escaped']),
+    (corrupt_row(('../../escaped.jpg', WNIDS['train'][0])), ['line 6 of', "'../../escaped.jpg'"]),
+    (corrupt_row((ROWS[0][1] + '\0', WNIDS['train'][0])), ['line 6 of']),
+    (corrupt_row((ROWS[0][1], ROWS[0][2])), [ROWS[0][1], 'listed twice']),
+    (corrupt_row((ROWS[8][1], ROWS[8][2])), [ROWS[8][1], 'listed twice, in train.csv and test.csv']),
+    (corrupt_row(('other.jpg', WNIDS['test'][0])), ['is in train.csv and in test.csv']),
+    (corrupt_row(('other.jpg', WNIDS['train'][0])), ['1 images are missing, first other.jpg']),
+    (corrupt_row((ROWS[0][1], 'n99999999')), ['1 classes are not known, first train/n99999999']),
+    (corrupt(images={'images/other.jpg': picture(0)}), ['none of the 12 images']),
+    (corrupt(images={'images/readme.txt': b'text'}), ['there are no images in']),
+    (corrupt_image(b'a text'), ['1 images cannot be decoded, first', ROWS[0][1]]),
+    (corrupt_image(b''), ['1 images cannot be decoded, first', ROWS[0][1]]),
+    (corrupt_image(picture(0)[:2000]), ['1 images cannot be decoded, first', ROWS[0][1]]),
+    (corrupt_image(picture(0, image_format='PNG')[:-100]), ['1 images cannot be decoded, first', ROWS[0][1]]),
 ])
-def test_spoilt_downloads(spoil, words, mini, download, tmp_path):
-    spoil(download)
+def test_corrupted_downloads(corrupt, words, mini, download, tmp_path):
+    corrupt(download)
     process, prepared = mini()
     assert process.returncode == 1 and all(word in process.stderr for word in words), process.stderr
     assert not [path for path in tmp_path.rglob('*escaped*')]
@@ -429,7 +429,7 @@ class Hostile:
     (lambda parts, _: parts['meta'][b'fine_label_names'].__setitem__(0, b'stranger'),
      ['1 classes are not known, first unknown/stranger', '1 of 100 classes are missing']),
 ])
-def test_spoilt_cifar(change, words, tmp_path):
+def test_corrupted_cifar(change, words, tmp_path):
     parts = cifar_parts()
     change(parts, tmp_path)
     folder = write_cifar(tmp_path / 'cifar100', parts)

@@ -413,7 +413,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
         checkpoints.find(str(tmp_path), 7)
 
 
-def spoil(path, change):
+def corrupt(path, change):
     """Rewrites the index of a bundle, a table of one block without checksums that are right, with another entry."""
     entries = {name: bundle.BundleEntryProto.FromString(value) for name, value in bundle._entries(path.read_bytes()) if name}
     header = next(value for name, value in bundle._entries(path.read_bytes()) if not name)
@@ -450,9 +450,9 @@ def field(**values):
 def test_forged_shapes_and_types_are_refused(change, tmp_path):
     """TensorFlow would end the process."""
     prefix = forged(tmp_path)
-    spoil(tmp_path / 'model5.index', lambda entry: None)
+    corrupt(tmp_path / 'model5.index', lambda entry: None)
     bundle.check(f'{prefix}.index', f'{prefix}.data-00000-of-00001')  # the table itself is one
-    spoil(tmp_path / 'model5.index', change)
+    corrupt(tmp_path / 'model5.index', change)
     for read in checkpoints.load, checkpoints.load_any:
         with pytest.raises(checkpoints.Damaged, match='w has the (type|shape)'):
             read(prefix)
@@ -464,10 +464,10 @@ def test_an_index_of_any_bytes(tmp_path):
     content = (tmp_path / 'model5.index').read_bytes()
     rng, refused, written = np.random.default_rng(0), 0, checkpoints.load(prefix).arrays
     for case in range(400):
-        spoilt = bytearray(content)
+        corrupted = bytearray(content)
         for at in rng.integers(len(content) - 8, size=rng.integers(1, 6)):
-            spoilt[at] = rng.integers(256)
-        (tmp_path / 'model5.index').write_bytes(spoilt[rng.integers(0, 2) * rng.integers(len(content)):] if case % 4 == 0 else spoilt)
+            corrupted[at] = rng.integers(256)
+        (tmp_path / 'model5.index').write_bytes(corrupted[rng.integers(0, 2) * rng.integers(len(content)):] if case % 4 == 0 else corrupted)
         try:
             arrays = checkpoints.load(prefix).arrays
         except checkpoints.Damaged:

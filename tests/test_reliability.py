@@ -57,7 +57,7 @@ def read_until(process, beginning):
 def test_killed_runs_end_like_undisturbed_ones(tmp_path):
     """The script that the README tells of, on few kills; its figures there are of many."""
     training = kills.Training(str(tmp_path), [*kills.SINUSOID, '--meta_batch_size=4', '--engine=map'], 2000)
-    met, failures = kills.torture(training, 3, random.Random(0))
+    met, failures = kills.kill_repeatedly(training, 3, random.Random(0))
     assert met > 0 and not failures and training.runs > 1
 
 

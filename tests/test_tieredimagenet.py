@@ -216,7 +216,7 @@ class Hostile:
      '1 classes are not known, first val/stranger'),
     (lambda source: (source.folder / 'val_labels.pkl').unlink(), 'val_labels.pkl cannot be read'),
     (lambda source: [path.unlink() for path in source.folder.iterdir()], 'holds neither train_images_png.pkl nor')])
-def test_spoilt_pickles(change, words, source, prepare, tmp_path):
+def test_corrupted_pickles(change, words, source, prepare, tmp_path):
     source.pickled()
     change(source)
     said = prepare()
@@ -232,7 +232,7 @@ def test_spoilt_pickles(change, words, source, prepare, tmp_path):
     (lambda path, images: np.savez(path, images=np.array([None])), 'it holds objects'),
     (lambda path, images: path.write_bytes(b'<html>'), 'cannot be used'),
     (lambda path, images: np.savez(path, images=images[:3]), 'lists more than 3 integers')])
-def test_spoilt_npz_files(save, words, source, prepare, tmp_path):
+def test_corrupted_npz_files(save, words, source, prepare, tmp_path):
     source.npz()
     save(source.folder / 'train_images.npz', images=pixels('train'))
     said = prepare()

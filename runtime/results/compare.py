@@ -259,10 +259,10 @@ def method_without(evaluation: RunEntry, flag: str) -> str:
 def settings(evaluations: Sequence[RunEntry]) -> list[dict[str, Any]]:
     """For each evaluation {name: value} of what may distinguish it from others on the same tasks; the method's name is ''."""
     flags = set().union(*(evaluation.entry.training.flags for evaluation in evaluations))
-    flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_beyond_the_name(evaluations)))
+    flags = sorted(flags - {*switches(), 'baseline', 'metatrain_iterations'} | set(_differing_switches(evaluations)))
     return [{'': evaluation.method,
              **{name: evaluation.flag(name) for name in flags if not (name in BUILT_IN_NETWORKS and evaluation.flag('network'))},
-             **identity, **_beyond_the_flags(evaluation)} for evaluation, identity in zip(evaluations, _identities(evaluations))]
+             **identity, **_settings_beside_flags(evaluation)} for evaluation, identity in zip(evaluations, _identities(evaluations))]
 
 
 def _identities(evaluations):
@@ -282,7 +282,7 @@ def arithmetic_note(evaluations: Sequence[RunEntry]) -> list[str]:
     return [f'trained with different {", ".join(names)}: numbers are rounded differently, as if by another seed'] if names else []
 
 
-def _beyond_the_name(evaluations):
+def _differing_switches(evaluations):
     """Switches by which evaluations of one method's name differ."""
     for name in switches():
         values = {(evaluation.method, evaluation.flag(name)) for evaluation in evaluations}
@@ -290,7 +290,7 @@ def _beyond_the_name(evaluations):
             yield name
 
 
-def _beyond_the_flags(evaluation):
+def _settings_beside_flags(evaluation):
     """Iterations, in what the inner loop of the evaluation differs from that of the training, and which weights it is of."""
     training, setting = evaluation.entry.training, evaluation.entry.setting
     values = {'pretrain_iterations': training.pretrain_iterations}
