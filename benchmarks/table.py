@@ -95,7 +95,7 @@ ROWS = [
         '--update_batch_size=1', '--inner_batch=5')),
     Row('cifarfs_1shot_protonet', 'CIFAR-FS 5-way 1-shot, ProtoNet', '55.5 ± 0.7 (Bertinetto et al.)', evaluation=(
         '--num_classes=5', '--test_query=15')),
-    Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (Bertinetto et al.)', evaluation=(
+    Row('cifarfs_1shot_r2d2', 'CIFAR-FS 5-way 1-shot, R2-D2', '60.0 (Bertinetto et al.)', peer='57.0 ± 1.7 (ArnoutDevos/r2d2)', evaluation=(
         '--num_classes=5', '--test_query=15')),
     Row('cifarfs_1shot_protomaml', 'CIFAR-FS 5-way 1-shot, ProtoMAML', evaluation=('--test_query=15', '--query_norm=batch')),
     Row('cifarfs_1shot_unicorn', 'CIFAR-FS 5-way 1-shot, UNICORN-MAML', evaluation=('--test_query=15',)),
