@@ -46,7 +46,7 @@ QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test
                'test_a_configuration_that_makes_no_sense', 'test_what_means_nothing_is_refused',
                'test_flags_that_make_no_sense_are_refused'}
 NOT_QUICK = {'test_frames_between_the_training_loop_and_the_inner_step', 'test_the_example_of_a_source_works',
-             'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training', 'test_a_table_without_validation',
+             'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training',
              'test_class_folders_that_cannot_be_written_to', 'test_how_tensorflow_is_set_up'}
 
 

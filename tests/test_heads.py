@@ -145,6 +145,7 @@ def test_any_number_of_classes(head_init):
         np.testing.assert_allclose(other, found.numpy()[..., order], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager')
 def test_orders_of_labels():
     """All orders of three labels, one after the other; a shared column makes no difference between them."""

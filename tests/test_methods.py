@@ -399,6 +399,7 @@ def test_equal_norm_sets_are_one_set():
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_adapted_normalisation_of_each_step():
     """An evaluation, and gradient checkpointing, look up the offsets of a step whose number is a tensor."""
     config = ModelConfig(dim_input=4, dim_output=3, dim_hidden=(5,), loss='xent', update_batch_size=1, update_lr=0.5, num_updates=2,

@@ -577,6 +577,7 @@ def test_whole_numbers_that_would_be_rounded(tmp_path, capsys):
         assert ('whole numbers beyond 2^53' in capsys.readouterr().out) == noted
 
 
+@pytest.mark.slow
 def test_a_table_without_validation(tmp_path, few_tasks, monkeypatch):
     """From training to meta-test; the split is the run's."""
     flags = [*CLASSES, f'--data_path={one_table(tmp_path / "all.csv")}', '--label_column=species', '--split=5/0/3',

@@ -74,6 +74,7 @@ def test_what_is_recorded(images, tmp_path, monkeypatch):
     assert re.search(rf'\n# weights: .*{weights.checksum}.*\n# arithmetic: .*oneDNN', (second / 'run.flags').read_text())
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_are_found_from_elsewhere(images, tmp_path, monkeypatch):
     """Another folder of the same name where the program is started is not taken for them."""
     monkeypatch.chdir(tmp_path)

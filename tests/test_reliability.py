@@ -61,7 +61,8 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path):
     assert met > 0 and not failures and training.runs > 1
 
 
-@pytest.mark.parametrize('number', [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signals(number, tmp_path):
     """The iteration in hand is finished and saved, the exit status is the customary one, and the run can go on."""
     flags = [*SINUSOID, f'--logdir={tmp_path}', '--log=False']
@@ -269,7 +270,7 @@ def test_skipping(tmp_path, capsys):
     assert checkpoint.record['skipped'] == 1000 and checkpoint.arrays['metatrain/adam/step'] == 0
 
 
-@pytest.mark.parametrize('image_shape', [None, (8, 8, 1)])
+@pytest.mark.parametrize('image_shape', [pytest.param(None, marks=pytest.mark.slow), (8, 8, 1)])
 def test_a_step_that_is_not_finite_changes_nothing(image_shape):
     config = ModelConfig(dim_input=64, dim_output=3, loss='xent', update_batch_size=2, update_lr=0.1, image_shape=image_shape,
                          num_filters=4, dim_hidden=(5,), clip=1.0)
@@ -346,6 +347,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert saved(tmp_path) == [] and not (directory_of(tmp_path) / '.saving').exists()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path):
     run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=100')
     with checkpoints.exclusive(str(directory_of(tmp_path))):

@@ -130,6 +130,7 @@ def test_the_shipped_sinusoid(tmp_path):
     assert process.returncode == 0 and '10-shot sinusoid, meta-test' in process.stdout, process.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_resumes(tmp_path):
     """The shipped sinusoid, in a copy."""
     shutil.copytree(os.path.join(ROOT, 'logs', 'sine'), tmp_path / 'sine')
