@@ -77,7 +77,7 @@ class KerasNetwork:
         self.head_names, self._unused_head = (), {}
         self._head, self._has_linear_head, self._no_head = None, False, ''
         self._gathered = set()  # names of weights of which only some rows are used, as an Embedding's
-        self._find_head(*self._called(self._probe, ' where training=True'))
+        self._find_head(*self._call_user_code(self._probe, ' where training=True'))
         self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
 
@@ -125,14 +125,14 @@ class KerasNetwork:
 
     def features(self, tensors: Tensors, x: tf.Tensor, stats_rows: int | None = None) -> tf.Tensor:
         # The outputs are not used: a last layer that is computed for the task may not be there yet, or have another shape.
-        with self.tensors_in_place({**tensors, **self._unused_head}, x.shape[0], stats_rows):
+        with self.with_tensors({**tensors, **self._unused_head}, x.shape[0], stats_rows):
             outputs = self._call(x, self.random and MASKS in tensors)
         return self._seen.features if self.head_names else outputs
 
     def head(self, tensors: Tensors, features: tf.Tensor) -> tf.Tensor:
         if not self.head_names:
             return features
-        values = self._in_place(tensors, self.head_names)
+        values = self._substitutes(tensors, self.head_names)
         with exact_statistics(features.shape[0]), _floatx(self._keras, self._dtype), self._keras.StatelessScope(values):
             return self._head(features)
 
@@ -140,16 +140,16 @@ class KerasNetwork:
         return self.model(tf.reshape(x, [-1, *self._input_shape]), training=training)
 
     @contextlib.contextmanager
-    def tensors_in_place(self, tensors, rows, stats_rows=None, sizes=None):
+    def with_tensors(self, tensors, rows, stats_rows=None, sizes=None):
         """While entered, the model computes with the tensors; its own variables are neither read nor changed. The last arguments are those
         of `exact_statistics`."""
         seeds = _seed_states(tensors[MASKS], len(self._seeds)) if MASKS in tensors else [tf.zeros([2], tf.int64)] * len(self._seeds)
-        values = [*self._in_place(tensors, self._weights), *self._constants, *zip(self._seeds, seeds)]
+        values = [*self._substitutes(tensors, self._weights), *self._constants, *zip(self._seeds, seeds)]
         with exact_statistics(rows, stats_rows, sizes), _floatx(self._keras, self._dtype), self._keras.StatelessScope(
                 values, collect_losses=True) as scope:
             yield scope
 
-    def _in_place(self, tensors, names):
+    def _substitutes(self, tensors, names):
         """(variable, what stands for it) of some weights."""
         return [(self._weights[name], with_dense_gradient(tensors[name]) if name in self._gathered else tensors[name]) for name in names]
 
@@ -164,12 +164,12 @@ class KerasNetwork:
                     raise UserError(f'the model of {self.name} makes {shape} of {ROWS} rows, and must make {[ROWS, self._outputs]}')
             return model
 
-        model = self._called(lambda: _isolated(make, self._keras, seed, self._dtype))
+        model = self._call_user_code(lambda: _isolated(make, self._keras, seed, self._dtype))
         if not isinstance(model, self._keras.Model):
             raise UserError(f'{self.name} returns a {type(model).__name__}, and must return a keras.Model')
         return model
 
-    def _called(self, function, where=''):
+    def _call_user_code(self, function, where=''):
         """What a function returns that runs code of the user's."""
         try:
             return function()
@@ -210,7 +210,7 @@ class KerasNetwork:
         training = {**tensors, MASKS: tf.zeros([3], tf.float64)}
         with watched(self.layers) as calls, tf.GradientTape() as tape:
             tape.watch(tensors)
-            with self.tensors_in_place(training, len(x)) as scope:
+            with self.with_tensors(training, len(x)) as scope:
                 before = [scope.get_current_value(seed) for seed in self._seeds]
                 outputs = self._call(x, True)
                 draws = any(scope.get_current_value(seed) is not value for seed, value in zip(self._seeds, before))
@@ -226,9 +226,9 @@ class KerasNetwork:
         self._gathered = {name for name, gradient in gradients.items() if isinstance(gradient, tf.IndexedSlices)}
         self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
         random = np.random.default_rng(0)  # weights of zeros would hide what depends on what
-        moved = {name: nearby(value, random) for name, value in tensors.items()}
+        moved = {name: perturbed(value, random) for name, value in tensors.items()}
         self._refuse_hidden_weights(graph, gradients, moved, tensors, x)
-        self.random = draws or not alike(self._outputs_with(moved, x), self._outputs_with(moved, x, training=True))
+        self.random = draws or not almost_equal(self._outputs_with(moved, x), self._outputs_with(moved, x, training=True))
         self._mixes_rows = self._mixing_of_rows(moved, x)
         self._normalised = self._outputs > 1 and np.allclose(tf.reduce_sum(outputs, axis=1), 1, atol=1e-5) and np.all(outputs >= 0)
         return outputs, calls, moved, tensors, x
@@ -240,14 +240,14 @@ class KerasNetwork:
                    if np.any(np.abs(tf.convert_to_tensor(gradients[name])) > LEAST_GRADIENT)]
         calls = [operation for operation in graph.get_operations() if operation.type.endswith('PartitionedCall') and operation.inputs]
         # A function that is made anew at each call, as by Keras for grouped convolutions, computes with the present weights.
-        if calls and (unreached or not all(self._reads(name, moved, tensors, x) for name in reached)):
+        if calls and (unreached or not all(self._computes_with(name, moved, tensors, x) for name in reached)):
             what = f', and no gradient reaches {unreached[0]}' if unreached else ''
             self._refuse([f'it has a @tf.function{what}: leave it out, for it would compute with the weights of its first call'])
         self._refuse([f'the outputs depend on {name}, but no gradient reaches it: leave out tf.recompute_grad, keras.RematScope or a '
                       'custom gradient around it; or if it is not to be trained, make it by add_weight(trainable=False)'
                       for name in unreached if self._depends_on(name, moved, tensors, x)])
 
-    def _reads(self, *arguments):
+    def _computes_with(self, *arguments):
         """As `_depends_on`, where a function may have kept a tensor of a graph that is gone."""
         try:
             return self._depends_on(*arguments)
@@ -255,10 +255,10 @@ class KerasNetwork:
             return False
 
     def _depends_on(self, name, moved, tensors, x):
-        return not alike(*(self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]})))
+        return not almost_equal(*(self._outputs_with(values, x) for values in (moved, {**moved, name: tensors[name]})))
 
     def _outputs_with(self, tensors, x, training=False, **options):
-        with self.tensors_in_place(tensors, len(x), **options):
+        with self.with_tensors(tensors, len(x), **options):
             return self._call(x, training)
 
     def _mixing_of_rows(self, tensors, x):
@@ -267,13 +267,13 @@ class KerasNetwork:
         if [size * (len(x) - 1) for size in sizes] != [size * len(x) for size in fewer]:
             return 'statistics are taken over the first axis of something else than rows'
         pair = [self._outputs_with(tensors, tf.concat([x[:-1], last], axis=0), stats_rows=ROWS)[:-1] for last in (x[-1:], x[-1:] + 1)]
-        return '' if alike(*pair) else (
+        return '' if almost_equal(*pair) else (
             'the outputs for one row depend on other rows in another way than by batch norm without masks')
 
     def _sizes_of_statistics(self, tensors, x, call):
         """The sizes of the first axes over which a call of rows takes means and variances."""
         sizes = []
-        with self.tensors_in_place(tensors, len(x), sizes=sizes):
+        with self.with_tensors(tensors, len(x), sizes=sizes):
             call(x)
         return sizes
 
@@ -299,7 +299,7 @@ class KerasNetwork:
             self._no_head = 'its outputs are made by its own code, not by a layer'
             return
         layer, arguments, options, _ = makers[0]
-        reason = self._no_head_because(layer, arguments, options, moved, tensors, x)
+        reason = self._why_no_head(layer, arguments, options, moved, tensors, x)
         if [call[0] for call in calls].count(layer) > 1:
             reason = 'is called several times'
         if reason:
@@ -309,9 +309,9 @@ class KerasNetwork:
         self._has_linear_head = (type(layer) is self._keras.layers.Dense and layer.activation is self._keras.activations.linear
                                  and len(arguments[0].shape) == 2
                                  and [weight.name for weight in layer.trainable_variables] == ['kernel', 'bias'])
-        layer.call = functools.partial(_remembering_input, self._seen, layer.call)
+        layer.call = functools.partial(_remember_input, self._seen, layer.call)
 
-    def _no_head_because(self, layer, arguments, options, moved, tensors, x):
+    def _why_no_head(self, layer, arguments, options, moved, tensors, x):
         """Why a layer that was called so cannot be run by itself; '' if it can."""
         if not layer.trainable_variables:
             return 'has no weights'
@@ -326,7 +326,7 @@ class KerasNetwork:
             return 'normalises or is random'
         own = {weight.path: tensors[weight.path] for weight in layer.trainable_variables}
         inputs = [self._input_of(layer, values, x) for values in (moved, {**moved, **own})]
-        return '' if alike(*inputs) else 'shares its weights with another'
+        return '' if almost_equal(*inputs) else 'shares its weights with another'
 
     def _input_of(self, layer, tensors, x):
         """What a layer is called with, first."""
@@ -335,7 +335,7 @@ class KerasNetwork:
         return calls[0][1][0]
 
 
-def alike(first, second):
+def almost_equal(first, second):
     """Whether two tensors differ by rounding only."""
     return np.allclose(first, second, rtol=1e-4, atol=1e-5)
 
@@ -345,7 +345,7 @@ def _is_seed(variable):
     return variable.name == 'seed_generator_state'
 
 
-def nearby(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
+def perturbed(value: tf.Tensor, random: np.random.Generator) -> tf.Tensor:
     """A tensor near the given one, so that nothing is zero."""
     return value + 0.1 * random_like(value, random)
 
@@ -448,6 +448,6 @@ def _with_current_statistics(call, *args, **kwargs):
     return call(*given.args, **given.kwargs)
 
 
-def _remembering_input(seen, call, inputs, **kwargs):
+def _remember_input(seen, call, inputs, **kwargs):
     seen.features = inputs
     return call(inputs, **kwargs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from keras_network import MASKS, ROWS, KerasNetwork, alike
+from keras_network import MASKS, ROWS, KerasNetwork, almost_equal
 from runtime.system.errors import UserError
 from utils import at_step, conv_block, dense_block, glorot_uniform, truncated_normal
 
@@ -171,8 +171,8 @@ def _initial_norm_params(config: ModelConfig, scopes: Iterable[tuple[str, int]])
 
 
 def masks(config: ModelConfig, iteration: int | tf.Tensor | None) -> Tensors:
-    """What random layers draw from in an iteration of a training; {} in evaluation, and if there are none. In float64, for a state of
-    gradient checkpointing is differentiated."""
+    """What random layers draw from in an iteration of a training; {} in evaluation, and if there are none. In float64, because a state
+    of gradient checkpointing is differentiated."""
     if iteration is None or not network_of(config).random:
         return {}
     return {MASKS: tf.stack([tf.cast(number, tf.float64) for number in (config.mask_seed, iteration)])}
@@ -250,13 +250,13 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
               for name, variable in variables.items()}
     if config.network and config.dim_output != wider.dim_output and not (
             all(values[name].shape == variable.shape for name, variable in variables.items())
-            and _makes_the_first(config, values, wider, tensors)):
+            and _has_same_first_outputs(config, values, wider, tensors)):
         raise UserError(f'{network_of(config).name} computes something different when it is made with {config.dim_output} outputs instead '
                         f'of the {wider.dim_output} that it was trained with: use tasks of {wider.dim_output} classes')
     return values
 
 
-def _makes_the_first(config, values, wider, tensors):
+def _has_same_first_outputs(config, values, wider, tensors):
     """Whether a network with other outputs makes the first of those of the wider one, or where the last layer is computed, has the
     same features."""
     def of_first_step(network, tensors):
@@ -269,7 +269,7 @@ def _makes_the_first(config, values, wider, tensors):
     made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
         made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]
-    return made[0].shape == made[1].shape and alike(*made)
+    return made[0].shape == made[1].shape and almost_equal(*made)
 
 
 def last_layer(config: ModelConfig, seed: int, outputs: int) -> Tensors:

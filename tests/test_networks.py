@@ -663,7 +663,7 @@ def test_the_outputs_of_a_network_whose_last_layer_cannot_be_run_by_itself():
         network = network_of(a_config(network=lambda shape, outputs, kind=kind: kind(outputs)))
         weights, x = network.initial_weights(0), tf.constant(np.random.default_rng(0).uniform(size=[4, 5]), tf.float32)
         outputs = network.head(weights, network.features(weights, x))
-        with network.tensors_in_place(weights, 4):
+        with network.with_tensors(weights, 4):
             np.testing.assert_array_equal(outputs, network.model(x))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from keras_network import MASKS, ROWS, KerasNetwork, nearby, random_like, watched
+from keras_network import MASKS, ROWS, KerasNetwork, perturbed, random_like, watched
 from maml import ModelConfig, Parameters, adapted
 from networks import network_of
 from runtime.system.errors import UserError, first_line
@@ -33,7 +33,7 @@ def check(config: ModelConfig) -> None:
     x = tf.constant(random.uniform(size=[ROWS, config.dim_input]))
     y = tf.constant(np.eye(config.dim_output)[np.arange(ROWS) % config.dim_output] if config.loss == 'xent' else
                     random.normal(size=[ROWS, config.dim_output]))
-    weights, norm_params = ({name: nearby(tf.cast(value, tf.float64), random) for name, value in group.items()}
+    weights, norm_params = ({name: perturbed(tf.cast(value, tf.float64), random) for name, value in group.items()}
                             for group in (network.initial_weights(0), network.initial_norm_params()))
     tensors, masks = {**weights, **norm_params}, {MASKS: tf.zeros([3], tf.float64)}
 
@@ -43,7 +43,7 @@ def check(config: ModelConfig) -> None:
 
     wrong = error_of(loss, tensors, adapted(config, Parameters(weights, norm_params)).keys(), random)
     if wrong:
-        culprit = _culprit(network, {**tensors, **masks}, x, random) or f'{wrong} in code of its own that is in no layer'
+        culprit = _faulty_layer(network, {**tensors, **masks}, x, random) or f'{wrong} in code of its own that is in no layer'
         raise UserError(f'the second derivatives of {network.name} are wrong or missing, so the meta-gradient would be wrong: {culprit}; '
                         'use another layer, a first-order method, or --check_network=False to train as it is')
 
@@ -78,7 +78,7 @@ def error_of(function: Callable[[Tensors], tf.Tensor], tensors: Tensors, names, 
     return f'the second derivative is wrong by {min(errors):.2g} times itself'
 
 
-def _culprit(network: KerasNetwork, tensors: Tensors, x: tf.Tensor, random: np.random.Generator) -> str:
+def _faulty_layer(network: KerasNetwork, tensors: Tensors, x: tf.Tensor, random: np.random.Generator) -> str:
     """The first layer, inner ones before outer ones, whose second derivatives are wrong by themselves; '' if there is none."""
     with watched(network.layers) as calls:
         network.features(tensors, x)
@@ -91,7 +91,7 @@ def _culprit(network: KerasNetwork, tensors: Tensors, x: tf.Tensor, random: np.r
 
         def function(values, layer=layer, args=args, kwargs=kwargs, scales=scales):
             given = [values.get(f'input {number}', value) for number, value in enumerate(args)]
-            with network.tensors_in_place({**tensors, **values}, len(x)):
+            with network.with_tensors({**tensors, **values}, len(x)):
                 outputs = layer(*given, **kwargs)
             return tf.reduce_sum(scales * outputs + outputs ** 2)
 
