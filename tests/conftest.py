@@ -47,7 +47,10 @@ QUICK_TESTS = {'test_one_weight_by_hand', 'test_adam_against_its_formula', 'test
                'test_flags_that_make_no_sense_are_refused'}
 NOT_QUICK = {'test_frames_between_the_training_loop_and_the_inner_step', 'test_the_example_of_a_source_works',
              'test_printing_where_nothing_can_be_printed', 'test_hangups_of_a_training',
-             'test_class_folders_that_cannot_be_written_to', 'test_how_tensorflow_is_set_up'}
+             'test_class_folders_that_cannot_be_written_to', 'test_how_tensorflow_is_set_up',
+             'test_a_pickle_takes_no_more_memory_than_it_deserves', 'test_printing_never_stops_a_preparation',
+             'test_a_server_cannot_hold_a_download', 'test_from_nothing_to_class_folders',
+             'test_scipy_stats_is_imported_when_it_is_used'}
 
 
 def pytest_collection_modifyitems(items):

@@ -432,7 +432,8 @@ def test_data_and_checkpoints_that_are_not_there(arguments, flags, words):
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize('flags', [['--nonsense=1'], ['--num_updates=0'], ['--test_best'], ['--train=False']])
+@pytest.mark.parametrize('flags', [['--nonsense=1'], ['--num_updates=0'], ['--test_best'],
+                                   pytest.param(['--train=False'], marks=pytest.mark.slow)])
 def test_refusal(flags, tmp_path):
     """A refusal is one line on the standard error, and exit status 1."""
     process = run_process(f'--logdir={tmp_path}', *flags)
