@@ -33,7 +33,9 @@ RANDOM_OPERATIONS = {'RandomUniform', 'RandomUniformInt', 'RandomStandardNormal'
                      'RandomGamma'}
 LOOPS = {'While', 'StatelessWhile'}  # as of recurrent layers
 LEAST_GRADIENT = 1e-4  # of outputs with respect to a weight on which they depend
-RESERVED = 'lr/', 'inner/', 'head/classifier/'  # what names of tensors begin with that are no network's
+HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
+CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
+RESERVED = 'lr/', 'inner/', CLASSIFIER  # what names of tensors begin with that are no network's
 Tensors = dict[str, tf.Tensor]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from keras_network import MASKS, ROWS, KerasNetwork, almost_equal
+from keras_network import CLASSIFIER, HEAD_PREFIX, MASKS, ROWS, KerasNetwork, almost_equal
 from runtime.system.errors import UserError
 from utils import at_step, conv_block, dense_block, glorot_uniform, truncated_normal
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from maml import ModelConfig
 
 CONV_LAYERS = (1, 2, 3, 4)
-HEAD_PREFIX = 'head/'  # of the names of what last layers have besides the network's tensors
-CLASSIFIER = f'{HEAD_PREFIX}classifier/'  # of the tensors of a last layer for all classes of meta-training
 RIDGE_SCALARS = f'{HEAD_PREFIX}lambda', f'{HEAD_PREFIX}scale', f'{HEAD_PREFIX}bias'  # what `ridge_regression` learns
 NEIGHBOURS = f'{HEAD_PREFIX}features', f'{HEAD_PREFIX}labels'  # the support rows of `nearest_neighbour`
 COSINE_SCALE = 2.0  # of logits, the number of Chen et al. (2019)

@@ -22,7 +22,8 @@ import filelock
 import numpy as np
 import tensorflow as tf
 
-from networks import CLASSIFIER, HEAD_PREFIX, HEADS
+from keras_network import CLASSIFIER, HEAD_PREFIX
+from networks import HEADS
 from runtime.jobs import bundle
 from runtime.results import store
 from runtime.results.provenance import Provenance
