@@ -119,6 +119,8 @@ choice('meta_lr_schedule', 'constant', ['constant', 'linear', 'cosine'], 'how --
        only='supervised')
 real('meta_lr_final', -1, 'step size of the outer loop after the last iteration; -1 stands for 0', Learning('.final{}'), only='supervised')
 choice('meta_optimizer', 'adam', ['adam', 'sgd'], 'optimizer of the outer loop', Learning('.{}'), only='supervised')
+real('clip_norm', 0, 'bound of the Euclidean norm of the meta-gradient: a longer one is scaled down to it; 0: none',
+     Learning('.clipnorm{}'), lower_bound=0, only='supervised')
 number('schedule_interval', 1, 'iterations between changes of the schedules', 1, Learning('.every{}'), only='supervised')
 choice('outer', 'gradient', ['gradient', 'reptile'], 'what the outer step follows: the meta-gradient; or the difference between adapted '
        'and shared weights, without query examples', Learning('.{}'), only='supervised')

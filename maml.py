@@ -73,6 +73,7 @@ class ModelConfig:
     inner_batch: int = 0                    # support rows of an inner step; 0: all
     recompute: bool = False                 # gradient checkpointing over inner steps
     clip: float | None = None               # elementwise bound of the meta-gradient
+    clip_norm: float = 0.0                  # bound of its Euclidean norm; 0: none
     engine: str = 'auto'                    # 'map': one task per core; 'vmap': all tasks in one graph; 'auto'
     jit: bool = False                       # compile that by XLA; follows from the engine and the network
     task_chunk: int | None = None           # tasks whose gradients are computed at a time; a divisor of the meta-batch
@@ -246,8 +247,7 @@ def has_fixed_features(config: ModelConfig) -> bool:
 
 
 def weights_at(config: ModelConfig, parameters: Parameters, own: Tensors, step: Step) -> Tensors:
-    """The network's tensors at an inner step: the task's own, where it has them, else the shared ones; with `norm_per_step`
-    the offsets and scales of that step."""
+    """The network's tensors at an inner step: the task's own, or the shared ones; with `norm_per_step`, offsets and scales of that step."""
     tensors = {**parameters.weights, **parameters.norm_params, **own}
     norm_params = {name: at_step(tensors[name], step) for name in parameters.norm_params} if config.norm_per_step else {}
     return {**tensors, **norm_params, **mask_at(own, step)}

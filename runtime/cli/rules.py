@@ -132,7 +132,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
     *((lambda r, name=name: r.mode == 'train' and r.values[name] != default(name) and r.only_pretrains,
        f'--{name}={{{name}}} is about meta-training, and this run only pre-trains: leave it out')
-      for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'norm_per_step', 'outer')),
+      for name in ('meta_lr_schedule', 'multi_step_loss', 'first_order_iterations', 'learn_lr', 'norm_per_step', 'outer', 'clip_norm')),
     (lambda r: r.mode == 'train' and r.norm_per_step and r.iterations[0] > 0 and not r.only_pretrains,
      '--norm_per_step: pre-training has no inner step, so it would train the offsets and scales of the first one only; train with '
      '--pretrain_iterations alone, then start from its checkpoint by --load_from, which copies them to all'),
@@ -161,7 +161,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--recompute loops over the inner steps of one task at a time: leave out --engine={engine}'),
     *((lambda r, name=name: r.outer == 'reptile' and r.values[name] != default(name),
        f'--{name} is about a gradient through the inner loop, and --outer=reptile takes none: leave it out')
-      for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr')),
+      for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'clip_norm')),
     (lambda r: r.outer == 'reptile' and r.mode == 'train' and r.iterations[0] > 0,
      "--meta_lr of --outer=reptile is not a gradient's step size, as pre-training needs: leave out --pretrain_iterations, or pre-train "
      'another run and start from it by --load_from'),
@@ -171,7 +171,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--inner_optimizer=adam needs --outer=reptile: there is no gradient through Adam'),
     # Training
     *((lambda r, name=name: not math.isfinite(r.values[name]), f'--{name} must be a finite number')
-      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', *RIDGE_FLAGS)),
+      for name in ('meta_lr', 'meta_lr_final', 'update_lr', 'train_update_lr', 'clip_norm', *RIDGE_FLAGS)),
     (lambda r: r.mode == 'train' and r.pretrain_iterations + r.metatrain_iterations == 0,
      'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
     (lambda r: r.mode == 'train' and bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,

@@ -18,25 +18,26 @@ ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 class Adam:
     """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, clip: float | None = None):
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, bounded: Callable = dict):
         """
         Args:
             variables: {name: tf.Variable}, updated in place.
             learning_rate: a function of the iteration.
-            clip: elementwise bound of the gradients of weights, not of learned step sizes; None: none.
+            bounded: a function of {name: gradient} that returns those to be followed.
         """
         def zeros():
             return {name: tf.Variable(tf.zeros_like(v), trainable=False) for name, v in variables.items()}
 
-        self.variables, self.learning_rate, self.clip = variables, learning_rate, clip
+        self.variables, self.learning_rate, self.bounded = variables, learning_rate, bounded
         self.step, self.means, self.squares = tf.Variable(0, dtype=tf.int64, trainable=False), zeros(), zeros()
 
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
         step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
+        gradients = self.bounded(gradients)
         rate = self.learning_rate(iteration) * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
-            gradient, mean, square = _clipped(name, gradients[name], self.clip), self.means[name], self.squares[name]
+            gradient, mean, square = gradients[name], self.means[name], self.squares[name]
             mean.assign(ADAM_BETA1 * mean + (1 - ADAM_BETA1) * gradient)
             square.assign(ADAM_BETA2 * square + (1 - ADAM_BETA2) * tf.square(gradient))
             variable.assign_sub(rate * mean / (tf.sqrt(square) + ADAM_EPSILON))
@@ -51,26 +52,35 @@ class Adam:
 class SGD:
     """Plain gradient descent. Arguments and methods as of Adam."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, clip: float | None = None):
-        self.variables, self.learning_rate, self.clip = variables, learning_rate, clip
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, bounded: Callable = dict):
+        self.variables, self.learning_rate, self.bounded = variables, learning_rate, bounded
 
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
+        gradients = self.bounded(gradients)
         for name, variable in self.variables.items():
-            variable.assign_sub(self.learning_rate(iteration) * _clipped(name, gradients[name], self.clip))
+            variable.assign_sub(self.learning_rate(iteration) * gradients[name])
 
     def state(self, prefix: str = '') -> dict[str, tf.Variable]:
         """{}: there is no state to continue from."""
         return {}
 
 
-def _clipped(name, gradient, clip):
-    return gradient if clip is None or name.startswith('lr/') else tf.clip_by_value(gradient, -clip, clip)
+def bounded(config: ModelConfig, gradients: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """{name: meta-gradient} within the bounds of a config: each number of a weight's, but not of a learned step size's, within
+    [-clip, clip]; then the Euclidean norm of all together at most `clip_norm` (Pascanu et al., 2013, algorithm 1)."""
+    if config.clip is not None:
+        gradients = {name: gradient if name.startswith('lr/') else tf.clip_by_value(gradient, -config.clip, config.clip)
+                     for name, gradient in gradients.items()}
+    if config.clip_norm:
+        scale = config.clip_norm / tf.maximum(tf.linalg.global_norm(list(gradients.values())), config.clip_norm)
+        gradients = {name: scale * gradient for name, gradient in gradients.items()}
+    return gradients
 
 
 def outer_optimizers(config: ModelConfig, variables: dict[str, tf.Variable]) -> dict[str, Adam | SGD]:
     """{phase: its optimizer}; pre-training has one of its own, without clipping and schedule."""
     optimizer = {'adam': Adam, 'sgd': SGD}[config.meta_optimizer]
-    clip = config.clip if config.outer == 'gradient' else None  # Reptile's update is not a gradient
-    return {'metatrain': optimizer(variables, functools.partial(meta_lr, config), clip),
+    follow = functools.partial(bounded, config) if config.outer == 'gradient' else dict  # Reptile's update is not a gradient
+    return {'metatrain': optimizer(variables, functools.partial(meta_lr, config), follow),
             'pretrain': optimizer(variables, lambda iteration: config.meta_lr)}
