@@ -2,13 +2,14 @@
 
     python benchmarks/gradient_check.py logs/omniglot20way
     python benchmarks/gradient_check.py logs/omniglot20way --steps 500
+    python benchmarks/gradient_check.py logs/omniglot20way --norms 200 --test_iter 30001
 
 With the flags and the newest checkpoint of the run, on the first meta-batch of meta-validation. With --steps, it shows what rounding does
-to a training instead: the run goes on in float32 and in float64, on the same meta-batches. Nothing is saved.
+to a training instead: the run goes on in float32 and in float64, on the same meta-batches. With --norms, the run goes on as it would, and
+the largest of its meta-gradients is examined: which task it comes from, and whether it is right. Nothing is saved.
 """
 import argparse
 import dataclasses
-import functools
 import sys
 
 import numpy as np
@@ -23,8 +24,12 @@ STEP = 1e-9  # short: where a ReLU of the inner loop changes its state, the loss
 
 def relative_error(gradients: dict, exact: dict) -> float:
     """|gradients - exact| / |exact|, Euclidean, over all tensors together."""
-    vector, exact_vector = (np.concatenate([np.ravel(values[name]) for name in exact]) for values in (gradients, exact))
-    return np.linalg.norm(vector - exact_vector) / np.linalg.norm(exact_vector)
+    return norm({name: np.asarray(gradients[name], float) - exact[name] for name in exact}) / norm(exact)
+
+
+def norm(gradients: dict) -> float:
+    """The Euclidean norm of {name: array}, all together."""
+    return float(np.sqrt(sum(np.sum(np.square(np.asarray(value, float))) for value in gradients.values())))
 
 
 def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) -> list[float]:
@@ -38,35 +43,113 @@ def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) ->
     return errors
 
 
-def check(directory: str, differences: int) -> None:
-    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
-    import tensorflow as tf
+class DoubleModel:
+    """A MAML's objective for single tasks in float64, at its present parameters."""
 
-    from maml import Parameters, inner_loop, meta_gradient, objective
+    def __init__(self, model, iteration: int):
+        import tensorflow as tf
+
+        from runtime.compute.schedules import config_at
+        self._config, self._iteration = dataclasses.replace(config_at(model.config, iteration), dtype='float64'), iteration
+        self._parameters = tf.nest.map_structure(lambda value: tf.cast(value, tf.float64), model.shared)
+
+    def gradient(self, task) -> dict:
+        """{name: meta-gradient}."""
+        from maml import meta_gradient
+        return meta_gradient(self._config, self._parameters, self._iteration, in_double(task))[0]
+
+    def loss_at(self, task, offsets: dict) -> float:
+        """The objective where the parameters are moved by {name: offset}."""
+        from maml import inner_loop, objective
+        moved = self._parameters._replace(**{group: {name: value + offsets[name] for name, value in values.items()}
+                                             for group, values in self._parameters._asdict().items() if group != 'inner_optimizer_state'})
+        _, states = inner_loop(self._config, moved, in_double(task), self._iteration)
+        return float(objective(self._config, moved, in_double(task), states, self._iteration)[0])
+
+    def support_losses(self, task) -> list[float]:
+        """Before the inner updates, and after each; the last offsets and scales of normalisation stay in force."""
+        from maml import initial_state, inner_loop, support_loss
+        task, last = in_double(task), self._config.num_updates - 1
+        states = [initial_state(self._config, self._parameters, task, self._iteration),
+                  *inner_loop(self._config, self._parameters, task, self._iteration)[1]]
+        return [float(support_loss(self._config, self._parameters, task, state, min(step, last), self._iteration)[0])
+                for step, state in enumerate(states)]
+
+    def errors(self, task, gradient: dict, rng: np.random.Generator) -> list[float]:
+        """`errors_of_differences` of a task's gradient."""
+        return errors_of_differences(gradient, lambda offsets: self.loss_at(task, offsets), rng)
+
+
+def in_double(task):
+    """A task's arrays as tensors of float64."""
+    import tensorflow as tf
+    return type(task)(*(tf.cast(array, tf.float64) for array in task))
+
+
+def task_of(batch, number: int):
+    """One of the tasks of a meta-batch."""
+    return type(batch)(*(array[number] for array in batch))
+
+
+def refuse_other_methods(directory: str, config) -> None:
+    """Raises UserError unless the method follows a derivative."""
+    if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':
+        raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
+
+
+def check(directory: str, differences: int) -> None:
+    """Prints how exact the meta-gradient of the newest checkpoint is."""
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
     from runtime.compute.schedules import config_at
     from runtime.jobs.evaluate import restore
     model, prefix, iterations, *_ = restore(run)
-    config = config_at(model.config, iterations)
-    if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':
-        raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
-    double = lambda value: tf.cast(value, tf.float64)
-    parameters = Parameters(*(tf.nest.map_structure(double, group) for group in (model.weights, model.norm_params, model.learning_rates)))
+    refuse_other_methods(directory, config_at(model.config, iterations))
+    double, rng = DoubleModel(model, iterations), np.random.default_rng(0)
     count = run.learning_flags['meta_batch_size']
     batch = data[run.split].draw(0, count)
-    tasks = [type(batch)(*(double(values[task]) for values in batch)) for task in range(count)]
-
-    def loss_at(task, offsets):
-        moved = Parameters(*({name: value + offsets[name] for name, value in group.items()} for group in parameters))
-        _, states = inner_loop(config, moved, task, iterations)
-        return float(objective(config, moved, task, states, iterations)[0])
-
-    rng, each = np.random.default_rng(0), [meta_gradient(config, parameters, iterations, task)[0] for task in tasks]
-    errors = [error for task, gradients in zip(tasks[:differences], each)
-              for error in errors_of_differences(gradients, functools.partial(loss_at, task), rng)]
+    tasks = [task_of(batch, number) for number in range(count)]
+    each = list(map(double.gradient, tasks))
+    errors = [error for task, gradient in zip(tasks[:differences], each) for error in double.errors(task, gradient, rng)]
     mean = {name: np.mean([gradients[name] for gradients in each], axis=0) for name in each[0]}
     print(f'{prefix}, {len(tasks)} tasks, relative errors of the meta-gradient:')
     print(f'float32, as in training, against float64  {relative_error(model.meta_gradients(batch, iterations), mean):.1e}')
     print(f'float64 against central differences       {np.median(errors):.1e} (median), {max(errors):.1e} (largest of {len(errors)})')
+
+
+def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
+    """Prints the norms of the meta-gradients of further training steps, and where the largest comes from."""
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', f'--test_iter={checkpoint}']))
+    from maml import MAML
+    from runtime.jobs import checkpoints
+    from runtime.jobs.train import draw
+    refuse_other_methods(directory, run.model)
+    found, model = checkpoints.find(run.directory, run.checkpoint), MAML(run.model, run.tasks.seed)
+    checkpoints.restore(found, model.state())
+    first, norms, metrics = found.record['iteration'], [], []
+    for iteration in range(first, first + steps):
+        batch = draw(data['train'], run, iteration, replica=0)
+        norms.append(norm(model.meta_gradients(batch, iteration)))
+        if norms[-1] == max(norms):
+            largest = iteration, batch, {name: variable.numpy() for name, variable in model.parameters().items()}
+        metrics.append(float(model.metatrain_step(batch, iteration)[f'post_{run.metric}']))
+    iteration, batch, parameters = largest
+    print(f'{found.prefix}, {steps} more iterations: the norm of the meta-gradient is {np.median(norms):.3g} (median), {max(norms):.4g} '
+          f'(largest, in iteration {iteration + 1})')
+    before, after = (metrics[max(iteration - first + start, 0):iteration - first + start + 10] for start in (-9, 1))
+    print(f'{run.metric} in the ten iterations to that one {np.mean(before):.3f}, in the next ten {np.mean(after or [np.nan]):.3f}')
+
+    for name, variable in model.parameters().items():
+        variable.assign(parameters[name])
+    tasks = [task_of(batch, number) for number in range(run.meta_batch_size)]
+    double = DoubleModel(model, iteration)
+    each = list(map(double.gradient, tasks))
+    sizes = list(map(norm, each))
+    task, gradient = max(zip(tasks, each), key=lambda pair: norm(pair[1]))
+    single = model.meta_gradients(type(batch)(*(array[None] for array in task)), iteration)
+    print(f'its tasks one by one: {np.median(sizes):.3g} (median), {max(sizes):.4g} (largest)')
+    print(f'that task: float32 against float64 {relative_error(single, gradient):.1e}, float64 against central differences '
+          f'{max(double.errors(task, gradient, np.random.default_rng(0))):.1e}; support losses '
+          f'{", ".join(f"{loss:.3g}" for loss in double.support_losses(task))}')
 
 
 def train_in_both(directory: str, steps: int) -> None:
@@ -107,9 +190,16 @@ def main() -> None:
     parser.add_argument('--tasks', type=int, default=4, choices=range(1, 33), metavar='N',
                         help='of the meta-batch, to compare with differences (default: %(default)s)')
     parser.add_argument('--steps', type=int, metavar='N', help='train on for N iterations in both precisions')
+    parser.add_argument('--norms', type=int, metavar='N', help='train on for N iterations, and examine the largest meta-gradient')
+    parser.add_argument('--test_iter', type=int, default=-1, metavar='I', help='with --norms: from this checkpoint, not from the newest')
     args = parser.parse_args()
     try:
-        train_in_both(args.run, args.steps) if args.steps else check(args.run, args.tasks)
+        if args.norms:
+            examine_norms(args.run, args.norms, args.test_iter)
+        elif args.steps:
+            train_in_both(args.run, args.steps)
+        else:
+            check(args.run, args.tasks)
     except UserError as error:
         sys.exit(f'Error: {error}')
 

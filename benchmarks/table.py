@@ -77,7 +77,8 @@ ROWS = [
         peer='57.06 ± 3.83 (PaddleFSL)'),
     Row('fc100_5way1shot', 'FC100 5-way 1-shot', '38.1 ± 1.7 (Lian et al.)', peer='37.63 ± 2.23 (PaddleFSL)'),
     Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot', '95.8 ± 0.3 (MAML)', peer='94.5 (haebeom-lee/maml)'),
-    Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot, mean loss', flags=('--mean_loss', '--logdir=logs/omniglot20way_mean/')),
+    Row('omniglot_20way1shot', 'Omniglot 20-way 1-shot, mean loss, bounded norm', flags=(
+        '--mean_loss', '--clip_norm=2.5', '--logdir=logs/omniglot20way_mean/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, ANIL', peer='56.19 ± 3.39 (PaddleFSL)', flags=(
         '--method=anil', '--logdir=logs/cifarfs1shot_anil/')),
     Row('cifarfs_5way1shot', 'CIFAR-FS 5-way 1-shot, first order', peer='57.06 ± 3.83 (PaddleFSL)', flags=(

@@ -286,6 +286,18 @@ def test_gradients_of_a_shipped_model():
 
 
 @pytest.mark.slow
+def test_the_largest_gradient_of_a_training(capsys):
+    """On the shipped sinusoid: it is right, and the norm of the mean over tasks is not above that of the largest task."""
+    from gradient_check import examine_norms
+    examine_norms(os.path.join(ROOT, 'logs', 'sine'), 3, 70000)
+    text = capsys.readouterr().out
+    (_, largest), (_, of_task) = re.findall(r'(\S+) \(median\), (\S+) \(largest', text)
+    single, double = map(float, re.search(r'float64 (\S+), float64 against central differences (\S+);', text).groups())
+    before, after = map(float, re.search(r'support losses (\S+), (\S+)\n', text).groups())
+    assert 0 < float(largest) <= float(of_task) and single < 1e-5 and double < 1e-5 and after < before
+
+
+@pytest.mark.slow
 def test_a_training_in_both_precisions(capsys):
     """On the shipped sinusoid: rounding does not change a few steps."""
     from gradient_check import train_in_both
