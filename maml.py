@@ -18,7 +18,7 @@ import tensorflow as tf
 from networks import classifier_outputs, initial_head, last_layer, layers, mask_at, masks, narrowed, network_of, outputs_of, shared_weights
 from runtime.compute import engine
 from runtime.compute.distribution import Replicas
-from runtime.compute.optimizers import outer_optimizers
+from runtime.compute.optimizers import outer_optimizers, outer_updates
 from runtime.compute.schedules import config_at, multi_step_weights
 from special_grads import recomputing_loop
 from utils import Metrics, adam_step, at_step, loss_of, map_rows, metric_functions, rows_of_step, stack_metrics
@@ -368,7 +368,7 @@ class MAML:
         trained = self.shared.trained()
         self.steps_per_call = 100 if sum(math.prod(v.shape) for v in trained.values()) < 10_000 else 1
         self._optimizers = outer_optimizers(config, trained)
-        self._updates = {phase: optimizer.apply for phase, optimizer in self._optimizers.items()}
+        self._updates = outer_updates(config, self._optimizers)
         self._engine = engine.Engine(config, self.replicas, self.shared, metric_functions(config))
         self._gradient_structure = dict.fromkeys(trained), Outputs(0, 0), dict.fromkeys(inner_optimizer_state)
         # Made once: TensorFlow compiles each function object again.

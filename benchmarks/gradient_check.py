@@ -44,7 +44,7 @@ def errors_of_differences(gradients: dict, loss_at, rng: np.random.Generator) ->
 
 
 class DoubleModel:
-    """A MAML's objective for single tasks in float64, at its present parameters."""
+    """A MAML's objective for single tasks, all in float64, at its present parameters."""
 
     def __init__(self, model, iteration: int):
         import tensorflow as tf
@@ -56,20 +56,19 @@ class DoubleModel:
     def gradient(self, task) -> dict:
         """{name: meta-gradient}."""
         from maml import meta_gradient
-        return meta_gradient(self._config, self._parameters, self._iteration, in_double(task))[0]
+        return meta_gradient(self._config, self._parameters, self._iteration, task)[0]
 
     def loss_at(self, task, offsets: dict) -> float:
         """The objective where the parameters are moved by {name: offset}."""
         from maml import inner_loop, objective
-        moved = self._parameters._replace(**{group: {name: value + offsets[name] for name, value in values.items()}
-                                             for group, values in self._parameters._asdict().items() if group != 'inner_optimizer_state'})
-        _, states = inner_loop(self._config, moved, in_double(task), self._iteration)
-        return float(objective(self._config, moved, in_double(task), states, self._iteration)[0])
+        moved = type(self._parameters)(*({name: value + offsets[name] for name, value in group.items()} for group in self._parameters))
+        _, states = inner_loop(self._config, moved, task, self._iteration)
+        return float(objective(self._config, moved, task, states, self._iteration)[0])
 
     def support_losses(self, task) -> list[float]:
         """Before the inner updates, and after each; the last offsets and scales of normalisation stay in force."""
         from maml import initial_state, inner_loop, support_loss
-        task, last = in_double(task), self._config.num_updates - 1
+        last = self._config.num_updates - 1
         states = [initial_state(self._config, self._parameters, task, self._iteration),
                   *inner_loop(self._config, self._parameters, task, self._iteration)[1]]
         return [float(support_loss(self._config, self._parameters, task, state, min(step, last), self._iteration)[0])
@@ -80,19 +79,16 @@ class DoubleModel:
         return errors_of_differences(gradient, lambda offsets: self.loss_at(task, offsets), rng)
 
 
-def in_double(task):
-    """A task's arrays as tensors of float64."""
+def double_tasks(batch) -> list:
+    """The tasks of a meta-batch, of tensors of float64."""
     import tensorflow as tf
-    return type(task)(*(tf.cast(array, tf.float64) for array in task))
+    return [type(batch)(*arrays) for arrays in zip(*(tf.unstack(tf.cast(array, tf.float64)) for array in batch))]
 
 
-def task_of(batch, number: int):
-    """One of the tasks of a meta-batch."""
-    return type(batch)(*(array[number] for array in batch))
-
-
-def refuse_other_methods(directory: str, config) -> None:
-    """Raises UserError unless the method follows a derivative."""
+def refuse_other_methods(directory: str, model, iteration: int) -> None:
+    """Raises UserError unless the method follows a derivative from an iteration on."""
+    from runtime.compute.schedules import config_at
+    config = config_at(model.config, iteration)
     if config.stop_grad or config.outer != 'gradient' or config.inner_optimizer != 'sgd':
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
 
@@ -100,14 +96,12 @@ def refuse_other_methods(directory: str, config) -> None:
 def check(directory: str, differences: int) -> None:
     """Prints how exact the meta-gradient of the newest checkpoint is."""
     run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
-    from runtime.compute.schedules import config_at
     from runtime.jobs.evaluate import restore
     model, prefix, iterations, *_ = restore(run)
-    refuse_other_methods(directory, config_at(model.config, iterations))
+    refuse_other_methods(directory, model, iterations)
     double, rng = DoubleModel(model, iterations), np.random.default_rng(0)
-    count = run.learning_flags['meta_batch_size']
-    batch = data[run.split].draw(0, count)
-    tasks = [task_of(batch, number) for number in range(count)]
+    batch = data[run.split].draw(0, run.learning_flags['meta_batch_size'])
+    tasks = double_tasks(batch)
     each = list(map(double.gradient, tasks))
     errors = [error for task, gradient in zip(tasks[:differences], each) for error in double.errors(task, gradient, rng)]
     mean = {name: np.mean([gradients[name] for gradients in each], axis=0) for name in each[0]}
@@ -122,10 +116,10 @@ def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
     from maml import MAML
     from runtime.jobs import checkpoints
     from runtime.jobs.train import draw
-    refuse_other_methods(directory, run.model)
     found, model = checkpoints.find(run.directory, run.checkpoint), MAML(run.model, run.tasks.seed)
     checkpoints.restore(found, model.state())
     first, norms, metrics = found.record['iteration'], [], []
+    refuse_other_methods(directory, model, first)
     for iteration in range(first, first + steps):
         batch = draw(data['train'], run, iteration, replica=0)
         norms.append(norm(model.meta_gradients(batch, iteration)))
@@ -140,12 +134,12 @@ def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
 
     for name, variable in model.parameters().items():
         variable.assign(parameters[name])
-    tasks = [task_of(batch, number) for number in range(run.meta_batch_size)]
-    double = DoubleModel(model, iteration)
+    tasks, double = double_tasks(batch), DoubleModel(model, iteration)
     each = list(map(double.gradient, tasks))
     sizes = list(map(norm, each))
-    task, gradient = max(zip(tasks, each), key=lambda pair: norm(pair[1]))
-    single = model.meta_gradients(type(batch)(*(array[None] for array in task)), iteration)
+    number = int(np.argmax(sizes))
+    task, gradient = tasks[number], each[number]
+    single = model.meta_gradients(type(batch)(*(array[number:number + 1] for array in batch)), iteration)
     print(f'its tasks one by one: {np.median(sizes):.3g} (median), {max(sizes):.4g} (largest)')
     print(f'that task: float32 against float64 {relative_error(single, gradient):.1e}, float64 against central differences '
           f'{max(double.errors(task, gradient, np.random.default_rng(0))):.1e}; support losses '

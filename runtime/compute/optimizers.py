@@ -18,23 +18,21 @@ ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 class Adam:
     """Adam (Kingma & Ba, 2015), with epsilon added to the uncorrected root as TensorFlow 1 did (end of its section 2)."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, bounded: Callable = dict):
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable):
         """
         Args:
             variables: {name: tf.Variable}, updated in place.
             learning_rate: a function of the iteration.
-            bounded: a function of {name: gradient} that returns those to be followed.
         """
         def zeros():
             return {name: tf.Variable(tf.zeros_like(v), trainable=False) for name, v in variables.items()}
 
-        self.variables, self.learning_rate, self.bounded = variables, learning_rate, bounded
+        self.variables, self.learning_rate = variables, learning_rate
         self.step, self.means, self.squares = tf.Variable(0, dtype=tf.int64, trainable=False), zeros(), zeros()
 
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
         step = tf.cast(self.step.assign_add(1), next(iter(self.variables.values())).dtype)
-        gradients = self.bounded(gradients)
         rate = self.learning_rate(iteration) * tf.sqrt(1 - ADAM_BETA2 ** step) / (1 - ADAM_BETA1 ** step)
         for name, variable in self.variables.items():
             gradient, mean, square = gradients[name], self.means[name], self.squares[name]
@@ -52,12 +50,11 @@ class Adam:
 class SGD:
     """Plain gradient descent. Arguments and methods as of Adam."""
 
-    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable, bounded: Callable = dict):
-        self.variables, self.learning_rate, self.bounded = variables, learning_rate, bounded
+    def __init__(self, variables: dict[str, tf.Variable], learning_rate: Callable):
+        self.variables, self.learning_rate = variables, learning_rate
 
     def apply(self, gradients: dict[str, tf.Tensor], iteration: int | tf.Tensor = 0) -> None:
         """One update of every variable by {name: gradient}."""
-        gradients = self.bounded(gradients)
         for name, variable in self.variables.items():
             variable.assign_sub(self.learning_rate(iteration) * gradients[name])
 
@@ -79,8 +76,16 @@ def bounded(config: ModelConfig, gradients: dict[str, tf.Tensor]) -> dict[str, t
 
 
 def outer_optimizers(config: ModelConfig, variables: dict[str, tf.Variable]) -> dict[str, Adam | SGD]:
-    """{phase: its optimizer}; pre-training has one of its own, without clipping and schedule."""
+    """{phase: its optimizer}; pre-training has one of its own, without a schedule."""
     optimizer = {'adam': Adam, 'sgd': SGD}[config.meta_optimizer]
-    follow = functools.partial(bounded, config) if config.outer == 'gradient' else dict  # Reptile's update is not a gradient
-    return {'metatrain': optimizer(variables, functools.partial(meta_lr, config), follow),
+    return {'metatrain': optimizer(variables, functools.partial(meta_lr, config)),
             'pretrain': optimizer(variables, lambda iteration: config.meta_lr)}
+
+
+def outer_updates(config: ModelConfig, optimizers: dict[str, Adam | SGD]) -> dict[str, Callable]:
+    """{phase: what updates the variables, given {name: gradient} and the iteration}; meta-gradients are `bounded`."""
+    def metatrain(gradients, iteration):
+        # Reptile's update is not a gradient.
+        optimizers['metatrain'].apply(bounded(config, gradients) if config.outer == 'gradient' else gradients, iteration)
+
+    return {'metatrain': metatrain, 'pretrain': optimizers['pretrain'].apply}
