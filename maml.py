@@ -404,8 +404,8 @@ class MAML:
         """Updates the shared parameters with meta-batches [steps, tasks, rows, dim], one after the other.
 
         `phase` is 'metatrain' or 'pretrain'; `iteration` that of the first step, `schedules.config_at` must be the same in all;
-        `stopping` whether this process is about to stop. Returns, each [steps], what `metric_functions` measures before a step,
-        averaged over tasks; 'finite', whether losses and gradients were (if not, the step changed nothing); 'stopping' of any process.
+        `stopping` whether this process is about to stop. Returns, each [steps], what `metric_functions` measures before a step (means over
+        tasks), 'gradient_norm' before bounds, 'finite' (if not, the step changed nothing) and 'stopping' of any process.
         """
         function = task_gradient(config_at(self.config, iteration) if phase == 'metatrain' else self.config, phase)
         return self._engine.train(function, self._gradient_structure, self._updates[phase], batches,

@@ -302,11 +302,13 @@ def test_summaries(arguments, tmp_path):
         for value in event.summary.value:
             if value.metadata.plugin_data.plugin_name == 'scalars':
                 seen.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
-    assert seen.keys() == {'metatrain_Pre-update loss', 'metatrain_Post-update loss, step 1',
+    assert seen.keys() == {'metatrain_Gradient norm, median', 'metatrain_Gradient norm, largest',
+                           'metatrain_Pre-update loss', 'metatrain_Post-update loss, step 1',
                            'metatrain_Post-update loss, step 2', 'metaval_Pre-update loss',
                            *(f'metaval_Post-update loss, step {step}' for step in range(1, 6))}
     assert list(seen['metatrain_Pre-update loss']) == list(range(0, 1000, 100))
     assert list(seen['metaval_Pre-update loss']) == [1000]
+    assert 0 < seen['metatrain_Gradient norm, median'][1000] < seen['metatrain_Gradient norm, largest'][1000]
 
 
 @of('omniglot')

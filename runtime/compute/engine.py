@@ -87,8 +87,9 @@ class Engine:
             stopping: scalar of the engine's dtype, 1 if this process is about to stop, else 0.
 
         Returns:
-            {metric: [steps], averaged over tasks}; {'finite'}, bool [steps]: whether losses and gradients were finite, for a
-            step in which they were not changes nothing; {'stopping'}, bool [steps]: whether any process is about to stop.
+            {metric: [steps], averaged over tasks}; {'gradient_norm'}, [steps]: the Euclidean norm of the mean gradient, of all tensors
+            together; {'finite'}, bool [steps]: whether losses and gradients were finite, for a step in which they were not changes
+            nothing; {'stopping'}, bool [steps]: whether any process is about to stop.
         """
         def step(index):
             parameters = _values(self._parameters)  # here, for variables of one device cannot be read on another
@@ -102,13 +103,15 @@ class Engine:
                 for name, variable in self._parameters.inner_optimizer_state.items():
                     variable.assign(optimizer_state[name])
 
-            # Checked before clipping, which makes infinity finite; and of squares, which Adam keeps.
-            finite = _all_finite((tf.nest.map_structure(tf.square, gradients), metrics, optimizer_state))
+            # Of gradients before clipping, which makes infinity finite. It is a sum of squares, which Adam keeps: they must be finite too.
+            norm = tf.linalg.global_norm(list(gradients.values()))
+            finite = _all_finite((norm, metrics, optimizer_state))
             tf.cond(finite, change, lambda: None)
-            return {**metrics, 'finite': finite, 'stopping': stopped > 0}
+            return {**metrics, 'gradient_norm': norm, 'finite': finite, 'stopping': stopped > 0}
 
         steps = self._strategy.experimental_local_results(batches[0])[0].shape[0]
-        dtypes = {**dict.fromkeys(self._metrics, tf.as_dtype(self._config.dtype)), 'finite': tf.bool, 'stopping': tf.bool}
+        dtypes = {**dict.fromkeys([*self._metrics, 'gradient_norm'], tf.as_dtype(self._config.dtype)), 'finite': tf.bool,
+                  'stopping': tf.bool}
         return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
 
     def means(self, task_gradient: Callable, signature: Structure, batch: Structure, iteration: tf.Tensor) -> Structure:

@@ -67,6 +67,7 @@ class Record(TypedDict, total=False):
     best: Score | None
     ranking: list[Score]        # the best on meta-validation, the best first
     unprinted: list[list[float]]  # [pre, post, others that are reported] of each iteration since the last console line
+    norms: list[float]          # of the meta-gradients of those iterations
     idle: int                   # iterations in a row in which an outer step was sought and none taken
     skipped: int                # iterations whose loss or gradient was not finite
     flags: dict[str, str | int | float | bool | None]  # that determine what is learnt

@@ -22,6 +22,7 @@ class TrainState:
     iteration: int = 0              # finished iterations
     ranking: list[checkpoints.Score] = dataclasses.field(default_factory=list)  # of the checkpoints best on meta-validation
     unprinted: list = dataclasses.field(default_factory=list)  # [pre, post, others reported] of each iteration since the last console line
+    norms: list[float] = dataclasses.field(default_factory=list)  # of the meta-gradients of those iterations
     idle: int = 0                   # iterations in a row in which an outer step was sought and none taken
     skipped: int = 0                # iterations that changed nothing, because their losses or gradients were not finite
 
@@ -33,7 +34,8 @@ class TrainState:
     @classmethod
     def from_record(cls, record: checkpoints.Record) -> 'TrainState':
         """The state that a checkpoint's record holds."""
-        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record.get('idle', 0), record['skipped'])
+        return cls(record['iteration'], checkpoints.ranking_of(record), record['unprinted'], record.get('norms', []),
+                   record.get('idle', 0), record['skipped'])
 
 
 class Saver:

@@ -44,6 +44,12 @@ class Summaries(contextlib.AbstractContextManager):
             for step, mean in enumerate(means[1:], start=min(updates, 1)):
                 tf.summary.scalar(f'{prefix}_Post-update {metric}, step {step}', mean)
 
+    def write_norms(self, norms: Sequence[float], iteration: int) -> None:
+        """The median and the largest norm of the gradients of iterations up to this one: single tasks can have very large gradients."""
+        with self._failure_reported(), self._writer.as_default(step=iteration):
+            tf.summary.scalar('metatrain_Gradient norm, median', np.median(norms))
+            tf.summary.scalar('metatrain_Gradient norm, largest', np.max(norms))
+
     def write_flags(self, flags: dict) -> None:
         """The run's flags, {name: value}, for TensorBoard's HParams page."""
         from tensorboard.plugins.hparams import api

@@ -261,10 +261,7 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
         if state.iteration % run.source.print_interval == 0:
-            before, after, *others = unprinted_means(run, state)
-            progress.log(console_line(run, phase, state, before, after, *others))
-            journal.write(state.iteration, phase, before, after)
-            state.unprinted = []
+            report_steps(run, phase, state, progress, summaries, journal)
 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
         ranking = state.ranking
@@ -324,6 +321,18 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.skipped += int(np.sum(~finite))
     metrics = np.stack([means[name] for name in (f'pre_{run.metric}', f'post_{run.metric}', *run.source.reported)], axis=1)
     state.unprinted += metrics[finite].tolist()
+    if 'gradient_norm' in means:
+        state.norms += means['gradient_norm'][finite].tolist()
+
+
+def report_steps(run: Training, phase: str, state: TrainState, progress: Progress, summaries: Summaries, journal: Journal) -> None:
+    """Reports the iterations since the last console line: by such a line, one of metrics.csv, and the norms of their gradients."""
+    before, after, *others = unprinted_means(run, state)
+    progress.log(console_line(run, phase, state, before, after, *others))
+    journal.write(state.iteration, phase, before, after)
+    if state.norms:
+        summaries.write_norms(state.norms, state.iteration)
+    state.unprinted, state.norms = [], []
 
 
 def reports_validation(run: Training, iteration: int) -> bool:
