@@ -24,6 +24,7 @@ except ImportError:  # TensorFlow before 2.13
     from tensorflow.python.eager.tape import stop_recording
 
 SUMMED = 256     # numbers over which several axes are averaged at a time
+LARGE = 20_000   # numbers from which on launching a compiled loop takes less time than several plain loops without pooling
 Structure = Any  # nested tensors
 
 
@@ -121,8 +122,7 @@ def batch_standardize(z: tf.Tensor, epsilon: float, pool: bool = False) -> tf.Te
     Raises:
         LookupError: on the third derivative.
     """
-    # Without pooling the images are small, and launching a compiled loop takes longer than several plain loops over them.
-    fused = _one_loop if pool else lambda function: function
+    fused = _one_loop if pool or math.prod(z.shape) >= LARGE else lambda function: function
 
     @tf.custom_gradient
     def forward(z):
