@@ -70,8 +70,10 @@ class KerasNetwork:
         self._constants = [(variable, tf.identity(variable.value)) for variable in model.non_trainable_variables if not _is_seed(variable)]
         self._norms = [layer for layer in self.layers if isinstance(layer, self._keras.layers.BatchNormalization)]
         self._norm_names = {weight.path for layer in self.layers if self._normalises(layer) for weight in layer._trainable_variables}
-        self.convolutional = any('Conv' in type(layer).__name__ for layer in self.layers)
         self.random = True  # until `_probe` knows
+        for layer in self.layers:
+            if getattr(layer, 'use_cudnn', False):
+                layer.use_cudnn = False  # its kernels, which are for GPUs, have no second derivative
         for layer in self._norms:  # whose argument says too whether random layers draw
             layer.call = functools.partial(_with_current_statistics, layer.call)
         self._refuse_unusable()
@@ -79,7 +81,8 @@ class KerasNetwork:
         self.head_names, self._unused_head = (), {}
         self._head, self._has_linear_head, self._no_head = None, False, ''
         self._gathered = set()  # names of weights of which only some rows are used, as an Embedding's
-        self._find_head(*self._call_user_code(self._probe, ' where training=True'))
+        probed = self._call_user_code(self._probe, ' where training=True')
+        self._call_user_code(lambda: self._find_head(*probed), ' where its last layer is run by itself')
         self._unused_head = {name: tf.identity(self._weights[name].value) for name in self.head_names}
         self.description = f'{self.name}, a Keras model of {len(self.layers)} layers'
 
@@ -102,16 +105,16 @@ class KerasNetwork:
             raise UserError(f'--inner_weights={config.inner_weights} (of ANIL and BOIL) needs a last layer, and {self.name} has none: '
                             f'{self._no_head}')
         if (config.head_init != 'learned' or config.logits != 'linear' or config.pretrain_classes) and not self._has_linear_head:
-            raise UserError('--head_init, --logits and --pretrain_labels=classes need a network that ends in a Dense layer with a bias and '
-                            f'without activation, applied to vectors; {self.name} does not')
+            raise UserError('--head_init, --head=nearest, --logits and --pretrain_labels=classes need a network that ends in a Dense layer '
+                            f'with a bias and without activation, applied to vectors; {self.name} does not')
         if taken := (set(of_head) & self._weights.keys()).difference(self.head_names):
             raise UserError(f'{min(taken)} is a name that --head_init={config.head_init} uses itself: rename that layer of {self.name}')
         if config.engine in ('vmap', 'wide') and (self.convolutional or self.loops):
             raise UserError(f'--engine={config.engine}: TensorFlow cannot vectorise the convolutions or loops of {self.name}: leave it out')
         if config.loss == 'xent' and self._normalised:
             raise UserError(f'{self.name} makes probabilities, and must make logits: leave out the softmax at its end')
-        if config.query_norm != 'batch' and self._mixes_rows:
-            raise UserError(f'--query_norm={config.query_norm}: in {self.name} {self._mixes_rows}; give --query_norm=batch')
+        if config.query_norm == 'support' and self._mixes_rows:
+            raise UserError(f'--query_norm=support: in {self.name} {self._mixes_rows}; give --query_norm=batch or each')
 
     def initial_weights(self, seed: int) -> Tensors:
         model = self._build(seed)
@@ -189,7 +192,8 @@ class KerasNetwork:
         problems += [f'{path} is a name that this program uses itself' for path in paths
                      if path.startswith(RESERVED) or '/adam/' in path]
         problems += [f'layer {layer.name} computes in {layer.compute_dtype} with weights in {layer.variable_dtype}, and not in '
-                     f'{self._dtype}' for layer in self.layers if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
+                     f'{self._dtype}' for layer in (self.model, *self.layers)
+                     if {layer.compute_dtype, layer.variable_dtype} & FLOATS - {self._dtype}]
         problems += [f'layer {layer.name} takes statistics over all replicas' for layer in self._norms if layer.synchronized]
         for path, weight in self._weights.items():
             if weight.dtype != self._dtype:
@@ -220,19 +224,20 @@ class KerasNetwork:
         function = tf.function(lambda tensors: self.features(tensors, x), autograph=False)
         graph = function.get_concrete_function(training).graph
         kinds = _kinds_of_operations(graph)
-        self.loops = not LOOPS.isdisjoint(kinds)
+        self.loops, self.convolutional = not LOOPS.isdisjoint(kinds), any('Conv' in kind for kind in kinds)
         problems = self._problems_of_graph(graph, kinds)
         if has_losses:
             problems.append('it has losses of its own (add_loss, regularizers), which are not used here')
         gradients = tape.gradient(outputs, tensors)
         self._gathered = {name for name, gradient in gradients.items() if isinstance(gradient, tf.IndexedSlices)}
-        self._refuse(problems + [f'it changes {path} while it computes' for path in self._changed(scope, tensors)])
+        self._refuse(problems + self._problems_of_state(scope, tensors, calls))
         random = np.random.default_rng(0)  # weights of zeros would hide what depends on what
         moved = {name: perturbed(value, random) for name, value in tensors.items()}
         self._refuse_hidden_weights(graph, gradients, moved, tensors, x)
         self.random = draws or not almost_equal(self._outputs_with(moved, x), self._outputs_with(moved, x, training=True))
         self._mixes_rows = self._mixing_of_rows(moved, x)
-        self._normalised = self._outputs > 1 and np.allclose(tf.reduce_sum(outputs, axis=1), 1, atol=1e-5) and np.all(outputs >= 0)
+        self._normalised = self._outputs > 1 and any(np.allclose(tf.reduce_sum(made, axis=1), 1, atol=1e-5) and np.all(made >= 0)
+                                                     for made in (outputs, self._outputs_with(tensors, x)))
         return outputs, calls, moved, tensors, x
 
     def _refuse_hidden_weights(self, graph, gradients, moved, tensors, x):
@@ -287,12 +292,16 @@ class KerasNetwork:
                 f'it draws random numbers by {kind}: use keras.random with a SeedGenerator'
                 for kind in sorted(kinds & RANDOM_OPERATIONS)]
 
-    def _changed(self, scope, tensors):
-        """The paths of variables that a call assigned to, without the moving averages of batch norm, which nothing reads."""
-        moving = {id(variable) for layer in self._norms for variable in (layer.moving_mean, layer.moving_variance)}
+    def _problems_of_state(self, scope, tensors, calls):
+        """A call may assign to moving averages of batch norm, which nothing reads, and to no other variable."""
         before = [*self._constants, *((weight, tensors[name]) for name, weight in self._weights.items())]
-        return [variable.path for variable, value in before
-                if id(variable) not in moving and scope.get_current_value(variable) is not value]
+        changed = {id(variable): variable.path for variable, value in before if scope.get_current_value(variable) is not value}
+        called, moving = ({id(layer) for layer, *_ in calls},
+                          {id(variable) for layer in self._norms for variable in (layer.moving_mean, layer.moving_variance)})
+        return [f'it changes {path} while it computes' for number, path in changed.items() if number not in moving] + [
+            f'layer {layer.name} normalises by moving averages, which stay as they are here: its call needs an argument training, or must '
+            "give training=True to Keras's" for layer in self._norms
+            if layer.trainable and id(layer) in called and id(layer.moving_mean) not in changed]
 
     def _find_head(self, outputs, calls, moved, tensors, x):
         """Finds the layer that makes the outputs, whose input are the features, or says why there is none."""
@@ -328,7 +337,17 @@ class KerasNetwork:
             return 'normalises or is random'
         own = {weight.path: tensors[weight.path] for weight in layer.trainable_variables}
         inputs = [self._input_of(layer, values, x) for values in (moved, {**moved, **own})]
-        return '' if almost_equal(*inputs) else 'shares its weights with another'
+        if not almost_equal(*inputs):
+            return 'shares its weights with another'
+        same = all(self._is_last(layer, moved, x, training) for training in (False, True))
+        return '' if same else 'computes something else in training than in evaluations, or something may follow it'
+
+    def _is_last(self, layer, tensors, x, training):
+        """Whether a layer that is run by itself makes the outputs."""
+        with watched([layer]) as calls:
+            outputs = self._outputs_with(tensors, x, training)
+        with self.with_tensors(tensors, len(x)):
+            return almost_equal(layer(calls[0][1][0]), outputs)
 
     def _input_of(self, layer, tensors, x):
         """What a layer is called with, first."""
@@ -377,14 +396,14 @@ def _isolated(function, keras, seed, dtype):
     """What a function returns where all random numbers follow from a seed, layers are numbered from the first, and compute in a dtype;
     nothing of that stays in this process."""
     def call():  # in a thread of its own, where Keras has no layers yet
-        keras.config.set_dtype_policy(dtype)
         keras.utils.set_random_seed(seed)
-        return function()
+        with _floatx(keras, dtype):
+            return function()
 
     eager = context.context()
     numbers = random.getstate(), np.random.get_state(), eager._seed, getattr(eager, '_rng', None)
     try:
-        with _floatx(keras, dtype), ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:
             return pool.submit(call).result()
     finally:
         random.setstate(numbers[0])
@@ -394,13 +413,15 @@ def _isolated(function, keras, seed, dtype):
 
 @contextlib.contextmanager
 def _floatx(keras, dtype):
-    """While entered, what code leaves to Keras is of a dtype."""
-    before = keras.config.floatx()
+    """While entered, what code leaves to Keras is of a dtype: numbers, and in this thread layers."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
     try:
         yield
     finally:
-        keras.config.set_floatx(before)
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
 
 
 def _seed_states(masks, count):
@@ -440,11 +461,12 @@ def _kinds_of_operations(graph):
 
 
 def _with_current_statistics(call, *args, **kwargs):
-    """A call of Keras's batch norm, or of a subclass with further arguments, as in training, where it takes the statistics of the current
+    """A call of Keras's batch norm, or of a subclass with other arguments, as in training, where it takes the statistics of the current
     rows."""
     signature = inspect.signature(call)
     if 'training' not in signature.parameters:
-        return call(*args, **{**kwargs, 'training': True})
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+        return call(*args, **{**kwargs, **({'training': True} if takes_any else {})})
     given = signature.bind(*args, **kwargs)
     given.arguments['training'] = True
     return call(*given.args, **given.kwargs)

@@ -245,9 +245,9 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
     Raises UserError if a network of one's own with another number of outputs would compute something else.
     """
     values = {name: tensors[name] if variable.shape == tensors[name].shape else tensors[name][..., :variable.shape[-1]]
-              for name, variable in variables.items()}
+              for name, variable in variables.items() if name in tensors}
     if config.network and config.dim_output != wider.dim_output and not (
-            all(values[name].shape == variable.shape for name, variable in variables.items())
+            all(name in values and values[name].shape == variable.shape for name, variable in variables.items())
             and _has_same_first_outputs(config, values, wider, tensors)):
         raise UserError(f'{network_of(config).name} computes something different when it is made with {config.dim_output} outputs instead '
                         f'of the {wider.dim_output} that it was trained with: use tasks of {wider.dim_output} classes')

@@ -340,8 +340,11 @@ def test_a_body_of_more_classes_starts_another_kind_of_last_layer(tmp_path):
     record = {'iteration': 3, 'best': None, 'unprinted': [], 'skipped': 0, 'flags': {'num_classes': 3, 'head_init': 'learned'},
               'regime': 'metatrain', 'pretrain_iterations': 0, 'provenance': {'data': {}}}
     checkpoints.save(str(tmp_path / 'model3'), saved.state(), record)
+    before = {name: variable.numpy() for name, variable in model.weights.items()}
     load_weights(str(tmp_path / 'model3'), model, {'num_classes': 2}, starts=True)
     assert np.array_equal(model.weights['w1'], saved.weights['w1'])
+    own = [name for name in before if name not in saved.weights or model.weights[name].shape != saved.weights[name].shape]
+    assert own and all(np.array_equal(model.weights[name], before[name]) for name in own), 'as the seed made it'
 
 
 @pytest.mark.parametrize('first, second, starts', [('learned', 'shared', True), ('shared', 'learned', True), ('shared', 'shared', False)])

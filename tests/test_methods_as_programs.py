@@ -110,7 +110,7 @@ def test_maml_plus_plus_of_the_program(tmp_path, small_omniglot, few_tasks):
     directory = directory_of(tmp_path)
     together, best = results_of(directory)
     assert len(together.ensemble) == 2 and together.ensemble[0] == best.iterations and best.ensemble == []
-    assert (together.is_best and best.is_best and together.setting.headline_updates == 5
+    assert (together.is_best and best.is_best and together.setting.headline_updates == 2
             and together.training.method.startswith('MAML++ with'))
     assert '--ensemble=3: only 2 checkpoints were validated and kept' in run_ok(*evaluation, '--ensemble=3')
     assert '--test_best name different checkpoints' in error_of(*evaluation, '--test_best')
@@ -165,6 +165,8 @@ def test_presets_are_the_table_and_flags_override_them():
     assert not any(preset(f'--method={name}')[flag] != value
                    for name, entry in methods.PRESETS.items() for flag, value in entry.flags.items())
     assert preset('--method=boil', '--update_lr=0.1')['update_lr'] == 0.1
+    for name, updates in ('protomaml', -1), ('unicorn', -1), ('maml++', -1), ('reptile', 50), ('baseline', 100):
+        assert preset(f'--method={name}', '--num_updates=9')['test_updates'] == updates, 'where -1 leaves it to --num_updates'
     assert title('--method=fomaml') == title('--stop_grad') == 'first-order MAML' and title() == 'MAML'
     assert title('--method=anil', '--learn_lr=step') == 'ANIL with learn_lr=step'
     assert title('--learn_lr=layer', '--mean_loss') == 'MAML with learn_lr=layer, mean_loss'

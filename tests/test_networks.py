@@ -218,6 +218,7 @@ def test_fewer_outputs():
     ([lambda outputs: layers.Dense(3 * outputs), lambda outputs: layers.Reshape((3, outputs)),
       lambda outputs: layers.Lambda(lambda x: tf.reduce_sum(x, axis=1))], False),
     ([lambda outputs: layers.Dense(2 * outputs), layers.Dense], False), ([layers.Dense, layers.Dense], False),
+    ([lambda outputs: layers.Dense(outputs, name=f'logits{outputs}')], False),
     ([lambda outputs: layers.Dense(4), layers.Dense, lambda outputs: layers.Lambda(lambda x: 2 * x)], True)])
 def test_fewer_outputs_of_a_network_whose_width_depends_on_them(parts, same):
     config = a_config()
@@ -322,8 +323,18 @@ class Wrapped(layers.BatchNormalization):
         return 2 * super().call(inputs, **kwargs)
 
 
+class OfTheBatch(layers.BatchNormalization):
+    def call(self, inputs):
+        return super().call(inputs, training=True)
+
+
+class OfEarlierBatches(layers.BatchNormalization):
+    def call(self, inputs):
+        return super().call(inputs)
+
+
 @pytest.mark.usefixtures('eager')
-@pytest.mark.parametrize('norm', [layers.BatchNormalization, Plain, Wrapped])
+@pytest.mark.parametrize('norm', [layers.BatchNormalization, Plain, Wrapped, OfTheBatch])
 def test_a_batch_norm_takes_the_statistics_of_the_current_rows(norm):
     model = MAML(a_config(num_updates=0), network=a_network(norm))
     batch = a_batch(model.config, tasks=1)
@@ -412,6 +423,29 @@ def test_second_derivatives_are_tested(parts, words):
     assert all(word in str(error.value) for word in words), error.value
     network_check.check(dataclasses.replace(config, stop_grad=True))
     network_check.check(dataclasses.replace(config, num_updates=0))
+
+
+class Sums(keras.Model):
+    """Makes a layer in its call."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.one, self.other, self.last = layers.Dense(4, 'tanh'), layers.Dense(4), layers.Dense(outputs)
+
+    def call(self, x):
+        return self.last(layers.add([self.one(x), self.other(x)]))
+
+
+@pytest.mark.usefixtures('eager')
+def test_layers_that_are_made_in_a_call_have_the_dtype_of_the_network():
+    """Whatever was computed before, and nothing of it stays."""
+    before = keras.config.dtype_policy().name
+    for dtype in 'float32', 'float64', 'float32':
+        config = a_config(network=lambda shape, outputs: Sums(outputs), dtype=dtype)
+        network, x = network_of(config), tf.constant(np.random.default_rng(0).uniform(size=[4, 5]), dtype)
+        assert network.features({name: tf.cast(value, dtype) for name, value in network.initial_weights(0).items()}, x).dtype == dtype
+    network_check.check(config)
+    assert keras.config.dtype_policy().name == before
 
 
 class StateOfItsOwn(keras.Model):
@@ -599,6 +633,45 @@ def frozen_bias(input_shape, outputs):
     return model
 
 
+class Needing(layers.Dense):
+    def call(self, x, training):
+        return super().call(x)
+
+
+class EndsInNeeding(keras.Model):
+    def __init__(self, outputs):
+        super().__init__()
+        self.last = Needing(outputs)
+
+    def call(self, x):
+        return self.last(x, training=True)
+
+
+class HalfPrecise(keras.Model):
+    def __init__(self, outputs):
+        super().__init__(dtype='float16')
+        self.linear = layers.Dense(outputs, dtype='float32')
+
+    def call(self, x):
+        return self.linear(x)
+
+
+class SoftmaxInEvaluations(layers.Layer):
+    def call(self, x, training=None):
+        return x if training else tf.nn.softmax(x)
+
+
+class Windows(layers.Layer):
+    """A convolution, whose name does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.windows = self.add_weight(shape=(3, 1, 2), name='windows')
+
+    def call(self, x):
+        return keras.ops.conv(x, self.windows, padding='same')
+
+
 def decoder(input_shape, outputs):
     """Ends in a recurrent layer that starts in a state which the network makes."""
     x = inputs = keras.Input(input_shape)
@@ -639,6 +712,11 @@ def masked(input_shape, outputs):
     (lambda shape, outputs: TwoViews(outputs), {'inner_weights': 'head'}, 'head, is called several times'),
     (lambda shape, outputs: Described(outputs), {'inner_weights': 'head'}, 'head, shares its weights'),
     (a_network(NoiseInTraining), {}, 'RandomStandardNormal'),
+    (a_network(OfEarlierBatches), {}, 'of_earlier_batches normalises by moving averages, which stay as they are here'),
+    (lambda shape, outputs: EndsInNeeding(outputs), {}, 'raises TypeError where its last layer is run by itself'),
+    (lambda shape, outputs: HalfPrecise(outputs), {}, 'half_precise computes in float16'),
+    (sequential(layers.Dense, lambda outputs: SoftmaxInEvaluations()), {}, 'must make logits'),
+    (a_network(functools.partial(layers.Reshape, (5, 1)), Windows), {'engine': 'vmap'}, 'cannot vectorise the convolutions'),
     (a_network(functools.partial(layers.Reshape, (5, 1)), functools.partial(layers.GRU, 2)), {'engine': 'vmap'}, 'cannot vectorise'),
     (a_network(functools.partial(layers.Dense, 4, activation=lambda x: x.nothing)), {}, "has no attribute 'nothing'"),
     (frozen_bias, {'head_init': 'prototypes'}, 'ends in a Dense layer with a bias'),
@@ -665,6 +743,29 @@ def test_the_outputs_of_a_network_whose_last_layer_cannot_be_run_by_itself():
         outputs = network.head(weights, network.features(weights, x))
         with network.with_tensors(weights, 4):
             np.testing.assert_array_equal(outputs, network.model(x))
+
+
+class Tempered(layers.Dense):
+    def call(self, x, training=None):
+        return super().call(x) * (1. if training else 4.)
+
+
+class Tail(layers.Layer):
+    def call(self, x, training=None):
+        return x if training else 2. * x
+
+
+@pytest.mark.parametrize('parts', [[Tempered], [layers.Dense, lambda outputs: Tail()]])
+def test_outputs_of_a_last_layer_that_depend_on_training(parts):
+    """They are those of the network; the layer is none that can be run by itself."""
+    network = network_of(a_config(network=sequential(*parts)))
+    weights, x = network.initial_weights(0), tf.constant(np.random.default_rng(0).uniform(size=[4, 5]), tf.float32)
+    for iteration in 3, None:
+        tensors = {**weights, **maml.masks(a_config(network=sequential(*parts)), iteration)}
+        outputs = network.head(weights, network.features(tensors, x))
+        with network.with_tensors(weights, 4):
+            np.testing.assert_array_equal(outputs, network.model(x, training=iteration is not None))
+    assert not network.head_names
 
 
 def test_a_layer_that_computes_something_else_in_training():

@@ -287,6 +287,13 @@ def test_columns_that_name_images_alike(tmp_path):
     assert [image.name for image in images['a']] == ['images/01.png']
 
 
+def test_a_list_without_a_header(tmp_path):
+    """Its first image would be the name of a column, and lost."""
+    path = write_text(listed(tmp_path, False, True, ',', 'x,y'), '00.png,dog\n01.png,dog\n')
+    with pytest.raises(UserError, match='the first line of .* names an image, 00.png; put a line before it that names the columns'):
+        load(tmp_path, split_file=str(path))
+
+
 def test_lines_with_too_many_cells(tmp_path):
     """They were cut, so that two classes became one."""
     path = write_text(listed(tmp_path, False, True, ',', 'x,y'), 'filename,label\n00.png,dog, small\n01.png,dog, large\n')
@@ -534,6 +541,8 @@ def test_values_of_a_column_that_are_no_names_of_folders(tmp_path):
         assert sorted(name for split in SPLITS for name in tables.load(split).names) == sorted(names)
         tables.record_split({})
     assert kept.exists()
+    with pytest.raises(UserError, match='the manifest typo.csv cannot be read'):  # and not the one of the run
+        Tables(str(path), (), None, 'species', kept_manifest=str(kept), split_file='typo.csv').load('test')
 
 
 def test_files_of_one_folder_whose_columns_differ(tmp_path):

@@ -366,6 +366,9 @@ def test_runs_whose_best_checkpoint_was_not_evaluated_are_named(tmp_path, capsys
     text = run_ok(f'--compare={tmp_path}', '--checkpoints=best')
     assert f'(--checkpoints=best) is in {tmp_path}/2, which is left out' in capsys.readouterr().err and 'over seeds' not in text
     assert 'over seeds' in run_ok('--compare', f'{tmp_path}/0', f'{tmp_path}/1', '--checkpoints=best')
+    on_other_tasks = an_entry([[1, 2.0]], is_best=True, seed=2, tasks={'split': 'test'})
+    store.write(f'{tmp_path}/2/results.json', [an_entry([[1, 2.0], [2, 3.0]], checkpoint='model6', iterations=6, seed=2), on_other_tasks])
+    assert 'over seeds' not in run_ok(f'--compare={tmp_path}', '--checkpoints=best')
 
 
 def test_ensembles_are_averaged_only_if_all_seeds_have_one():

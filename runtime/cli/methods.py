@@ -45,8 +45,11 @@ def switches() -> list[str]:
 
 
 def settings(method: str, given: Collection[str]) -> dict[str, Any]:
-    """{flag: value} that --method stands for, without the flags given on the command line."""
-    return {name: value for name, value in PRESETS[method].flags.items() if name not in given}
+    """{flag: value} that --method stands for, without the flags given on the command line. A preset that is evaluated after as many updates
+    as it trains with leaves that to --num_updates, if it is given."""
+    flags = PRESETS[method].flags
+    free = {'test_updates'} if 'num_updates' in given and flags.get('test_updates') == flags.get('num_updates') else set()
+    return {name: value for name, value in flags.items() if name not in free.union(given)}
 
 
 def overridden(method: str, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:

@@ -84,6 +84,9 @@ def _rows(path, root, label_column, index, suffixes, split_of_file):
         raise UserError(f'{path} lists no images: its first line names its columns, such as filename,label, and then comes a line for each')
     columns, cells = _named_alike(columns, rows.values())
     image = _image_column(path, cells, label_column, index, root, suffixes)
+    if image in index and image.lower() not in FILES:
+        raise UserError(f'the first line of {path} names an image, {image}; put a line before it that names the columns, such as '
+                        'filename,label')
     label = _label_column(path, columns, image, label_column)
     has_splits = 'split' in columns
     for number, row in zip(rows, cells):

@@ -175,7 +175,7 @@ class Tables(splits.Splitting):
         return {split: {name: groups[name] for name in names} for split, names in classes.items()}
 
     def _manifest(self):
-        return next((path for path in (self.split_file, self.kept) if path and os.path.exists(path)), self.split_file)
+        return self.split_file or (self.kept if self.kept and os.path.exists(self.kept) else None)
 
     def _in_proportions(self, names):
         return splits.split_classes(list(names), self.split_ratios, f'the column {self.group_column} of {self.root}',

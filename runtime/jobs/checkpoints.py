@@ -237,10 +237,10 @@ def find(directory: str, selection: int | str | None) -> Checkpoint:
     if saved:
         hint = f'there {"are" if len(saved) > 1 else "is"} {", ".join(f"model{number}" for number in saved)}. Give one of these'
     else:
-        logdir = os.path.dirname(directory)
+        logdir = os.path.dirname(os.path.abspath(directory))
         folders = sorted(name.rstrip('/') for name in glob.glob('*/', root_dir=logdir))
         hint = f'{logdir} holds {", ".join(folders) or "nothing"}. Train first'
-    raise UserError(f'there is no {what} in {directory}; {hint}, or name the run by --run=DIR')
+    raise UserError(f'there is no {what} in {directory}; {hint}, or name another run by --run=DIR')
 
 
 def ranking_of(record: Record) -> list[Score]:

@@ -368,13 +368,16 @@ def _of_another_run(run, model):
 
 
 def load_weights(prefix: str, model: MAML, network_flags: dict, starts: bool = False) -> checkpoints.Checkpoint:
-    """`checkpoints.load_any`, and its weights into a model, which gets the first outputs of a classifier that has more."""
-    checkpoint, last_layer = checkpoints.load_any(prefix), network_of(model.config).head_names
+    """`checkpoints.load_any`, and its weights into a model, which gets the first outputs of a classifier that has more, unless that has
+    another kind of last layer."""
+    config, checkpoint = model.config, checkpoints.load_any(prefix)
+    last_layer, head_init = network_of(config).head_names, checkpoint.record.get('flags', {}).get('head_init', config.head_init)
     outputs, classes = checkpoints.outputs(checkpoint, last_layer), network_flags.get('num_classes')
-    is_wider = classes is not None and outputs is not None and outputs > classes
-    target = MAML(dataclasses.replace(model.config, dim_output=outputs), replicas=model.replicas) if is_wider else model
+    is_wider = classes is not None and outputs is not None and outputs > classes and head_init == config.head_init
+    # The seed is for what the checkpoint lacks.
+    target = MAML(dataclasses.replace(config, dim_output=outputs), config.mask_seed, model.replicas) if is_wider else model
     flags = {**network_flags, 'num_classes': outputs} if is_wider else network_flags
-    checkpoints.restore_weights(checkpoint, target.parameters(), flags, last_layer, starts, model.config.head_init)
+    checkpoints.restore_weights(checkpoint, target.parameters(), flags, last_layer, starts, config.head_init)
     if is_wider:
         model.copy_parameters(target)
     return checkpoint

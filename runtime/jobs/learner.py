@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -100,7 +101,8 @@ class Learner:
             raise UserError(f'support_y is {labels.dtype}, and must name the class of each row by a number or a text')
         names, indices = np.unique(labels, return_inverse=True)
         if labels.ndim != 1 or not 2 <= len(names) <= self.num_outputs:
-            raise UserError(f'support_y must name 2 to {self.num_outputs} classes, one for each row; it has shape '
+            most = '2 or more' if math.isinf(self.num_outputs) else f'2 to {self.num_outputs}'
+            raise UserError(f'support_y must name {most} classes, one for each row; it has shape '
                             f'{list(labels.shape)} and {len(names)} different values')
         return self.adapt_rows(x, np.eye(len(names), dtype=np.float32)[indices], names.tolist(), updates)
 

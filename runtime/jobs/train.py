@@ -260,7 +260,7 @@ def loop(run: Training, data: dict[str, Tasks], model: Model, state: TrainState,
         means = model.train_steps(phase, batches, iteration, interruption.signal is not None)
         record_steps(run, state, means, interruption)
         progress.advance(state.iteration - first, run.meta_batch_size, state.unprinted)
-        if state.iteration % run.source.print_interval == 0:
+        if is_reported(run, state.iteration):
             report_steps(run, phase, state, progress, summaries, journal)
 
         saving = state.iteration % run.save_interval == 0 or state.iteration == run.iterations
@@ -323,6 +323,11 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
     state.unprinted += metrics[finite].tolist()
     if 'gradient_norm' in means:
         state.norms += means['gradient_norm'][finite].tolist()
+
+
+def is_reported(run: Training, iteration: int) -> bool:
+    """Whether a console line follows an iteration; also at the end of pre-training, so that none is about both phases."""
+    return iteration % run.source.print_interval == 0 or run.metatrain_iterations > 0 and iteration == run.pretrain_iterations
 
 
 def report_steps(run: Training, phase: str, state: TrainState, progress: Progress, summaries: Summaries, journal: Journal) -> None:

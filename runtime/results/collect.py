@@ -105,8 +105,8 @@ def _evaluations_of(directory, user_label, problems):
 
 
 def choose(evaluations: Sequence[RunEntry], checkpoints: str) -> tuple[list[RunEntry], list[RunEntry]]:
-    """Of each run the evaluations of 'all' its checkpoints, of the 'newest' that was evaluated, or of the 'best'; and all evaluations of
-    the runs that have no such one, which a warning names. Raises UserError if none has."""
+    """Of each run the evaluations of 'all' its checkpoints, of the 'newest' that was evaluated, or of the 'best'; and those that are left.
+    A warning names the runs that have no such one. Raises UserError if none has."""
     runs: dict[str, list[RunEntry]] = {}
     for evaluation in evaluations:
         runs.setdefault(evaluation.directory, []).append(evaluation)
@@ -117,7 +117,9 @@ def choose(evaluations: Sequence[RunEntry], checkpoints: str) -> tuple[list[RunE
     if without:
         print(f'Warning: no evaluation of such a checkpoint (--checkpoints={checkpoints}) is in {", ".join(without)}, which is left out',
               file=sys.stderr)
-    return [*itertools.chain(*chosen.values())], [evaluation for directory in without for evaluation in runs[directory]]
+    shown = [*itertools.chain(*chosen.values())]
+    ids = set(map(id, shown))
+    return shown, [evaluation for evaluation in evaluations if id(evaluation) not in ids]
 
 
 def _chosen(evaluations, checkpoints):

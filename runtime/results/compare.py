@@ -126,7 +126,7 @@ class Comparison:
         headline: values of each evaluation, [tasks], at the number of updates at which its method is reported.
         rows: {number of updates that all have: such values}, and 'own': the headline, if these numbers differ.
 
-    `left_out` are those of runs that were not chosen, whose seeds a mean over the best checkpoints lacks.
+    `left_out` are those that were not chosen, whose seeds a mean over the best checkpoints may lack.
     """
 
     def __init__(self, evaluations: Sequence[RunEntry], tasks: str = '', left_out: Sequence[RunEntry] = ()):
