@@ -24,11 +24,12 @@ WINDOW = 5  # validations in a running mean: each is on 100 tasks only
 
 def validations(text: str, pretrained: int) -> np.ndarray:
     """[[iteration, accuracy after adaptation]] of the console log of a training with so many iterations of pre-training, in order, these
-    first; of a part that was trained twice, the later."""
+    first; if it went back, without what followed then."""
     accuracies, iteration = {}, 0
     for line in text.splitlines():
         if match := re.match(r'(Pretrain )?Iteration (\d+): ', line):
             iteration = int(match[2]) + (0 if match[1] else pretrained)
+            accuracies = {number: accuracy for number, accuracy in accuracies.items() if number <= iteration}
         elif match := re.match(r'Validation (?:results|of model(\d+)): \S+, (\S+)$', line):
             accuracies[int(match[1] or iteration)] = float(match[2])
     return np.array(sorted(accuracies.items())).reshape(-1, 2)

@@ -9,6 +9,7 @@ are reported before the first starts; a run that fails later is reported, and th
 """
 import argparse
 import dataclasses
+import glob
 import itertools
 import os
 import sys
@@ -39,8 +40,8 @@ class StudyRun(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether there is the last checkpoint, and as far as is known of a training on the same data and from the same weights, of which
-        the directory's name says nothing."""
+        """Whether there is the last checkpoint, and as far as is known of a training on the same data, from the same weights, and with the
+        same iterations of its phases and schedule, of which the directory's name says nothing."""
         directory, asked = self.training.directory, self.training.values
         if not os.path.exists(os.path.join(directory, f'model{sum(self.training.iterations)}.index')):
             return False
@@ -48,15 +49,18 @@ class StudyRun(NamedTuple):
             made = stored_run.read(directory)
         except UserError:
             return True
-        paths = {name: asked[name] for name in ('data_path', 'split_file', 'load_from')}
-        return stored_run.description({**made, **paths}) == stored_run.description(made)
+        names = ['data_path', 'split_file', 'load_from']
+        if self.training.iterations[1]:  # one that only pre-trains may have been trained for longer
+            names += ['pretrain_iterations'] + (['metatrain_iterations'] if asked['meta_lr_schedule'] != 'constant' else [])
+        return stored_run.description({**made, **{name: asked[name] for name in names}}) == stored_run.description(made)
 
     @property
     def is_evaluated(self) -> bool:
         """Whether results.json has the evaluation that the study makes."""
-        total = sum(self.training.iterations)
-        return any(entry.ensemble and entry.training.newest == total if self.evaluation.ensemble > 1 else entry.iterations == total
-                   for entry in evaluations_asked(self.training.directory, self.evaluation))
+        directory, total, asked = self.training.directory, sum(self.training.iterations), self.evaluation.ensemble
+        members = min(asked, len(glob.glob('model*.index', root_dir=directory))) if asked > 1 else 0  # or as many as there are
+        return any(len(entry.ensemble) == members and (entry.training.newest if members else entry.iterations) == total
+                   for entry in evaluations_asked(directory, self.evaluation))
 
     @property
     def evaluation_arguments(self) -> list[str]:

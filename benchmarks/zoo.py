@@ -89,8 +89,9 @@ def repeat(evaluation: RunEntry) -> tuple[str, str]:
     if recorded == now:
         return SAME, f'{recorded[entry.headline_column]} after {evaluation.headline_updates}'
     changed = [updates for updates, (before, after) in enumerate(zip(recorded, now)) if before != after]  # an interval may have no width
-    close = all(abs(entry.figures[updates].mean - again.figures[updates].mean) <= TOLERANCE * entry.figures[updates].ci95
-                for updates in changed)
+    close = len(recorded) == len(now) and all(
+        abs(getattr(entry.figures[updates], name) - getattr(again.figures[updates], name)) <= TOLERANCE * entry.figures[updates].ci95
+        for updates in changed for name in ('mean', 'ci95'))
     return (CLOSE if close else DIFFERENT,
             ', '.join(f'{recorded[updates]} recorded and {now[updates]} now after {updates}' for updates in changed))
 

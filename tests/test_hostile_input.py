@@ -104,13 +104,19 @@ def test_numbers_without_measure(tmp_path):
 
 # Manifests and names
 
+ROWS_OF_MANIFESTS = st.tuples(
+    st.sampled_from(['train', 'val', 'test', 'x']),
+    st.lists(st.sampled_from(['..', '.', '', 'a', 'b c', 'd']), min_size=1, max_size=4).map('/'.join)).map(','.join)
+
+
 @EACH
-@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: ('split,class\n' + text).encode(errors='replace')))
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: ('split,class\n' + text).encode(errors='replace'))
+       | st.lists(ROWS_OF_MANIFESTS, max_size=3).map(lambda rows: '\n'.join(['split,class', *rows]).encode()))
 def test_any_manifest(tmp_path, content):
     path = tmp_path / 'splits.csv'
     path.write_bytes(content)
     try:
-        names = splits.read_manifest(str(path))['train']
+        names = splits.names_of(splits.read_manifest(str(path)))
     except UserError as error:
         assert str(path) in str(error)
     else:

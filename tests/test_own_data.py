@@ -287,6 +287,15 @@ def test_columns_that_name_images_alike(tmp_path):
     assert [image.name for image in images['a']] == ['images/01.png']
 
 
+@pytest.mark.parametrize('header, words', [
+    ('filename,category,label', 'name the one with the labels by --label_column'),
+    ('filename,label,label', 'names the column label twice')])
+def test_columns_that_could_both_be_meant(header, words, tmp_path):
+    path = write_text(listed(tmp_path, False, True, ',', 'x,y'), header + '\n00.png,train,train\n')
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, split_file=str(path))
+
+
 def test_a_list_without_a_header(tmp_path):
     """Its first image would be the name of a column, and lost."""
     path = write_text(listed(tmp_path, False, True, ',', 'x,y'), '00.png,dog\n01.png,dog\n')

@@ -41,16 +41,24 @@ def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
     run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--ensemble=2', '--metatrain_iterations=5'])
     os.makedirs(run.training.directory)
     tasks = {'split': 'test', 'update_batch_size': 10, 'query_shots': 10, 'count': 600}
-    for newest, is_evaluated in (3, False), (5, True):
-        store.add(run.training.directory, an_entry(np.ones([600, 11]), tasks=tasks, checkpoint=f'model{newest}', iterations=newest,
-                                                   ensemble=[newest, 1], training={'newest': newest}))
+    for number in 1, 3, 5:
+        pathlib.Path(run.training.directory, f'model{number}.index').touch()
+    for members, is_evaluated in ([3, 1], False), ([5, 3, 1], False), ([5, 1], True):
+        store.add(run.training.directory, an_entry(np.ones([600, 11]), tasks=tasks, checkpoint=f'model{members[0]}',
+                                                   iterations=members[0], ensemble=members, training={'newest': members[0]}))
         assert run.is_evaluated == is_evaluated
+    alone, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--metatrain_iterations=5'])
+    assert not alone.is_evaluated
 
 
 def test_a_training_on_other_data_or_from_other_weights_is_not_the_one_asked_for(tmp_path):
     """The directory's name is the same; main.py then refuses to go on with it."""
-    for recorded, is_trained in ('', True), (f'--load_from={tmp_path}/model3', False), (f'--data_path={tmp_path}', False):
-        run, = runs_of(tmp_path)
+    linear = '--meta_lr_schedule=linear\n--meta_lr_final=0\n'
+    for recorded, asked, is_trained in (
+            ('', [], True), (f'--load_from={tmp_path}/model3', [], False), (f'--data_path={tmp_path}', [], False),
+            ('--pretrain_iterations=2\n--metatrain_iterations=3', [], False), ('--metatrain_iterations=9', [], True),
+            (f'{linear}--metatrain_iterations=9', linear.split(), False), (f'{linear}--metatrain_iterations=5', linear.split(), True)):
+        run, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--metatrain_iterations=5', *asked])
         os.makedirs(run.training.directory, exist_ok=True)
         pathlib.Path(run.training.directory, 'model5.index').touch()
         pathlib.Path(run.training.directory, 'run.flags').write_text(f'--norm=None\n{recorded}\n')

@@ -70,7 +70,7 @@ def check_comparison(line: CommandLine) -> None:
 
 def _names_checkpoint(request, name):
     """Whether a flag is given and chooses a checkpoint."""
-    return name in request.given and request.values[name] is not False
+    return name in request.given and request.values[name] != default(name)
 
 
 def _all_different(listed):
@@ -126,7 +126,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
     (lambda r: r.input_shape is not None and not re.fullmatch(r'[1-9]\d{0,6}(,[1-9]\d{0,6})*', r.input_shape),
      '--input_shape={input_shape} must be sizes separated by commas, like 6,3'),
     # Method
-    (lambda r: 'schedule_interval' in r.given and not (r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
+    (lambda r: 'schedule_interval' in r.given and r.schedule_interval != default('schedule_interval') and not (
+        r.multi_step_loss or r.first_order_iterations or r.meta_lr_schedule != 'constant'),
      '--schedule_interval needs a schedule: --multi_step_loss, --first_order_iterations or --meta_lr_schedule'),
     (lambda r: r.meta_lr_final < 0 and r.meta_lr_final != -1, '--meta_lr_final must not be negative'),
     (lambda r: r.meta_lr_final != -1 and r.meta_lr_schedule == 'constant', '--meta_lr_final needs --meta_lr_schedule=linear or cosine'),
@@ -149,7 +150,10 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      'joint training, before any inner update, needs a last layer that tasks share: leave out --head_init={head_init}, or '
      '--pretrain_iterations and --baseline'),
     (lambda r: r.source.supervised and r.num_updates == 0 and r.head_init in ('learned', 'shared', 'new'),
-     '--num_updates=0 needs a last layer that knows the classes without an inner update: add --head_init=prototypes or ridge'),
+     '--num_updates=0 needs a last layer that is computed from the support examples: add --head_init=ridge, or for classification '
+     'prototypes'),
+    (lambda r: r.mode == 'train' and r.multi_step_loss > 0 and r.num_updates == 1,
+     '--multi_step_loss is a mean over inner updates, and --num_updates=1 takes one: leave it out'),
     *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),

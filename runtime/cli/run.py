@@ -72,6 +72,7 @@ class Training(Run):
     validation_tasks: int       # of meta-validation, by which checkpoints are ranked
     log: bool
     plot: bool
+    headline_updates: int       # after which the method is reported
     strategy: str
     flag_file: str              # the contents of run.flags
     check_network: bool

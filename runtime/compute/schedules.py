@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
+from runtime.system.errors import UserError
+
 if TYPE_CHECKING:
     from maml import ModelConfig
 
@@ -42,11 +44,14 @@ def meta_lr(config: ModelConfig, iteration: int | tf.Tensor) -> float | tf.Tenso
     """The step size of the outer loop in an iteration of meta-training; constant within `schedule_interval` iterations.
 
     With d in [0, 1], the part of `metatrain_iterations` that is done: final + (meta_lr - final) left, where left is 1 - d for
-    'linear' and (1 + cos(pi d)) / 2 for 'cosine'.
+    'linear' and (1 + cos(pi d)) / 2 for 'cosine'. Raises UserError for a schedule without an end.
     """
     if config.meta_lr_schedule == 'constant':
         return config.meta_lr
+    if config.metatrain_iterations < 1 or config.meta_lr_final < 0:
+        raise UserError(f'meta_lr_schedule={config.meta_lr_schedule!r} needs metatrain_iterations of 1 or more, and a meta_lr_final that '
+                        'is not negative')
     start = iteration // config.schedule_interval * config.schedule_interval
-    done = tf.minimum(tf.cast(start, config.dtype) / max(config.metatrain_iterations, 1), 1)
+    done = tf.minimum(tf.cast(start, config.dtype) / config.metatrain_iterations, 1)
     left = 1 - done if config.meta_lr_schedule == 'linear' else (1 + tf.cos(math.pi * done)) / 2
     return config.meta_lr_final + (config.meta_lr - config.meta_lr_final) * left

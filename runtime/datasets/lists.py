@@ -98,7 +98,7 @@ def _rows(path, root, label_column, index, suffixes, split_of_file):
 
 def _named_alike(columns, rows):
     """Columns and rows in which the column `split` has small letters, and cells no blanks around them."""
-    names = {name: 'split' if name.lower() == 'split' else name for name in columns}
+    names = {name: 'split' if name.lower() == 'split' and 'split' not in columns else name for name in columns}
     return list(names.values()), [{names[name]: (row[name] or '').strip() for name in names} for row in rows]
 
 
@@ -123,7 +123,7 @@ def _label_column(path, columns, image, label_column):
     """The column that a flag names, or that is called like a label, or the only other one."""
     others = [name for name in columns if name not in ('split', image)]
     called = [name for name in others if name.lower() in LABELS] or (others if len(others) == 1 else [])
-    label = label_column or next(iter(called), None)
+    label = label_column or (called[0] if len(called) == 1 else None)
     if label not in others:
         raise UserError(f'{path} has the columns {", ".join(columns)}; name the one with the labels by --label_column')
     return label

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.special import softmax
 
 from data_generator import ClassTasks, FunctionTasks, ImageSource, TableTasks, class_name
-from runtime.cli.run import Run
+from runtime.cli.run import Evaluation, Training
 from runtime.datasets.goals import LARGEST as LARGEST_GOAL
 from runtime.datasets.goals import GoalTasks
 from runtime.datasets.tasks import TaskBatch, Tasks, UserTask
@@ -41,18 +41,19 @@ SHOWN_EPISODES = 3  # of a goal
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
-def evaluation_figures(run: Run, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray], updates: int) -> dict[str, Figure]:
+def evaluation_figures(run: Training | Evaluation, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray],
+                       updates: int) -> dict[str, Figure]:
     """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of
     tables}, of an evaluation with some inner `updates` on a split, whose `values` are {label: metrics of its tasks, [tasks,
     columns]}, a line each."""
     title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title, values if not updates else ())}
     if run.source.image_shape:
-        figures['tasks'] = task_sheet(model, tasks, min(run.model.num_updates, updates), title)
+        figures['tasks'] = task_sheet(model, tasks, min(run.headline_updates, updates), title)
     elif isinstance(tasks, FunctionTasks):
-        figures['tasks'] = functions(model, tasks, title)
+        figures['tasks'] = functions(model, tasks, min(updates, SHOWN_UPDATES), title)
     elif isinstance(tasks, TableTasks):
-        figures['tasks'] = predicted_targets(model, tasks, title)
+        figures['tasks'] = predicted_targets(model, tasks, min(updates, SHOWN_UPDATES), title)
     elif isinstance(tasks, GoalTasks):
         figures['tasks'] = paths(model, tasks, title)
     return figures
@@ -145,7 +146,9 @@ def _mean_and_half(values, has_seeds):
 def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
     """A table, whose first column holds models and its last ones tasks, coloured within each column by the means, `values`
     [models, tasks]; white where there is none, nan."""
-    models, targets = [row[0] for row in table.rows], table.columns[-values.shape[1]:]
+    names, targets = [row[0] for row in table.rows], table.columns[-values.shape[1]:]
+    models = [_clipped(name, 48) + (f', {counted(row[1], "update")}' if names.count(name) > 1 else '')
+              for name, row in zip(names, table.rows)]
     low, high = (function(np.where(np.isfinite(values), values, fill), axis=0) for function, fill in ((np.min, np.inf), (np.max, -np.inf)))
     with np.errstate(invalid='ignore', divide='ignore'):
         shade = np.where(high > low, (values - low) / (high - low), np.where(np.isfinite(values), 0.5, np.nan))
@@ -155,7 +158,7 @@ def matrix(table: Table, values: np.ndarray, metric: str) -> Figure:
     for row, cells in enumerate(table.rows):
         for column, text in enumerate(cells[-len(targets):]):
             axes.text(column, row, text, ha='center', va='center', fontsize='small')
-    axes.set_yticks(range(len(models)), [_clipped(model, 48) for model in models], fontsize='small')
+    axes.set_yticks(range(len(models)), models, fontsize='small')
     wrapped = [_plain(', '.join(target.split(', ')[:1]) + '\n' + '\n'.join(target.split(', ')[1:])) for target in targets]
     axes.set_xticks(range(len(targets)), wrapped, fontsize='x-small')
     axes.xaxis.tick_top()
@@ -195,32 +198,32 @@ def _set_range(axes, limits, shown):
         axes.set_ylim(lowest, 1.05 * high if high > 0 else None)
 
 
-def functions(model: MAML, tasks: FunctionTasks, heading: str) -> Figure:
-    """The first tasks' curves, their support points, and the network's outputs before and after adaptation, like figure 2 of the paper."""
+def functions(model: MAML, tasks: FunctionTasks, updates: int, heading: str) -> Figure:
+    """The first tasks' curves, their support points, and the network's outputs before and after some inner updates, like figure 2 of the
+    paper."""
     support, grid = tasks.draw(0, PANELS), tasks.grid(0, PANELS)
-    before, after = _before_and_after(model, TaskBatch(support.support_x, support.support_y, *grid))
+    outputs = _before_and_after(model, TaskBatch(support.support_x, support.support_y, *grid), sorted({1, updates}) if updates else [])
     figure, panels = _four_panels(heading, 2.6, sharex=bool(np.ptp(grid[0][:, 0, 0]) == 0))
     for task, axes in enumerate(panels):
         x = grid[0][task, :, 0]
         axes.plot(x, grid[1][task, :, 0], color='#999999', linewidth=4, alpha=0.6, label='true curve')
-        for label, outputs, style in (('before adaptation', before, STYLES[3]), ('after 1 update', after[0], STYLES[1]),
-                                      (f'after {SHOWN_UPDATES} updates', after[-1], STYLES[0])):
-            axes.plot(x, outputs[task, :, 0], label=label, **{**style, 'marker': None})
+        for (label, values), style in zip(outputs.items(), (STYLES[3], STYLES[1], STYLES[0])):
+            axes.plot(x, values[task, :, 0], label=label, **{**style, 'marker': None})
         axes.plot(support.support_x[task, :, 0], support.support_y[task, :, 0], 'k^', markersize=5, label='support examples')
         axes.set_title(tasks.family.describe(tasks.parameters(task, 1)), fontsize='small')
     _label_panels(figure, panels, 'x', 'y', 5)
     return figure
 
 
-def predicted_targets(model: MAML, tasks: TableTasks, heading: str) -> Figure:
-    """The first tasks' query rows: predictions of the first target against its true values, before and after adaptation."""
+def predicted_targets(model: MAML, tasks: TableTasks, updates: int, heading: str) -> Figure:
+    """The first tasks' query rows: predictions of the first target against its true values, before and after some inner updates."""
     batch, columns = tasks.draw(0, PANELS), tasks.source.files.columns
-    before, after = _before_and_after(model, batch)
+    outputs = _before_and_after(model, batch, [updates] if updates else [])
     figure, panels = _four_panels(heading, 2.9)
     for task, axes in enumerate(panels):
         true = columns.restore_targets(batch.query_y[task].astype(float))[:, 0]
-        for label, outputs, style in (('before adaptation', before, STYLES[3]), (f'after {SHOWN_UPDATES} updates', after[-1], STYLES[0])):
-            predicted = columns.restore_targets(outputs[task].astype(float))[:, 0]
+        for (label, values), style in zip(outputs.items(), (STYLES[3], STYLES[0])):
+            predicted = columns.restore_targets(values[task].astype(float))[:, 0]
             axes.plot(true, predicted, label=label, markersize=4, **{**style, 'linestyle': 'none'})
         axes.axline((true[0], true[0]), slope=1, color='#999999', linewidth=1, label='no error')
         axes.set_aspect('equal', adjustable='datalim')
@@ -249,9 +252,11 @@ def paths(model: Navigator, tasks: GoalTasks, heading: str) -> Figure:
     return figure
 
 
-def _before_and_after(model, batch):
-    """Outputs for query rows [tasks, rows, dim_output], and [updates, tasks, rows, dim_output] after 1, 2, ... updates."""
-    return np.asarray(model.predict(batch, 0).post[0]), np.asarray(model.predict(batch, SHOWN_UPDATES).post)
+def _before_and_after(model, batch, shown):
+    """{label: outputs for query rows, [tasks, rows, dim_output]}, before adaptation and after each number of updates that is shown."""
+    after = model.predict(batch, max(shown)).post if shown else ()
+    return {'before adaptation': np.asarray(model.predict(batch, 0).post[0]),
+            **{f'after {counted(updates, "update")}': np.asarray(after[updates - 1]) for updates in shown}}
 
 
 def _four_panels(heading, height, **options):

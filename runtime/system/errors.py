@@ -17,7 +17,7 @@ def first_line(error: BaseException) -> str:
 
 def counted(number: int, name: str) -> str:
     """Text: '1 file', '2 files'."""
-    return f'{number} {name}{"s" if number > 1 else ""}'
+    return f'{number} {name}{"" if number == 1 else "s"}'
 
 
 def listing(texts: Sequence[str], shown: int, separator: str = '; ') -> str:

@@ -65,11 +65,14 @@ def open_regular(path: str | os.PathLike, mode: str = 'r', **options: Any) -> IO
 
 def read_csv(path: str | os.PathLike) -> tuple[list[str], dict[int, dict[str, str | None]]]:
     """The names of the columns of a csv file in UTF-8, and {number of its line, from 1: row}, without empty lines; a cell that a row
-    lacks is None. Raises OSError, UnicodeDecodeError or csv.Error, also for a line with more cells than columns."""
+    lacks is None. Raises OSError, UnicodeDecodeError or csv.Error, also for a name that two columns have, and more cells than columns."""
     with open_regular(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.reader(file, delimiter=delimiter_of(file), strict=True)
         (_, header), *lines = [(reader.line_num, row) for row in reader if row] or [(0, [])]
     columns = [name.strip() for name in header]
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice:
+        raise csv.Error(f'its first line names the column {twice} twice')
     for number, row in lines:
         if any(cell.strip() for cell in row[len(columns):]):
             raise csv.Error(f'line {number} has {len(row)} cells, and the first line {len(columns)}; put quotes around a cell with a comma')
