@@ -336,7 +336,7 @@ class KerasNetwork:
         if sizes != fewer:
             return 'normalises or is random'
         own = {weight.path: tensors[weight.path] for weight in layer.trainable_variables}
-        inputs = [self._input_of(layer, values, x) for values in (moved, {**moved, **own})]
+        inputs = [self._input_and_outputs(layer, values, x)[0] for values in (moved, {**moved, **own})]
         if not almost_equal(*inputs):
             return 'shares its weights with another'
         same = all(self._is_last(layer, moved, x, training) for training in (False, True))
@@ -344,16 +344,15 @@ class KerasNetwork:
 
     def _is_last(self, layer, tensors, x, training):
         """Whether a layer that is run by itself makes the outputs."""
+        features, outputs = self._input_and_outputs(layer, tensors, x, training)
+        with self.with_tensors(tensors, len(x)):
+            return almost_equal(layer(features), outputs)
+
+    def _input_and_outputs(self, layer, tensors, x, training=False):
+        """What a layer is called with, first, and the model's outputs."""
         with watched([layer]) as calls:
             outputs = self._outputs_with(tensors, x, training)
-        with self.with_tensors(tensors, len(x)):
-            return almost_equal(layer(calls[0][1][0]), outputs)
-
-    def _input_of(self, layer, tensors, x):
-        """What a layer is called with, first."""
-        with watched([layer]) as calls:
-            self._outputs_with(tensors, x)
-        return calls[0][1][0]
+        return calls[0][1][0], outputs
 
 
 def almost_equal(first, second):

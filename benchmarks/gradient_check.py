@@ -122,12 +122,12 @@ def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
     refuse_other_methods(directory, model, first)
     for iteration in range(first, first + steps):
         batch = draw(data['train'], run, iteration, replica=0)
-        before = {name: variable.numpy() for name, variable in model.parameters().items()}
+        parameters = {name: variable.numpy() for name, variable in model.parameters().items()}
         step = model.metatrain_step(batch, iteration)
         norms.append(float(step['gradient_norm']))
         metrics.append(float(step[f'post_{run.metric}']))
         if norms[-1] == max(norms):
-            largest = iteration, batch, before
+            largest = iteration, batch, parameters
     iteration, batch, parameters = largest
     print(f'{found.prefix}, {steps} more iterations: the norm of the meta-gradient is {np.median(norms):.3g} (median), {max(norms):.4g} '
           f'(largest, in iteration {iteration + 1})')

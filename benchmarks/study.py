@@ -51,7 +51,7 @@ class StudyRun(NamedTuple):
             return True
         names = ['data_path', 'split_file', 'load_from']
         if self.training.iterations[1]:  # one that only pre-trains may have been trained for longer
-            names += ['pretrain_iterations'] + (['metatrain_iterations'] if asked['meta_lr_schedule'] != 'constant' else [])
+            names += ['pretrain_iterations'] + (['metatrain_iterations'] if 'metatrain_iterations' in self.training.learning_flags else [])
         return stored_run.description({**made, **{name: asked[name] for name in names}}) == stored_run.description(made)
 
     @property
