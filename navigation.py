@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
@@ -29,7 +29,7 @@ Tensors = dict[str, tf.Tensor]
 
 class Trajectories(NamedTuple):
     """Episodes of a meta-batch."""
-    observations: tf.Tensor  # [tasks, rollouts, steps, 2], the position before the move; of the oracle 4 numbers: and the goal
+    observations: tf.Tensor  # [tasks, rollouts, steps, 2], the position before the move; for the oracle 4 numbers: the goal too
     actions: tf.Tensor       # [tasks, rollouts, steps, 2], before they are clipped
     rewards: tf.Tensor       # [tasks, rollouts, steps], minus the distance to the goal after the move
     mask: tf.Tensor          # [tasks, rollouts, steps], 1 while the episode runs
@@ -41,7 +41,8 @@ Batch = tuple[Trajectories, tf.Tensor]  # episodes, and their advantages
 # The robot and its policy -------------------------------------------------------------------------------------------
 
 def policy(parameters: Tensors, observations: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean, [tasks, rows, 2], and log standard deviation, [tasks or 1, 1, 2], of the actions at observations [tasks, rows, numbers]."""
+    """Mean, [tasks, rows, 2], and log standard deviation, [tasks, 1, 2] or of the shared policy [1, 2], of the actions at observations
+    [tasks, rows, numbers]."""
     hidden = observations
     for layer in range(1, _layers(parameters)):
         hidden = tf.nn.relu(hidden @ parameters[f'w{layer}'] + parameters[f'b{layer}'][..., None, :])
@@ -57,9 +58,14 @@ def log_likelihood(parameters: Tensors, trajectories: Trajectories) -> tf.Tensor
     return tf.reshape(tf.reduce_sum(log_density, axis=-1), trajectories.rewards.shape)
 
 
+def moved(positions: tf.Tensor, actions: tf.Tensor) -> tf.Tensor:
+    """Positions after a move: by clip(0.1 a, -0.1, 0.1)."""
+    return positions + tf.clip_by_value(LARGEST_MOVE * actions, -LARGEST_MOVE, LARGEST_MOVE)
+
+
 def rollouts(parameters: Tensors, goals: tf.Tensor, noise: tf.Tensor, sees_goal: bool = False) -> Trajectories:
-    """Episodes of HORIZON steps or fewer, each from (0, 0). A move is clip(0.1 a, -0.1, 0.1); an episode ends when the goal is nearer
-    than 0.01 in x and in y.
+    """Episodes of at most as many steps as there is noise for, each from (0, 0); an episode ends when the goal is nearer than 0.01
+    in x and in y.
 
     Args:
         goals: [tasks, 2].
@@ -76,7 +82,7 @@ def rollouts(parameters: Tensors, goals: tf.Tensor, noise: tf.Tensor, sees_goal:
         observation = observe(position)
         mean, log_std = policy(parameters, observation)
         action = mean + tf.exp(log_std) * noise
-        after = position + tf.clip_by_value(LARGEST_MOVE * action, -LARGEST_MOVE, LARGEST_MOVE)
+        after = moved(position, action)
         arrived = tf.reduce_all(tf.abs(after - goals) < GOAL_RADIUS, axis=-1)
         return after, observation, action, running, tf.where(arrived, tf.zeros_like(running), running)
 
@@ -93,7 +99,7 @@ def average_return(trajectories: Trajectories) -> tf.Tensor:
 
 
 def first_episodes(trajectories: Trajectories, steps: int) -> Trajectories:
-    """The first episodes of each task that have this many steps together; the mask of later ones is 0."""
+    """The first episodes of each task that have at least this many steps together; the mask of later ones is 0."""
     lengths = tf.reduce_sum(trajectories.mask, axis=-1)
     kept = tf.cast(tf.cumsum(lengths, axis=1, exclusive=True) < steps, lengths.dtype)
     return trajectories._replace(mask=trajectories.mask * kept[..., None])
@@ -184,16 +190,18 @@ def surrogate_and_kl(parameters: Tensors, before: Batch, after: Batch, sampled_b
     return surrogate, tf.reduce_sum(divergence * mask) / tf.reduce_sum(mask)
 
 
-def surrogate_gradient(parameters: Tensors, *problem: Any) -> tuple[tf.Tensor, Tensors]:
+def surrogate_gradient(parameters: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float,
+                       stop_grad: bool = False) -> tuple[tf.Tensor, Tensors]:
     """The surrogate and its exact gradient, through the inner step; arguments as of `surrogate_and_kl`."""
     parameters = tf.nest.map_structure(tf.convert_to_tensor, parameters)
     with tf.GradientTape() as tape:
         tape.watch(parameters)
-        surrogate, _ = surrogate_and_kl(parameters, *problem)
+        surrogate, _ = surrogate_and_kl(parameters, before, after, sampled_by, update_lr, stop_grad)
     return surrogate, tape.gradient(surrogate, parameters)
 
 
-def kl_hessian_product(parameters: Tensors, vector: Tensors, *problem: Any) -> Tensors:
+def kl_hessian_product(parameters: Tensors, vector: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float,
+                       stop_grad: bool = False) -> Tensors:
     """The Hessian of the mean KL divergence times a vector, exact: the gradient of its slope in that direction; other arguments as of
     `surrogate_and_kl`."""
     parameters = tf.nest.map_structure(tf.convert_to_tensor, parameters)
@@ -201,7 +209,7 @@ def kl_hessian_product(parameters: Tensors, vector: Tensors, *problem: Any) -> T
         outer.watch(parameters)
         with tf.GradientTape() as tape:
             tape.watch(parameters)
-            _, divergence = surrogate_and_kl(parameters, *problem)
+            _, divergence = surrogate_and_kl(parameters, before, after, sampled_by, update_lr, stop_grad)
         slope = _dot(tape.gradient(divergence, parameters), vector)
     return outer.gradient(slope, parameters)
 
@@ -214,12 +222,13 @@ class TrpoStep(NamedTuple):
     finite: tf.Tensor      # bool, whether the gradient and the direction were finite
 
 
-def trpo_step(parameters: Tensors, *problem: Any) -> TrpoStep:
+def trpo_step(parameters: Tensors, before: Batch, after: Batch, sampled_by: Tensors, update_lr: float, stop_grad: bool = False) -> TrpoStep:
     """One update by trust-region policy optimisation (Schulman et al., 2015): the longest step along the natural gradient, of lengths
     that fall by 0.8, by which the surrogate falls and the mean KL divergence is at most KL_BOUND; none if the first 15 fail.
 
     Arguments are those of `surrogate_and_kl`.
     """
+    problem = before, after, sampled_by, update_lr, stop_grad
     surrogate, gradient = surrogate_gradient(parameters, *problem)
 
     def curvature(vector):
@@ -291,10 +300,10 @@ def _mean_of_steps(values, mask):
 # An iteration -------------------------------------------------------------------------------------------------------
 
 def walk(config: ModelConfig, parameters: Tensors, goals: tf.Tensor, keys: tf.Tensor,
-         number: tf.Tensor | tuple[int, int] = (0, 0)) -> Trajectories:
-    """Episodes of a policy; a function of keys, int32 [tasks, rollouts, 2], and of a number, [2], too."""
+         offset: tf.Tensor | tuple[int, int] = (0, 0)) -> Trajectories:
+    """Episodes of a policy; a function of keys, int32 [tasks, rollouts, 2], to which an offset [2] is added for other random numbers."""
     noise = tf.map_fn(lambda key: tf.random.stateless_normal([HORIZON, 2], key, dtype=config.dtype, alg='philox'),
-                      tf.reshape(keys + tf.cast(number, tf.int32), [-1, 2]), fn_output_signature=tf.as_dtype(config.dtype))
+                      tf.reshape(keys + tf.cast(offset, tf.int32), [-1, 2]), fn_output_signature=tf.as_dtype(config.dtype))
     noise = tf.transpose(tf.reshape(noise, [*keys.shape[:2], HORIZON, 2]), [2, 0, 1, 3])
     return rollouts(parameters, tf.cast(goals, config.dtype), noise, sees_goal=config.dim_input > 2)
 

@@ -69,11 +69,15 @@ def test_golden(golden):
     assert_close(gradient, golden.group('gradient'), atol=1e-8)
     assert_close(navigation.kl_hessian_product(golden.parameters, golden.group('vector'), *golden.problem), golden.group('product'),
                  atol=1e-8)
+    before, after, sampled_by, update_lr, stop_grad = golden.problem
+    named = navigation.kl_hessian_product(golden.parameters, golden.group('vector'), before=before, after=after, sampled_by=sampled_by,
+                                          update_lr=update_lr, stop_grad=stop_grad)
+    assert_close(named, golden.group('product'), atol=1e-8)
     moved = navigation.surrogate_and_kl(golden.at(0.05), *golden.problem)
     np.testing.assert_allclose(moved, [arrays['surrogate_moved'], arrays['kl_moved']], atol=1e-8)
 
 
-@pytest.mark.parametrize('name', [name for name in FIXTURES if 'first_order' not in name])  # whose gradient is none
+@pytest.mark.parametrize('name', [name for name in FIXTURES if 'first_order' not in name])  # which is no derivative
 def test_against_central_differences(name):
     """The surrogate's slope along the vector, and the change of the divergence's gradient, away from where ratios are 1. Steps are short:
     where a ReLU turns on, the inner step jumps."""
@@ -183,7 +187,7 @@ def test_rollouts_by_hand():
 
 
 def test_both_differences_must_be_small():
-    assert not np.all(still([[0.1, 0.05]], np.zeros([3, 1, 1, 2]), mean=(1., 0.)).mask == 0)
+    np.testing.assert_array_equal(still([[0.1, 0.05]], np.zeros([3, 1, 1, 2]), mean=(1., 0.)).mask[0, 0], [1, 1, 1])
     np.testing.assert_array_equal(still([[0.1, 0.005]], np.zeros([3, 1, 1, 2]), mean=(1., 0.)).mask[0, 0], [1, 0, 0])
 
 
@@ -233,11 +237,16 @@ def test_an_evaluation_collects_steps():
     model.weights['w3'].assign(tf.zeros([4, 2]))
     model.weights['b3'].assign([1, 0])  # always 0.1 to the right
     batch = tasks.draw(0, 2)._replace(goals=np.array([[0.2, 0], [0.5, 0.5]], np.float32))
-    both = model.trajectories(batch, 1)
+    both = list(model.trajectories(batch, 1))
     for episodes in both:
         np.testing.assert_array_equal(tf.reduce_sum(episodes.mask[..., 0], axis=1), [150, 3])
-    alone = model.trajectories(tf.nest.map_structure(lambda array: array[1:], batch), 1)
+    alone = list(model.trajectories(tf.nest.map_structure(lambda array: array[1:], batch), 1))
     np.testing.assert_allclose(navigation.average_return(both[1])[1:], navigation.average_return(alone[1]), rtol=1e-5)
+    before, after = model.paths(batch, 1, shown=2)
+    assert [len(task) for task in before + after] == [2, 2, 2, 2]
+    np.testing.assert_allclose(before[0][0], [[0, 0], [0.1, 0], [0.2, 0]], atol=1e-3)  # the arrival too
+    assert before[1][0].shape == (101, 2)
+    assert model.evaluate(batch, 0).returns.shape == (1, 2) and model.replicas.count == 1
 
 
 # The program --------------------------------------------------------------------------------------------------------
@@ -334,7 +343,10 @@ def test_no_step_for_many_iterations_ends_in_a_sentence(tmp_path, eager, monkeyp
     monkeypatch.setattr(navigation, 'LINE_SEARCH_STEPS', 0)
     monkeypatch.setattr(training, 'IDLE_ITERATIONS', 2)
     sentence = error_of(*FLAGS, '--metatrain_iterations=5', f'--logdir={tmp_path}')
-    assert 'in iteration 2 ' in sentence and 'no outer step was found in 2 iterations in a row' in sentence
+    assert 'training stopped: in iteration 2 ' in sentence and 'no outer step was found in 2 iterations in a row' in sentence
+    assert sentence.endswith('Lower --update_lr')
+    joint = error_of(*FLAGS, '--baseline=oracle', '--metatrain_iterations=5', f'--logdir={tmp_path}')
+    assert 'training stopped: ' in joint and '--update_lr' not in joint  # it has no inner step
 
 
 @pytest.mark.parametrize('flag', ['--norm=batch_norm', '--meta_lr=0.1', '--num_updates=2', '--inner_weights=head', '--engine=map',

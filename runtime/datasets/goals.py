@@ -12,8 +12,8 @@ LARGEST = 0.5  # coordinate of a goal
 class GoalBatch(NamedTuple):
     """A meta-batch of goals."""
     goals: np.ndarray         # float32 [tasks, 2]
-    support_keys: np.ndarray  # int32 [tasks, K, 2]: of the random numbers of each episode before adaptation
-    query_keys: np.ndarray    # int32 [tasks, Q, 2]: after it
+    support_keys: np.ndarray  # int32 [tasks, K, 2]: of the random numbers of each episode before adaptation, in training
+    query_keys: np.ndarray    # int32 [tasks, Q, 2]: after it; of all episodes in evaluation
 
 
 class GoalTasks:

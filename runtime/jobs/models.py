@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from runtime.compute.distribution import Replicas
 from runtime.datasets.goals import GoalBatch
 from utils import glorot_uniform
 
+GOALS_AT_ONCE = 50  # in evaluations; the episodes of one may take some megabytes
+
 
 class Returns(NamedTuple):
     """Average returns of tasks, [1 + updates, tasks]: before adaptation, and after each update."""
@@ -27,12 +30,14 @@ class Returns(NamedTuple):
 
 
 class Navigator:
-    """The policy of 2-D navigation, and what is done with it on meta-batches of goals; methods and attributes as of `maml.MAML`."""
+    """The policy of 2-D navigation, and what is done with it on meta-batches of goals. Trainings and evaluations use it as they use
+    `maml.MAML`, through methods and attributes of the same names."""
     steps_per_call, norm_params = 1, {}
 
     def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None):
         """Weights are Glorot-uniform, a function of config and seed; biases and the log standard deviation start at 0."""
-        self.config, self.replicas = dataclasses.replace(config, engine='vmap', jit=True), replicas
+        self.config = dataclasses.replace(config, engine='vmap', jit=True, task_chunk=GOALS_AT_ONCE)
+        self.replicas = replicas or Replicas()
         sizes = [config.dim_input, *config.dim_hidden, config.dim_output]
         initial = {'log_std': tf.zeros(config.dim_output)}
         for layer, shape in enumerate(zip(sizes, sizes[1:]), 1):
@@ -72,16 +77,28 @@ class Navigator:
         """Average returns before adaptation and after each update, over the episodes that `trajectories` collects."""
         return Returns(tf.stack([navigation.average_return(episodes) for episodes in self.trajectories(batch, num_updates)]))
 
-    def trajectories(self, batch: GoalBatch, num_updates: int) -> list[Trajectories]:
-        """Episodes before adaptation, and after each update. As the reference collects them, a task has as many whole episodes as fill
-        Q * HORIZON steps, where `query_keys` are [tasks, Q, 2]: Q of full length, more where the robot arrives early."""
+    def trajectories(self, batch: GoalBatch, num_updates: int) -> Iterator[Trajectories]:
+        """Episodes before adaptation, and after each update, one set after the other, because they take much memory. As the reference
+        collects them, a task has as many whole episodes as fill Q * HORIZON steps, where `query_keys` are [tasks, Q, 2]: Q of full length,
+        more where the robot arrives early."""
         batch = tf.nest.map_structure(tf.constant, batch)
         parameters = {name: tf.repeat(value[None], len(batch.goals), axis=0) for name, value in self._values().items()}
-        collected = [self._collect(parameters, batch, 0)]
-        for number in range(num_updates):
-            parameters = self._update(parameters, collected[-1], tf.constant(number))
-            collected.append(self._collect(parameters, batch, number + 1))
-        return collected
+        for number in range(num_updates + 1):
+            episodes = self._collect(parameters, batch, number)
+            yield episodes
+            if number < num_updates:
+                parameters = self._update(parameters, episodes, tf.constant(number))
+
+    def paths(self, batch: GoalBatch, num_updates: int, shown: int) -> list[list[list[np.ndarray]]]:
+        """Before adaptation and after each update, for each task: the positions of its first `shown` episodes, [moves + 1, 2], from the
+        start to where the last move ends."""
+        paths = []
+        for episodes in self.trajectories(batch, num_updates):
+            before, running = episodes.observations[..., :2].numpy(), episodes.mask.numpy() > 0
+            after = navigation.moved(before, episodes.actions).numpy()
+            paths.append([[np.concatenate([before[task, episode, :1], after[task, episode, running[task, episode]]])
+                           for episode in range(min(shown, before.shape[1]))] for task in range(len(before))])
+        return paths
 
     def _collect(self, parameters, batch, number):
         steps, rounds, walked = batch.query_keys.shape[1] * navigation.HORIZON, [], 0

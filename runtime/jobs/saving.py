@@ -90,11 +90,14 @@ def classifies(run: Training, iteration: int) -> bool:
     return run.model.pretrain_classes > 0 and iteration < run.pretrain_iterations
 
 
-def diverged(run: Training, iteration: int, what: str) -> UserError:
-    """The error for numbers that are not finite in an iteration, counted from 0: what they are, the last checkpoint, and what may help."""
+def diverged(run: Training, iteration: int, what: str, how: str = 'diverged') -> UserError:
+    """The error for a training that cannot go on in an iteration, counted from 0: `what` was found, the last checkpoint, and what may help.
+    `how` is what to say of the training."""
     saved = checkpoints.iterations(run.directory)
     newest = f'the last checkpoint is {checkpoints.path(run.directory, saved[-1])}' if saved else 'nothing was saved yet'
     skipping = '' if run.skip_nonfinite or not run.source.supervised else ', or skip such iterations by --skip_nonfinite'
-    has_inner_steps = run.model.num_updates > 0 and not classifies(run, iteration)
+    # Joint training of what learns from episodes has no inner step; that of others reports one, which must be finite too.
+    has_inner_steps = run.model.num_updates > 0 and not classifies(run, iteration) and (
+        run.source.supervised or iteration >= run.pretrain_iterations)
     flags = [name for name, matters in (('--update_lr', has_inner_steps), ('--meta_lr', run.source.supervised)) if matters]
-    return UserError(f'training diverged: {what}; {newest}. Lower {" or ".join(flags)}{skipping}')
+    return UserError(f'training {how}: {what}; {newest}' + (f'. Lower {" or ".join(flags)}{skipping}' if flags else ''))

@@ -38,15 +38,16 @@ LARGEST = 1e30  # larger values are drawn as this: the axes of matplotlib cannot
 DIVERGED = 20   # the axes leave out losses above this many times the largest loss of the middle curve
 WIDE = 1000     # the axis of losses is logarithmic if the largest is this many times the median of a curve
 SHOWN_EPISODES = 3  # of a goal
+PATH_UPDATES = 3    # inner updates after which they are shown at most
 SHOWN_CLASSES = 20  # of a task: laying out panels takes time that grows faster than their number
 
 
 def evaluation_figures(run: Training | Evaluation, model: MAML, tasks: Tasks, split: str, values: dict[str, np.ndarray],
-                       updates: int) -> dict[str, Figure]:
+                       updates: int, method: str) -> dict[str, Figure]:
     """{'updates': metrics against updates, 'tasks': some tasks before and after adaptation, but for the classification of
     tables}, of an evaluation with some inner `updates` on a split, whose `values` are {label: metrics of its tasks, [tasks,
-    columns]}, a line each."""
-    title = f'{run.method}, {run.description}, {SPLIT_TITLES[split]}'
+    columns]}, a line each; `method` is the name of the one that trained the model."""
+    title = f'{method}, {run.description}, {SPLIT_TITLES[split]}'
     figures = {'updates': curves(values, run.metric, title, values if not updates else ())}
     if run.source.image_shape:
         figures['tasks'] = task_sheet(model, tasks, min(run.headline_updates, updates), title)
@@ -55,7 +56,7 @@ def evaluation_figures(run: Training | Evaluation, model: MAML, tasks: Tasks, sp
     elif isinstance(tasks, TableTasks):
         figures['tasks'] = predicted_targets(model, tasks, min(updates, SHOWN_UPDATES), title)
     elif isinstance(tasks, GoalTasks):
-        figures['tasks'] = paths(model, tasks, title)
+        figures['tasks'] = paths(model, tasks, min(updates, PATH_UPDATES), title)
     return figures
 
 
@@ -233,18 +234,17 @@ def predicted_targets(model: MAML, tasks: TableTasks, updates: int, heading: str
     return figure
 
 
-def paths(model: Navigator, tasks: GoalTasks, heading: str) -> Figure:
-    """Some episodes to the first goals, before adaptation and after updates, like figure 4 of the paper, on the right."""
-    batch, last = tasks.draw(0, PANELS), 3
-    episodes = model.trajectories(batch, last)
+def paths(model: Navigator, tasks: GoalTasks, updates: int, heading: str) -> Figure:
+    """Some episodes to the first goals, before adaptation and after the first and the last of some inner updates, like figure 4 of the
+    paper, on the right."""
+    batch = tasks.draw(0, PANELS)
+    walked = model.paths(batch, updates, SHOWN_EPISODES)
     figure, panels = _four_panels(heading, 3.4, sharex=True, sharey=True)
     for task, axes in enumerate(panels):
-        for updates, style in ((0, STYLES[3]), (1, STYLES[1]), (last, STYLES[0])):
-            positions, mask = np.asarray(episodes[updates].observations[task]), np.asarray(episodes[updates].mask[task])
-            for episode, (places, running) in enumerate(zip(positions[:SHOWN_EPISODES], mask)):
-                walked = places[running > 0]
-                label = f'after {counted(updates, "update")}' if updates else 'before adaptation'
-                axes.plot(walked[:, 0], walked[:, 1], label=None if episode else label, **{**style, 'marker': None, 'linewidth': 0.8})
+        for taken, style in zip(sorted({0, min(1, updates), updates}), (STYLES[3], STYLES[1], STYLES[0])):
+            label = f'after {counted(taken, "update")}' if taken else 'before adaptation'
+            for episode, positions in enumerate(walked[taken][task]):
+                axes.plot(positions[:, 0], positions[:, 1], label=None if episode else label, **{**style, 'marker': None, 'linewidth': 0.8})
         axes.plot(0, 0, 'ks', markersize=5, label='start')
         axes.plot(*batch.goals[task], 'k*', markersize=12, label='goal')
         axes.set(xlim=(-1.4 * LARGEST_GOAL, 1.4 * LARGEST_GOAL), ylim=(-1.4 * LARGEST_GOAL, 1.4 * LARGEST_GOAL), aspect='equal')
