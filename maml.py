@@ -423,7 +423,7 @@ class MAML:
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0, phase: str = 'metatrain') -> Tensors:
         """`task_gradient` of a phase, averaged over tasks, before clipping: {name: tensor}."""
         function = task_gradient(config_at(self.config, iteration), phase)
-        return self._engine.means(function, self._gradient_structure, batch, tf.constant(iteration, tf.int64))[0]
+        return self._engine.means(function, self._gradient_structure, batch, tf.constant(iteration, tf.int64))
 
     def pretrain_gradients(self, batch: TaskBatch) -> Tensors:
         """`meta_gradients` of pre-training: of the support loss before adaptation."""

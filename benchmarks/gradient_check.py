@@ -16,6 +16,7 @@ import numpy as np
 import run_files  # noqa: F401  (puts the program on the path)
 
 from main import parse, run_and_data
+from runtime.cli.flags import default
 from runtime.system.errors import UserError
 
 DIRECTIONS = 3
@@ -155,9 +156,10 @@ def train_in_both(directory: str, steps: int) -> None:
 
     from maml import MAML
     from runtime.jobs import checkpoints
-    from runtime.jobs.evaluate import TEST_TASKS, evaluate_tasks, task_metrics
+    from runtime.jobs.evaluate import evaluate_tasks, task_metrics
     from runtime.jobs.train import draw
     checkpoint = checkpoints.find(run.directory, None)
+    count = default('num_test_tasks')
     models = {dtype: MAML(dataclasses.replace(run.model, dtype=dtype), run.tasks.seed) for dtype in ('float32', 'float64')}
     for model in models.values():
         for name, variable in model.state().items():
@@ -176,8 +178,8 @@ def train_in_both(directory: str, steps: int) -> None:
     for dtype, model in models.items():
         for name, variable in single.parameters().items():
             variable.assign(tf.cast(model.parameters()[name], tf.float32))
-        values = task_metrics(evaluate_tasks(single, data['val'], TEST_TASKS, run.model.num_updates))[:, -1]
-        print(f'meta-validation, {TEST_TASKS} tasks, trained in {dtype}: {values.mean():.4f}')
+        values = task_metrics(evaluate_tasks(single, data['val'], count, run.model.num_updates))[:, -1]
+        print(f'meta-validation, {count} tasks, trained in {dtype}: {values.mean():.4f}')
 
 
 def main() -> None:

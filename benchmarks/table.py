@@ -253,14 +253,14 @@ def main_loop(rows: list[Row], trains: bool) -> None:
         state = state_of(row)
         title = f'{count} of {len(rows)}: {row.name}, {state.newest:,} of {state.iterations:,} iterations'
         unfinished = trains and state.newest < state.iterations
-        if state.missing and unfinished:
+        if state.missing and (unfinished or state.newest):
             print(f'{title}: left out, {state.missing}', flush=True)
             continue
         print(title, flush=True)
         if unfinished:
             train(row, state)
             state = state_of(row)
-        if state.newest and not state.missing:
+        if state.newest:
             evaluate(row, state)
         write_table()
 

@@ -100,7 +100,11 @@ def check(folders: list[str]) -> bool:
     """Repeats all evaluations in some folders and prints a line about each; returns whether all repeated ones were at least
     nearly the same. Raises UserError if there are no evaluations, or a file of a run cannot be read."""
     counts = collections.Counter()
-    for evaluation in read_evaluations(folders):
+    directories = dict.fromkeys(evaluation.directory for evaluation in read_evaluations(folders))
+    files = [(directory, os.path.join(directory, name)) for directory in directories for name in (store.SHIPPED_FILE, store.FILE)]
+    # Of both files: read_evaluations has one's own in the place of those that shipped.
+    evaluations = (RunEntry(directory, None, entry) for directory, path in files if os.path.exists(path) for entry in store.read(path))
+    for evaluation in evaluations:
         outcome, why = repeat(evaluation)
         counts[outcome] += 1
         print(f'{evaluation.path}: {outcome}, {why}', flush=True)
@@ -141,9 +145,16 @@ def pack_run(directory: str, destination: str) -> None:
         folder = os.path.join(temporary, 'run')
         write_run(directory, folder, saved[-1], best, entries)
         if os.path.exists(destination):
+            earlier = os.path.join(temporary, 'earlier')
             with checkpoints.exclusive(destination):
-                os.replace(destination, os.path.join(temporary, 'earlier'))
-        os.replace(folder, destination)
+                os.replace(destination, earlier)
+                try:
+                    os.replace(folder, destination)
+                except BaseException:
+                    os.replace(earlier, destination)
+                    raise
+        else:
+            os.replace(folder, destination)
     size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(destination) for name in names)
     print(f'{destination}: {", ".join(f"model{iteration}" for iteration in [saved[-1], *best])}; evaluations: {len(entries)}; '
           f'{size / 2 ** 20:.1f} MB')

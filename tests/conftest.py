@@ -30,7 +30,6 @@ import tensorflow as tf  # noqa: E402
 
 from maml import MAML  # noqa: E402
 from runtime.compute.engine import Engine  # noqa: E402
-from runtime.jobs import evaluate as evaluation  # noqa: E402
 from runtime.jobs import train as training  # noqa: E402
 from runtime.results import store  # noqa: E402
 
@@ -209,7 +208,6 @@ def few_tasks(monkeypatch):
     """Validation and evaluation look at fewer tasks than they do for users."""
     monkeypatch.setattr(training, 'REPORTED_TASKS', 10)
     monkeypatch.setattr(program_flags.FLAGS['validation_tasks'], 'default', 10)
-    monkeypatch.setattr(evaluation, 'TEST_TASKS', 40)
     monkeypatch.setattr(program_flags.FLAGS['num_test_tasks'], 'default', 40)
 
 

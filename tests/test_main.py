@@ -196,8 +196,9 @@ def test_train_resume_evaluate(arguments, tmp_path, request, monkeypatch):
     assert len(validated) == (2 if source == 'omniglot' else 0)
 
     # Evaluation: a table, csv and pickle.
+    default_tasks = FLAGS['num_test_tasks'].default
     output = run_ok(*arguments, '--train=False', '--test_set=True')
-    assert f'meta-test, {evaluation.TEST_TASKS} tasks' in output and f'model{last} ({last} iterations)' in output
+    assert f'meta-test, {default_tasks} tasks' in output and f'model{last} ({last} iterations)' in output
     path, = directory.glob('test_ubs*_stepsize*.csv')
     with open(path.with_suffix('.pkl'), 'rb') as file:
         values = pickle.load(file)['mses']

@@ -1,6 +1,7 @@
 """What a model was made from: recorded, compared, said; and never averaged where it differs."""
 import csv
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -251,6 +252,13 @@ def test_another_arithmetic_is_said_and_recorded(tmp_path, monkeypatch):
                      r' +From here on', output)
     assert len(checkpoints.load(str(run / 'model2')).record['provenance'].arithmetic) == 2
     assert 'Note' not in run_ok(f'--run={run}', '--metatrain_iterations=3')
+    before = provenance.program()
+    for iterations in '4', '5':  # with the second part nothing is new
+        monkeypatch.setattr(training, 'program', lambda: 'another')
+        output = run_ok(f'--run={run}', f'--metatrain_iterations={iterations}')
+        assert (f'model3 was trained by another version of this program ({before}, now another)\n' in output) == (iterations == '4')
+        assert ('results may no longer be bit-identical' in output) == (iterations == '4')
+    assert checkpoints.load(str(run / 'model5')).record['provenance'].program == f'{before}, another'
 
 
 @pytest.mark.slow
@@ -305,7 +313,12 @@ def test_a_ranking_is_kept(tmp_path):
     run = train(*SINUSOID, '--ensemble=3', '--save_interval=1', iterations=3, logdir=tmp_path)
     output = run_ok(*SINUSOID, f'--logdir={tmp_path}', '--metatrain_iterations=15', '--save_interval=1')
     assert 'Resuming' in output and len(checkpoints.newest(str(run)).record['ranking']) == 3
-    assert '3 tasks' in run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False', '--ensemble=3', '--num_test_tasks=3')
+    evaluate = [f'--run={run}', '--train=False', '--ensemble=3', '--num_test_tasks=3']
+    assert '3 tasks' in run_ok(*evaluate)
+    worst = checkpoints.newest(str(run)).record['ranking'][-1]['iteration']
+    os.remove(run / f'model{worst}.index')
+    os.remove(run / f'model{worst}.data-00000-of-00001')
+    assert 'only 2 checkpoints were validated and kept; all are used' in run_ok(*evaluate)
 
 
 def test_whose_run_is_continued_in_the_default_folder(tmp_path, monkeypatch):
@@ -322,15 +335,34 @@ def test_whose_run_is_continued_in_the_default_folder(tmp_path, monkeypatch):
 def test_results_go_with_their_checkpoints(tmp_path):
     run = train(*SINUSOID, '--save_interval=1', iterations=3, logdir=tmp_path)
     evaluate = [f'--run={run}', '--train=False', '--num_test_tasks=40', '--update_lr=0.001']
-    for more in ['--test_iter=2'], ['--plot'], [f'--load_from={run}/model3']:
+    shutil.copytree(run, tmp_path / 'other')
+    for more in ['--test_iter=2'], ['--plot'], [f'--load_from={tmp_path}/other/model3', '--plot']:
         run_ok(*evaluate, *more)
     assert (run / 'test_ubs2_stepsize0.001.csv').exists()
     run_ok(f'--run={run}', '--test_iter=2', '--metatrain_iterations=3', '--meta_lr=0.001')
     assert [(entry.iterations, bool(entry.setting.load_from)) for entry in results_of(run)] == [(2, False), (3, True)]
     aside = {path.name for path in (run / 'earlier1').iterdir()}
     assert {'results.json', 'test_ubs2_stepsize0.001.csv', 'evaluation_val_model3_updates.png', 'model3.index', 'run.flags'} <= aside
+    assert not any('_of_other_' in name for name in aside) and glob.glob(f'{run}/evaluation_val_model3_of_other_*_updates.png')
     entry, = results_of(run / 'earlier1')
     assert entry.checkpoint == 'model3'
+
+
+def test_an_evaluation_that_could_not_be_saved_does_not_begin(tmp_path, monkeypatch):
+    run = train(*SINUSOID, logdir=tmp_path)
+    (run / '.results.lock').unlink()
+    (run / '.results.lock').mkdir()
+    monkeypatch.setattr(evaluation, 'evaluate_tasks', None)
+    assert f'the results cannot be written to {run}' in error_of(f'--run={run}', '--train=False', '--num_test_tasks=3')
+
+
+def test_results_have_the_length_of_the_training(tmp_path):
+    """Also where the flags of an evaluation, which do not change the name of the directory, state another one."""
+    flags = [*SINUSOID, '--meta_lr_schedule=linear', f'--logdir={tmp_path}']
+    run = train(*flags, iterations=2, logdir=tmp_path)
+    run_ok(*flags, '--train=False', '--num_test_tasks=3')
+    entry, = results_of(run)
+    assert entry.training.metatrain_iterations == entry.training.flags['metatrain_iterations'] == 2
 
 
 def test_an_evaluation_of_a_checkpoint_that_is_replaced_meanwhile(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import EpsImagePlugin, Image
 from conftest import ROOT, an_entry, class_names, error_of, results_of, run_ok, write_image_tree, write_manifest
 from data import preparation, reading
 from data_generator import SOURCES
+from runtime.cli.flags import FLAGS
 from runtime.datasets import class_folders, images
 from runtime.jobs import evaluate as evaluation
 from runtime.results import across, plots, render, store
@@ -185,7 +186,7 @@ SINUSOID = ['--norm=None', '--metatrain_iterations=2', '--meta_batch_size=2', '-
 
 @pytest.mark.slow
 def test_starting_anew_leaves_no_old_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, 'TEST_TASKS', 3)  # those of SINUSOID: the reference's files are written, too
+    monkeypatch.setattr(FLAGS['num_test_tasks'], 'default', 3)  # those of SINUSOID: the reference's files are written, too
     run_ok(*SINUSOID, f'--logdir={tmp_path}')
     run_ok(*SINUSOID, f'--logdir={tmp_path}', '--train=False', '--plot')
     directory, = tmp_path.iterdir()

@@ -124,6 +124,16 @@ def test_other_figures_are_reported(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_shipped_figures_are_checked_beside_ones_own(tmp_path, monkeypatch, capsys):
+    run = tmp_path / 'run'
+    shutil.copytree(SEED3, run)
+    entries = shipped(run)
+    store.write(str(run / store.FILE), entries[:1])
+    monkeypatch.setattr(zoo, 'repeat', lambda evaluation: (zoo.SAME, evaluation.path))
+    assert zoo.check([str(tmp_path)])
+    assert capsys.readouterr().out.endswith(f'{len(entries) + 1} the same, 0 nearly the same, 0 different, 0 left out\n')
+
+
 def test_a_figure_whose_interval_has_no_width(monkeypatch):
     """The accuracy of outputs that are all alike, for example, which another processor sums up to another last digit."""
     evaluation = next(iter(read_evaluations([SEED3])))
@@ -225,6 +235,22 @@ def test_a_destination_that_holds_something_else(tmp_path):
             zoo.command_line(['pack', str(run), str(tmp_path / 'dest')])
     zoo.command_line(['pack', str(run), str(tmp_path / 'dest')])
     assert not (tmp_path / 'dest' / '.lock').exists()
+
+
+def test_a_destination_survives_a_failure(tmp_path, monkeypatch):
+    destination, replace = tmp_path / 'packed', os.replace
+    zoo.pack(SEED3, str(destination))
+    (destination / 'console.log').write_text('what was there')
+
+    def fail(source, target):
+        if os.path.basename(source) == 'run':
+            raise OSError('the disk is gone')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(OSError, match='the disk is gone'):
+        zoo.pack(SEED3, str(destination))
+    assert (destination / 'console.log').read_text() == 'what was there'
 
 
 def test_what_cannot_be_packed(tmp_path):

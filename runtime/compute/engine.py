@@ -115,9 +115,9 @@ class Engine:
         return tf.map_fn(step, tf.range(steps), fn_output_signature=dtypes, parallel_iterations=1)
 
     def means(self, task_gradient: Callable, signature: Structure, batch: Structure, iteration: tf.Tensor) -> Structure:
-        """({name: gradient}, {metric: value}), averaged over the tasks of a meta-batch; arguments as for `train`."""
+        """{name: gradient}, averaged over the tasks of a meta-batch; arguments as for `train`."""
         sums = self._strategy.run(self._local_means, (_values(self._parameters), task_gradient, signature, batch, iteration))
-        return self._all_reduce(sums)[:2]
+        return self._all_reduce(sums)[0]
 
     def map_on_replicas(self, function: Callable, batch: Structure, step: tf.Tensor) -> Structure:
         """`map` on all replicas: what the function returns for each replica's tasks stays there."""

@@ -41,7 +41,7 @@ _OPTIMIZER = '/adam/'  # in the names of an outer optimizer's state
 # What is meaningless for a run that starts from scratch in the directory, and what is of its newest checkpoint.
 _OF_A_RUN = 'events.out.tfevents.*', 'results.json', 'shipped_results.json', 'evaluation_*', 'predict_*', 'console.log', 'metrics.csv'
 _OF_THE_NEWEST = 'test_*'
-_PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)(?!\d)')
+_PICTURE = re.compile(r'evaluation_[a-z]+_model(\d+)(?!\d)(?!.*_of_.+_[0-9a-f]{8})')  # but not of weights of another run
 # What describes the run: its flags, the columns of tables, the split of one's own data, a network of one's own; and its metrics, of
 # which those of later iterations will be removed.
 _DESCRIPTIONS = 'run.flags', 'columns.json', 'splits.csv', 'network', 'metrics.csv'
@@ -251,7 +251,8 @@ def ranking_of(record: Record) -> list[Score]:
 def find_best(directory: str, count: int) -> list[Checkpoint]:
     """The `count` checkpoints that did best on meta-validation, the best first, or as many as there are; raises UserError for none."""
     checkpoint = find(directory, None)
-    ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record)][:count]
+    saved = iterations(directory)
+    ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record) if entry['iteration'] in saved][:count]
     if not ranking:
         raise UserError(f'--ensemble={count} needs checkpoints that were validated, and {directory} has none; evaluate with --ensemble=1')
     if len(ranking) < count:

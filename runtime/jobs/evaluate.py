@@ -1,11 +1,12 @@
 """Evaluation of a checkpoint on many tasks of a split."""
+import contextlib
 import dataclasses
 import math
 import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,6 @@ from runtime.system.errors import UserError
 from runtime.system.progress import Progress
 from utils import Metrics
 
-TEST_TASKS = 600
 # Flags of a training that say how its model adapts to a task. An evaluation of the weights of another run may have others.
 ADAPTATION = ('inner_weights', 'head_init', 'logits', 'adapt_norm', 'norm_per_step', 'mean_loss', 'learn_lr', 'inner_optimizer')
 PROGRESS_DELAY = 3  # seconds before the progress bar appears
@@ -52,6 +52,11 @@ class Restored(NamedTuple):
     is_best: bool = False       # on meta-validation, of those of the run
     ensemble: tuple[int, ...] = ()  # iterations of its checkpoints
     adapted_by: dict[str, Any] = {}  # of weights of another run: ADAPTATION of this evaluation, where it differs from their training's
+
+    @property
+    def evaluated_method(self) -> str:
+        """The name of what is evaluated: of the method of its training, if there was one."""
+        return 'random initialisation' if self.iterations == 0 else self.method
 
     @property
     def trained_on(self) -> str:
@@ -86,6 +91,8 @@ def evaluate(run: Evaluation, data: dict[str, Tasks]) -> None:
     store.entries_of(run.directory)  # a damaged file is reported before the work, not after it
     restored = restore(run)
     if run.replicas.chief:
+        with writing(run.directory), store.changing(run.directory):  # so is a folder that cannot be written to
+            pass
         record_split(run.source, run.tasks, data)
     tasks = data[run.split]
     check_in_sync(run.replicas, (run.worker_flags, tasks.fingerprint), restored.model.state().values())
@@ -174,7 +181,7 @@ def entry_of(run: Evaluation, tasks: Tasks, restored: Restored, seen_classes: Se
         checkpoint=os.path.basename(restored.prefix), iterations=restored.iterations, is_best=restored.is_best,
         ensemble=list(restored.ensemble),
         training=store.Training(
-            'random initialisation' if restored.iterations == 0 else restored.method, *restored.trained_for, restored.flags,
+            restored.evaluated_method, *restored.trained_for, restored.flags,
             restored.provenance and restored.provenance.without_classes, restored.newest),
         tasks=store.EvaluationTasks(
             datasource=run.datasource, split=run.split, num_classes=run.tasks.num_classes if run.source.loss == 'xent' else None,
@@ -206,11 +213,18 @@ def check_still_there(restored: Restored) -> None:
 def save(directory: str, entry: store.Entry, values: np.ndarray, name: str | None, check: Callable[[], None]) -> None:
     """Adds an evaluation to results.json, and writes values [tasks, 1 + updates] to <name>.csv and .pkl if there is a name; `check` as of
     `store.add`."""
-    try:
-        os.makedirs(directory, exist_ok=True)
+    with writing(directory):
         store.add(directory, entry, check)
         if name:
             store.write_reference_files(os.path.join(directory, name), values)
+
+
+@contextlib.contextmanager
+def writing(directory: str) -> Iterator[None]:
+    """Creates the folder of a run; raises UserError if that fails, or if what is done while entered is an OSError."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f'the results cannot be written to {directory}: {error.strerror}') from error
 
@@ -274,7 +288,7 @@ def differences_from_usual(run: Evaluation, restored: Restored) -> dict[str, tup
     tasks, source, trained = run.tasks, run.source, run.learning_flags
     weights_of = os.path.dirname(os.path.abspath(restored.prefix))
     return {
-        'ensemble': ('ensemble', bool(restored.ensemble)),
+        'ensemble': (f'ensemble{len(restored.ensemble)}', bool(restored.ensemble)),
         'source': (run.datasource, run.datasource != restored.trained_on),
         'weights': (f'of_{os.path.basename(weights_of)}_{zlib.crc32(weights_of.encode()):08x}', bool(run.load_from)),
         'data': (f'data_{zlib.crc32(os.path.abspath(tasks.data_path or "").encode()):08x}', is_elsewhere(run, restored)),
@@ -282,7 +296,7 @@ def differences_from_usual(run: Evaluation, restored: Restored) -> dict[str, tup
         'queries': (f'{tasks.query_shots}query', tasks.query_shots != source.query_shots(tasks.update_batch_size, train=False)),
         'step size': (f'updatelr{run.model.update_lr}', run.model.update_lr != trained['update_lr']),
         'inner batch': (f'batch{run.model.inner_batch}', run.model.inner_batch != trained['inner_batch']),
-        'tasks': (f'{run.num_test_tasks}tasks', run.num_test_tasks != source.usual_flags.get('num_test_tasks', TEST_TASKS)),
+        'tasks': (f'{run.num_test_tasks}tasks', run.num_test_tasks != source.usual_flags.get('num_test_tasks', default('num_test_tasks'))),
         'way': (f'{tasks.num_classes}way', source.loss == 'xent' and tasks.num_classes != run.num_outputs),
         'shots': (f'{tasks.update_batch_size}shot', tasks.update_batch_size != trained['update_batch_size']),
         'query norm': ('-'.join(run.query_norms), run.query_norms != (trained['query_norm'],)),
@@ -304,7 +318,7 @@ def draw(run: Evaluation, model: MAML | Ensemble, tasks: Tasks, values_of: dict[
     stem = picture_stem(run, restored)
     titles = {variant: f', {variant.label}' if len(values_of) > 1 else '' for variant in values_of}
     curves = {checkpoint + titles[variant]: values for variant, values in values_of.items()}
-    figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates)
+    figures = plots.evaluation_figures(run, model, tasks, run.split, curves, run.test_updates, restored.evaluated_method)
     paths = [f'{stem}_{what}.{run.plot_format}' for what in figures]
     for figure, path in zip(figures.values(), paths):
         plots.save(figure, path)
@@ -323,9 +337,9 @@ def restore(run: Trained) -> Restored:
     model = new_model(run, run.learning_flags['seed'], dim_output=run.num_outputs)
     if run.load_from:
         return _of_another_run(run, model)
-    training = run.method, (run.pretrain_iterations, run.metatrain_iterations), run.learning_flags
     if run.checkpoint == 0:
-        return Restored(model, checkpoints.path(run.directory, 0), 0, None, {}, *training)
+        return Restored(model, checkpoints.path(run.directory, 0), 0, None, {}, run.method,
+                        (run.pretrain_iterations, run.metatrain_iterations), run.learning_flags)
     is_ensemble = run.ensemble > 1
     members = (checkpoints.find_best(run.directory, run.ensemble) if is_ensemble else
                [checkpoints.find(run.directory, run.checkpoint)])
@@ -342,8 +356,11 @@ def restore(run: Trained) -> Restored:
         model = Ensemble(model, [checkpoints.without_optimizer(member.arrays) for member in members])
     newest = checkpoint if run.checkpoint is None and not is_ensemble else checkpoints.find(run.directory, None)
     best = newest.record['best']
+    flags = {name: record['flags'].get(name, value) for name, value in run.learning_flags.items()}  # the record knows how it was trained
+    trained_for = record['pretrain_iterations'], flags.get('metatrain_iterations', run.metatrain_iterations)
     return Restored(model, checkpoint.prefix, iterations[0], record['provenance'],
-                    {member.prefix: member.checksum for member in members}, *training, newest=newest.record['iteration'],
+                    {member.prefix: member.checksum for member in members}, run.method, trained_for, flags,
+                    newest=newest.record['iteration'],
                     is_best=best is not None and best['iteration'] == iterations[0], ensemble=iterations if is_ensemble else ())
 
 

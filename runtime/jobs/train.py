@@ -137,8 +137,9 @@ def continued(run: Training, checkpoint: checkpoints.Checkpoint, now: Provenance
         changes['weights'] = f'--load_from={run.load_from} is not read: the run goes on from its own checkpoint'
     for sentence in changes.values():
         print(f'Note: {sentence}')
-    if 'arithmetic' in changes:
-        print('      From here on, results are no longer bit-identical to those of an uninterrupted run')
+    if 'arithmetic' in changes or 'program' in changes:
+        certainty = 'are no longer' if 'arithmetic' in changes else 'may no longer be'
+        print(f'      From here on, results {certainty} bit-identical to those of an uninterrupted run')
     return then.continued(now)
 
 
@@ -316,7 +317,7 @@ def record_steps(run: Training, state: TrainState, means: dict[str, tf.Tensor], 
         else:
             problem = 'at least one of them is not finite'
         raise diverged(run, state.iteration, f'in iteration {state.iteration + step + 1} the {quantity} is {pre:.6g} before and {post:.6g} '
-                       f'after the inner updates, and {problem}')
+                       f'after the inner updates, and {problem}', 'diverged' if diverging else 'stopped')
     state.iteration += len(finite)
     state.skipped += int(np.sum(~finite))
     metrics = np.stack([means[name] for name in (f'pre_{run.metric}', f'post_{run.metric}', *run.source.reported)], axis=1)
@@ -331,9 +332,14 @@ def is_reported(run: Training, iteration: int) -> bool:
 
 
 def report_steps(run: Training, phase: str, state: TrainState, progress: Progress, summaries: Summaries, journal: Journal) -> None:
-    """Reports the iterations since the last console line: by such a line, one of metrics.csv, and the norms of their gradients."""
-    before, after, *others = unprinted_means(run, state)
-    progress.log(console_line(run, phase, state, before, after, *others))
+    """Reports the iterations since the last console line: by such a line, `Iteration 100: <before>, <after>`, by one of metrics.csv, and by
+    the norms of their gradients."""
+    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2 + len(run.source.reported))
+    before, after, *others = metrics.mean(axis=0) if len(metrics) else (math.nan,) * metrics.shape[1]  # nan: all were skipped
+    title = f'Pretrain Iteration {state.iteration}' if phase == 'pretrain' else f'Iteration {state.iteration - run.pretrain_iterations}'
+    details = ''.join(f', {name} {value:.4g}' for name, value in zip(run.source.reported, others))
+    skipped = f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)' if state.skipped else ''
+    progress.log(f'{title}: {before:.6g}, {after:.6g}{details}{skipped}')
     journal.write(state.iteration, phase, before, after)
     if state.norms:
         summaries.write_norms(state.norms, state.iteration)
@@ -354,7 +360,7 @@ def validate(run: Training, model: Model, tasks: Tasks, iteration: int, saving: 
     summaries.write('metaval', metrics, iteration, updates)
     if saving and run.plot and run.log and run.replicas.chief:
         from runtime.results import plots  # imported late: matplotlib is slow to import, and only --plot needs it
-        figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)}, updates)
+        figures = plots.evaluation_figures(run, model, tasks, 'val', {f'model{iteration}': task_metrics(metrics)}, updates, run.method)
         summaries.write_figures('metaval', figures, iteration)
     values = task_metrics(metrics)
     if run.metric == 'accuracy':
@@ -364,23 +370,6 @@ def validate(run: Training, model: Model, tasks: Tasks, iteration: int, saving: 
         title = 'Validation results' if reports_validation(run, iteration) else f'Validation of model{iteration}'
         progress.log(f'{title}: {pre:.6g}, {post:.6g}')
     return float(pre), float(post)
-
-
-def unprinted_means(run: Training, state: TrainState) -> tuple[float, ...]:
-    """The means of the metric before and after adaptation since the last console line, and of what else the source reports; nan if all
-    iterations were skipped."""
-    metrics = np.array(state.unprinted, np.float32).reshape(-1, 2 + len(run.source.reported))
-    return tuple(metrics.mean(axis=0)) if len(metrics) else (math.nan,) * metrics.shape[1]
-
-
-def console_line(run: Training, phase: str, state: TrainState, pre: float, post: float, *others: float) -> str:
-    """`Iteration 100: <pre>, <post>`, what `unprinted_means` returned."""
-    title = f'Iteration {state.iteration - run.pretrain_iterations}'
-    if phase == 'pretrain':
-        title = f'Pretrain Iteration {state.iteration}'
-    skipped = f'\nSkipped {state.skipped} iterations so far (non-finite loss or gradient)' if state.skipped else ''
-    details = ''.join(f', {name} {value:.4g}' for name, value in zip(run.source.reported, others))
-    return f'{title}: {pre:.6g}, {post:.6g}{details}{skipped}'
 
 
 def score(run: Training, before: float, after: float) -> float:

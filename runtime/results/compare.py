@@ -275,7 +275,7 @@ def _identities(evaluations):
 
 
 def arithmetic_note(evaluations: Sequence[RunEntry]) -> list[str]:
-    """A note if evaluations, or the trainings of their models, differ in what decides how numbers are rounded; else []."""
+    """A note if the trainings of the evaluated models differ in what decides how numbers are rounded; else []."""
     trainings = [evaluation.entry.training.provenance for evaluation in evaluations]
     kinds = [part for training in trainings for part in (training.arithmetic if training else [])]
     names = provenance.differing(kinds)

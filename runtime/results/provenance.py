@@ -30,7 +30,7 @@ class Provenance:
     data_path: str | None = None    # absolute, as it was; None: the source's own folder
     weights: Weights | None = None  # that training started from; None: random ones
     arithmetic: list[dict[str, str]] = dataclasses.field(default_factory=list)  # as `arithmetic`, of each part of the training
-    program: str = ''               # as `program`, of the last part
+    program: str = ''               # as `program`; of a training in parts, those of its parts, in order and separated by commas
     # {class: CRC-32 of its first examples} that these weights were trained on, in an earlier training too; not in results.json.
     classes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -52,11 +52,13 @@ class Provenance:
     def continued(self, now: 'Provenance') -> 'Provenance':
         """That of a model whose training goes on now."""
         arithmetic = self.arithmetic if self.arithmetic[-1:] == now.arithmetic else self.arithmetic + now.arithmetic
-        return dataclasses.replace(now, weights=self.weights, arithmetic=arithmetic, classes={**self.classes, **now.classes})
+        program = self.program if self.program.split(', ')[-1] == now.program else ', '.join(filter(None, [self.program, now.program]))
+        return dataclasses.replace(now, weights=self.weights, arithmetic=arithmetic, program=program,
+                                   classes={**self.classes, **now.classes})
 
 
 def differences(then: Provenance, now: Provenance, model: str, examples: str = 'data') -> dict[str, str]:
-    """{'data' | 'weights' | 'weights changed' | 'arithmetic': a sentence about what differs now from when a model was trained}.
+    """{'data' | 'weights' | 'weights changed' | 'arithmetic' | 'program': a sentence about what differs now from when a model was trained}.
 
     What is not known now or then is not compared: `now` of an evaluation has data of its split only. Nor are weights if none are named.
     `model` and `examples` are what to call the model and its data.
@@ -76,6 +78,9 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
                          for name in differing([before, after]))
         if what:
             sentences['arithmetic'] = f'{model} was computed with other software, hardware or settings ({what})'
+        last = then.program.split(', ')[-1]
+        if last != now.program:
+            sentences['program'] = f'{model} was trained by another version of this program ({last or "not known"}, now {now.program})'
     return sentences
 
 
