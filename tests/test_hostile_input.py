@@ -4,7 +4,6 @@ import io
 import os
 import string
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-from conftest import ROOT, error_of, module_at, run_main, write_image_tree
+from conftest import ROOT, error_of, module_at, run_main, said_by, write_image_tree
 from data import cifar100, reading
 from data_generator import SOURCES
 from runtime.cli import request, rules
@@ -229,17 +228,6 @@ def load_script(path):
     return module_at(os.path.join(ROOT, 'data', path))
 
 
-def refusal(script, monkeypatch, *arguments):
-    """What a preparation script's main says that must refuse, or None if it takes what it is given."""
-    monkeypatch.setattr(sys, 'argv', ['script', *map(str, arguments)])
-    try:
-        script()
-    except SystemExit as error:
-        assert isinstance(error.code, str) and error.code, error.code  # which is exit status 1
-        return error.code
-    return None
-
-
 MINI = load_script('miniImagenet/proc_images.py')
 
 
@@ -259,10 +247,10 @@ def archives():
 
 
 @pytest.mark.parametrize('script, name, content', archives())
-def test_corrupted_archives(script, name, content, tmp_path, monkeypatch, capsys):
+def test_corrupted_archives(script, name, content, tmp_path, capsys):
     for damaged in [content, *corrupted(content, 15)]:
         (tmp_path / name).write_bytes(damaged)
-        assert refusal(script, monkeypatch, '--source', tmp_path, '--destination', tmp_path / 'prepared')
+        assert said_by(script, '--source', tmp_path, '--destination', tmp_path / 'prepared')
     assert {path.name for path in tmp_path.iterdir()} <= {name, 'prepared'}
     assert all(path.suffix in ('.jpg', '.json') for path in (tmp_path / 'prepared').rglob('*') if path.is_file())
 

@@ -14,10 +14,10 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from test_hostile_input import MINI, refusal
+from test_hostile_input import MINI
 from test_preparation import SPLITS, WNIDS, cifar_parts, write_cifar
 
-from conftest import ROOT, run_process
+from conftest import ROOT, run_process, said_by
 from data import cifar100, preparation, reading
 
 SCRIPTS = {'miniImagenet': 'miniImagenet/proc_images.py', 'cifarfs': 'cifarfs/proc_images.py', 'fc100': 'fc100/proc_images.py',
@@ -130,21 +130,21 @@ WRONG = [None, 3, 1.5, True, 'text', [[1]], [None], [1.5], {'a': 1}, [True], np.
 
 @pytest.mark.parametrize('part, field', [('train', b'data'), ('train', b'fine_labels'), ('test', b'filenames'),
                                          ('meta', b'fine_label_names')])
-def test_entries_of_wrong_types_in_cifar(part, field, tmp_path, monkeypatch):
+def test_entries_of_wrong_types_in_cifar(part, field, tmp_path):
     for number, value in enumerate(WRONG):
         parts = cifar_parts(per_class=1)
         parts[part][field] = value
-        said = refusal(cifar, monkeypatch, '--source', write_cifar(tmp_path / str(number), parts, archive=False),
+        said = said_by(cifar, '--source', write_cifar(tmp_path / str(number), parts, archive=False),
                        '--destination', tmp_path / 'prepared')
         assert said and part in said and 'download CIFAR-100 again' in said, (value, said)
     assert not (tmp_path / 'prepared').exists()
 
 
-def test_classes_of_one_name_in_cifar(tmp_path, monkeypatch):
+def test_classes_of_one_name_in_cifar(tmp_path):
     parts = cifar_parts(per_class=1)
     parts['meta'][b'fine_label_names'][3] = parts['meta'][b'fine_label_names'][4]
     folder = write_cifar(tmp_path / 'cifar', parts, archive=False)
-    said = refusal(cifar, monkeypatch, '--source', folder, '--destination', tmp_path / 'prepared')
+    said = said_by(cifar, '--source', folder, '--destination', tmp_path / 'prepared')
     assert 'two classes the same name' in said and not (tmp_path / 'prepared').exists()
 
 
@@ -165,24 +165,24 @@ MEMBERS = [{FIRST: value} for value in (None, 3, 'text', [0.0], [True], [[0]], {
 MEMBERS += [{FIRST: [0, 0]}, {FIRST: [0, 1], SECOND: [1, 2]}, {FIRST.encode(): [0], FIRST: [1]}, {'../x': [0]}, {'x' * 151: [0]}]
 
 
-def test_entries_of_wrong_types_in_the_cached_pickles(tmp_path, monkeypatch):
+def test_entries_of_wrong_types_in_the_cached_pickles(tmp_path):
     changes = [{'image_data': value} for value in WRONG] + [{'class_dict': value} for value in WRONG if type(value) is not dict]
     changes += [{'class_dict': members} for members in MEMBERS]
     for number, change in enumerate(changes):
         source = write_mini(tmp_path / str(number), **change)
-        said = refusal(MINI.main, monkeypatch, '--source', source, '--destination', tmp_path / 'prepared')
+        said = said_by(MINI.main, '--source', source, '--destination', tmp_path / 'prepared')
         assert said and 'train.pkl' in said and 'download it again' in said, (change, said)
     assert not (tmp_path / 'prepared').exists()
 
 
 @pytest.mark.parametrize('names', [['train', 'validation', 'test'], ['train', 'val', 'test']])
-def test_both_names_of_the_pickle_of_validation(names, tmp_path, monkeypatch):
+def test_both_names_of_the_pickle_of_validation(names, tmp_path):
     """If both are there, -validation is not even opened."""
     source = write_mini(tmp_path / 'source', names)
     if 'val' in names:
         (source / 'mini-imagenet-cache-validation.pkl').write_bytes(b'no pickle')
     flags = '--source', source, '--destination', tmp_path / 'prepared', '--allow_missing'
-    assert refusal(MINI.main, monkeypatch, *flags) is None
+    assert said_by(MINI.main, *flags) is None
     assert len(list((tmp_path / 'prepared' / 'val').rglob('*.png'))) == 4
 
 
@@ -220,9 +220,9 @@ def damage_middle(content):
     (zip_with(set_bytes(b'PK\x01\x02', 8, b'\x01\x00')), 'cannot be decoded'),   # encrypted
     (zip_with(damage_middle, compression=zipfile.ZIP_LZMA), 'cannot be decoded'),
     (zip_with(damage_middle, compression=zipfile.ZIP_BZIP2), 'cannot be decoded')])
-def test_zip_files_that_are_reported_badly(content, words, tmp_path, monkeypatch):
+def test_zip_files_that_are_reported_badly(content, words, tmp_path):
     (tmp_path / 'images.zip').write_bytes(content)
-    said = refusal(MINI.main, monkeypatch, '--source', tmp_path, '--destination', tmp_path / 'prepared')
+    said = said_by(MINI.main, '--source', tmp_path, '--destination', tmp_path / 'prepared')
     assert words in said and ('images.zip' in said or 'n01532829' in said)
 
 

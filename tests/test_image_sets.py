@@ -5,7 +5,6 @@ import io
 import json
 import os
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -15,7 +14,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from conftest import ROOT, run_process, run_script
+from conftest import ROOT, run_process, run_script, said_by
 from data import archives, image_sets, mat_files, preparation, reading
 from data_generator import SOURCES
 from runtime.datasets.class_folders import preparation_record
@@ -121,15 +120,11 @@ def write(source, folder, files, unpacked=False):
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch):
+def prepare(tmp_path):
     """Function that prepares a set in this process; returns what the script said if it refused, and the files that there are."""
     def run(source, folder, *flags):
-        monkeypatch.setattr(sys, 'argv', ['proc_images.py', '--source', str(folder), '--destination', str(tmp_path / 'prepared'), *flags])
-        try:
-            image_sets.main('', os.path.join(ROOT, 'data', source))
-            said = None
-        except SystemExit as error:
-            said = error.code
+        said = said_by(lambda: image_sets.main('', os.path.join(ROOT, 'data', source)),
+                       '--source', folder, '--destination', tmp_path / 'prepared', *flags)
         classes = tmp_path / 'prepared' / 'classes'
         return said, {path.relative_to(classes).as_posix(): path.read_bytes() for path in classes.rglob('*') if path.is_file()}
     return run

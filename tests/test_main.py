@@ -412,6 +412,8 @@ def test_engines_train_alike(arguments, tmp_path, few_tasks):
     (['--train=False', '--learn_lr=weight', '--update_lr=0.1', '--train_update_lr=0.01'], ['--update_lr=0.1', 'are learned']),
     (['--load_from='], ['--load_from must name a checkpoint']),
     (['--datasource=omniglot', '--method=r2d2', '--logits=cosine'], ['--logits=cosine', 'would learn nothing']),
+    (['--plot', '--log=False'], ['--plot', '--log=False', 'leave out one']),
+    (['--stop_grad', '--first_order_iterations=5'], ['--stop_grad', '--first_order_iterations=5', 'leave out one']),
     (['--baseline=oracle', '--meta_lr_schedule=linear'], ['--meta_lr_schedule=linear', 'leave it out']),
     (['--pretrain_iterations=5', '--metatrain_iterations=0', '--meta_lr_schedule=cosine'], ['--meta_lr_schedule=cosine', 'leave it out']),
     (['--pretrain_iterations=5', '--metatrain_iterations=0', '--multi_step_loss=5', '--learn_lr=step', '--first_order_iterations=1'],

@@ -7,12 +7,11 @@ import json
 import os
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, run_process, write_image_tree
+from conftest import ROOT, run_process, said_by, write_image_tree
 from data import mnist, packing, preparation
 from data_generator import SOURCES, TaskConfig
 from runtime.datasets import arrays
@@ -214,19 +213,15 @@ def small_mnist(tmp_path, monkeypatch):
     return folder
 
 
-def prepare(source, folder, destination, monkeypatch, *flags):
+def prepare(source, folder, destination):
     """Runs doublemnist's or triplemnist's script in this process; returns what it said if it refused."""
-    monkeypatch.setattr(sys, 'argv', ['proc_images.py', '--source', str(folder), '--destination', str(destination), *flags])
-    try:
-        mnist.main('', os.path.join(ROOT, 'data', source), SOURCES[source].image_shape[0])
-        return None
-    except SystemExit as error:
-        return error.code
+    return said_by(lambda: mnist.main('', os.path.join(ROOT, 'data', source), SOURCES[source].image_shape[0]),
+                   '--source', folder, '--destination', destination)
 
 
 @pytest.mark.parametrize('source, counts', [('doublemnist', (64, 16, 20)), ('triplemnist', (640, 160, 200))])
-def test_digits_stand_in_their_cells(source, counts, small_mnist, tmp_path, monkeypatch):
-    assert prepare(source, small_mnist, tmp_path / 'prepared', monkeypatch) is None
+def test_digits_stand_in_their_cells(source, counts, small_mnist, tmp_path):
+    assert prepare(source, small_mnist, tmp_path / 'prepared') is None
     size, length = SOURCES[source].image_shape[0], 2 + (source == 'triplemnist')
     places = set()
     for split, count in zip(('train', 'val', 'test'), counts):
@@ -266,20 +261,20 @@ def test_classes_are_those_of_the_generator(source, count):
     ('t10k-labels-idx1-ubyte.gz', lambda content: b'<html>', 'is damaged'),
     ('t10k-labels-idx1-ubyte.gz', lambda content: gzip.compress(bytes(2 ** 28)), 'does not hold bytes'),
     ('t10k-labels-idx1-ubyte.gz', lambda content: gzip.compress(idx(np.full(20, 10, np.uint8))), 'holds a label 10')])
-def test_corrupted_mnist(name, change, words, small_mnist, tmp_path, monkeypatch):
+def test_corrupted_mnist(name, change, words, small_mnist, tmp_path):
     path = small_mnist / name
     content = path.read_bytes()
     path.unlink()
     if change:
         path.write_bytes(change(content))
-    said = prepare('doublemnist', small_mnist, tmp_path / 'prepared', monkeypatch)
+    said = prepare('doublemnist', small_mnist, tmp_path / 'prepared')
     assert re.search(words, said) and not (tmp_path / 'prepared').exists(), said
 
 
-def test_digits_that_are_missing(small_mnist, tmp_path, monkeypatch):
+def test_digits_that_are_missing(small_mnist, tmp_path):
     for part, count in mnist.PARTS.items():
         (small_mnist / f'{part}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(idx(np.arange(count, dtype=np.uint8) % 9)))
-    assert 'lack the digit 9' in prepare('doublemnist', small_mnist, tmp_path / 'prepared', monkeypatch)
+    assert 'lack the digit 9' in prepare('doublemnist', small_mnist, tmp_path / 'prepared')
 
 
 @pytest.mark.parametrize('source', ['doublemnist', 'triplemnist'])

@@ -3,7 +3,6 @@ import hashlib
 import io
 import os
 import struct
-import sys
 import tarfile
 import threading
 import time
@@ -18,7 +17,7 @@ from PIL import Image
 from test_image_sets import MAKE, picture, write
 from test_preparation import cifar_parts, write_cifar
 
-from conftest import ROOT
+from conftest import ROOT, said_by
 from data import archives, cifar100, image_sets, mnist, preparation
 from data.omniglot_resized import resize_images
 from data_generator import SOURCES
@@ -29,15 +28,7 @@ DRAWINGS = {'images_background': 'Latin/character01/0001_01.png', 'images_evalua
 
 def run(main, source, destination, *flags):
     """Runs a preparation in this process; returns what it said if it refused, and {path: content} of the pictures."""
-    arguments = sys.argv
-    sys.argv = ['script', '--source', str(source), '--destination', str(destination), '--allow_missing', *map(str, flags)]
-    try:
-        main()
-        said = None
-    except SystemExit as error:
-        said = error.code
-    finally:
-        sys.argv = arguments
+    said = said_by(main, '--source', source, '--destination', destination, '--allow_missing', *flags)
     return said, {path.relative_to(destination).as_posix(): path.read_bytes() for path in destination.rglob('*.??g')}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import main
-from conftest import ROOT, error_of, results_of, run_ok, run_process
+from conftest import ROOT, error_of, results_of, run_ok
 from data_generator import TableSource, TaskConfig
 from maml import MAML
 from runtime.cli.request import resolve
@@ -337,8 +337,3 @@ def test_standardising_is_undone():
     np.testing.assert_array_equal(columns.restore_targets(found[:, 1:]), values[:, 1:])
     with pytest.raises(UserError):
         columns.standardise(np.array([[1e300]]))
-
-
-def test_a_traceback_is_no_answer(tmp_path):
-    process = run_process('--datasource=table', f'--data_path={tmp_path / "nowhere"}')
-    assert process.returncode == 1 and process.stderr.count('\n') == 1 and 'main.py: there is no folder' in process.stderr

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_hostile_preparation import DTYPE
 
-from conftest import ROOT, module_at, run_process
+from conftest import ROOT, module_at, run_process, said_by
 from data import pickles
 from data_generator import SOURCES
 
@@ -91,16 +91,10 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def prepare(source, tmp_path, monkeypatch):
+def prepare(source, tmp_path):
     """Function that prepares the source in this process; returns what the script said if it refused."""
     def run(*flags):
-        script = module_at(PATH)
-        monkeypatch.setattr(sys, 'argv', [PATH, '--source', str(source.folder), '--destination', str(tmp_path / 'prepared'), *flags])
-        try:
-            script.main()
-            return None
-        except SystemExit as error:
-            return error.code
+        return said_by(module_at(PATH).main, '--source', source.folder, '--destination', tmp_path / 'prepared', *flags)
     return run
 
 

@@ -154,6 +154,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      'prototypes'),
     (lambda r: r.mode == 'train' and r.multi_step_loss > 0 and r.num_updates == 1,
      '--multi_step_loss is a mean over inner updates, and --num_updates=1 takes one: leave it out'),
+    (lambda r: r.mode == 'train' and r.stop_grad and r.first_order_iterations > 0,
+     '--stop_grad is first order in all iterations, so --first_order_iterations={first_order_iterations} changes nothing: leave out one'),
     *((lambda r, name=name: r.num_updates == 0 and r.values[name] != default(name),
        f'--{name} is about the inner updates of the training, and --num_updates=0 takes none: leave it out')
       for name in ('stop_grad', 'first_order_iterations', 'multi_step_loss', 'learn_lr', 'norm_per_step', 'inner_batch')),
@@ -180,6 +182,8 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      'there is nothing to train: --pretrain_iterations and --metatrain_iterations are both 0'),
     (lambda r: r.mode == 'train' and bool(r.task_chunk) and r.meta_batch_size % r.task_chunk != 0,
      '--task_chunk={task_chunk} must divide --meta_batch_size={meta_batch_size}'),
+    (lambda r: r.mode == 'train' and r.plot and not r.log,
+     '--plot of a training draws into the summaries, and --log=False writes none: leave out one'),
     (lambda r: r.mode == 'train' and not r.resume and r.test_iter != -1,
      '--resume=False starts from scratch, and --test_iter continues from a checkpoint: give one'),
     # Evaluation
