@@ -148,7 +148,8 @@ string('hidden', None, 'sizes of the hidden layers of a fully connected network;
        Learning('.layers{}', network='all'), only='fully connected')
 group('Computation (results differ only by rounding)')
 choice('engine', 'auto', ['auto', 'map', 'vmap', 'tasks', 'wide'], 'map: one task per core; vmap: all tasks in one graph (tasks, wide: '
-       'their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute; else map', only='supervised')
+       'their earlier names); auto: vmap for fully connected networks and on a GPU, but not with --recompute or --network; else map',
+       only='supervised')
 number('task_chunk', 0, 'tasks of a meta-batch to compute at a time, to save memory: a divisor of --meta_batch_size; 0: all', 0,
        only='supervised')
 boolean('recompute', False, 'gradient checkpointing over inner steps: saves memory and compilation for many inner updates',
@@ -166,7 +167,7 @@ number('save_interval', 1000, 'iterations between checkpoints (navigation: 10)',
 group('Evaluation')
 boolean('train', True, 'train; False: evaluate')
 string('load_from', None, 'prefix of a checkpoint, of this program or of the reference, to evaluate, or to start a training from')
-number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0: in evaluation the initial weights, else the newest', -1)
+number('test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; 0: the initial weights; in a training the newest', -1)
 boolean('test_best', False, 'evaluate the checkpoint that did best on meta-validation', only='evaluation')
 boolean('plot', False, 'draw the results of an evaluation or a comparison; in training, those of every checkpoint on meta-validation, in '
         'TensorBoard')

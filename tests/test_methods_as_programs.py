@@ -167,6 +167,7 @@ def test_presets_are_the_table_and_flags_override_them():
     assert preset('--method=boil', '--update_lr=0.1')['update_lr'] == 0.1
     for name, updates in ('protomaml', -1), ('unicorn', -1), ('maml++', -1), ('reptile', 50), ('baseline', 100):
         assert preset(f'--method={name}', '--num_updates=9')['test_updates'] == updates, 'where -1 leaves it to --num_updates'
+    assert preset('--method=maml++', '--num_updates=5')['test_updates'] == 5, 'that of the preset'
     assert title('--method=fomaml') == title('--stop_grad') == 'first-order MAML' and title() == 'MAML'
     assert title('--method=anil', '--learn_lr=step') == 'ANIL with learn_lr=step'
     assert title('--learn_lr=layer', '--mean_loss') == 'MAML with learn_lr=layer, mean_loss'

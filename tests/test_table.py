@@ -133,3 +133,10 @@ def test_validations_of_a_console_log(tmp_path):
     (tmp_path / 'run' / 'run.flags').write_text('--datasource=omniglot\n')
     curves.draw({'a': curves.console_log(str(tmp_path))}, str(tmp_path / 'curves.png'))
     assert (tmp_path / 'curves.png').stat().st_size > 5000
+
+
+def test_each_trained_row_has_its_figures():
+    """As when a preset changes, and the table looks for evaluations in another setting than those that ship."""
+    states = {row.title: (row, table.state_of(row)) for row in table.ROWS}
+    trained = {title: table.cells(row, state)[3] for title, (row, state) in states.items() if state.newest}
+    assert len(trained) > 20 and all(trained.values()), [title for title, figures in trained.items() if not figures]

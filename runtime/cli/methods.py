@@ -44,11 +44,12 @@ def switches() -> list[str]:
     return ['stop_grad', *(name for name in GROUPS['Method'] if name not in ('method', 'ensemble'))]
 
 
-def settings(method: str, given: Collection[str]) -> dict[str, Any]:
-    """{flag: value} that --method stands for, without the flags given on the command line. A preset that is evaluated after as many updates
-    as it trains with leaves that to --num_updates, if it is given."""
+def settings(method: str, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """{flag: value} that --method stands for, without those `given` on the command line, whose values are among `values`. A preset that is
+    evaluated after as many updates as it trains with leaves that to --num_updates, if another is given."""
     flags = PRESETS[method].flags
-    free = {'test_updates'} if 'num_updates' in given and flags.get('test_updates') == flags.get('num_updates') else set()
+    is_other = 'num_updates' in given and values['num_updates'] != flags.get('num_updates')
+    free = {'test_updates'} if is_other and flags.get('test_updates') == flags.get('num_updates') else set()
     return {name: value for name, value in flags.items() if name not in free.union(given)}
 
 
@@ -57,9 +58,10 @@ def overridden(method: str, values: Mapping[str, Any], given: Collection[str]) -
     return {name: value for name, value in PRESETS[method].flags.items() if name in given and name in LEARNING and values[name] != value}
 
 
-def preset_hint(method: str, given: Collection[str], sentence: str) -> str:
+def preset_hint(method: str, values: Mapping[str, Any], given: Collection[str], sentence: str) -> str:
     """Text to add to a refusal: which of the flags that it names were not given, but come from --method; '' if none."""
-    own = ' and '.join(f'--{name}={value}' for name, value in settings(method, given).items() if re.search(rf'--{name}\b', sentence))
+    preset = settings(method, values, given)
+    own = ' and '.join(f'--{name}={value}' for name, value in preset.items() if re.search(rf'--{name}\b', sentence))
     return f' (--method={method} sets {own}; a flag on the command line overrides it)' if own else ''
 
 

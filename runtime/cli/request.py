@@ -164,7 +164,7 @@ def resolve(line: CommandLine) -> Request:
     """
     directory = None if line.values['run'] is None else stored_run.find(line.values['run'])
     stored = stored_run.read(directory) if directory else {}
-    preset = methods.settings(line.values['method'], line.given)
+    preset = methods.settings(line.values['method'], line.values, line.given)
     dropped = _without_meaning(preset, line)
     values = {**line.values, **_usual_flags(line, stored), **_without(preset, dropped)}
     mode = 'predict' if values['predict'] else 'train' if values['train'] else 'evaluate'

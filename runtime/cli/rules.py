@@ -42,7 +42,7 @@ def check_flags(request: Request) -> None:
     broken = [*_misplaced(request), *(message for refused, message in RULES if refused(request))]
     if broken:
         sentence = '; '.join(dict.fromkeys(message.format(**facts) for message in broken))
-        raise UserError(sentence + methods.preset_hint(request.method, request.given, sentence))
+        raise UserError(sentence + methods.preset_hint(request.method, request.values, request.given, sentence))
 
 
 def _misplaced(request):
