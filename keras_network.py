@@ -7,9 +7,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import random
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -62,8 +64,11 @@ class KerasNetwork:
         self.name = getattr(function, '__name__', type(function).__name__)
         self._function, self._input_shape, self._outputs, self._dtype = function, tuple(input_shape), outputs, dtype
         self._keras = _keras()
+        if isinstance(function, self._keras.Model):
+            raise UserError('network= takes a function (input_shape, outputs) that makes a keras.Model, and this is such a model')
         self._seen = threading.local()  # `features`: the input of the last layer in this thread's call
         self.model = model = self._build(0)
+        self._blueprint = _blueprint(model)
         self.layers = list(model._flatten_layers(include_self=False))
         self._weights = {variable.path: variable for variable in model.trainable_variables}
         self._seeds = list(filter(_is_seed, model.non_trainable_variables))
@@ -117,12 +122,12 @@ class KerasNetwork:
             raise UserError(f'--query_norm=support: in {self.name} {self._mixes_rows}; give --query_norm=batch or each')
 
     def initial_weights(self, seed: int) -> Tensors:
-        model = self._build(seed)
-        if model is self.model:
-            raise UserError(f'{self.name} returns the same model again; it must make a new one at each call')
+        model = self._build(int(seed))
+        if {*map(id, model.variables)} & {*map(id, self.model.variables)}:
+            raise UserError(f'{self.name} uses layers again that it has used before; it must make a new model, of new layers, at each call')
         initial = {variable.path: variable for variable in model.trainable_variables}
-        if {name: value.shape for name, value in initial.items()} != {name: value.shape for name, value in self._weights.items()}:
-            raise UserError(f'{self.name} makes a model with other weights at each call')
+        if _blueprint(model) != self._blueprint:  # as in a notebook, after a change of what the function uses
+            raise UserError(f'{self.name} makes another model than before; define the function again, so that it is a new network')
         return {name: tf.cast(value, tf.float32) for name, value in initial.items() if name not in self._norm_names}
 
     def initial_norm_params(self) -> Tensors:
@@ -358,6 +363,25 @@ class KerasNetwork:
 def almost_equal(first, second):
     """Whether two tensors differ by rounding only."""
     return np.allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
+def _blueprint(model):
+    """What models of equal code and settings have in common: shapes of weights, settings of layers, and the code of their classes."""
+    layers = [model, *model._flatten_layers(include_self=False)]
+    return ({variable.path: tuple(variable.shape) for variable in model.trainable_variables}, [_settings(layer) for layer in layers],
+            [{name: value.__code__ for kind in type(layer).__mro__ for name, value in vars(kind).items() if hasattr(value, '__code__')}
+             for layer in layers])
+
+
+def _settings(layer):
+    """The config of a Keras layer as text; '' if it has none, as layers of one's own need not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Keras warns of a lambda, which is not going to be stored here
+            config = layer.get_config()
+        return json.dumps(config, sort_keys=True, skipkeys=True, default=lambda value: type(value).__name__)
+    except Exception:  # whatever the user's code raises
+        return ''
 
 
 def _is_seed(variable):

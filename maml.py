@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tensorflow as tf
 
 from networks import classifier_outputs, initial_head, last_layer, layers, mask_at, masks, narrowed, network_of, outputs_of, shared_weights
 from runtime.compute import engine
+from runtime.compute.config import checked
 from runtime.compute.distribution import Replicas
 from runtime.compute.optimizers import outer_optimizers, outer_updates
 from runtime.compute.schedules import config_at, multi_step_weights
@@ -34,12 +35,12 @@ class ModelConfig:
     """What the model is and how it learns. Fields are named like the flags; the others come from the data source."""
     dim_input: int                          # numbers per row
     dim_output: int                         # targets per row; the way N in classification
-    loss: str                               # 'mse' | 'xent'
+    loss: Literal['mse', 'xent', 'return']  # 'return': of navigation.py
     update_batch_size: float                # K, by which 'xent' divides
     update_lr: float                        # inner step size, alpha
     num_updates: int = 1                    # inner updates of a training step
     meta_lr: float = 0.001                  # step size of the outer loop, beta
-    norm: str = 'batch_norm'                # 'batch_norm' | 'layer_norm' | 'None'
+    norm: Literal['batch_norm', 'layer_norm', 'None'] = 'batch_norm'
     image_shape: tuple[int, int, int] | None = None  # (height, width, channels); None: fully connected net
     network: Callable | None = None         # (input_shape, outputs) -> keras.Model, instead of this program's own networks
     input_shape: tuple[int, ...] | None = None  # of a row, as that model gets it; None: image_shape, or [dim_input]
@@ -47,37 +48,37 @@ class ModelConfig:
     dim_hidden: tuple[int, ...] = (40, 40)  # fully connected layer sizes
     num_filters: int = 64                   # channels of each convolution
     max_pool: bool = False                  # pool after each block, instead of convolutions of stride 2
-    head: str | None = 'mean'               # 'mean' | 'flatten': what conv nets do before the last layer
+    head: Literal['mean', 'flatten', None] = 'mean'  # what conv nets do before the last layer
     stop_grad: bool = False                 # first-order approximation
-    inner_weights: str = 'all'              # the inner loop adapts 'all' weights, the last layer, 'head', or the others, 'body'
-    head_init: str = 'learned'              # a task's last layer before it: one of networks.HEADS
-    logits: str = 'linear'                  # what it computes: 'linear' | 'cosine'
+    inner_weights: Literal['all', 'head', 'body'] = 'all'  # that the inner loop adapts; 'head': the last layer, 'body': the others
+    head_init: Literal['learned', 'shared', 'new', 'prototypes', 'ridge', 'neighbours'] = 'learned'  # one of networks.HEADS
+    logits: Literal['linear', 'cosine'] = 'linear'  # what it computes
     pretrain_classes: int = 0               # classes that pre-training tells apart by a last layer of their own; 0: those of tasks
     ridge_lambda: float = 50.0              # of 'ridge': its penalty, from which it is learned
     ridge_scale: float = 10.0               # the same of what its outputs are multiplied by
     adapt_norm: bool = False                # the inner loop adapts offsets and scales of normalisation too
     norm_scale: bool = False                # batch norm has a scale
     norm_per_step: bool = False             # offsets and scales of each inner step
-    learn_lr: str = 'no'                    # a learned step size: 'layer': per tensor, 'step': per tensor and step, 'weight': per number
+    learn_lr: Literal['no', 'layer', 'step', 'weight'] = 'no'  # learned step sizes: per tensor, per tensor and step, per number
     mean_loss: bool = False                 # 'xent' divides by the number of rows
     multi_step_loss: int = 0                # iterations in which the objective includes the loss after each inner update
     first_order_iterations: int = 0         # first iterations, computed as if with stop_grad
-    meta_optimizer: str = 'adam'            # of the outer loop: 'adam' | 'sgd'
-    meta_lr_schedule: str = 'constant'      # how the outer step size moves to meta_lr_final: 'constant' | 'linear' | 'cosine'
+    meta_optimizer: Literal['adam', 'sgd'] = 'adam'  # of the outer loop
+    meta_lr_schedule: Literal['constant', 'linear', 'cosine'] = 'constant'  # how the outer step size moves to meta_lr_final
     meta_lr_final: float = 0.0              # step size of the outer loop after the last iteration
     metatrain_iterations: int = 0           # when meta_lr_final is reached; unused if constant
     schedule_interval: int = 1              # iterations between changes of the schedules
-    query_norm: str = 'batch'               # statistics for query rows: 'batch' | 'support' | 'each', see `query_features`
-    outer: str = 'gradient'                 # what the outer step follows: the meta-'gradient', or the adapted weights, 'reptile'
-    inner_optimizer: str = 'sgd'            # 'sgd', or with 'reptile' also 'adam'
+    query_norm: Literal['batch', 'support', 'each'] = 'batch'  # statistics for query rows, see `query_features`
+    outer: Literal['gradient', 'reptile'] = 'gradient'  # what the outer step follows: the meta-gradient, or the adapted weights
+    inner_optimizer: Literal['sgd', 'adam'] = 'sgd'  # 'adam' with 'reptile' only
     inner_batch: int = 0                    # support rows of an inner step; 0: all
     recompute: bool = False                 # gradient checkpointing over inner steps
     clip: float | None = None               # elementwise bound of the meta-gradient
     clip_norm: float = 0.0                  # bound of its Euclidean norm; 0: none
-    engine: str = 'auto'                    # 'map': one task per core; 'vmap': all tasks in one graph; 'auto'
-    jit: bool = False                       # compile that by XLA; follows from the engine and the network
+    engine: Literal['auto', 'map', 'vmap', 'tasks', 'wide'] = 'auto'  # 'map': one task per core; 'vmap': all tasks in one graph
+    jit: bool = False                       # compile that by XLA; not a setting: it follows from the engine and the network
     task_chunk: int | None = None           # tasks whose gradients are computed at a time; a divisor of the meta-batch
-    dtype: str = 'float32'                  # 'float64': for batches of float64, where rounding must not decide
+    dtype: Literal['float32', 'float64'] = 'float32'  # in which everything is computed; batches are cast to it
 
 
 class Parameters(NamedTuple):
@@ -192,7 +193,7 @@ def joint_gradient(config: ModelConfig, parameters: Parameters, iteration: Step,
 
 
 def classifier_gradient(config: ModelConfig, parameters: Parameters, iteration: Step, task: TaskBatch) -> TaskGradient:
-    """That of the loss of a classifier of all classes, for a 'task' of examples of all of them (Baseline: Chen et al., 2019)."""
+    """The gradient of the loss of a classifier of all classes, for a 'task' of examples of all of them (Baseline: Chen et al., 2019)."""
     with tf.GradientTape() as tape:
         tape.watch(parameters)
         outputs = classifier_outputs(config, weights_at(config, parameters, masks(config, iteration), 0), task.support_x)
@@ -356,13 +357,14 @@ class MAML:
         steps_per_call: training steps per compiled call: 100 for small networks, where call overhead dominates, else 1.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, replicas: Replicas | None = None, network: Callable | None = None):
-        """The initial weights are a function of config and seed; `network` is that of the config (docs/networks.md). With several
-        replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`."""
-        config = dataclasses.replace(config, network=network, mask_seed=seed) if network else config
+    def __init__(self, config: ModelConfig, seed: int | None = None, replicas: Replicas | None = None, network: Callable | None = None):
+        """The initial weights are a function of config and seed (None: 0), which is also the mask_seed, if given; `network` is that of the
+        config (docs/networks.md). With several replicas, meta-batches are what `Replicas.distribute` makes, except for `predict`. Raises
+        UserError if the config makes no sense."""
+        config = checked(config, seed, network)
         self.replicas, self.description = replicas or Replicas(), network_of(config).description
         self.config = config = engine.resolve(config, network_of(config))
-        self.shared = tf.nest.map_structure(lambda value: tf.Variable(tf.cast(value, config.dtype)), initial_parameters(config, seed))
+        self.shared = tf.nest.map_structure(lambda value: tf.Variable(tf.cast(value, config.dtype)), initial_parameters(config, seed or 0))
         self.weights, self.norm_params, rates, inner_optimizer_state = self.shared
         self.learning_rates = {name.removeprefix('lr/'): variable for name, variable in rates.items()}
         trained = self.shared.trained()
@@ -386,10 +388,8 @@ class MAML:
         return {**self.parameters(), **metatrain, **pretrain}
 
     def variant(self, **changes: Any) -> MAML:
-        """A MAML with the same weights, another config and a fresh optimizer.
-
-        With a smaller `dim_output` n it has the first n outputs: all are equivalent, for a task's labels are in random order.
-        """
+        """A MAML with the same weights, another config and a fresh optimizer. With a smaller `dim_output` n it has the first n outputs: all
+        are equivalent, for a task's labels are in random order."""
         other = MAML(dataclasses.replace(self.config, **changes), replicas=self.replicas)
         other.copy_parameters(self)
         return other
@@ -412,13 +412,13 @@ class MAML:
                                   tf.constant(iteration, tf.int64), tf.cast(stopping, self.config.dtype))
 
     def metatrain_step(self, batch: TaskBatch, iteration: int = 0, phase: str = 'metatrain') -> Tensors:
-        """One outer update with a meta-batch; returns scalars named as by `train_steps`."""
+        """One outer update with a meta-batch; scalars named as by `train_steps`. Schedules and random layers follow the iteration."""
         steps = self.train_steps(phase, self.replicas.add_leading_axis(batch), iteration)
         return {name: values[0] for name, values in steps.items()}
 
-    def pretrain_step(self, batch: TaskBatch) -> Tensors:
+    def pretrain_step(self, batch: TaskBatch, iteration: int = 0) -> Tensors:
         """`metatrain_step` of joint training."""
-        return self.metatrain_step(batch, phase='pretrain')
+        return self.metatrain_step(batch, iteration, 'pretrain')
 
     def meta_gradients(self, batch: TaskBatch, iteration: int = 0, phase: str = 'metatrain') -> Tensors:
         """`task_gradient` of a phase, averaged over tasks, before clipping: {name: tensor}."""

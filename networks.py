@@ -244,14 +244,24 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
 
     Raises UserError if a network of one's own with another number of outputs would compute something else.
     """
-    values = {name: tensors[name] if variable.shape == tensors[name].shape else tensors[name][..., :variable.shape[-1]]
-              for name, variable in variables.items() if name in tensors}
+    of_steps = network_of(config).initial_norm_params().keys() if config.norm_per_step else ()
+    values = {name: tensors[name] if variable.shape == tensors[name].shape else
+              for_steps(tensors[name], variable.shape) if name in of_steps or config.learn_lr == 'step' and name.startswith('lr/') else
+              tensors[name][..., :variable.shape[-1]] for name, variable in variables.items() if name in tensors}
     if config.network and config.dim_output != wider.dim_output and not (
             all(name in values and values[name].shape == variable.shape for name, variable in variables.items())
             and _has_same_first_outputs(config, values, wider, tensors)):
         raise UserError(f'{network_of(config).name} computes something different when it is made with {config.dim_output} outputs instead '
                         f'of the {wider.dim_output} that it was trained with: use tasks of {wider.dim_output} classes')
     return values
+
+
+def for_steps(value: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """What each inner step has, for another number of steps, [steps, ...]: those beyond the last one have what it has. One value for all
+    steps, [...], becomes that of each."""
+    value = tf.convert_to_tensor(value)
+    each = value if len(value.shape) == len(shape) else value[None]
+    return tf.gather(each, tf.minimum(tf.range(shape[0]), each.shape[0] - 1))
 
 
 def _has_same_first_outputs(config, values, wider, tensors):

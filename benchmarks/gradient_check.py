@@ -169,7 +169,7 @@ def train_in_both(directory: str, steps: int) -> None:
     for iteration in range(first, first + steps):
         batch = draw(data['train'], run, iteration, replica=0)
         for dtype, model in models.items():
-            metrics = model.metatrain_step(type(batch)(*(tf.cast(array, dtype) for array in batch)), iteration)
+            metrics = model.metatrain_step(batch, iteration)
             measured[dtype].append(float(metrics[f'post_{run.metric}']))
         if (iteration + 1 - first) % 100 == 0 or iteration + 1 == first + steps:
             means = ', '.join(f'{dtype} {np.mean(values[-100:]):.4f}' for dtype, values in measured.items())

@@ -5,6 +5,8 @@ wide: 64-160-320-640 filters, 12.4 million (MetaOptNet: Lee et al., 2019, arXiv:
 small: 16-32-64-128 filters, 0.5 million, for a CPU.
 wide_dropblock: with DropBlock (Ghiasi et al., 2018, arXiv:1810.12890) in the last two blocks.
 """
+import math
+
 import keras
 from keras import layers
 
@@ -58,9 +60,11 @@ class DropBlock(layers.Layer):
             return x
         height, width = x.shape[1:3]
         size = min(self.size, height, width)
-        # A square starts at each position with such a probability that about `rate` of all numbers are dropped.
-        starts = keras.random.uniform(keras.ops.shape(x), dtype=x.dtype, seed=self.seeds) < (
-            self.rate * height * width / size ** 2 / ((height - size + 1) * (width - size + 1)))
-        dropped = keras.ops.max_pool(keras.ops.cast(starts, x.dtype), size, 1, 'same')
+        # A square starts at each position where a whole one fits, so often that about `rate` of all numbers are dropped.
+        places = height - size + 1, width - size + 1
+        starts = keras.random.uniform((keras.ops.shape(x)[0], *places, x.shape[3]), dtype=x.dtype, seed=self.seeds) < (
+            self.rate * height * width / size ** 2 / math.prod(places))
+        padded = keras.ops.pad(keras.ops.cast(starts, x.dtype), [(0, 0), (size - 1, size - 1), (size - 1, size - 1), (0, 0)])
+        dropped = keras.ops.max_pool(padded, size, 1, 'valid')
         kept = 1 - dropped
         return x * kept / keras.ops.maximum(keras.ops.mean(kept), 1e-6)

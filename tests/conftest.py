@@ -198,6 +198,7 @@ def map_eagerly(engine, parameters, function, tasks, step, mapped=Engine._map):
     """`Engine._map`; one task after the other, without the graph from which that takes the structure of the results."""
     if engine._config.engine != 'map':
         return mapped(engine, parameters, function, tasks, step)
+    tasks = engine._cast(tasks)
     results = [function(parameters, step, tf.nest.map_structure(lambda array, task=task: tf.convert_to_tensor(array[task]), tasks))
                for task in range(len(tf.nest.flatten(tasks)[0]))]
     return tf.nest.map_structure(lambda *values: tf.stack(values), *results)

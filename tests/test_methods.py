@@ -3,6 +3,7 @@ test_methods_as_programs.py."""
 import dataclasses
 import json
 import os
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import runtime.compute.engine
 from conftest import ROOT, fixture_files
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, objective, weights_at
-from networks import network_of
+from networks import HEADS, network_of
 from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
+from runtime.system.errors import UserError
 from utils import rows_of_step
 
 FIXTURES = fixture_files('golden_methods', 'MAML_GOLDEN_METHODS')
@@ -528,3 +530,64 @@ def test_an_ensemble_of_one_checkpoint_is_that_checkpoint():
     np.testing.assert_allclose(found.post, (first.post + second.post) / 2, rtol=1e-12)
     np.testing.assert_allclose(both.variant(num_updates=7).predict(batch, 3).post, found.post, rtol=1e-12)
     np.testing.assert_allclose(found.pre, (first.pre + second.pre) / 2, rtol=1e-12)
+
+
+# Configs from Python ------------------------------------------------------------------------------------------------
+
+REGRESSION = ModelConfig(dim_input=3, dim_output=2, loss='mse', update_batch_size=4, update_lr=0.1, dim_hidden=(4,), norm='None')
+TASKS = TaskBatch(*(np.random.default_rng(number).normal(size=[4, 4, size]).astype(np.float32) for number, size in enumerate((3, 2, 3, 2))))
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(norm='batchnorm'), "norm='batchnorm' must be one of 'batch_norm', 'layer_norm', 'None'"),
+    (dict(learn_lr=None, query_norm='both'), "learn_lr=None must be one of .*; query_norm='both' must be one of"),
+    (dict(head_init='shared', inner_weights='body'), "head_init=shared starts with equal outputs for all classes"),
+    (dict(inner_optimizer='adam'), "inner_optimizer='adam' needs outer='reptile'"),
+    (dict(num_updates=0, head_init='ridge', multi_step_loss=3), 'multi_step_loss is about inner updates'),
+    (dict(num_updates=0, head_init='ridge', norm_per_step=True), 'norm_per_step is about inner updates')])
+def test_configs_that_make_no_sense(changes, words):
+    with pytest.raises(UserError, match=words):
+        MAML(dataclasses.replace(REGRESSION, **changes))
+
+
+def test_each_head_is_a_choice():
+    assert set(get_args(get_type_hints(ModelConfig)['head_init'])) == set(HEADS)
+
+
+@pytest.mark.usefixtures('fresh_models')
+def test_lists_are_taken_for_tuples_and_the_seed_is_that_of_random_layers():
+    config = dataclasses.replace(REGRESSION, dim_hidden=[3, 3])
+    assert MAML(config).config.dim_hidden == (3, 3)
+    assert MAML(config, seed=np.int64(4)).config.mask_seed == 4 == MAML(dataclasses.replace(config, mask_seed=4)).variant().config.mask_seed
+
+
+@pytest.mark.parametrize('ours, theirs', [('float64', np.float32), ('float32', np.float64)])
+def test_batches_of_another_dtype_are_cast(ours, theirs):
+    model = MAML(dataclasses.replace(REGRESSION, dtype=ours))
+    same, other = (TaskBatch(*(np.asarray(array, dtype) for array in TASKS)) for dtype in (np.float32, theirs))
+    for compute in (lambda batch: model.meta_gradients(batch), lambda batch: model.evaluate(batch, 1)._asdict(),
+                    lambda batch: model.predict(batch, 1)._asdict()):
+        for first, second in zip(*(filter(tf.is_tensor, tf.nest.flatten(compute(batch))) for batch in (same, other))):
+            assert first.dtype == second.dtype == ours
+            np.testing.assert_array_equal(first, second)
+    assert model.metatrain_step(other)['finite'] and model.pretrain_step(other, iteration=3)['finite']
+
+
+@pytest.mark.parametrize('kept, changes', [(dict(learn_lr='step'), {}), (dict(norm_per_step=True, norm='batch_norm'), {}),
+                                           (dict(norm='batch_norm'), dict(norm_per_step=True))])
+def test_a_variant_with_other_steps_adapts_as_before(kept, changes):
+    """What each step has is kept; further steps have what the last one has. So evaluations are the same, which do this too."""
+    model = MAML(dataclasses.replace(REGRESSION, **{'num_updates': 2, **kept}))
+    rng = np.random.default_rng(0)
+    for variable in model.parameters().values():
+        variable.assign(variable + rng.normal(0, 0.05, variable.shape))
+    expected = model.evaluate(TASKS, 3).post_losses
+    np.testing.assert_allclose(model.variant(num_updates=3, **changes).evaluate(TASKS, 3).post_losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(model.variant(num_updates=1, **changes).evaluate(TASKS, 1).post_losses, expected[:1], rtol=1e-5)
+
+
+def test_chunks_fit_a_smaller_batch():
+    model = MAML(dataclasses.replace(REGRESSION, task_chunk=4))
+    first, whole = TaskBatch(*(array[:2] for array in TASKS)), MAML(REGRESSION)
+    for found, expected in zip(model.meta_gradients(first).values(), whole.meta_gradients(first).values()):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -694,7 +694,7 @@ def masked(input_shape, outputs):
     (lambda shape, outputs: a_network()(shape, outputs + 1), {}, 'makes [4, 4] of 4 rows, and must make [4, 3]'),
     (lambda shape, outputs: Twins(outputs), {}, 'two of its weights are named twins/same/kernel'),
     (lambda shape, outputs: StateOfItsOwn(outputs), {}, 'it keeps state in'),
-    (the_same_model, {}, 'returns the same model again'),
+    (the_same_model, {}, 'uses layers again that it has used before'),
     (a_network(Counting), {}, 'it changes counting/count while it computes'),
     (a_network(functools.partial(layers.Dense, 4, dtype='float16')), {}, 'computes in float16'),
     (a_network(functools.partial(layers.Dense, 4, kernel_regularizer='l2')), {}, 'losses of its own'),
@@ -950,6 +950,44 @@ def test_sizes_of_resnet12(name, millions):
     weights = {**network.initial_weights(0), **network.initial_norm_params()}
     assert round(sum(value.shape.num_elements() for value in weights.values()) / 1e6, 2) == millions
     assert network.random == (name == 'wide_dropblock')
+
+
+def test_dropblock_drops_its_rate():
+    """Of all numbers, in squares, also where one covers the whole image; and what is kept is scaled up."""
+    keras.utils.set_random_seed(0)
+    drop = module_at(os.path.join(ROOT, 'examples', 'resnet12.py')).DropBlock(0.1, 5)
+    for side, lowest, highest in (5, 0.08, 0.12), (4, 0.08, 0.12), (10, 0.08, 0.1):  # squares overlap in the larger image
+        x = np.ones([40, side, side, 100], np.float32)
+        dropped = drop(x, training=True).numpy()
+        assert lowest < np.mean(dropped == 0) < highest, side
+        assert abs(dropped.mean() - 1) < 1e-3 and np.array_equal(drop(x), x)
+
+
+ACTIVATION = 'relu'
+
+
+def with_a_global(input_shape, outputs):
+    return keras.Sequential([keras.Input(input_shape), layers.Dense(4, activation=ACTIVATION), layers.Dense(outputs)])
+
+
+def with_a_class_of_its_own(input_shape, outputs):
+    class Half(layers.Layer):
+        def call(self, x):
+            return x / 2
+    return keras.Sequential([keras.Input(input_shape), Half(), layers.Dense(outputs, activation=lambda x: x + 0)])
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_function_that_makes_another_model_than_before(monkeypatch):
+    """As in a notebook, after a change of what the function uses: the network that was made before would be trained."""
+    config = a_config((5,))
+    network_of(dataclasses.replace(config, network=with_a_global)).initial_weights(1)
+    network_of(dataclasses.replace(config, network=with_a_class_of_its_own)).initial_weights(1)
+    monkeypatch.setitem(globals(), 'ACTIVATION', 'tanh')
+    with pytest.raises(UserError, match='with_a_global makes another model than before; define the function again'):
+        MAML(config, network=with_a_global)
+    with pytest.raises(UserError, match='takes a function .* that makes a keras.Model, and this is such a model'):
+        MAML(config, network=a_network()((5,), 3))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,12 @@ class Engine:
         """
         return self._map(_values(self._parameters), function, tasks, step)
 
+    def _cast(self, values):
+        """Examples in the dtype in which is computed."""
+        return tf.nest.map_structure(lambda value: tf.cast(value, self._config.dtype), values)
+
     def _map(self, parameters, function, tasks, step):
+        tasks = self._cast(tasks)
         function = functools.partial(function, parameters, step)
         # tf.map_fn asks for the structure of what the function returns: it is traced once more for that.
         task = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape[1:], array.dtype), tasks)
@@ -155,6 +161,7 @@ class Engine:
 
     def _map_and_measure(self, parameters, function, signature, batch, state, step):
         """One replica's part of `map_and_measure`: metrics [metrics, tasks] and states."""
+        batch = self._cast(batch)
         outputs, state = self._mapping((signature, state))(functools.partial(function, parameters, step), (batch, state))
         return tf.stack(list(self._measure(batch, outputs).values())), state
 
@@ -163,8 +170,9 @@ class Engine:
 
     def _local_means(self, parameters, task_gradient, signature, batch, iteration, stopping=0.):
         """One replica's part of what is summed over replicas: means over tasks, the inner optimizer's state, and `stopping`."""
+        batch = self._cast(batch)
         mapping, tasks = self._mapping(signature), batch[0].shape[0]
-        chunk = 1 if parameters.inner_optimizer_state else self._config.task_chunk or tasks
+        chunk = 1 if parameters.inner_optimizer_state else math.gcd(self._config.task_chunk or tasks, tasks)
 
         def add(before, part):
             earlier_sums, optimizer_state = before
