@@ -116,7 +116,7 @@ class Zips(Target):
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, 'w', rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])) as file:
             for name in 'images/a.png', 'images/é.png', 'x/y/z.jpg':
-                file.writestr(name, os.urandom(40))
+                file.writestr(name, rng.randbytes(40))
         return archive.getvalue()
 
     def read(self, content: bytes) -> None:
@@ -222,7 +222,7 @@ class Checkpoints(Target):
     """One of the two files of a checkpoint."""
 
     def valid(self, rng: random.Random) -> bytes:
-        index, = glob.glob(os.path.join(ROOT, 'logs', 'sine', '*', 'model70000.index'))
+        index, = glob.glob(os.path.join(ROOT, 'logs', 'sine', '*nonorm', 'model70000.index'))
         shipped = [index, index.replace('.index', '.data-00000-of-00001')]
         for path in shipped:
             shutil.copy(path, self.folder)

@@ -19,7 +19,7 @@ from runtime.results import plots
 from runtime.results.collect import result_directories, split_name
 from runtime.system.errors import UserError
 
-WINDOW = 5  # validations in a running mean: each is on 100 tasks only
+WINDOW = 5  # validations in a running mean: each is on 100 tasks, or on --validation_tasks where a checkpoint is saved
 
 
 def validations(text: str, pretrained: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def draw(logs: dict[str, tuple[str, int]], path: str) -> None:
         iterations, accuracies = validations(*log).T
         axes.plot(iterations, 100 * running_mean(accuracies), label=label)
     axes.set(xscale='log', xlabel='iterations', ylabel='accuracy in %')
-    axes.set_title(f'Meta-validation during training, running mean of {WINDOW} validations on 100 tasks', fontsize='small')
+    axes.set_title(f'Meta-validation during training, running mean of {WINDOW} validations', fontsize='small')
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     plots.save(figure, path)

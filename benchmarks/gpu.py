@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument('--json', metavar='FILE', help='write all results')
     parser.add_argument('--case', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := {*(args.fixtures or ())}.difference(*FIXTURES.values()):
+        parser.error(f'there is no fixture {", ".join(sorted(unknown))}')
     if args.case:
         print('\n' + json.dumps(compute(json.loads(args.case))))
         return
@@ -146,6 +148,8 @@ def main() -> None:
     if args.json:
         with open(args.json, 'w', encoding='utf-8') as file:
             json.dump({'machine': machine, 'cases': [{**case, 'results': each} for case, each in zip(cases, results)]}, file, indent=1)
+    if any('error' in result or result.get('failed') for each in results for result in each):
+        sys.exit(1)
 
 
 if __name__ == '__main__':

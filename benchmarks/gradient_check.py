@@ -94,9 +94,16 @@ def refuse_other_methods(directory: str, model, iteration: int) -> None:
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
 
 
+def refuse_other_sources(directory: str, run) -> None:
+    """Raises UserError unless the run learns from examples."""
+    if not run.source.supervised:
+        raise UserError(f'{directory} learns from episodes; give a run that learns from examples')
+
+
 def check(directory: str, differences: int) -> None:
     """Prints how exact the meta-gradient of the newest checkpoint is."""
-    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False']))
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False', '--ensemble=1']))
+    refuse_other_sources(directory, run)
     from runtime.jobs.evaluate import restore
     model, prefix, iterations, *_ = restore(run)
     refuse_other_methods(directory, model, iterations)
@@ -152,12 +159,13 @@ def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
 def train_in_both(directory: str, steps: int) -> None:
     """Prints the mean accuracy, or loss, of each 100 training steps, and that of meta-validation at the end."""
     run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}']))
+    refuse_other_sources(directory, run)
     import tensorflow as tf
 
     from maml import MAML
     from runtime.jobs import checkpoints
     from runtime.jobs.evaluate import evaluate_tasks, task_metrics
-    from runtime.jobs.train import draw
+    from runtime.jobs.train import draw, model_for
     checkpoint = checkpoints.find(run.directory, None)
     count = default('num_test_tasks')
     models = {dtype: MAML(dataclasses.replace(run.model, dtype=dtype), run.tasks.seed) for dtype in ('float32', 'float64')}
@@ -175,11 +183,19 @@ def train_in_both(directory: str, steps: int) -> None:
             means = ', '.join(f'{dtype} {np.mean(values[-100:]):.4f}' for dtype, values in measured.items())
             print(f'meta-training to iteration {iteration + 1}: {means}', flush=True)
     single = models['float32']
-    for dtype, model in models.items():
+    for dtype, model in models.items() if 'val' in data else ():
         for name, variable in single.parameters().items():
             variable.assign(tf.cast(model.parameters()[name], tf.float32))
-        values = task_metrics(evaluate_tasks(single, data['val'], count, run.model.num_updates))[:, -1]
+        validated = model_for(run, data['val'], single)  # whose classes may be fewer
+        values = task_metrics(evaluate_tasks(validated, data['val'], count, run.model.num_updates))[:, -1]
         print(f'meta-validation, {count} tasks, trained in {dtype}: {values.mean():.4f}')
+
+
+def positive(text: str) -> int:
+    """A number from 1 on; raises ValueError for others."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def main() -> None:
@@ -187,8 +203,8 @@ def main() -> None:
     parser.add_argument('run', help='directory of a run')
     parser.add_argument('--tasks', type=int, default=4, choices=range(1, 33), metavar='N',
                         help='of the meta-batch, to compare with differences (default: %(default)s)')
-    parser.add_argument('--steps', type=int, metavar='N', help='train on for N iterations in both precisions')
-    parser.add_argument('--norms', type=int, metavar='N', help='train on for N iterations, and examine the largest meta-gradient')
+    parser.add_argument('--steps', type=positive, metavar='N', help='train on for N iterations in both precisions')
+    parser.add_argument('--norms', type=positive, metavar='N', help='train on for N iterations, and examine the largest meta-gradient')
     parser.add_argument('--test_iter', type=int, default=-1, metavar='I', help='with --norms: from this checkpoint, not from the newest')
     args = parser.parse_args()
     try:

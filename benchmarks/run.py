@@ -65,8 +65,8 @@ def report_pipeline() -> None:
     for name in TRAINING:
         try:
             row = '{fresh:10.5f}{kept:10.5f}{waiting:10.1%}'.format(**in_process(__file__, '--measure', name))
-        except subprocess.CalledProcessError:
-            row = '   no data'
+        except subprocess.CalledProcessError as error:
+            row = '   '.join(['', *error.stderr.strip().splitlines()[-1:]])
         print(f'{name:12}{row}', flush=True)
 
 
@@ -82,7 +82,8 @@ def report_growth() -> None:
                     kilobytes = int(re.search(r'^RssAnon:\s+(\d+) kB', file.read(), re.M)[1])
                 print(f'growth      {int(match[1]):7} iterations: {kilobytes / 1024:6.1f} MB, '
                       f'{len(os.listdir(f"/proc/{process.pid}/fd"))} open files', flush=True)
-        process.wait()
+        if process.wait():
+            sys.exit('growth: the training failed')
 
 
 def main() -> None:

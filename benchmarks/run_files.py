@@ -41,8 +41,10 @@ def evaluations_asked(directory: str, request) -> list:
     data or the file cannot be read."""
     from runtime.cli.run import evaluation_updates, headline_updates
     from runtime.cli.run_data import source_and_tasks
+    from runtime.datasets.tasks import OWN_DATA
     from runtime.results import store
     _, config = source_and_tasks(request)
+    folder = os.path.abspath(config.data_path) if request.datasource in OWN_DATA else None
     tasks = (request.datasource, 'test', config.update_batch_size, config.query_shots, config.seed, request.num_test_tasks)
     updates = evaluation_updates(request), headline_updates(request)
     setting = (request.query_norm, request.update_lr, request.inner_batch, *updates, 'own', '', None)
@@ -50,7 +52,7 @@ def evaluations_asked(directory: str, request) -> list:
     def is_asked(entry):
         drawn, how = entry.tasks, entry.setting
         return (tasks == (drawn.datasource, drawn.split, drawn.update_batch_size, drawn.query_shots, drawn.seed, drawn.count)
-                and drawn.num_classes in (None, config.num_classes)
+                and drawn.num_classes in (None, config.num_classes) and entry.data_path in (None, folder)
                 and setting == (how.query_norm, how.update_lr, how.inner_batch, how.test_updates, how.headline_updates, how.head,
                                 how.orders, how.load_from))
 

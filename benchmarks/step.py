@@ -157,8 +157,8 @@ def measure_gemm() -> dict[str, Any]:
 def measure_peer(command: str, name: str) -> float | None:
     """Seconds of a step, or None if the peer fails."""
     process = subprocess.run(shlex.split(command.replace('{}', name)), capture_output=True, text=True)
-    match = re.search(r'([\d.]+) s a step\s*$', process.stdout)
-    return float(match[1]) if match else None
+    match = re.search(r'(?:^|\s)([\d.]+(?:e[+-]?\d+)?) s a step\s*$', process.stdout)
+    return float(match[1]) if match and process.returncode == 0 else None
 
 
 def against_the_floor(names: Sequence[str], peers: Mapping[str, str], rounds: int, steps: int) -> None:

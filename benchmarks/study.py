@@ -56,8 +56,12 @@ class StudyRun(NamedTuple):
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether results.json has the evaluation that the study makes."""
+        """Whether results.json has the evaluation that the study makes; raises UserError if it cannot be read, or that evaluation cannot be
+        made any more."""
         directory, total, asked = self.training.directory, sum(self.training.iterations), self.evaluation.ensemble
+        if asked > 1 and checkpoints_after(directory, total):
+            raise UserError(f'{directory} was trained for longer than {total} iterations, and an ensemble is of the whole training; give '
+                            'another --logdir')
         members = min(asked, len(glob.glob('model*.index', root_dir=directory))) if asked > 1 else 0  # or as many as there are
         return any(len(entry.ensemble) == members and (entry.training.newest if members else entry.iterations) == total
                    for entry in evaluations_asked(directory, self.evaluation))
@@ -72,6 +76,12 @@ class StudyRun(NamedTuple):
             return [*self.arguments, *EVALUATION, *which]
         given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'} | {*RECORDED})
         return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION, *which]
+
+
+def checkpoints_after(directory: str, iteration: int) -> bool:
+    """Whether a run has checkpoints after an iteration."""
+    names = glob.glob('model*.index', root_dir=directory)
+    return any(int(name[len('model'):-len('.index')]) > iteration for name in names)
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:
@@ -117,11 +127,15 @@ def make(runs: Sequence[StudyRun]) -> list[str]:
     failed = []
     for number, run in enumerate(runs, start=1):
         print(f'\n{number} of {len(runs)}: {run.name}', flush=True)
-        if not run.is_trained and call(run.arguments):
-            failed.append(run.name)
-        elif run.is_evaluated:
-            print('done', flush=True)
-        elif call(run.evaluation_arguments):
+        try:
+            if not run.is_trained and call(run.arguments):
+                failed.append(run.name)
+            elif run.is_evaluated:
+                print('done', flush=True)
+            elif call(run.evaluation_arguments):
+                failed.append(run.name)
+        except UserError as error:
+            print(f'study.py: {error}', flush=True)
             failed.append(run.name)
     return failed
 

@@ -70,14 +70,21 @@ def evaluate_again(evaluation: RunEntry, flags: list[str]) -> store.Entry:
         return again[evaluation.entry.setting.head, evaluation.entry.setting.orders]
 
 
+def missing_data(evaluation: RunEntry, flags: list[str]) -> str:
+    """'', or why the data or the network of a run cannot be used here."""
+    try:
+        return missing_classes(request_of([f'--run={evaluation.directory}', *flags]), evaluation.entry.tasks.split)
+    except UserError as error:
+        return str(error)
+
+
 def repeat(evaluation: RunEntry) -> tuple[str, str]:
     """Evaluates again; returns SAME, CLOSE, DIFFERENT or LEFT_OUT, and why."""
     entry = evaluation.entry
     if entry.setting.load_from:
         return LEFT_OUT, "not the run's own weights"
     flags = flags_of(entry)
-    missing = missing_classes(request_of([f'--run={evaluation.directory}', *flags]), entry.tasks.split)
-    if missing:
+    if missing := missing_data(evaluation, flags):
         return LEFT_OUT, missing
     try:
         again = evaluate_again(evaluation, flags)

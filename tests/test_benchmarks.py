@@ -104,7 +104,9 @@ def test_gpu_goes_on_after_a_case_that_fails(monkeypatch, capsys, tmp_path):
         return {'compilation': 10., 'seconds': computed.count(computed[-1]) / 1000, 'megabytes': 5.}
 
     path = tmp_path / 'gpu.json'
-    run_gpu(monkeypatch, compute, '--workloads', 'mini1', 'cifarfs1', '--fixtures', 'gru', '--rounds=3', f'--json={path}', '--limit=60')
+    with pytest.raises(SystemExit) as end:
+        run_gpu(monkeypatch, compute, '--workloads', 'mini1', 'cifarfs1', '--fixtures', 'gru', '--rounds=3', f'--json={path}', '--limit=60')
+    assert end.value.code == 1
     title, _, *rows = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert title == 'H100, TensorFlow 2'
     times = 'compilation 10.0 s, a step 3.0 ms, memory 5 MB'  # the median of the first, third and fourth process

@@ -1,4 +1,5 @@
 """benchmarks/study.py: a list of runs, trained and evaluated one after the other; and the script for SLURM in docs/study.md."""
+import dataclasses
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import run_files
 
 import study
 from conftest import ROOT, an_entry
@@ -49,6 +51,35 @@ def test_the_ensemble_of_an_earlier_study_is_not_that_of_a_longer_one(tmp_path):
         assert run.is_evaluated == is_evaluated
     alone, = study.runs_of([SINUSOID], (), [f'--logdir={tmp_path}', '--metatrain_iterations=5'])
     assert not alone.is_evaluated
+
+
+def test_an_ensemble_of_a_longer_training_is_refused_and_the_other_runs_are_made(tmp_path, monkeypatch, capsys):
+    """Nor does a file of results that cannot be read end the study."""
+    calls = []
+    monkeypatch.setattr(study, 'call', lambda arguments: calls.append(arguments) or 0)
+    runs = study.runs_of([SINUSOID], ['seed=0,1,2'], [f'--logdir={tmp_path}', '--ensemble=2', '--metatrain_iterations=5'])
+    for run, numbers in zip(runs, ([3, 5, 9], [3, 5], [3, 5])):
+        os.makedirs(run.training.directory)
+        for number in numbers:
+            pathlib.Path(run.training.directory, f'model{number}.index').touch()
+    pathlib.Path(runs[1].training.directory, store.FILE).write_text('damaged')
+    assert study.make(runs) == [run.name for run in runs[:2]] and calls == [runs[2].evaluation_arguments]
+    printed = capsys.readouterr().out
+    assert 'was trained for longer than 5 iterations, and an ensemble is of the whole training' in printed and 'cannot be read' in printed
+
+
+def test_an_evaluation_on_other_data_is_not_the_one_asked_for(tmp_path):
+    for name in 'mine', 'other':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'rows.csv').write_text('x,y,label\n' + ''.join(f'{row},{row},{row % 9}\n' for row in range(180)))
+    flags = ['--datasource=table', f'--data_path={tmp_path / "mine"}', '--label_column=label', '--split=5/2/2', '--num_classes=2',
+             '--norm=None', f'--logdir={tmp_path}/logs']
+    request = run_files.request_of([*flags, *run_files.EVALUATION])
+    tasks = {'datasource': 'table', 'split': 'test', 'num_classes': 2, 'update_batch_size': 5, 'query_shots': 5, 'count': 600}
+    for folder, count in ('other', 0), ('mine', 1):
+        entry = dataclasses.replace(an_entry(np.ones([600, 11]), tasks=tasks), data_path=str(tmp_path / folder))
+        store.add(str(tmp_path), entry)
+        assert len(run_files.evaluations_asked(str(tmp_path), request)) == count
 
 
 def test_a_training_on_other_data_or_from_other_weights_is_not_the_one_asked_for(tmp_path):

@@ -357,7 +357,7 @@ def restore(run: Trained) -> Restored:
     newest = checkpoint if run.checkpoint is None and not is_ensemble else checkpoints.find(run.directory, None)
     best = newest.record['best']
     flags = {name: record['flags'].get(name, value) for name, value in run.learning_flags.items()}  # the record knows how it was trained
-    trained_for = record['pretrain_iterations'], flags.get('metatrain_iterations', run.metatrain_iterations)
+    trained_for = newest.record['pretrain_iterations'], flags.get('metatrain_iterations', run.metatrain_iterations)
     return Restored(model, checkpoint.prefix, iterations[0], record['provenance'],
                     {member.prefix: member.checksum for member in members}, run.method, trained_for, flags,
                     newest=newest.record['iteration'],

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+NOT_KNOWN = 'not known'  # instead of a commit
 LIMITS = 'ONEDNN_MAX_CPU_ISA', 'XLA_FLAGS'  # environment variables that change which instructions are used
 
 
@@ -79,8 +80,8 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
         if what:
             sentences['arithmetic'] = f'{model} was computed with other software, hardware or settings ({what})'
         last = then.program.split(', ')[-1]
-        if last != now.program:
-            sentences['program'] = f'{model} was trained by another version of this program ({last or "not known"}, now {now.program})'
+        if last != now.program and not {last, now.program} & {'', NOT_KNOWN}:
+            sentences['program'] = f'{model} was trained by another version of this program ({last}, now {now.program})'
     return sentences
 
 
@@ -144,4 +145,4 @@ def program() -> str:
     try:
         return importlib.metadata.version('maml')
     except importlib.metadata.PackageNotFoundError:
-        return 'not known'
+        return NOT_KNOWN
