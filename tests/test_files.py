@@ -1,7 +1,6 @@
 """Writing files atomically, and reading only regular ones."""
 import os
 import threading
-import time
 
 import pytest
 
@@ -10,24 +9,28 @@ from runtime.system.files import read_csv, read_json, require_regular_file, writ
 
 def test_threads_that_write_one_file(tmp_path):
     """Each has a temporary file of its own: both succeed, and the last to finish stays."""
-    path, errors = tmp_path / 'file', []
+    path, errors, both_write, first_is_done = tmp_path / 'file', [], threading.Barrier(2), threading.Event()
 
-    def write(seconds):
+    def write(name):
         def content(file):
-            file.write(b'%.1f' % seconds)
-            time.sleep(seconds)
+            file.write(name)
+            both_write.wait(60)
+            if name == b'last':
+                first_is_done.wait(60)
 
         try:
             write_atomically(path, content)
         except OSError as error:
             errors.append(error)
+        if name == b'first':
+            first_is_done.set()
 
-    threads = [threading.Thread(target=write, args=[seconds]) for seconds in (0.1, 0.3)]
+    threads = [threading.Thread(target=write, args=[name]) for name in (b'first', b'last')]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and path.read_bytes() == b'0.3' and os.listdir(tmp_path) == ['file']
+    assert not errors and path.read_bytes() == b'last' and os.listdir(tmp_path) == ['file']
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):

@@ -8,15 +8,26 @@ import tensorflow as tf
 
 import runtime.compute.engine
 from conftest import fixture_files
-from data_generator import TaskBatch
+from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig, Parameters, adapt_and_predict, initial_state
 from networks import CONV_LAYERS
+from runtime.jobs import train as training
 
 FIXTURES = fixture_files('golden', 'MAML_GOLDEN')
 # Fixtures of each normalisation, compiled as for a GPU; with pooling, and other methods, in test_methods.py.
 GPU_GRAPHS = 'omniglot_5way1shot', 'omniglot_5way1shot_layer_norm', 'omniglot_5way1shot_no_norm'
 # What the fixtures' sources decide, as values: image shape, head, clip.
 IMAGES = {'omniglot': ((28, 28, 1), 'mean', None), 'miniimagenet': ((84, 84, 3), 'flatten', 10.0)}
+
+
+def test_what_the_sources_decide():
+    """As the fixtures assume, and as the reference has it."""
+    assert {name: (SOURCES[name].image_shape, SOURCES[name].head, SOURCES[name].clip) for name in IMAGES} == IMAGES
+    for name in 'miniimagenet', 'cifarfs', 'fc100':
+        source = SOURCES[name]
+        assert (source.head, source.clip, source.print_interval) == ('flatten', 10.0, 100)
+        assert (source.query_shots(1, True), source.query_shots(1, False)) == (15, 1)
+    assert SOURCES['omniglot'].query_shots(5, True) == 5 and training.PRINTS_PER_VALIDATION == 5
 
 
 class Golden:

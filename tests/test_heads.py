@@ -11,7 +11,7 @@ from test_methods import Fixture, fixtures, relative
 from conftest import error_of, fixture_files, results_of, run_ok, write_image_tree
 from data_generator import SOURCES, TaskBatch
 from maml import MAML, ModelConfig
-from networks import initial_head, network_of
+from networks import classifier_outputs, initial_head, network_of
 from runtime.cli import methods
 from runtime.datasets.tasks import TaskConfig
 from runtime.jobs import checkpoints
@@ -173,6 +173,8 @@ def test_the_classifier_of_pre_training(logits):
     features, matrix, bias = features_of(model, x[0]), *(model.weights[f'head/classifier/{name}'].numpy() for name in ('w2', 'b2'))
     outputs = features @ matrix + bias if logits == 'linear' else 2 * (features / np.linalg.norm(features, axis=1, keepdims=True)) @ (
         matrix / np.linalg.norm(matrix, axis=0))
+    made = classifier_outputs(model.config, dict(model.weights), tf.constant(x[0]))
+    np.testing.assert_allclose(made, outputs, rtol=1e-10)
     towards = (scipy.special.softmax(outputs, axis=1) - labels) / 7
     found = model.pretrain_gradients(TaskBatch(x, labels[None], x, labels[None]))
     np.testing.assert_allclose(found['head/classifier/b2'], towards.sum(axis=0) * (logits == 'linear'), atol=1e-12)

@@ -26,9 +26,9 @@ SCRIPTS = {'miniImagenet': 'miniImagenet/proc_images.py', 'cifarfs': 'cifarfs/pr
 
 
 def script(name, *arguments):
-    """Runs a preparation script in a process of its own, for ten seconds at most; returns its status and what it said."""
+    """Runs a preparation script in a process of its own, which must end; returns its status and what it said."""
     process = subprocess.run([sys.executable, os.path.join(ROOT, 'data', SCRIPTS[name]), *map(str, arguments)], text=True,
-                             capture_output=True, timeout=10)
+                             capture_output=True, timeout=100)
     return process.returncode, process.stderr
 
 

@@ -13,7 +13,8 @@ import tensorflow as tf
 
 import main
 from conftest import directory_of, error_of, results_of, run_ok, run_process, write_image_tree
-from data_generator import SOURCES
+from data_generator import SOURCES, TaskConfig
+from maml import MAML
 from runtime.cli.flags import FLAGS
 from runtime.cli.request import resolve
 from runtime.cli.run import make_run
@@ -157,6 +158,28 @@ def variables(prefix):
 
 def iteration_lines(output):
     return re.findall(r'^(?:Pretrain )?Iteration (\d+): ([-\d.e]+), ([-\d.e]+)$', output, re.M)
+
+
+def test_what_the_loop_trains_on_and_prints(tmp_path, monkeypatch):
+    """Iteration i of a run has its tasks i; each phase counts its own iterations; lines have the losses before and after adaptation."""
+    calls, train_steps = [], MAML.train_steps
+
+    def spy(model, phase, batches, iteration, *more):
+        found = train_steps(model, phase, batches, iteration, *more)
+        calls.append((phase, iteration, batches, found))
+        return found
+
+    monkeypatch.setattr(MAML, 'train_steps', spy)
+    monkeypatch.setitem(vars(SOURCES['sinusoid']), 'print_interval', 1)
+    lines = iteration_lines(run_ok('--datasource=sinusoid', '--update_batch_size=10', '--norm=None', '--meta_batch_size=4', '--log=False',
+                                   f'--logdir={tmp_path}', '--pretrain_iterations=2', '--metatrain_iterations=3', '--save_interval=1',
+                                   '--validation_tasks=2'))
+    assert [call[:2] for call in calls] == [('pretrain', 0), ('pretrain', 1), ('metatrain', 0), ('metatrain', 1), ('metatrain', 2)]
+    tasks = SOURCES['sinusoid'].tasks(TaskConfig(5, 10, 10, seed=0), 'train')
+    for number, ((*_, batches, found), line) in enumerate(zip(calls, lines, strict=True)):
+        for ours, drawn in zip(batches, tasks.draw(4 * number, 4)):
+            np.testing.assert_array_equal(ours[0], drawn)
+        np.testing.assert_allclose([float(text) for text in line[1:]], [found['pre_loss'][0], found['post_loss'][0]], rtol=1e-5)
 
 
 @every_source

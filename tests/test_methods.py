@@ -15,7 +15,8 @@ from conftest import ROOT, fixture_files
 from data_generator import TaskBatch
 from maml import MAML, ModelConfig, inner_loop, objective, weights_at
 from networks import HEADS, network_of
-from runtime.compute.schedules import meta_lr, multi_step_weights, next_change
+from runtime.compute.optimizers import bounded, outer_optimizers, outer_updates
+from runtime.compute.schedules import config_at, meta_lr, multi_step_weights, next_change
 from runtime.jobs.ensemble import Ensemble
 from runtime.system.errors import UserError
 from utils import rows_of_step
@@ -339,6 +340,59 @@ def test_schedules_end_where_they_should():
     np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 20)), numbers(plain.meta_gradients(BATCH)))
     np.testing.assert_array_equal(numbers(model.meta_gradients(BATCH, 19)), numbers(tiny(stop_grad=True).meta_gradients(BATCH)))
     assert not np.allclose(numbers(model.meta_gradients(BATCH, 9)), numbers(model.meta_gradients(BATCH, 10)))
+
+
+def test_schedules_change_at_their_intervals():
+    """Where they end within an interval, they hold until its end."""
+    config = dataclasses.replace(TINY, first_order_iterations=7, multi_step_loss=12, schedule_interval=5)
+    assert [next_change(config, iteration) for iteration in (0, 9, 10, 14, 15)] == [10, 10, 15, 15, np.inf]
+    for iteration in range(20):
+        assert config_at(config, iteration).stop_grad == (iteration < 10)
+        assert bool(config_at(config, iteration).multi_step_loss) == (iteration < 15)
+
+
+@pytest.mark.usefixtures('eager')
+def test_the_rows_of_each_inner_step():
+    """With `inner_batch`, a step is one on the rows of its number and iteration."""
+    model, task = tiny(), TaskBatch(*(tf.constant(array[0]) for array in BATCH))
+    parameters, seen = model.shared, set()
+    for iteration in range(6):
+        states = inner_loop(dataclasses.replace(TINY, inner_batch=1), parameters, task, iteration)[1]
+        state = maml.initial_state(TINY, parameters, task)
+        for step, after in enumerate(states):
+            rows = rows_of_step(2, 1, step, iteration)
+            seen.add((step, int(rows[0])))
+            part = task._replace(support_x=tf.gather(task.support_x, rows), support_y=tf.gather(task.support_y, rows))
+            state, _ = maml.inner_step(TINY, parameters, part, state, step)
+            for name, value in state.fast.items():
+                np.testing.assert_allclose(after.fast[name], value, rtol=1e-12)
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_what_is_bounded_and_what_is_not():
+    """Numbers of weights first, then the norm of all; neither in pre-training nor with Reptile."""
+    config = dataclasses.replace(TINY, clip=0.5, clip_norm=1.0, meta_optimizer='sgd', meta_lr=1.0)
+    found = bounded(config, {'w': tf.constant([3., -0.1]), 'lr/w': tf.constant([2.])})
+    expected = np.array([0.5, -0.1, 2.0])
+    np.testing.assert_allclose([*found['w'], *found['lr/w']], expected / np.linalg.norm(expected), rtol=1e-6)
+    for phase, outer in ('pretrain', 'gradient'), ('metatrain', 'reptile'):
+        variables = {'w': tf.Variable([0.])}
+        other = dataclasses.replace(config, outer=outer)
+        outer_updates(other, outer_optimizers(other, variables))[phase]({'w': tf.constant([5.])}, 0)
+        assert variables['w'].numpy() == -5
+
+
+def test_what_a_step_reports():
+    """The metrics of the tasks before the step, as an evaluation has them."""
+    config = ModelConfig(dim_input=4, dim_output=3, dim_hidden=(5,), loss='xent', update_batch_size=1, update_lr=0.5, num_updates=2)
+    rng, labels = np.random.default_rng(0), np.tile(np.eye(3, dtype=np.float32), (4, 1, 1))
+    batch = TaskBatch(*(rng.normal(size=[4, 3, 4]).astype(np.float32) if number % 2 == 0 else labels for number in range(4)))
+    model = MAML(config)
+    for step in model.pretrain_step, model.metatrain_step:
+        expected, found = model.evaluate(batch, 2).reported(), step(batch)
+        for name in 'loss', 'accuracy':
+            before, *_, after = np.mean(expected[name], axis=1)
+            np.testing.assert_allclose([found[f'pre_{name}'], found[f'post_{name}']], [before, after], rtol=1e-5)
 
 
 @pytest.mark.usefixtures('eager')

@@ -161,6 +161,7 @@ def test_masks_follow_from_seed_iteration_and_step():
     assert np.array_equal(evaluations[0], evaluations[1]) and np.array_equal(evaluations[0], evaluations[2])
 
 
+@pytest.mark.usefixtures('fresh_models')
 @pytest.mark.parametrize('function, fixed', [(GOLDEN.mlp_skip, True), (dropout, False)])
 def test_the_features_of_anil_are_computed_once(function, fixed, monkeypatch):
     """But with random layers, which draw again in each step."""

@@ -234,7 +234,7 @@ def test_digits_stand_in_their_cells(source, counts, small_mnist, tmp_path):
                     assert len(rows) == 28 * 28 and rows.max() - rows.min() == columns.max() - columns.min() == 27
                     places.add((rows.min(), columns.min()))
                 assert np.count_nonzero(image) == length * 28 * 28
-    assert {row for row, _ in places} == set(range(size - 28)) or len(places) > 20
+    assert len({row for row, _ in places}) > (size - 28) / 2
     assert {column for _, column in places} == (set(range(4)) if length == 2 else {0})
     assert not SOURCES[source].rotations and not SOURCES[source].invert
 

@@ -700,5 +700,5 @@ def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(OSError):
         store.add(str(tmp_path / 'file'), an_entry(np.ones([3, 2])))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match='there is no results.json'):
         compare.compare([str(tmp_path)])

@@ -1,11 +1,11 @@
 """What was checked is what is read: archives with a file twice, archives beside unpacked folders, and another source."""
+import contextlib
 import hashlib
 import io
 import os
 import struct
 import tarfile
 import threading
-import time
 import tracemalloc
 import warnings
 import zipfile
@@ -207,7 +207,7 @@ def test_large_images_are_decoded_one_at_a_time(pixels, at_once, monkeypatch):
     """However many threads there are; small ones as before."""
     content = io.BytesIO()
     Image.new('L', (pixels // 10, 10)).save(content, 'PNG')
-    open_now, most, lock, barrier = 0, 0, threading.Lock(), threading.Barrier(4)
+    open_now, most, lock, barrier, inside = 0, 0, threading.Lock(), threading.Barrier(4), threading.Barrier(4)
 
     def work():
         nonlocal open_now, most
@@ -216,7 +216,8 @@ def test_large_images_are_decoded_one_at_a_time(pixels, at_once, monkeypatch):
             with lock:
                 open_now += 1
                 most = max(most, open_now)
-            time.sleep(0.05)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(10 if at_once == 4 else 0.05)
             with lock:
                 open_now -= 1
 
