@@ -159,6 +159,29 @@ def test_a_step_of_pre_training(golden):
     assert step.taken and 0 < step.divergence <= navigation.KL_BOUND
 
 
+def test_the_step_sizes_of_an_evaluation(golden):
+    """Alpha first, then half of it; each task from its own policy."""
+    config = ModelConfig(dim_input=2, dim_output=2, loss='return', update_batch_size=2, update_lr=golden.update_lr, dtype='float64')
+    episodes = golden.trajectories[1]
+    for number, update_lr in (0, golden.update_lr), (1, golden.update_lr / 2), (3, golden.update_lr / 2):
+        found = navigation.evaluation_update(config, golden.adapted, episodes, tf.constant(number))
+        assert_close(found, navigation.adapt(golden.adapted, *navigation.with_advantages(episodes), update_lr), rtol=1e-9)
+
+
+def test_what_an_iteration_reports(eager):
+    """Returns of the shared policy, and of the adapted ones on episodes of their own."""
+    config = ModelConfig(dim_input=2, dim_output=2, loss='return', update_batch_size=2, update_lr=0.5, dim_hidden=(4,), dtype='float64')
+    batch = SOURCES['navigation'].tasks(TaskConfig(5, 2, 2, seed=0), 'train').draw(0, 2)
+    parameters = {name: tf.constant(value) for name, value in Navigator(config, seed=3).weights.items()}
+    before = navigation.walk(config, parameters, batch.goals, batch.support_keys)
+    adapted = navigation.adapt(parameters, *navigation.with_advantages(before), 0.5)
+    after = navigation.walk(config, adapted, batch.goals, batch.query_keys)
+    found = navigation.iteration(config, 'metatrain', parameters, batch)[1]
+    for name, episodes in ('pre_return', before), ('post_return', after):
+        np.testing.assert_allclose(found[name], tf.reduce_mean(navigation.average_return(episodes)), rtol=1e-9)
+    assert abs(found['post_return'] - found['pre_return']) > 1e-3
+
+
 def test_a_step_that_fails_changes_nothing(golden, monkeypatch):
     monkeypatch.setattr(navigation, 'LINE_SEARCH_STEPS', 0)
     step = navigation.trpo_step(golden.parameters, *golden.problem)

@@ -128,6 +128,8 @@ def test_tensorflow_is_left_as_it_was():
     inside.wait()
     with exact_statistics(6, stats_rows=4):
         np.testing.assert_allclose(tf.nn.moments(x, 0)[0], tf.reduce_mean(x[:4], 0), rtol=1e-6)
+        folded = tf.random.stateless_normal([12, 3], [0, 2])  # two parts of each row, as a layer may make of it
+        np.testing.assert_allclose(tf.nn.moments(folded, [0])[0], tf.reduce_mean(folded[:8], 0), rtol=1e-5)
         with exact_statistics(6):
             np.testing.assert_allclose(tf.nn.moments(x, [0], keepdims=True)[1], original(x, [0], keepdims=True)[1], rtol=1e-6)
     assert tf.nn.moments is not original

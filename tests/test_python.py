@@ -6,11 +6,14 @@ import re
 
 import numpy as np
 import pytest
+import scipy.special
 from PIL import Image
 
 from conftest import ROOT, run_ok
-from data_generator import SOURCES, TaskConfig
+from data_generator import SOURCES, TaskBatch, TaskConfig
 from main import load, load_predictor
+from maml import MAML, ModelConfig
+from runtime.jobs.learner import Inputs, Predictor, adapted_tensors
 from runtime.system.errors import UserError
 
 OMNIGLOT, SINE = os.path.join(ROOT, 'logs', 'omniglot5way'), os.path.join(ROOT, 'logs', 'sine')
@@ -171,3 +174,19 @@ def test_the_page(drawings, tmp_path, monkeypatch):
         block = block.replace("'logs/omniglot5way'", repr(OMNIGLOT)).replace("'five_characters.npz'", repr(str(tmp_path / 'five.npz')))
         exec(compile(block, 'docs/python.md', 'exec'), names)
     assert names['probabilities'].shape == (9, 3) and names['metrics'].post_losses.shape == (10, 25)
+
+
+@pytest.mark.parametrize('query_norm', ['batch', 'support', 'each'])
+def test_a_predictor_computes_what_the_model_predicts(query_norm):
+    """With the step sizes and the normalisation of each inner step."""
+    config = ModelConfig(dim_input=4, dim_output=3, dim_hidden=(5,), loss='xent', update_batch_size=2, update_lr=0.1, num_updates=3,
+                         learn_lr='step', norm_per_step=True, query_norm=query_norm)
+    rng = np.random.default_rng(0)
+    model, labels = MAML(config), np.tile(np.eye(3, dtype=np.float32), (2, 1))
+    for variable in model.parameters().values():
+        variable.assign(variable + rng.normal(0, 0.1, variable.shape))
+    support, query = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    tensors = adapted_tensors(model, support, labels, 3)
+    predictor = Predictor(model.config, [tensors], support, [0, 1, 2], Inputs(4, None, False, None))
+    expected = model.predict(TaskBatch(*(array[None] for array in (support, labels, query, labels))), 3).post[-1, 0]
+    np.testing.assert_allclose(predictor(query), scipy.special.softmax(expected, axis=-1), rtol=1e-4, atol=1e-6)
