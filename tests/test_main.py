@@ -137,7 +137,7 @@ def test_classes_that_the_model_has_met_in_another_source(small_data, tmp_path, 
 def test_fewer_classes_to_validate_on_than_to_train_on(small_data, tmp_path, few_tasks):
     """DoubleMNIST's published split is trained 20-way and has 16 classes to validate on: validation is 16-way, and says so."""
     flags = [*RUNS['doublemnist'], f'--data_path={small_data["doublemnist"]}', f'--logdir={tmp_path}', '--num_classes=6', '--stop_grad',
-             '--log=False', '--metatrain_iterations=2']
+             '--metatrain_iterations=2']
     output = run_ok(*flags, '--plot')
     assert 'val: 5 classes, 30 images, so that validation is 5-way' in output
     validated, = re.findall(r'Validation of model2: \S+, (\S+)', output)
