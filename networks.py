@@ -244,10 +244,8 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
 
     Raises UserError if a network of one's own with another number of outputs would compute something else.
     """
-    of_steps = network_of(config).initial_norm_params().keys() if config.norm_per_step else ()
-    values = {name: tensors[name] if variable.shape == tensors[name].shape else
-              for_steps(tensors[name], variable.shape) if name in of_steps or config.learn_lr == 'step' and name.startswith('lr/') else
-              tensors[name][..., :variable.shape[-1]] for name, variable in variables.items() if name in tensors}
+    of_steps = names_of_steps(config, variables)
+    values = {name: fitted(tensors[name], variable.shape, name in of_steps) for name, variable in variables.items() if name in tensors}
     if config.network and config.dim_output != wider.dim_output and not (
             all(name in values and values[name].shape == variable.shape for name, variable in variables.items())
             and _has_same_first_outputs(config, values, wider, tensors)):
@@ -256,24 +254,33 @@ def narrowed(config: ModelConfig, variables: Tensors, wider: ModelConfig, tensor
     return values
 
 
-def for_steps(value: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """What each inner step has, for another number of steps, [steps, ...]: those beyond the last one have what it has. One value for all
-    steps, [...], becomes that of each."""
+def names_of_steps(config: ModelConfig, names: Iterable[str]) -> set[str]:
+    """Those of some names of parameters that have an entry for each inner step."""
+    norm_params = network_of(config).initial_norm_params() if config.norm_per_step else {}
+    return {name for name in names if name in norm_params or config.learn_lr == 'step' and name.startswith('lr/')}
+
+
+def fitted(value: tf.Tensor, shape: Sequence[int], has_steps: bool) -> tf.Tensor:
+    """A tensor of another model in the given shape: its first outputs; or if it has an entry for each inner step, those of the steps, where
+    further steps have what the last one has. One entry for all steps becomes that of each."""
+    if value.shape == shape:
+        return value
+    if not has_steps:
+        return value[..., :shape[-1]]
     value = tf.convert_to_tensor(value)
-    each = value if len(value.shape) == len(shape) else value[None]
-    return tf.gather(each, tf.minimum(tf.range(shape[0]), each.shape[0] - 1))
+    return at_step(value if len(value.shape) == len(shape) else value[None], tf.range(shape[0]))
 
 
 def _has_same_first_outputs(config, values, wider, tensors):
     """Whether a network with other outputs makes the first of those of the wider one, or where the last layer is computed, has the
     same features."""
-    def of_first_step(network, tensors):
-        per_step = network.initial_norm_params().keys() if config.norm_per_step else ()
-        return {name: at_step(tf.convert_to_tensor(value), 0) if name in per_step else tf.convert_to_tensor(value)
+    def of_first_step(config, tensors):
+        of_steps = names_of_steps(config, tensors)
+        return {name: at_step(tf.convert_to_tensor(value), 0) if name in of_steps else tf.convert_to_tensor(value)
                 for name, value in tensors.items()}
 
     x = tf.constant(np.random.default_rng(0).uniform(size=[ROWS, config.dim_input]), config.dtype)
-    models = [(network_of(each), of_first_step(network_of(each), own)) for each, own in ((config, values), (wider, tensors))]
+    models = [(network_of(each), of_first_step(each, own)) for each, own in ((config, values), (wider, tensors))]
     made = [network.features(tensors, x) for network, tensors in models]
     if config.head_init == 'learned':
         made = [network.head(tensors, features)[:, :config.dim_output] for (network, tensors), features in zip(models, made)]

@@ -94,16 +94,17 @@ def refuse_other_methods(directory: str, model, iteration: int) -> None:
         raise UserError(f'{directory}: its method does not follow a derivative; give a run of a second-order method')
 
 
-def refuse_other_sources(directory: str, run) -> None:
-    """Raises UserError unless the run learns from examples."""
+def opened(directory: str, *flags: str):
+    """A run, with further flags, and its {split: tasks}; raises UserError unless it learns from examples."""
+    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', *flags]))
     if not run.source.supervised:
         raise UserError(f'{directory} learns from episodes; give a run that learns from examples')
+    return run, data
 
 
 def check(directory: str, differences: int) -> None:
     """Prints how exact the meta-gradient of the newest checkpoint is."""
-    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', '--train=False', '--ensemble=1']))
-    refuse_other_sources(directory, run)
+    run, data = opened(directory, '--train=False', '--ensemble=1')
     from runtime.jobs.evaluate import restore
     model, prefix, iterations, *_ = restore(run)
     refuse_other_methods(directory, model, iterations)
@@ -120,7 +121,7 @@ def check(directory: str, differences: int) -> None:
 
 def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
     """Prints the norms of the meta-gradients of further training steps, and where the largest comes from."""
-    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}', f'--test_iter={checkpoint}']))
+    run, data = opened(directory, f'--test_iter={checkpoint}')
     from maml import MAML
     from runtime.jobs import checkpoints
     from runtime.jobs.train import draw
@@ -158,8 +159,7 @@ def examine_norms(directory: str, steps: int, checkpoint: int) -> None:
 
 def train_in_both(directory: str, steps: int) -> None:
     """Prints the mean accuracy, or loss, of each 100 training steps, and that of meta-validation at the end."""
-    run, data = run_and_data(parse(['gradient_check.py', f'--run={directory}']))
-    refuse_other_sources(directory, run)
+    run, data = opened(directory)
     import tensorflow as tf
 
     from maml import MAML

@@ -39,12 +39,11 @@ def evaluations_asked(directory: str, request) -> list:
     """The entries of a run's results.json that are evaluations of its own checkpoints, of any iteration, on the meta-test tasks
     and with the inner updates of a request for an evaluation. `request` is a runtime.cli.request.Request; raises UserError if the
     data or the file cannot be read."""
+    from runtime.cli.request import same_folder
     from runtime.cli.run import evaluation_updates, headline_updates
     from runtime.cli.run_data import source_and_tasks
-    from runtime.datasets.tasks import OWN_DATA
     from runtime.results import store
     _, config = source_and_tasks(request)
-    folder = os.path.abspath(config.data_path) if request.datasource in OWN_DATA else None
     tasks = (request.datasource, 'test', config.update_batch_size, config.query_shots, config.seed, request.num_test_tasks)
     updates = evaluation_updates(request), headline_updates(request)
     setting = (request.query_norm, request.update_lr, request.inner_batch, *updates, 'own', '', None)
@@ -52,7 +51,8 @@ def evaluations_asked(directory: str, request) -> list:
     def is_asked(entry):
         drawn, how = entry.tasks, entry.setting
         return (tasks == (drawn.datasource, drawn.split, drawn.update_batch_size, drawn.query_shots, drawn.seed, drawn.count)
-                and drawn.num_classes in (None, config.num_classes) and entry.data_path in (None, folder)
+                and drawn.num_classes in (None, config.num_classes)
+                and (entry.data_path is None or same_folder(entry.data_path, config.data_path))
                 and setting == (how.query_norm, how.update_lr, how.inner_batch, how.test_updates, how.headline_updates, how.head,
                                 how.orders, how.load_from))
 

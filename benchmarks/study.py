@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,10 +60,11 @@ class StudyRun(NamedTuple):
         """Whether results.json has the evaluation that the study makes; raises UserError if it cannot be read, or that evaluation cannot be
         made any more."""
         directory, total, asked = self.training.directory, sum(self.training.iterations), self.evaluation.ensemble
-        if asked > 1 and checkpoints_after(directory, total):
+        saved = [int(number) for name in glob.glob('model*.index', root_dir=directory) for number in re.findall(r'^model(\d+)\.', name)]
+        if asked > 1 and max(saved, default=0) > total:
             raise UserError(f'{directory} was trained for longer than {total} iterations, and an ensemble is of the whole training; give '
                             'another --logdir')
-        members = min(asked, len(glob.glob('model*.index', root_dir=directory))) if asked > 1 else 0  # or as many as there are
+        members = min(asked, len(saved)) if asked > 1 else 0  # or as many as there are
         return any(len(entry.ensemble) == members and (entry.training.newest if members else entry.iterations) == total
                    for entry in evaluations_asked(directory, self.evaluation))
 
@@ -76,12 +78,6 @@ class StudyRun(NamedTuple):
             return [*self.arguments, *EVALUATION, *which]
         given = sorted(self.evaluation.given & {*GROUPS['Evaluation']} - {'load_from', 'run', 'train', 'test_set'} | {*RECORDED})
         return [f'--run={self.training.directory}', *(f'--{name}={self.evaluation.values[name]}' for name in given), *EVALUATION, *which]
-
-
-def checkpoints_after(directory: str, iteration: int) -> bool:
-    """Whether a run has checkpoints after an iteration."""
-    names = glob.glob('model*.index', root_dir=directory)
-    return any(int(name[len('model'):-len('.index')]) > iteration for name in names)
 
 
 def runs_of(files: Sequence[str], varied: Sequence[str], others: Sequence[str]) -> list[StudyRun]:

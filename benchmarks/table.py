@@ -145,8 +145,7 @@ def state_of(row: Row) -> State:
     directory, missing = training.directory, missing_classes(training, 'train')
     saved = checkpoints.iterations(directory)
     record = checkpoints.find(directory, None).record if saved else {'iteration': 0, 'best': None}
-    ranking = [entry['iteration'] for entry in checkpoints.ranking_of(record)
-               if entry['iteration'] in saved]  # a shipped run may have its newest checkpoint only
+    ranking = [entry['iteration'] for entry in checkpoints.saved_ranking(directory, record)]
     return State(directory, sum(training.iterations), record['iteration'], ranking, missing, training.ensemble, evaluation)
 
 

@@ -9,6 +9,7 @@ from runtime.cli import methods
 from runtime.cli.flags import BUILT_IN_NETWORKS, LEARNING, ONLY, CommandLine, default
 from runtime.cli.request import PURPOSES, STATED, Request
 from runtime.cli.stored_run import describing_flags
+from runtime.compute.config import outputs_stay_equal
 from runtime.system.errors import UserError
 
 RIDGE_FLAGS = 'ridge_lambda', 'ridge_scale'
@@ -138,7 +139,7 @@ RULES: list[tuple[Callable[[Request], bool], str]] = [
      '--norm_per_step: pre-training has no inner step, so it would train the offsets and scales of the first one only; train with '
      '--pretrain_iterations alone, then start from its checkpoint by --load_from, which copies them to all'),
     (lambda r: not r.classes and r.head_init in ('shared', 'prototypes'), '--head_init={head_init} is for classification'),
-    (lambda r: r.inner_weights == 'body' and (r.head_init == 'shared' or r.head_init == 'new' and r.logits == 'linear'),
+    (outputs_stay_equal,
      '--head_init={head_init} starts with equal outputs for all classes, and --inner_weights=body keeps them equal: adapt the last layer'),
     (lambda r: r.computes_head and r.outer == 'reptile',
      '--outer=reptile moves shared weights to adapted ones, and a last layer of --head_init={head_init} is not shared: leave out one'),

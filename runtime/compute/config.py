@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,11 +10,20 @@ from runtime.system.errors import UserError
 
 if TYPE_CHECKING:
     from maml import ModelConfig
+    from runtime.cli.request import Request
 
 OF_BUILT_IN_NETWORKS = 'norm', 'head'  # fields that mean nothing with a network of one's own
+
+
+def outputs_stay_equal(settings: ModelConfig | Request) -> bool:
+    """Whether the outputs for all classes start equal, and the inner loop keeps them so."""
+    starts_equal = settings.head_init == 'shared' or settings.head_init == 'new' and settings.logits == 'linear'
+    return settings.inner_weights == 'body' and starts_equal
+
+
 # (whether a config is refused, the message, with {field} for the values of fields)
 COMBINATIONS: list[tuple[Callable[[ModelConfig], bool], str]] = [
-    (lambda c: c.inner_weights == 'body' and (c.head_init == 'shared' or c.head_init == 'new' and c.logits == 'linear'),
+    (outputs_stay_equal,
      "head_init={head_init} starts with equal outputs for all classes, which inner_weights='body' keeps equal"),
     (lambda c: c.inner_optimizer == 'adam' and c.outer != 'reptile',
      "inner_optimizer='adam' needs outer='reptile': there is no gradient through Adam"),
@@ -35,6 +45,7 @@ def checked(config: ModelConfig, seed: int | None = None, network: Callable | No
     return dataclasses.replace(config, **{name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
+@functools.cache
 def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
     """{field: its values} of the fields of a dataclass that are Literals."""
     return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}

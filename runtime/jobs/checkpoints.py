@@ -248,11 +248,15 @@ def ranking_of(record: Record) -> list[Score]:
     return record.get('ranking', [record['best']] if record['best'] else [])
 
 
+def saved_ranking(directory: str, record: Record) -> list[Score]:
+    """`ranking_of` a run's record, without checkpoints that are gone: later ones may have replaced them, or only some ship."""
+    saved = iterations(directory)
+    return [entry for entry in ranking_of(record) if entry['iteration'] in saved]
+
+
 def find_best(directory: str, count: int) -> list[Checkpoint]:
     """The `count` checkpoints that did best on meta-validation, the best first, or as many as there are; raises UserError for none."""
-    checkpoint = find(directory, None)
-    saved = iterations(directory)
-    ranking = [entry['iteration'] for entry in ranking_of(checkpoint.record) if entry['iteration'] in saved][:count]
+    ranking = [entry['iteration'] for entry in saved_ranking(directory, find(directory, None).record)][:count]
     if not ranking:
         raise UserError(f'--ensemble={count} needs checkpoints that were validated, and {directory} has none; evaluate with --ensemble=1')
     if len(ranking) < count:

@@ -105,8 +105,7 @@ def start(run: Training, model: Model, provenance: Provenance) -> tuple[TrainSta
         checkpoints.restore(checkpoint, model.state())
         print(f'Resuming from {checkpoint.prefix}{shared_by_default(run, checkpoint)}')
         state = TrainState.from_record(checkpoint.record)
-        # Later checkpoints may have replaced the others.
-        state.ranking = [entry for entry in state.ranking if entry['iteration'] in saved]
+        state.ranking = checkpoints.saved_ranking(run.directory, checkpoint.record)
         counts = {entry['tasks'] for entry in state.ranking if 'tasks' in entry} - {run.validation_tasks}
         if counts:
             print(f'Note: earlier checkpoints were ranked on {", ".join(map(str, sorted(counts)))} tasks of meta-validation, later ones '

@@ -41,6 +41,11 @@ class Provenance:
         return bool(self.arithmetic)
 
     @property
+    def last_program(self) -> str:
+        """That of the last part of the training."""
+        return self.program.split(', ')[-1]
+
+    @property
     def without_classes(self) -> 'Provenance':
         """Their names are many, and the checksum of the data covers them."""
         return dataclasses.replace(self, classes={})
@@ -53,7 +58,7 @@ class Provenance:
     def continued(self, now: 'Provenance') -> 'Provenance':
         """That of a model whose training goes on now."""
         arithmetic = self.arithmetic if self.arithmetic[-1:] == now.arithmetic else self.arithmetic + now.arithmetic
-        program = self.program if self.program.split(', ')[-1] == now.program else ', '.join(filter(None, [self.program, now.program]))
+        program = self.program if self.last_program == now.program else ', '.join(filter(None, [self.program, now.program]))
         return dataclasses.replace(now, weights=self.weights, arithmetic=arithmetic, program=program,
                                    classes={**self.classes, **now.classes})
 
@@ -79,9 +84,8 @@ def differences(then: Provenance, now: Provenance, model: str, examples: str = '
                          for name in differing([before, after]))
         if what:
             sentences['arithmetic'] = f'{model} was computed with other software, hardware or settings ({what})'
-        last = then.program.split(', ')[-1]
-        if last != now.program and not {last, now.program} & {'', NOT_KNOWN}:
-            sentences['program'] = f'{model} was trained by another version of this program ({last}, now {now.program})'
+        if then.last_program != now.program and not {then.last_program, now.program} & {'', NOT_KNOWN}:
+            sentences['program'] = f'{model} was trained by another version of this program ({then.last_program}, now {now.program})'
     return sentences
 
 
